@@ -1,0 +1,63 @@
+"""The batch: what a loader hands to a model, and the shape legend of the whole package.
+
+Tensors carry a shape suffix where it helps (`logits_BC`, `losses_T`):
+
+    B  samples of a micro-batch        T  tasks
+    C  channels or classes             D  features
+    H  height                          W  width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Outputs: TypeAlias = dict[str, Tensor]
+"""One tensor per task, as its `HeadSpec` says: (B, C) or (B, C, H, W)."""
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one rank.
+
+    images_BCHW   uint8 (float32 for images that are not 8-bit), in channels-last memory
+    targets       per task: int64 (B,) class; float32 (B, C) multilabel; float32 (B,) regression, in the
+                  dataset's unit; uint8 (B, H, W) mask with 255 = ignore. Where a label is missing the
+                  target holds a harmless value (0, or 255 in a mask).
+    labelled      per task: bool (B,), true where the sample is real and has the label
+    valid_B       bool (B,), false for the samples that only pad a batch
+    positions_B   int64 (B,), the global position of each sample in the training stream, or in the split
+    keys          the samples' keys
+    """
+
+    images_BCHW: Tensor
+    targets: dict[str, Tensor]
+    labelled: dict[str, Tensor]
+    valid_B: Tensor
+    positions_B: Tensor
+    keys: list[str]
+
+    def __len__(self) -> int:
+        return self.images_BCHW.shape[0]
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(
+            images_BCHW=move(self.images_BCHW),
+            targets={name: move(target) for name, target in self.targets.items()},
+            labelled={name: move(mask) for name, mask in self.labelled.items()},
+            valid_B=move(self.valid_B),
+            positions_B=move(self.positions_B),
+            keys=self.keys,
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; copies from pinned memory do not block."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory (the DataLoader calls this)."""
+        return self._map(lambda tensor: tensor.pin_memory())

@@ -1,0 +1,131 @@
+"""dataset.json: what a dataset is made of. Written last, so its existence means a complete dataset.
+
+    data/cats/
+        dataset.json            this file
+        train-000000.tar ...    plain WebDataset shards
+        train.index.npy         one packed row per sample (see shards.py)
+
+Format version 1. A reader refuses a newer version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mtl_dist.errors import UserError
+from mtl_dist.specs import TaskInfo
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "dataset.json"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar: its file name beside the manifest, its samples, its size in bytes and its SHA-256."""
+
+    path: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """The labels of one task in one split: present and missing samples, and what is in them.
+
+    `class_counts` counts samples (pixels for segmentation, positives for multilabel).
+    """
+
+    present: int
+    missing: int
+    class_counts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split: its shards in order, and its labels by task."""
+
+    num_samples: int
+    shards: tuple[ShardInfo, ...]
+    labels: dict[str, LabelCounts]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of dataset.json.
+
+    `channels` and `image_dtype` ("uint8", "uint16", "float32") hold for every image. `tasks` carries
+    the statistics of the training split (of the first split where there is none called "train").
+    `notes` are lines the preparation had to say (skipped rows, duplicates across splits).
+    """
+
+    channels: int
+    image_dtype: str
+    tasks: dict[str, TaskInfo]
+    splits: dict[str, SplitInfo]
+    name: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write dataset.json durably: a temporary name, fsync, rename."""
+    text = json.dumps({"format": "mtl_dist", "version": FORMAT_VERSION, **asdict(manifest)}, indent=2)
+    temporary = directory / f".{MANIFEST_NAME}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, directory / MANIFEST_NAME)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the dataset in `directory`.
+
+    Raises:
+        UserError: no such directory or manifest, not a manifest, or one of a newer version.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        what = "no dataset.json in it" if directory.is_dir() else "no such directory"
+        raise UserError(f"{directory}: expected a prepared dataset, found {what}. Make one with `mtl prepare`.")
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected JSON, found: {error}. Prepare the dataset again.") from None
+    version = raw.get("version") if isinstance(raw, dict) else None
+    if not isinstance(version, int):
+        raise UserError(f"{path}: expected an mtl_dist manifest, found no version. Was it made by `mtl prepare`?")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: expected format version <= {FORMAT_VERSION}, found {version}. "
+            "The dataset was made by a newer mtl_dist: upgrade this one."
+        )
+    try:
+        return _parse(raw)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a complete manifest ({error!r}). Prepare the dataset again.") from None
+
+
+def _parse(raw: dict[str, Any]) -> Manifest:
+    def tuples(values: dict[str, Any]) -> dict[str, Any]:
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+    return Manifest(
+        name=raw["name"],
+        channels=raw["channels"],
+        image_dtype=raw["image_dtype"],
+        tasks={name: TaskInfo(**tuples(info)) for name, info in raw["tasks"].items()},
+        splits={
+            name: SplitInfo(
+                num_samples=split["num_samples"],
+                shards=tuple(ShardInfo(**shard) for shard in split["shards"]),
+                labels={task: LabelCounts(**tuples(counts)) for task, counts in split["labels"].items()},
+            )
+            for name, split in raw["splits"].items()
+        },
+        notes=tuple(raw["notes"]),
+    )

@@ -1,0 +1,9 @@
+"""The one exception that means: the user can mend this."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: one or more clear lines, exit code 2, no traceback.
+
+    Each line says what was expected, what was found and what to do:
+    ``tasks.depth.weight: expected a number >= 0, found -1. Remove the task to switch it off.``
+    """
