@@ -1,0 +1,83 @@
+"""Being asked to stop: by a signal, or by a time limit that draws near.
+
+A cluster asks with a signal (SIGUSR2, SIGTERM), a person with Ctrl-C. A handler here only sets a flag: it
+may run at any moment, also early, twice, or in the middle of a save, and on some ranks before others. The
+trainer looks at the flag at every step boundary, and all ranks agree there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+TIME_LIMIT = "time limit"
+
+
+class StopSignal:
+    """Whether this process has been asked to stop, and why; one per process.
+
+    `deadline` is the moment (of `clock`) at which the process will be killed, and `margin_s` the seconds
+    before it that one step and one save may need: from then on `requested` is true without any signal.
+    """
+
+    def __init__(
+        self, deadline: float | None = None, margin_s: float = 60.0, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.deadline = deadline
+        self.margin_s = margin_s
+        self._clock = clock
+        self._pid = os.getpid()
+        self._signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def install(self) -> None:
+        """Takes over SIGUSR2, SIGTERM and SIGINT in this process (call it in the main thread).
+
+        Install after every other library has: submitit's own SIGUSR2 handler would requeue the job at
+        once, before the ranks could save together, and it ignores SIGTERM.
+        """
+        self._pid = os.getpid()
+        for number in STOP_SIGNALS:
+            previous = signal.signal(number, self._handle)
+            self._previous.setdefault(number, previous)
+
+    def restore(self) -> None:
+        """Puts back the handlers that `install` found, for a process that goes on after training."""
+        for number, previous in self._previous.items():
+            signal.signal(number, previous if previous is not None else signal.SIG_DFL)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A forked data worker inherits this handler, and Slurm signals every process of a step: only the
+        # process that installed it answers.
+        if os.getpid() != self._pid:
+            return
+        if number == signal.SIGINT and self._signal is signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._signal is None or number == signal.SIGINT:
+            self._signal = signal.Signals(number)
+
+    @property
+    def requested(self) -> bool:
+        """True from the first signal on, or once the deadline is less than the margin away."""
+        return self._signal is not None or self._near_deadline
+
+    @property
+    def reason(self) -> str:
+        """Why the stop was requested (`signal SIGUSR2`, `time limit`), or nothing while it is not.
+
+        A signal that comes when the deadline is near is the cluster's announcement of the time limit.
+        """
+        if self._near_deadline:
+            return TIME_LIMIT
+        return f"signal {self._signal.name}" if self._signal is not None else ""
+
+    @property
+    def _near_deadline(self) -> bool:
+        return self.deadline is not None and self._clock() >= self.deadline - self.margin_s
