@@ -1,0 +1,344 @@
+"""Shards: plain WebDataset tars, and the packed index that finds a sample in them.
+
+    train-000000.tar        <key>.jpg  <key>.json  <key>.<task>.png  ...
+    train.index.npy         one packed row per sample of the split, in shard order
+
+A sample is `<key>.<extension>`, the image bytes as they came; `<key>.json`, the scalar labels as a flat
+object (an absent task is an absent label); and `<key>.<task>.png`, a mask of class indices (8-bit grey,
+255 = ignore). The fields of an index row are
+
+    image_offset <u8, image_size <u4, json_offset <u8, json_size <u4
+    labelled     <u8: bit t is set where the sample has the label of task t, in the manifest's order
+    <task>_offset <u8, <task>_size <u4: per segmentation task; size 0 is no mask
+
+where an offset is that of the member's data inside its tar. The shard of row i follows from the shards'
+sample counts in the manifest. One index per split, not one per shard: thousands of small files cost
+minutes on a parallel file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+
+from mtl_dist.data.manifest import ShardInfo
+from mtl_dist.errors import UserError
+from mtl_dist.specs import TaskKind
+
+Label = int | float | list[int]
+"""A scalar label: a class index, a value, or the positive classes of a multilabel task."""
+
+MAX_TASKS = 64
+MAX_KEY_LENGTH = 60
+DEFAULT_SHARD_SAMPLES = 10_000
+DEFAULT_SHARD_BYTES = 256 * 2**20
+
+_BLOCK = 512
+_NUL = b"\0"
+_REGULAR = (b"0", _NUL)
+_DIRECTORY = b"5"
+
+
+def check_task_names(tasks: Mapping[str, TaskKind]) -> None:
+    """Refuse names that a shard cannot hold.
+
+    Raises:
+        UserError: a name that is not a plain word, is reserved, or differs from another only in case
+            (WebDataset lowers the case of extensions); or more than 64 tasks.
+    """
+    for name in tasks:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,29}", name) or name.lower() in ("image", "json"):
+            raise UserError(
+                f"task {name!r}: expected a name of at most 30 letters, digits and underscores that starts "
+                "with a letter and is not 'image' or 'json'. Choose another name."
+            )
+    if len({name.lower() for name in tasks}) < len(tasks):
+        raise UserError(f"tasks {', '.join(tasks)}: two names differ only in case. Rename one.")
+    if len(tasks) > MAX_TASKS:
+        raise UserError(f"tasks: expected at most {MAX_TASKS}, found {len(tasks)}.")
+
+
+def segmentation_tasks(tasks: Mapping[str, TaskKind]) -> tuple[str, ...]:
+    """The tasks that have masks, in the order of `tasks`."""
+    return tuple(name for name, kind in tasks.items() if kind == "segmentation")
+
+
+def index_dtype(segmentation_tasks: Sequence[str]) -> np.dtype[np.void]:
+    """The packed row of an index for these segmentation tasks."""
+    fields = [("image_offset", "<u8"), ("image_size", "<u4"), ("json_offset", "<u8"), ("json_size", "<u4")]
+    fields.append(("labelled", "<u8"))
+    for task in segmentation_tasks:
+        fields += [(f"{task}_offset", "<u8"), (f"{task}_size", "<u4")]
+    return np.dtype(fields)
+
+
+def index_path(directory: Path, split: str) -> Path:
+    """Where the index of a split lies."""
+    return directory / f"{split}.index.npy"
+
+
+def shard_name(split: str, number: int) -> str:
+    """The file name of a split's shard."""
+    return f"{split}-{number:06d}.tar"
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_index(path: Path, rows: np.ndarray) -> None:
+    """Write an index durably: a temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, rows, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class _HashingFile:
+    """A file being written, hashed on the way: reading a shard again to hash it would double the IO."""
+
+    def __init__(self, path: Path) -> None:
+        self.file: BinaryIO = open(path, "wb")  # noqa: SIM115 (closed by `close`)
+        self.hash = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        self.num_bytes += len(data)
+        return self.file.write(data)
+
+    def close(self) -> None:
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        finally:
+            self.file.close()
+
+
+class ShardWriter:
+    """Writes one split: samples in, shards and their index out, the same bytes for the same samples.
+
+    A shard is closed at `max_samples` samples or once it holds `max_bytes` bytes. Closing the writer (or
+    leaving its `with` block without an exception) finishes the last shard and writes the index; `shards`
+    then lists what was written.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        split: str,
+        tasks: Mapping[str, TaskKind],
+        max_samples: int = DEFAULT_SHARD_SAMPLES,
+        max_bytes: int = DEFAULT_SHARD_BYTES,
+    ) -> None:
+        check_task_names(tasks)
+        self.directory = directory
+        self.split = split
+        self.shards: list[ShardInfo] = []
+        self._bits = {task: 1 << bit for bit, task in enumerate(tasks)}
+        self._segmentation = segmentation_tasks(tasks)
+        self._dtype = index_dtype(self._segmentation)
+        self._max_samples = max_samples
+        self._max_bytes = max_bytes
+        self._finished_rows: list[np.ndarray] = []
+        self._rows: list[tuple[int, ...]] = []
+        self._file: _HashingFile | None = None
+        self._tar: Any = None
+
+    @property
+    def num_samples(self) -> int:
+        """The samples written so far."""
+        return sum(len(rows) for rows in self._finished_rows) + len(self._rows)
+
+    def write(
+        self,
+        key: str,
+        image: bytes,
+        extension: str,
+        labels: Mapping[str, Label],
+        masks: Mapping[str, bytes],
+    ) -> None:
+        """Append one sample; `labels` and `masks` hold the tasks that it has a label for."""
+        assert re.fullmatch(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}", key), key
+        tar = self._open_tar()
+        members = {extension: image, "json": _json_bytes(labels)}
+        members |= {f"{task}.png": mask for task, mask in masks.items()}
+        offsets: dict[str, int] = {}
+        offset = tar.tarstream.offset
+        for suffix in sorted(members):  # the order in which TarWriter writes them
+            offsets[suffix] = offset + _BLOCK
+            offset += _BLOCK + _padded(len(members[suffix]))
+        tar.write({"__key__": key, **members})
+        assert tar.tarstream.offset == offset, "TarWriter wrote more than one header block per member"
+        tar.tarstream.members.clear()  # tarfile keeps every header of an archive otherwise
+
+        labelled = sum(self._bits[task] for task in (*labels, *masks))
+        row = [offsets[extension], len(image), offsets["json"], len(members["json"]), labelled]
+        for task in self._segmentation:
+            row += [offsets.get(f"{task}.png", 0), len(masks.get(task, b""))]
+        self._rows.append(tuple(row))
+        if len(self._rows) >= self._max_samples or offset >= self._max_bytes:
+            self._finish_shard()
+
+    def close(self) -> None:
+        """Finish the last shard and write the index."""
+        self._finish_shard()
+        rows = np.concatenate([np.empty(0, self._dtype), *self._finished_rows])
+        save_index(index_path(self.directory, self.split), rows)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        elif self._file is not None:
+            self._file.file.close()
+
+    def _open_tar(self) -> Any:
+        if self._tar is None:
+            from webdataset.writer import TarWriter  # imports torch: seconds that `mtl --help` has not
+
+            self._file = _HashingFile(self.directory / shard_name(self.split, len(self.shards)))
+            self._tar = TarWriter(self._file, encoder=False, mtime=0, user="mtl", group="mtl")
+        return self._tar
+
+    def _finish_shard(self) -> None:
+        if self._file is None:
+            return
+        self._tar.close()
+        self._file.close()
+        self.shards.append(
+            ShardInfo(
+                path=shard_name(self.split, len(self.shards)),
+                num_samples=len(self._rows),
+                num_bytes=self._file.num_bytes,
+                sha256=self._file.hash.hexdigest(),
+            )
+        )
+        self._finished_rows.append(np.array(self._rows, dtype=self._dtype))
+        self._rows = []
+        self._file = self._tar = None
+
+
+def scan_shard(path: Path, tasks: Mapping[str, TaskKind]) -> np.ndarray:
+    """The index rows of one shard, rebuilt from its tar headers and label files.
+
+    Raises:
+        UserError: the file is not a whole tar, or a sample lacks its image or its labels, or has a member
+            that is none of these.
+    """
+    bits = {task: 1 << bit for bit, task in enumerate(tasks)}
+    masks = {f"{task}.png": task for task in segmentation_tasks(tasks)}
+    dtype = index_dtype(segmentation_tasks(tasks))
+    samples: list[dict[str, int]] = []
+    last_key = None
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise _damaged(path, "an empty file")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+            for name, offset, size in _members(path, tar):
+                key, _, suffix = name.partition(".")
+                if key != last_key:
+                    samples.append({"labelled": 0})
+                    last_key = key
+                sample = samples[-1]
+                if suffix == "json":
+                    field = "json"
+                    sample["labelled"] |= _labelled_bits(path, name, tar[offset : offset + size], bits)
+                elif suffix in masks:
+                    field = masks[suffix]
+                    sample["labelled"] |= bits[field]
+                elif suffix and "." not in suffix:
+                    field = "image"
+                else:
+                    raise _damaged(path, f"the member {name!r}, which is no image, labels or mask of a task")
+                if f"{field}_offset" in sample:
+                    raise _damaged(path, f"two members for {field!r} in the sample {key!r}")
+                sample[f"{field}_offset"], sample[f"{field}_size"] = offset, size
+    for number, sample in enumerate(samples):
+        if "image_offset" not in sample or "json_offset" not in sample:
+            raise _damaged(path, f"no image or no labels in sample {number}")
+    return np.array([tuple(sample.get(field, 0) for field in dtype.names or ()) for sample in samples], dtype)
+
+
+def read_name(shard: Path | bytes | memoryview | mmap.mmap, offset: int) -> str:
+    """The name of the member whose data begins at `offset`, from the tar header before it."""
+    if isinstance(shard, Path):
+        with open(shard, "rb") as file:
+            file.seek(offset - _BLOCK)
+            header = file.read(_BLOCK)
+    else:
+        header = bytes(shard[offset - _BLOCK : offset])
+    return _header_name(header)
+
+
+def read_key(shard: Path | bytes | memoryview | mmap.mmap, offset: int) -> str:
+    """The key of the sample one of whose members begins at `offset`."""
+    return read_name(shard, offset).partition(".")[0]
+
+
+def _members(path: Path, tar: mmap.mmap) -> Iterator[tuple[str, int, int]]:
+    """(name, offset of the data, size) of each regular file; a header scan is 10 times tarfile's speed."""
+    position, end = 0, len(tar)
+    while True:
+        header = tar[position : position + _BLOCK]
+        if len(header) < _BLOCK:
+            raise _damaged(path, "its end missing")
+        if header[0] == 0:
+            return
+        kind = header[156:157]
+        try:
+            size = int(header[124:136].rstrip(b" \0"), 8)
+        except ValueError:
+            raise _damaged(path, f"no tar header at byte {position}") from None
+        if header[257:262] != b"ustar" or kind not in (*_REGULAR, _DIRECTORY):
+            raise _damaged(path, f"no plain ustar header at byte {position}")
+        offset = position + _BLOCK
+        position = offset + _padded(size)
+        if position > end:
+            raise _damaged(path, "its end missing")
+        if kind != _DIRECTORY:
+            yield _header_name(header), offset, size
+
+
+def _header_name(header: bytes) -> str:
+    name = header[:100].partition(_NUL)[0].decode("utf-8", "replace")
+    prefix = header[345:500].partition(_NUL)[0].decode("utf-8", "replace")
+    return f"{prefix}/{name}" if prefix else name
+
+
+def _labelled_bits(path: Path, name: str, text: bytes, bits: Mapping[str, int]) -> int:
+    try:
+        return sum(bits[task] for task in json.loads(text))
+    except KeyError as error:
+        raise _damaged(path, f"a label of the unknown task {error} in {name!r}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
+        raise _damaged(path, f"no JSON object in {name!r}") from None
+
+
+def _damaged(path: Path, found: str) -> UserError:
+    return UserError(f"{path}: expected a shard of this dataset, found {found}. Prepare the dataset again.")
+
+
+def _json_bytes(labels: Mapping[str, Label]) -> bytes:
+    return json.dumps(dict(labels), separators=(",", ":"), sort_keys=True, allow_nan=False).encode("ascii")
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
