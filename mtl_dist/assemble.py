@@ -1,0 +1,107 @@
+"""Parts from a recipe: root module, plan, monitor; and a trained root module from a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from mtl_dist.balance.methods import build_balancer
+from mtl_dist.checkpoint import Checkpoint, best_checkpoint, newest_good, problems_of, read_checkpoint
+from mtl_dist.data.loader import Data
+from mtl_dist.engine.world import World
+from mtl_dist.errors import UserError
+from mtl_dist.models.multitask import build_model
+from mtl_dist.monitor import Monitor
+from mtl_dist.recipe import Recipe
+from mtl_dist.run_folder import RunFolder
+from mtl_dist.specs import TaskInfo
+from mtl_dist.step import RootModule
+from mtl_dist.tasks.metrics import mode_of
+from mtl_dist.tasks.registry import build_tasks
+from mtl_dist.trainer import Plan
+
+
+def absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with absolute data paths, so that the run folder's copy works from anywhere."""
+    return recipe.model_copy(update={"data": recipe.data.with_absolute_paths(Path.cwd())})
+
+
+def build_root(
+    recipe: Recipe, infos: dict[str, TaskInfo], channels: int, image_size: tuple[int, int], world: World
+) -> RootModule:
+    tasks = build_tasks(recipe.tasks, infos)
+    heads = [task.head for task in tasks.values()]
+    model = build_model(recipe.model, heads, channels, image_size)
+    kinds = {name: info.kind for name, info in infos.items()}
+    weights = {name: settings.weight for name, settings in recipe.tasks.items()}
+    balancer = build_balancer(recipe.balance, list(tasks), kinds, weights)
+    return RootModule(model, tasks, balancer, world, recipe.train.precision, recipe.train.seed)
+
+
+def build_monitor(recipe: Recipe) -> Monitor:
+    mode = recipe.monitor.mode or mode_of(recipe.monitor.metric.rsplit("/", 1)[-1])
+    return Monitor(recipe.monitor, mode, recipe.optim.schedule)
+
+
+def plan_of(recipe: Recipe, data: Data, accumulation: int) -> Plan:
+    settings = recipe.train
+    end = settings.epochs * data.num_train_samples
+    if settings.max_steps is not None:
+        end = min(end, settings.max_steps * settings.global_batch)
+    return Plan(
+        samples_per_epoch=data.num_train_samples,
+        end_position=end,
+        global_batch=settings.global_batch,
+        accumulation=accumulation,
+        seed=settings.seed,
+        evaluate_every=settings.evaluate_every,
+        checkpoint_every=settings.checkpoint_every,
+        log_every=settings.log_every,
+    )
+
+
+def check_labels(data: Data, recipe: Recipe) -> None:
+    """Refuse a recipe none of whose tasks has a training label."""
+    if all(info.num_labelled == 0 for info in data.infos.values()):
+        names = ", ".join(recipe.tasks)
+        raise UserError(
+            f"tasks: expected training labels for at least one of {names}, found none in data.train."
+        )
+
+
+def inference_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights to use: the averaged ones where the run keeps an average."""
+    return checkpoint.tensors["model"] | checkpoint.tensors.get("ema", {})
+
+
+def best_or_newest(folder: RunFolder, say: Callable[[str], None]) -> Path:
+    """The best checkpoint, or the newest good one where there is no whole best one (told to `say`).
+
+    Raises:
+        UserError: the run has no good checkpoint.
+    """
+    best = best_checkpoint(folder.checkpoints)
+    if best is not None:
+        problems = problems_of(best)
+        if not problems:
+            return best
+        for line in problems:
+            say(line)
+        say(f"{best}: the best checkpoint is damaged; the newest good one is used.")
+    newest = newest_good(folder.checkpoints, say)
+    if newest is None:
+        raise UserError(
+            f"{folder.directory}: expected a checkpoint, found no whole one. Train the run first."
+        )
+    return newest
+
+
+def load_root(folder: RunFolder, recipe: Recipe, world: World, say: Callable[[str], None]) -> RootModule:
+    """The trained root module of a run with its best weights, in evaluation mode."""
+    infos, channels, image_size = folder.read_data()
+    without_weights = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
+    root = build_root(without_weights, infos, channels, image_size, world)
+    root.load_state_dict(inference_weights(read_checkpoint(best_or_newest(folder, say))))
+    return root.to(world.device).eval()

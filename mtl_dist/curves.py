@@ -1,0 +1,54 @@
+"""learning_curves.png: the losses and metrics of a run over its epochs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+TRAIN_COLOUR, VAL_COLOUR = "#8a8f98", "#2f6db5"
+
+
+def draw_learning_curves(history: dict[str, Any], path: Path) -> None:
+    """Draw one panel for the total loss and one row per task: its loss, then up to three of its metrics."""
+    from matplotlib.figure import Figure
+
+    panels = _panels(history)
+    columns = max(len(row) for row in panels)
+    figure = Figure(figsize=(3.6 * columns, 2.5 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), columns, squeeze=False)
+    epochs = history["epoch"]
+    for row, names in zip(axes, panels, strict=True):
+        for axis, name in zip(row, names + [""] * (columns - len(names)), strict=True):
+            if not name:
+                axis.set_axis_off()
+                continue
+            for split, colour in (("train", TRAIN_COLOUR), ("val", VAL_COLOUR)):
+                values = history[split].get(name)
+                if values:
+                    floats = [float("nan") if value is None else value for value in values]
+                    marker = "o" if len(floats) == 1 else ""
+                    axis.plot(epochs, floats, color=colour, marker=marker, label=split, linewidth=1.6)
+            axis.set_title(name.replace("/", " "), fontsize=9, loc="left")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=8)
+            axis.grid(alpha=0.25)
+            axis.set_xlabel("epoch", fontsize=8)
+    axes[0][0].legend(fontsize=8, frameon=False)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    os.replace(temporary, path)
+
+
+def _panels(history: dict[str, Any]) -> list[list[str]]:
+    names = list(dict.fromkeys([*history["train"], *history["val"]]))
+    tasks = dict.fromkeys(name.split("/")[0] for name in names if "/" in name)
+    rows = [["loss"]]
+    for task in tasks:
+        metrics = [
+            name
+            for name in names
+            if name.startswith(f"{task}/") and not name.endswith(("/loss", "/num_samples"))
+        ]
+        rows.append([f"{task}/loss", *metrics[:3]])
+    return rows

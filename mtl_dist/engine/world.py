@@ -1,0 +1,123 @@
+"""The ranks of one run: who am I, which device is mine, and the few collectives that the package needs.
+
+Two planes. Gradients travel over the engine's own process group (NCCL on GPUs, gloo on CPUs). Small control
+values (label counts, stop flags, sums for the log) travel over a gloo group of host tensors, so that asking
+"does anybody want to stop?" never makes the host wait for a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtl_dist.errors import UserError
+
+T = TypeVar("T")
+
+CONTROL_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this run. `control` is the gloo group of host tensors (None in a world of one)."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The element-wise sum of a host tensor over all ranks."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Tensor) -> Tensor:
+        """The element-wise maximum of a host tensor over all ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.control is None:
+            return values
+        result = values.clone()
+        dist.all_reduce(result, operation, group=self.control)
+        return result
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        if self.control is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` in rank order, on every rank."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0; its result, or its UserError, comes to every rank."""
+        outcome: tuple[T | None, str | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (work(), None)
+            except UserError as error:
+                outcome = (None, str(error))
+        result, problem = self.broadcast(outcome)
+        if problem is not None:
+            raise UserError(problem)
+        return result
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+
+def launched_size() -> int:
+    """The number of processes that the launcher says it started (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This process's rank as the launcher says."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def use_cpu() -> bool:
+    """Whether this run computes on CPUs: no GPU here, or `ACCELERATE_USE_CPU` asks for it."""
+    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+
+
+def connected(size: int, rank: int, local_rank: int, device: torch.device) -> World:
+    """The world of an initialised process group, checked against what the launcher started.
+
+    Raises:
+        UserError: the launcher started several processes that did not become one group. Each would train
+            on its own, silently.
+    """
+    if size != launched_size():
+        raise UserError(
+            f"launcher: expected one group of {launched_size()} processes, found a group of {size}. "
+            "Start them with `accelerate launch`, `torchrun` or `mtl launch`."
+        )
+    if size == 1:
+        return World(rank=0, size=1, local_rank=0, device=device)
+    backend = dist.get_backend()
+    control = (
+        dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    )
+    return World(rank=rank, size=size, local_rank=local_rank, device=device, control=control)

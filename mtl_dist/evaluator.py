@@ -1,0 +1,76 @@
+"""Evaluation: every sample of a split once, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mtl_dist.batch import Batch
+from mtl_dist.engine.world import World
+from mtl_dist.step import RootModule
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one split.
+
+    `loss` is the weighted sum of the tasks' mean losses; a task without a label in the split has no entry in
+    `tasks` beyond `num_samples` 0. `confusion` holds (C, C) counts, rows true, columns predicted.
+    """
+
+    loss: float
+    tasks: dict[str, dict[str, float]]
+    confusion: dict[str, np.ndarray]
+    num_samples: int
+
+    def flat(self, split: str) -> dict[str, float]:
+        """The figures by path, as in `val/digit/accuracy`."""
+        figures = {f"{split}/loss": self.loss}
+        for task, values in self.tasks.items():
+            figures |= {f"{split}/{task}/{name}": value for name, value in values.items()}
+        return figures
+
+
+@torch.no_grad()
+def evaluate(root: RootModule, loader: Iterable[Batch], world: World) -> Evaluation:
+    """Run the model over a split and compute loss and metrics of each task.
+
+    `loader` yields this rank's share, padded with invalid samples to equally many batches on every rank.
+    The same figures come back on every rank.
+    """
+    was_training = root.training
+    root.eval()
+    metrics = {name: task.metrics().to(world.device) for name, task in root.tasks.items()}
+    num_tasks = len(root.tasks)
+    sums_T = torch.zeros(num_tasks, dtype=torch.float64)
+    counts_T = torch.zeros(num_tasks, dtype=torch.float64)
+    num_samples = torch.zeros(1, dtype=torch.float64)
+    for host_batch in loader:
+        batch = host_batch.to(world.device)
+        outputs = root.predict(batch.images_BCHW)
+        sums_T += root.loss_sums(outputs, batch).double().cpu()
+        num_samples += host_batch.valid_B.sum()
+        for t, (name, task) in enumerate(root.tasks.items()):
+            target, labelled_B = batch.targets[name], batch.labelled[name]
+            counts_T[t] += task.count(host_batch.targets[name], host_batch.labelled[name]).double()
+            metrics[name].update(outputs[name], target, labelled_B)
+    root.train(was_training)
+
+    totals = world.sum(torch.cat([sums_T, counts_T, num_samples]))
+    sums_T, counts_T = totals[:num_tasks], totals[num_tasks : 2 * num_tasks]
+    figures: dict[str, dict[str, float]] = {}
+    confusion = {}
+    loss = 0.0
+    for t, name in enumerate(root.tasks):
+        figures[name] = metrics[name].compute()
+        if counts_T[t] > 0:
+            task_loss = float(sums_T[t] / counts_T[t])
+            figures[name] = {"loss": task_loss, **figures[name]}
+            loss += root.task_weights[name] * task_loss
+        matrix = metrics[name].confusion_matrix()
+        if matrix is not None:
+            confusion[name] = matrix
+    return Evaluation(loss=loss, tasks=figures, confusion=confusion, num_samples=int(totals[-1]))

@@ -1,0 +1,165 @@
+"""Optimizers, their parameter groups, and schedules as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from mtl_dist.config.settings import Settings
+from mtl_dist.errors import UserError
+from mtl_dist.models.multitask import MultitaskModel
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ConstantSchedule(Settings):
+    """The learning rate stays."""
+
+    kind: Literal["constant"] = "constant"
+
+    def factor(self, progress: float, epoch: int) -> float:
+        return 1.0
+
+
+class CosineSchedule(Settings):
+    """Half a cosine from the learning rate down to `final` times it, over the whole run."""
+
+    kind: Literal["cosine"] = "cosine"
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    def factor(self, progress: float, epoch: int) -> float:
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class StepSchedule(Settings):
+    """Multiply by `gamma` every `every` epochs."""
+
+    kind: Literal["step"] = "step"
+    every: Annotated[int, Field(ge=1)] = 10
+    gamma: Positive = 0.1
+
+    def factor(self, progress: float, epoch: int) -> float:
+        return self.gamma ** (epoch // self.every)
+
+
+class OneCycleSchedule(Settings):
+    """Smith's one-cycle policy: cosine from lr / `start_div` up to lr in the first `peak` of the run, then down
+    to lr / `final_div`. The momentum stays: only the rate cycles. https://arxiv.org/abs/1708.07120"""
+
+    kind: Literal["one_cycle"] = "one_cycle"
+    peak: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    start_div: Positive = 25.0
+    final_div: Positive = 1e4
+
+    def factor(self, progress: float, epoch: int) -> float:
+        if progress < self.peak:
+            low, high, part = 1 / self.start_div, 1.0, progress / self.peak
+        else:
+            low, high, part = 1.0, 1 / self.final_div, (progress - self.peak) / (1 - self.peak)
+        return high + (low - high) * 0.5 * (1 + math.cos(math.pi * part))
+
+
+class PlateauSchedule(Settings):
+    """Multiply by `gamma` when the monitored metric has not improved for `patience` evaluations.
+
+    The factor of the moment is state of the run (`Monitor` counts the evaluations), not of this class.
+    """
+
+    kind: Literal["plateau"] = "plateau"
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    patience: Annotated[int, Field(ge=0)] = 3
+    minimum: Annotated[float, Field(ge=0, lt=1)] = 1e-3
+    """The smallest factor."""
+
+    def factor(self, progress: float, epoch: int) -> float:
+        return 1.0
+
+
+Schedule = Annotated[
+    ConstantSchedule | CosineSchedule | StepSchedule | OneCycleSchedule | PlateauSchedule,
+    Field(discriminator="kind"),
+]
+
+
+class OptimSettings(Settings):
+    """How weights are updated."""
+
+    kind: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Positive = 1e-3
+    backbone_lr: Positive | None = None
+    """The shared part's own learning rate."""
+    task_lr: dict[str, Positive] = Field(default_factory=dict)
+    """Learning rates of single tasks' own parts (head, separate backbone)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    decay_norms: bool = False
+    """Whether weight decay also acts on biases and normalisation scales (parameters of one dimension)."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    clip_norm: Positive | None = None
+    """Largest gradient norm over all parameters; null: no clipping."""
+    schedule: Schedule = CosineSchedule()
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up, multiplied with the schedule."""
+    ema: Fraction | None = None
+    """Decay of an exponential moving average of the weights, which then is what gets evaluated."""
+
+
+def build_optimizer(
+    settings: OptimSettings, model: MultitaskModel, tasks: list[str], extra: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters, grouped by learning rate and weight decay.
+
+    Each group carries `base_lr`, which `set_learning_rate` multiplies. `extra` (a balancer's own parameters)
+    gets `lr` and no weight decay.
+
+    Raises:
+        UserError: `task_lr` names an unknown task, or nothing is trainable.
+    """
+    for name in settings.task_lr:
+        if name not in tasks:
+            raise UserError(f"optim.task_lr.{name}: expected one of the tasks {', '.join(tasks)}.")
+    parts = [("backbone", settings.backbone_lr or settings.lr, model.shared_parameters())]
+    parts += [(task, settings.task_lr.get(task, settings.lr), model.task_parameters(task)) for task in tasks]
+    groups = []
+    for name, lr, parameters in parts:
+        trainable = [p for p in parameters if p.requires_grad]
+        decayed = [p for p in trainable if p.ndim > 1 or settings.decay_norms]
+        plain = [p for p in trainable if p.ndim <= 1 and not settings.decay_norms]
+        groups += [_group(name, lr, settings.weight_decay, decayed), _group(name, lr, 0.0, plain)]
+    groups.append(_group("balance", settings.lr, 0.0, extra))
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise UserError("model: nothing is trainable. Unfreeze the backbone or add a task with a head.")
+    if settings.kind == "sgd":
+        return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.nesterov)
+    adam = torch.optim.AdamW if settings.kind == "adamw" else torch.optim.Adam
+    return adam(groups, betas=settings.betas, eps=settings.eps)
+
+
+def _group(name: str, lr: float, weight_decay: float, parameters: list[nn.Parameter]) -> dict[str, object]:
+    return {"params": parameters, "name": name, "base_lr": lr, "lr": lr, "weight_decay": weight_decay}
+
+
+def learning_rate_factor(
+    settings: OptimSettings, step: int, total_steps: int, epoch: int, plateau: float
+) -> float:
+    """What multiplies every base learning rate at optimizer step `step` (counted from 0)."""
+    warmup = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    return warmup * plateau * settings.schedule.factor(step / max(1, total_steps), epoch)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The current rate of each part (backbone, tasks), for the log."""
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}

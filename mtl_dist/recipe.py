@@ -1,0 +1,193 @@
+"""The recipe: everything that decides what a run computes, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from mtl_dist.balance.fixed import FixedSettings
+from mtl_dist.balance.methods import BalanceSettings
+from mtl_dist.config.loading import load_settings
+from mtl_dist.config.settings import Settings
+from mtl_dist.data.settings import DataSettings
+from mtl_dist.errors import UserError
+from mtl_dist.models.settings import ModelSettings
+from mtl_dist.monitor import MonitorSettings
+from mtl_dist.optim import OptimSettings
+from mtl_dist.step import Precision
+from mtl_dist.tasks.metrics import metric_names
+from mtl_dist.tasks.registry import TaskSettings
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class TrainSettings(Settings):
+    """How far and in which steps a run trains."""
+
+    epochs: Count = 10
+    max_steps: Count | None = None
+    """Stop after so many optimizer steps, even within an epoch."""
+    global_batch: Count = 64
+    """Samples per optimizer step over all ranks; the number of ranks only changes how it is cut."""
+    accumulation: Count | None = None
+    """Micro-batches per step and rank; null: as few as `micro_batch` allows."""
+    micro_batch: Count | None = None
+    """The most samples one rank takes at a time; null: global_batch / (ranks x accumulation)."""
+    precision: Precision = "fp32"
+    seed: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Count = 1
+    """Epochs between evaluations on the validation split."""
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints, besides the one after every epoch."""
+    keep_last: Count = 2
+    """Checkpoints kept besides the best one."""
+    log_every: Count = 10
+    """Steps between rows of metrics.jsonl."""
+    evaluate_at_end: bool = True
+    """Whether the best weights are evaluated on `val` and `test` when training is done."""
+
+    @model_validator(mode="after")
+    def _one_way_to_cut(self) -> TrainSettings:
+        if self.accumulation is not None and self.micro_batch is not None:
+            raise ValueError("expected accumulation or micro_batch, found both. Remove one of them.")
+        return self
+
+    def accumulation_on(self, num_ranks: int) -> int:
+        """Micro-batches per step on each of `num_ranks` ranks.
+
+        Raises:
+            UserError: the global batch does not divide into equal micro-batches.
+        """
+        if self.global_batch % num_ranks:
+            fitting = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
+            raise UserError(
+                f"train.global_batch: expected a multiple of the {num_ranks} processes, "
+                f"found {self.global_batch}. Start {_nearest(num_ranks, fitting)} processes or change the global batch."
+            )
+        share = self.global_batch // num_ranks
+        if self.micro_batch is not None:
+            return next(a for a in range(1, share + 1) if share % a == 0 and share // a <= self.micro_batch)
+        accumulation = self.accumulation or 1
+        if share % accumulation:
+            raise UserError(
+                f"train.accumulation: expected a divisor of {share} (global_batch {self.global_batch} / "
+                f"{num_ranks} processes), found {accumulation}."
+            )
+        return accumulation
+
+
+def _nearest(wanted: int, choices: Sequence[int]) -> int:
+    return min(choices, key=lambda choice: (abs(choice - wanted), choice))
+
+
+class Recipe(Settings):
+    """One training run. A recipe file states departures from the defaults, which stand beside the code."""
+
+    name: str | None = None
+    """The folder below `runs/`; null: the recipe file's name."""
+    tasks: dict[str, TaskSettings]
+    data: DataSettings
+    model: ModelSettings = ModelSettings()
+    balance: BalanceSettings = FixedSettings()
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings = TrainSettings()
+    monitor: MonitorSettings = MonitorSettings()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Recipe:
+        problems = [*self._task_problems(), *self._monitor_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _task_problems(self) -> list[str]:
+        if not self.tasks:
+            return ["tasks: expected at least one task, found none."]
+        problems = []
+        for where, names in (
+            ("optim.task_lr", self.optim.task_lr),
+            ("model.heads", self.model.heads),
+        ):
+            problems += [
+                f"{where}.{name}: expected one of the tasks, found {name!r}. {_suggestion(name, self.tasks)}"
+                for name in names
+                if name not in self.tasks
+            ]
+        if all(task.weight == 0 for task in self.tasks.values()):
+            problems.append("tasks: expected a weight > 0 for at least one task, found 0 for all.")
+        return problems
+
+    def _monitor_problems(self) -> list[str]:
+        choices = ["val/loss"]
+        for name, task in self.tasks.items():
+            choices += [f"val/{name}/{figure}" for figure in ("loss", *metric_names(task.kind))]
+        metric = self.monitor.metric
+        if metric in choices:
+            return []
+        return [
+            f"monitor.metric: expected a validation figure, found {metric!r}. {_suggestion(metric, choices)}"
+        ]
+
+
+def _suggestion(found: str, choices: Sequence[str] | dict[str, TaskSettings]) -> str:
+    near = get_close_matches(found, list(choices), n=1)
+    listing = f"Choose from: {', '.join(choices)}."
+    return f"Did you mean {near[0]!r}? {listing}" if near else listing
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at `path` with `a.b=c` overrides, complete with defaults.
+
+    Raises:
+        UserError: one line per mistake.
+    """
+    recipe = load_settings(Recipe, path, overrides)
+    return recipe if recipe.name else recipe.model_copy(update={"name": path.stem})
+
+
+ORDER_AND_STATE = (
+    "tasks",
+    "data.train",
+    "data.mixing",
+    "data.shuffle_window",
+    "model",
+    "balance",
+    "optim.kind",
+    "optim.ema",
+    "train.global_batch",
+    "train.seed",
+)
+"""What a run can't change half-way: its state or its order of samples would mean something else."""
+
+
+def refuse_other_run(kept: Recipe, given: Recipe, directory: Path) -> None:
+    """Refuse to go on in `directory` with a recipe whose weights or sample order would not fit the run there.
+
+    Raises:
+        UserError: one line per difference.
+    """
+    before, after = _flat(kept.model_dump(mode="json")), _flat(given.model_dump(mode="json"))
+    problems = [
+        f"{key}: expected {before.get(key)!r} as in {directory / 'recipe.yaml'}, found {after.get(key)!r}. "
+        "Choose another --run-dir for another run."
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+        and any(key == prefix or key.startswith(prefix + ".") for prefix in ORDER_AND_STATE)
+        and key != "model.checkpointing"
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,87 @@
+"""Results: evaluation/ in the run folder, and the table on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mtl_dist.durable import write_text
+from mtl_dist.evaluator import Evaluation
+from mtl_dist.run_folder import RunFolder
+from mtl_dist.specs import TaskInfo
+
+
+def write_evaluation(
+    folder: RunFolder, split: str, evaluation: Evaluation, infos: Mapping[str, TaskInfo]
+) -> None:
+    """Write evaluation/metrics.json and, per classification task, the confusion matrix as CSV and picture."""
+    folder.write_metrics(split, evaluation.tasks)
+    for task, matrix in evaluation.confusion.items():
+        stem = folder.evaluation / f"{split}_{task}_confusion"
+        classes = infos[task].classes
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(["true \\ predicted", *classes])
+        writer.writerows([name, *row] for name, row in zip(classes, matrix.astype(int).tolist(), strict=True))
+        write_text(stem.with_suffix(".csv"), text.getvalue())
+        draw_confusion(matrix, classes, f"{task} ({split})", stem.with_suffix(".png"))
+
+
+def draw_confusion(matrix: np.ndarray, classes: tuple[str, ...], title: str, path: Path) -> None:
+    """Draw a confusion matrix (C, C), rows true; colours are shares of the true class, numbers are counts."""
+    from matplotlib.figure import Figure
+
+    side = min(14.0, 2.5 + 0.42 * len(classes))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ticks = range(len(classes))
+    axis.set_xticks(ticks, classes, rotation=90, fontsize=8)
+    axis.set_yticks(ticks, classes, fontsize=8)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    axis.set_title(title, loc="left", fontsize=10)
+    if len(classes) <= 30:
+        for row, column in zip(*np.nonzero(matrix), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            count = str(int(matrix[row, column]))
+            axis.text(column, row, count, ha="center", va="center", color=colour, fontsize=7)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    os.replace(temporary, path)
+
+
+def results_table(evaluations: Mapping[str, Evaluation]) -> Table:
+    """One row per task and metric, one column per split."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("task")
+    table.add_column("metric")
+    for split in evaluations:
+        table.add_column(split, justify="right")
+    tasks = dict.fromkeys(task for evaluation in evaluations.values() for task in evaluation.tasks)
+    for task in tasks:
+        figures = [evaluation.tasks.get(task, {}) for evaluation in evaluations.values()]
+        names = list(dict.fromkeys(name for figure in figures for name in figure))
+        for number, name in enumerate(names):
+            values = [_shown(name, figure.get(name, math.nan)) for figure in figures]
+            table.add_row(task if number == 0 else "", name, *values, end_section=name == names[-1])
+    return table
+
+
+def _shown(name: str, value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return str(int(value)) if name == "num_samples" else f"{value:.4f}"
+
+
+def print_results(evaluations: Mapping[str, Evaluation], console: Console | None = None) -> None:
+    (console or Console()).print(results_table(evaluations))

@@ -1,0 +1,148 @@
+"""The run folder: where everything a run leaves behind lies.
+
+runs/<name>/<run id>/
+    recipe.yaml             resolved; reproduces the run
+    environment.json        one entry per start: versions, git commit, devices, ranks
+    data.json               what the tasks and images are, so that the run can be used without its data
+    class_names.json        class names by index, per task
+    log.txt  metrics.jsonl  history.json  learning_curves.png  tensorboard/
+    checkpoints/            see checkpoint.py
+    evaluation/             metrics.json and confusion matrices
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mtl_dist.durable import write_text
+from mtl_dist.errors import UserError
+from mtl_dist.specs import TaskInfo
+
+RECORDED_PACKAGES = (
+    "mtl-dist",
+    "torch",
+    "torchvision",
+    "accelerate",
+    "deepspeed",
+    "torchmetrics",
+    "webdataset",
+)
+
+
+def new_run_directory(name: str, root: Path = Path("runs")) -> Path:
+    """A run folder nobody has: sorted by time, and told apart when two start in one second."""
+    return root / name / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+class RunFolder:
+    """The paths of one run, and the small files in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.recipe_path = directory / "recipe.yaml"
+        self.checkpoints = directory / "checkpoints"
+        self.evaluation = directory / "evaluation"
+
+    @classmethod
+    def open(cls, directory: Path) -> RunFolder:
+        """The folder of a run that was started.
+
+        Raises:
+            UserError: it is not one.
+        """
+        folder = cls(directory)
+        if not folder.recipe_path.is_file():
+            what = "no recipe.yaml in it" if directory.is_dir() else "no such directory"
+            raise UserError(f"{directory}: expected a run folder, found {what}.")
+        return folder
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one process trains in this folder at a time.
+
+        Raises:
+            UserError: another one does.
+        """
+        with open(self.directory / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.directory}: another process trains in this folder. "
+                    "Wait for it, or choose another --run-dir."
+                ) from None
+            yield
+
+    def write_data(self, infos: Mapping[str, TaskInfo], channels: int, image_size: tuple[int, int]) -> None:
+        facts = {
+            "tasks": {name: asdict(info) for name, info in infos.items()},
+            "channels": channels,
+            "image_size": image_size,
+        }
+        write_text(self.directory / "data.json", json.dumps(facts, indent=1))
+        names = {task: list(info.classes) for task, info in infos.items() if info.classes}
+        write_text(self.directory / "class_names.json", json.dumps(names, indent=1, ensure_ascii=False))
+
+    def read_data(self) -> tuple[dict[str, TaskInfo], int, tuple[int, int]]:
+        """The tasks' facts, the images' channels, and (height, width)."""
+        facts = json.loads((self.directory / "data.json").read_text(encoding="utf-8"))
+        infos = {
+            name: TaskInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in info.items()})
+            for name, info in facts["tasks"].items()
+        }
+        height, width = facts["image_size"]
+        return infos, facts["channels"], (height, width)
+
+    def write_environment(self, world_size: int, device: str) -> None:
+        """Add this start to environment.json."""
+        path = self.directory / "environment.json"
+        starts: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+        packages = {name: version(name) for name in RECORDED_PACKAGES}
+        starts.append(
+            {
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "command": sys.argv,
+                "host": platform.node(),
+                "python": platform.python_version(),
+                "packages": packages,
+                "git_commit": git_commit(),
+                "ranks": world_size,
+                "device": device,
+                "cpus": len(os.sched_getaffinity(0)),
+            }
+        )
+        write_text(path, json.dumps(starts, indent=1))
+
+    def write_metrics(self, split: str, tasks: Mapping[str, Mapping[str, float]]) -> None:
+        """Put one split into evaluation/metrics.json: `{split: {task: {metric: value}}}`."""
+        self.evaluation.mkdir(exist_ok=True)
+        path = self.evaluation / "metrics.json"
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        metrics[split] = {
+            task: {name: None if value != value else value for name, value in values.items()}
+            for task, values in tasks.items()
+        }
+        write_text(path, json.dumps(metrics, indent=1))
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory, with "+changes" if it has any; None outside a repository."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

@@ -1,0 +1,283 @@
+"""Runs: the parts of a recipe built in the order in which data meets them, then trained or evaluated."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from mtl_dist.assemble import (
+    absolute_paths,
+    best_or_newest,
+    build_monitor,
+    build_root,
+    check_labels,
+    inference_weights,
+    load_root,
+    plan_of,
+)
+from mtl_dist.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    newest_good,
+    problems_of,
+    read_checkpoint,
+    step_directory,
+    steps_in,
+)
+from mtl_dist.config.loading import to_yaml
+from mtl_dist.data.loader import Data, eval_loader, open_data, train_loader
+from mtl_dist.durable import write_text
+from mtl_dist.ema import Ema
+from mtl_dist.engine.accelerated import AccelerateEngine, connect_accelerate
+from mtl_dist.engine.engine import Engine
+from mtl_dist.engine.world import World
+from mtl_dist.errors import UserError
+from mtl_dist.evaluator import Evaluation, evaluate
+from mtl_dist.optim import build_optimizer
+from mtl_dist.recipe import Recipe, load_recipe, refuse_other_run
+from mtl_dist.results import print_results, write_evaluation
+from mtl_dist.run_folder import RunFolder, new_run_directory
+from mtl_dist.step import RootModule
+from mtl_dist.stopping import StopSignal
+from mtl_dist.tracking import Tracker
+from mtl_dist.trainer import Outcome, Trainer
+
+
+def train(recipe: Recipe, run_dir: Path | None = None) -> Outcome:
+    """Train `recipe` in `run_dir`, from its newest good checkpoint if the folder has one.
+
+    Called by every rank of the group that the launcher started.
+
+    Raises:
+        UserError: the recipe does not fit its data, the number of ranks, or the run that the folder holds.
+    """
+    accelerator, world = connect_accelerate()
+    recipe = absolute_paths(recipe)
+    accumulation = recipe.train.accumulation_on(world.size)
+    directory = world.broadcast(run_dir or new_run_directory(recipe.name or "run"))
+    with training_folder(directory, recipe, world) as folder:
+        resumed = newest_checkpoint(folder, world)
+
+        # ---- data
+        data = open_data(recipe.data, recipe.tasks)
+        check_labels(data, recipe)
+        if world.is_main:
+            folder.write_data(data.infos, data.channels, data.image_size)
+
+        # ---- tasks, model, balancing: one root module
+        torch.manual_seed(recipe.train.seed)
+        root = build_root(recipe, data.infos, data.channels, data.image_size, world)
+        optimizer = build_optimizer(
+            recipe.optim, root.model, list(root.tasks), list(root.balancer.parameters())
+        )
+
+        # ---- engine
+        engine = AccelerateEngine(accelerator, world, root.to(world.device), optimizer)
+
+        # ---- trainer
+        tracker = Tracker(folder.directory if world.is_main else None, resumed.step if resumed else 0)
+        stop = StopSignal()
+        plan = plan_of(recipe, data, accumulation)
+        micro_batch = recipe.train.global_batch // (world.size * accumulation)
+        trainer = Trainer(
+            engine=engine,
+            root=root,
+            optim=recipe.optim,
+            plan=plan,
+            monitor=build_monitor(recipe),
+            ema=Ema(root, recipe.optim.ema) if recipe.optim.ema is not None else None,
+            evaluate=(lambda: evaluate_split(root, data, "val", micro_batch, world))
+            if "val" in data.splits
+            else None,
+            writer=CheckpointWriter(folder.checkpoints, recipe.train.keep_last) if world.is_main else None,
+            tracker=tracker,
+            stop=stop,
+            recipe_text=to_yaml(recipe),
+        )
+        if resumed is not None:
+            trainer.load(resumed)
+
+        # ---- run
+        introduce(tracker, recipe, data, trainer, folder)
+        batches = train_loader(
+            data,
+            seed=recipe.train.seed,
+            global_batch=plan.global_batch,
+            accumulation=accumulation,
+            rank=world.rank,
+            world_size=world.size,
+            start_position=trainer.position,
+            end_position=plan.end_position,
+            workers=recipe.data.workers,
+            pin_memory=world.device.type == "cuda",
+        )
+        stop.install()
+        try:
+            with progress_bar(tracker, plan.end_position, trainer.position) as advance:
+                outcome = trainer.run(batches, advance)
+        finally:
+            stop.restore()
+            if trainer.writer is not None:
+                trainer.writer.finish()
+        world.barrier()
+        if outcome.state == "interrupted":
+            tracker.say(
+                f"Stopped at step {outcome.step} ({outcome.reason}); everything is saved. "
+                f"Go on with the same command and --run-dir {folder.directory}"
+            )
+        elif recipe.train.evaluate_at_end:
+            evaluate_at_end(engine, root, data, micro_batch, folder, tracker)
+        tracker.draw()
+        tracker.close()
+    return outcome
+
+
+def evaluate_run(run: Path, split: str) -> None:
+    """Evaluate the best weights of a run on one split; figures go to its evaluation/ folder.
+
+    Raises:
+        UserError: not a run folder, no good checkpoint, or no such split.
+    """
+    _, world = connect_accelerate()
+    folder = RunFolder.open(run)
+    recipe = load_recipe(folder.recipe_path)
+    data = open_data(recipe.data, recipe.tasks)
+    if split not in data.splits:
+        raise UserError(f"--split: expected one of {', '.join(data.splits)}, found {split!r}.")
+    root = load_root(folder, recipe, world, warn)
+    accumulation = recipe.train.accumulation_on(world.size)
+    micro_batch = recipe.train.global_batch // (world.size * accumulation)
+    evaluation = evaluate_split(root, data, split, micro_batch, world)
+    if world.is_main:
+        write_evaluation(folder, split, evaluation, data.infos)
+        print_results({split: evaluation})
+
+
+def verify(run: Path) -> tuple[list[str], list[str]]:
+    """Check every checkpoint of a run: the good ones' names, and one line per problem."""
+    folder = RunFolder.open(run)
+    good: list[str] = []
+    problems: list[str] = []
+    for step in steps_in(folder.checkpoints):
+        path = step_directory(folder.checkpoints, step)
+        found = problems_of(path)
+        problems += found
+        if not found:
+            good.append(path.name)
+    return good, problems
+
+
+# ---------------------------------------------------------------- parts of train
+@contextmanager
+def training_folder(directory: Path, recipe: Recipe, world: World) -> Iterator[RunFolder]:
+    """The run folder, made or taken up again by rank 0, and locked while training.
+
+    Raises:
+        UserError: another process trains in it, or it holds another run.
+    """
+    folder = RunFolder(directory)
+
+    def enter() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.__enter__()
+        if folder.recipe_path.is_file():
+            refuse_other_run(load_recipe(folder.recipe_path), recipe, directory)
+        write_text(folder.recipe_path, to_yaml(recipe))
+        folder.write_environment(world.size, str(world.device))
+
+    lock = folder.locked()
+    world.on_main(enter)
+    try:
+        yield folder
+    finally:
+        if world.is_main:
+            lock.__exit__(None, None, None)
+
+
+def newest_checkpoint(folder: RunFolder, world: World) -> Checkpoint | None:
+    """The newest good checkpoint, the same on every rank; rank 0 says which ones are damaged."""
+    path = world.on_main(lambda: newest_good(folder.checkpoints, warn))
+    return read_checkpoint(path) if path is not None else None
+
+
+def evaluate_split(root: RootModule, data: Data, split: str, batch_size: int, world: World) -> Evaluation:
+    loader = eval_loader(
+        data,
+        split,
+        batch_size=batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        workers=data.settings.workers,
+    )
+    return evaluate(root, loader, world)
+
+
+def evaluate_at_end(
+    engine: Engine, root: RootModule, data: Data, batch_size: int, folder: RunFolder, tracker: Tracker
+) -> None:
+    """Evaluate the best weights on every split but the training one; write and print the figures."""
+    world = engine.world
+    path = world.on_main(lambda: best_or_newest(folder, tracker.say))
+    engine.load_full_state(inference_weights(read_checkpoint(path)), {})
+    evaluations = {
+        split: evaluate_split(root, data, split, batch_size, world)
+        for split in ("val", "test")
+        if split in data.splits
+    }
+    if world.is_main and evaluations:
+        for split, evaluation in evaluations.items():
+            write_evaluation(folder, split, evaluation, data.infos)
+        tracker.say(f"Results of {path.name}:")
+        print_results(evaluations, tracker.console)
+
+
+def introduce(tracker: Tracker, recipe: Recipe, data: Data, trainer: Trainer, folder: RunFolder) -> None:
+    """Say what is about to run, and what is odd about it."""
+    plan, world = trainer.plan, trainer.world
+    parameters = sum(p.numel() for p in trainer.root.parameters())
+    micro_batch = plan.global_batch // (world.size * plan.accumulation)
+    tracker.say(f"run      {folder.directory}")
+    tracker.say(f"data     {data.describe()}")
+    tracker.say(f"tasks    {', '.join(f'{name} ({info.kind})' for name, info in data.infos.items())}")
+    tracker.say(f"model    {recipe.model.backbone}, {parameters:,} parameters, {recipe.train.precision}")
+    tracker.say(
+        f"batch    {plan.global_batch} = {world.size} ranks x {plan.accumulation} x {micro_batch} "
+        f"on {world.device.type}, {plan.total_steps} steps"
+    )
+    for name, info in data.infos.items():
+        if info.num_labelled == 0:
+            tracker.say(f"warning  task {name} has no label in the training data: its head stays as it is.")
+    if "val" not in data.splits:
+        tracker.say(
+            "warning  the data has no val split: nothing is evaluated, the newest checkpoint is the best."
+        )
+    if trainer.step:
+        tracker.say(f"resume   from step {trainer.step}, position {trainer.position}")
+
+
+@contextmanager
+def progress_bar(tracker: Tracker, plan_total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """A bar over the samples of the run, on rank 0's terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if tracker.directory is None or not tracker.console.is_terminal:
+        yield lambda samples: None
+        return
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=tracker.console, transient=True) as progress:
+        bar = progress.add_task("train", total=plan_total, completed=done)
+        yield lambda samples: progress.advance(bar, samples)
+
+
+def warn(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,0 +1,73 @@
+"""Where a run stands, in one small file that anybody may read: `status.json` in the run folder.
+
+Rank 0 of the training writes it; `mtl status` and the launchers read it, from any machine that sees the
+folder, while the run is queued, running or gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+State = Literal["running", "done", "failed", "stopped"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """One moment of a run.
+
+    state         `stopped`: it saved and left because it was asked to, and can go on from there
+    step          completed optimizer steps, of `total_steps`
+    epoch         as the data defines it, with its fraction
+    position      global samples consumed, of `end_position`
+    images_per_s  over all ranks
+    metric, best  the monitored figure and its best value so far
+    reason        why it stopped or failed; the last line says it all
+    retry         false if starting again can't help: the user has something to mend
+    updated       seconds since 1970; `host` and `pid` are those of rank 0
+    """
+
+    state: State
+    step: int = 0
+    total_steps: int = 0
+    epoch: float = 0.0
+    position: int = 0
+    end_position: int = 0
+    images_per_s: float = 0.0
+    metric: str = ""
+    best: float | None = None
+    reason: str = ""
+    retry: bool = True
+    updated: float = field(default_factory=time.time)
+    host: str = field(default_factory=platform.node)
+    pid: int = field(default_factory=os.getpid)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The time to the end of the plan at the current speed; None while no speed is known."""
+        return (self.end_position - self.position) / self.images_per_s if self.images_per_s > 0 else None
+
+
+def write_status(run: Path, status: Status) -> None:
+    """Replaces the run's status in one step.
+
+    Not synced to the disk: it is written often, and after a power cut a run is known by its checkpoints.
+    """
+    temporary = run / f".status.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(asdict(status)), encoding="utf-8")
+    os.replace(temporary, run / "status.json")
+
+
+def read_status(run: Path) -> Status | None:
+    """The run's last status; None if it never wrote one."""
+    try:
+        values = json.loads((run / "status.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    known = {entry.name for entry in fields(Status)}
+    return Status(**{key: value for key, value in values.items() if key in known})

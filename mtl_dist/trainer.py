@@ -1,0 +1,304 @@
+"""The training loop. It receives built parts, never the recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mtl_dist.batch import Batch
+from mtl_dist.checkpoint import Checkpoint, CheckpointWriter
+from mtl_dist.ema import Ema
+from mtl_dist.engine.engine import Engine, host_copy
+from mtl_dist.errors import UserError
+from mtl_dist.evaluator import Evaluation
+from mtl_dist.monitor import Monitor
+from mtl_dist.optim import OptimSettings, learning_rate_factor, learning_rates, set_learning_rate
+from mtl_dist.step import RootModule, WindowTotals, count_labels
+from mtl_dist.stopping import StopSignal
+from mtl_dist.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How far a run goes, and what it does on the way.
+
+    Positions count samples of the training stream; epoch e is positions [e * samples_per_epoch,
+    (e + 1) * samples_per_epoch). `checkpoint_every` and `log_every` are in steps, `evaluate_every` in epochs.
+    """
+
+    samples_per_epoch: int
+    end_position: int
+    global_batch: int
+    accumulation: int
+    seed: int
+    evaluate_every: int
+    checkpoint_every: int | None
+    log_every: int
+
+    @property
+    def total_steps(self) -> int:
+        return -(-self.end_position // self.global_batch)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended: "done", "stopped early" or "interrupted" (and why)."""
+
+    state: str
+    step: int
+    reason: str = ""
+
+
+class Trainer:
+    """Trains from the state it is in to the end of the plan, or until it is asked to stop."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        root: RootModule,
+        optim: OptimSettings,
+        plan: Plan,
+        monitor: Monitor,
+        ema: Ema | None,
+        evaluate: Callable[[], Evaluation] | None,
+        writer: CheckpointWriter | None,
+        tracker: Tracker,
+        stop: StopSignal,
+        recipe_text: str,
+    ) -> None:
+        self.engine = engine
+        self.root = root
+        self.world = engine.world
+        self.optim = optim
+        self.plan = plan
+        self.monitor = monitor
+        self.ema = ema
+        self.writer = writer
+        self.tracker = tracker
+        self.stop = stop
+        self.recipe_text = recipe_text
+        self._evaluate = evaluate
+        self.step = 0
+        self.position = 0
+        num_tasks = len(root.tasks)
+        # On the device, so that adding to it never makes the host wait; this rank's share.
+        self._epoch_sums_T = torch.zeros(num_tasks, dtype=torch.float64, device=self.world.device)
+        # On the host; already summed over the ranks.
+        self._epoch_counts_T = torch.zeros(num_tasks, dtype=torch.float64)
+        self._saved_step = -1
+
+    # ------------------------------------------------------------------ the loop
+    def run(self, batches: Iterable[Batch], advance: Callable[[int], None] = lambda samples: None) -> Outcome:
+        """Train on this rank's micro-batches, which start at `self.position`."""
+        self.root.train()
+        clock = _Clock()
+        for window in windows(batches, self.plan.accumulation):
+            clock.waited()
+            totals, stopping = self._agree(window)
+            if stopping:
+                self._save()
+                return Outcome("interrupted", self.step, stopping)
+
+            torch.manual_seed(derive_seed(self.plan.seed, self.step, self.world.rank))
+            epoch = self.position // self.plan.samples_per_epoch
+            factor = learning_rate_factor(
+                self.optim, self.step, self.plan.total_steps, epoch, self.monitor.state.plateau_factor
+            )
+            set_learning_rate(self.engine.optimizer, factor)
+            sums_T = torch.zeros_like(totals.counts_T, device=self.world.device, dtype=torch.float32)
+            for number, batch in enumerate(window, start=1):
+                inputs = batch.to(self.world.device)
+                self.engine.forward_backward(inputs, totals, last=number == len(window))
+                sums_T += self.root.local_sums_T
+            result = self.engine.step(self._absent_parameters(totals), self.optim.clip_norm)
+
+            self.step += 1
+            self.position = min(self.position + self.plan.global_batch, self.plan.end_position)
+            if self.ema is not None:
+                self.ema.update(self.step)
+            self._epoch_sums_T += sums_T
+            self._epoch_counts_T += totals.counts_T
+            advance(self.plan.global_batch)
+            clock.worked()
+            if self.step % self.plan.log_every == 0:
+                self._log_step(sums_T, totals, result.grad_norm, clock)
+            if (
+                self.position // self.plan.samples_per_epoch > epoch
+                or self.position == self.plan.end_position
+            ):
+                self._finish_epoch()
+                if self.monitor.exhausted:
+                    self._save()
+                    return Outcome("stopped early", self.step, f"{self.monitor.metric} stopped improving")
+            if self.plan.checkpoint_every and self.step % self.plan.checkpoint_every == 0:
+                self._save()
+            clock.skip()
+        self._save()
+        return Outcome("done", self.step)
+
+    # ------------------------------------------------------------------ its parts
+    def _agree(self, window: list[Batch]) -> tuple[WindowTotals, str]:
+        """The label counts of the whole window, and the reason to stop if any rank has one."""
+        counts_T = count_labels(self.root.tasks, window)
+        wish = torch.tensor([float(self.stop.requested)], dtype=torch.float64)
+        agreed = self.world.sum(torch.cat([counts_T, wish]))
+        totals = WindowTotals(counts_T=agreed[:-1], num_micro_batches=len(window), step=self.step)
+        if agreed[-1] == 0:
+            return totals, ""
+        reasons = self.world.gather(self.stop.reason)
+        return totals, next(reason for reason in reasons if reason)
+
+    def _absent_parameters(self, totals: WindowTotals) -> list[nn.Parameter]:
+        absent = [name for name, here in zip(self.root.tasks, totals.present_T, strict=True) if not here]
+        return [parameter for name in absent for parameter in self.root.task_parameters(name)]
+
+    def _mean_losses(self, local_sums_T: torch.Tensor, counts_T: torch.Tensor) -> dict[str, float]:
+        """Collective: the total and per-task training loss; a task without labels has none.
+
+        Raises:
+            UserError: a loss is not finite, so every later step would be lost.
+        """
+        sums_T = self.world.sum(local_sums_T.double().cpu())
+        losses = {
+            name: float(sums_T[t] / counts_T[t]) for t, name in enumerate(self.root.tasks) if counts_T[t] > 0
+        }
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"step {self.step}: the loss of task {name} is {loss}. Lower optim.lr, set "
+                    "optim.clip_norm, or look at its labels with `mtl inspect`; the last checkpoint is whole."
+                )
+        total = sum(self.root.task_weights[name] * loss for name, loss in losses.items())
+        return {"train/loss": total, **{f"train/{name}/loss": loss for name, loss in losses.items()}}
+
+    def _log_step(
+        self, sums_T: torch.Tensor, totals: WindowTotals, grad_norm: torch.Tensor, clock: _Clock
+    ) -> None:
+        figures = self._mean_losses(sums_T, totals.counts_T)
+        figures |= {f"lr/{part}": rate for part, rate in learning_rates(self.engine.optimizer).items()}
+        figures["grad_norm"] = float(grad_norm)
+        figures |= clock.figures(self.plan.global_batch)
+        self.tracker.record("step", self.step, self.position / self.plan.samples_per_epoch, figures)
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, write the epoch's row, remember the best, save."""
+        epoch = self.position / self.plan.samples_per_epoch
+        figures = self._mean_losses(self._epoch_sums_T, self._epoch_counts_T)
+        self._epoch_sums_T.zero_()
+        self._epoch_counts_T.zero_()
+        ended = self.position == self.plan.end_position
+        best = None
+        if self._evaluate is not None and (round(epoch) % self.plan.evaluate_every == 0 or ended):
+            with self.ema.swapped_in() if self.ema is not None else nullcontext():
+                figures |= self._evaluate().flat("val")
+            value = figures.get(self.monitor.metric, math.nan)
+            if self.monitor.observe(value, self.step):
+                best = (self.monitor.metric, value)
+        self.tracker.record("epoch", self.step, epoch, figures)
+        self.tracker.say(self._epoch_line(epoch, figures, best is not None))
+        self.tracker.draw()
+        self._save(best)
+
+    def _epoch_line(self, epoch: float, figures: Mapping[str, float], is_best: bool) -> str:
+        parts = [f"epoch {epoch:g}", f"step {self.step}/{self.plan.total_steps}"]
+        shown = dict.fromkeys(["train/loss", "val/loss", self.monitor.metric])
+        parts += [f"{name} {figures[name]:.4f}" for name in shown if name in figures]
+        return "  ".join(parts) + ("  best" if is_best else "")
+
+    # ------------------------------------------------------------------ state
+    def _save(self, best: tuple[str, float] | None = None) -> None:
+        """Collective: take a host copy of the whole state; rank 0 writes it in the background."""
+        if self._saved_step == self.step:
+            return
+        full = self.engine.full_state()
+        sums_T = self.world.sum(self._epoch_sums_T.cpu())
+        self._saved_step = self.step
+        if self.writer is None:
+            return
+        tensors = {"model": full.model, "optimizer": full.optimizer}
+        if self.ema is not None:
+            tensors["ema"] = {name: host_copy(tensor) for name, tensor in self.ema.average.items()}
+        state = {
+            "step": self.step,
+            "position": self.position,
+            "global_batch": self.plan.global_batch,
+            "samples_per_epoch": self.plan.samples_per_epoch,
+            "world_size": self.world.size,
+            "monitor": self.monitor.state_dict(),
+            "epoch_sums": sums_T.tolist(),
+            "epoch_counts": self._epoch_counts_T.tolist(),
+        }
+        self.writer.submit(Checkpoint(self.step, tensors, state, self.recipe_text), best)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Collective: go on from `checkpoint`, which every rank has read."""
+        self.engine.load_full_state(checkpoint.tensors["model"], checkpoint.tensors["optimizer"])
+        if self.ema is not None:
+            self.ema.load(checkpoint.tensors["ema"])
+        state = checkpoint.state
+        self.step = self._saved_step = state["step"]
+        self.position = state["position"]
+        self.monitor.load_state_dict(state["monitor"])
+        # The sums are a total over all ranks: rank 0 carries it on.
+        if self.world.is_main:
+            self._epoch_sums_T.copy_(torch.tensor(state["epoch_sums"], dtype=torch.float64))
+        self._epoch_counts_T.copy_(torch.tensor(state["epoch_counts"], dtype=torch.float64))
+
+
+class _Clock:
+    """Where the time went since the last logged step; evaluations and saves do not count."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._waited = self._worked = 0.0
+        self._steps = 0
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        lap, self._last = now - self._last, now
+        return lap
+
+    def waited(self) -> None:
+        """The time since the last call was spent waiting for data."""
+        self._waited += self._lap()
+
+    def worked(self) -> None:
+        """The time since the last call was spent on an optimizer step."""
+        self._worked += self._lap()
+        self._steps += 1
+
+    def skip(self) -> None:
+        """The time since the last call does not count."""
+        self._lap()
+
+    def figures(self, global_batch: int) -> dict[str, float]:
+        """Images per second over all ranks, and the share of the time spent waiting for data."""
+        seconds = max(self._waited + self._worked, 1e-9)
+        figures = {"images_per_s": self._steps * global_batch / seconds, "data_wait": self._waited / seconds}
+        self._waited = self._worked = 0.0
+        self._steps = 0
+        return figures
+
+
+def windows(batches: Iterable[Batch], accumulation: int) -> Iterator[list[Batch]]:
+    """This rank's micro-batches, `accumulation` at a time: one list per optimizer step."""
+    window: list[Batch] = []
+    for batch in batches:
+        window.append(batch)
+        if len(window) == accumulation:
+            yield window
+            window = []
+
+
+def derive_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of dropout and the like in one step of one rank: nothing to store, nothing to restore."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
