@@ -1,0 +1,96 @@
+"""The names of the metrics and what is wanted of them; `accumulators` computes them.
+
+This module loads without torchmetrics, which takes seconds to import, so that a recipe is checked fast.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Literal, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtl_dist.errors import UserError
+from mtl_dist.specs import TaskKind
+
+Mode = Literal["max", "min"]
+
+_MODES: dict[TaskKind, dict[str, Mode]] = {
+    "classification": {
+        "accuracy": "max",
+        "balanced_accuracy": "max",
+        "precision": "max",
+        "recall": "max",
+        "f1": "max",
+        "auroc": "max",
+    },
+    "multilabel": {
+        "accuracy": "max",
+        "precision": "max",
+        "recall": "max",
+        "f1": "max",
+        "auroc": "max",
+        "mean_average_precision": "max",
+    },
+    "regression": {"mae": "min", "rmse": "min", "mse": "min", "r2": "max"},
+    "segmentation": {"dice": "max", "iou": "max", "pixel_accuracy": "max"},
+}
+
+
+class TaskMetrics(Protocol):
+    """The metrics of one task over one pass through a split.
+
+    `compute` and `confusion_matrix` are collective where a process group stands: every rank must call them,
+    also a rank that saw no label of the task.
+    """
+
+    def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
+        """Count the labelled samples of one batch; the others leave no trace."""
+
+    def compute(self) -> dict[str, float]:
+        """The metrics over all ranks, in the order of `metric_names`, and `num_samples`, the labels counted.
+
+        NaN where a metric is undefined: no label, an AUROC of one class, an R2 of one sample.
+        """
+
+    def confusion_matrix(self) -> np.ndarray | None:
+        """The (C, C) int64 counts over all ranks, rows true, columns predicted; None where there are no
+        classes.
+
+        Samples for classification, pixels for segmentation.
+        """
+
+    def to(self, device: torch.device) -> Self:
+        """The same metrics, kept on `device`."""
+
+    def reset(self) -> None:
+        """Forget everything counted."""
+
+
+def metric_names(kind: TaskKind) -> tuple[str, ...]:
+    """What `TaskMetrics.compute` reports for a kind of task, beside `num_samples`."""
+    return tuple(_MODES[kind])
+
+
+def mode_of(metric: str) -> Mode:
+    """Whether larger or smaller is better, by a metric's name (`auroc`) or path (`val/diagnosis/auroc`).
+
+    Raises:
+        UserError: no such metric.
+    """
+    modes: dict[str, Mode] = {"loss": "min"}
+    for named in _MODES.values():
+        modes |= named
+    name = metric.rsplit("/", 1)[-1]
+    if name not in modes:
+        raise UserError(f"{metric}: expected a metric, found {name!r}. {did_you_mean(name, tuple(modes))}")
+    return modes[name]
+
+
+def did_you_mean(name: str, valid: tuple[str, ...]) -> str:
+    """The nearest valid name, where one is near, and the list of all."""
+    near = get_close_matches(name, valid, n=1)
+    question = f"Did you mean {near[0]!r}? " if near else ""
+    return f"{question}Valid: {', '.join(valid) or 'none'}."

@@ -1,0 +1,85 @@
+"""Multilabel: any number of labels per sample. Target float32 (B, C) of 0 and 1, output logits (B, C)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtl_dist.specs import TaskInfo
+from mtl_dist.tasks.metrics import TaskMetrics
+from mtl_dist.tasks.task import (
+    CommonTaskSettings,
+    Loss,
+    LossSettings,
+    Task,
+    require_fit,
+    require_threshold,
+)
+from mtl_dist.tasks.weights import ClassWeights, positive_weights
+
+
+class MultilabelBceSettings(LossSettings):
+    """Binary cross entropy, averaged over the labels, as `torch.nn.BCEWithLogitsLoss` has it."""
+
+    kind: Literal["bce"] = "bce"
+    pos_weight: ClassWeights = None
+    """What a positive of each label weighs against a negative."""
+
+    def build(self, info: TaskInfo, where: str) -> Loss:
+        return MultilabelBce(
+            len(info.classes), positive_weights(self.pos_weight, info, f"{where}.pos_weight")
+        )
+
+
+class MultilabelSettings(CommonTaskSettings):
+    """A task with any number of labels per sample; their number and names are the dataset's."""
+
+    kind: Literal["multilabel"] = "multilabel"
+    loss: MultilabelBceSettings = MultilabelBceSettings()
+
+    def build(self, name: str, info: TaskInfo) -> Task:
+        require_fit(name, self.kind, info, min_classes=1)
+        return MultilabelTask(name, info, self, self.loss.build(info, f"tasks.{name}.loss"))
+
+
+@dataclass(frozen=True, eq=False)
+class MultilabelBce(Loss):
+    num_classes: int
+    pos_weights_C: Tensor | None
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_classes
+
+    def numerators(self, output: Tensor, target: Tensor) -> Tensor:
+        weights_C = self.pos_weights_C
+        if weights_C is not None:
+            weights_C = weights_C.to(output.device, non_blocking=True)
+        losses_BC = F.binary_cross_entropy_with_logits(output, target, pos_weight=weights_C, reduction="none")
+        return losses_BC.mean(dim=1)
+
+    def denominators(self, target: Tensor) -> Tensor:
+        return torch.ones_like(target[:, 0])
+
+
+class MultilabelTask(Task):
+    """Any number of labels per sample."""
+
+    def metrics(self, ranking: bool = True) -> TaskMetrics:
+        from mtl_dist.tasks.accumulators import MultilabelMetrics  # torchmetrics is slow to import
+
+        return MultilabelMetrics(len(self.info.classes), ranking)
+
+    def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
+        """Per sample the names above the threshold as `labels`, and all `probabilities`."""
+        require_threshold(threshold)
+        decoded = []
+        for probabilities in output.detach().float().sigmoid().tolist():
+            named = dict(zip(self.info.classes, probabilities, strict=True))
+            labels = [name for name, probability in named.items() if probability > threshold]
+            decoded.append({"labels": labels, "probabilities": named})
+        return decoded

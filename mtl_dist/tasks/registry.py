@@ -1,0 +1,45 @@
+"""All kinds of task: their settings as one union, and the tasks built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
+
+from mtl_dist.errors import UserError
+from mtl_dist.specs import TaskInfo
+from mtl_dist.tasks.classification import ClassificationSettings
+from mtl_dist.tasks.metrics import did_you_mean
+from mtl_dist.tasks.multilabel import MultilabelSettings
+from mtl_dist.tasks.regression import RegressionSettings
+from mtl_dist.tasks.segmentation import SegmentationSettings
+from mtl_dist.tasks.task import Task
+
+TaskSettings: TypeAlias = Annotated[
+    ClassificationSettings | MultilabelSettings | RegressionSettings | SegmentationSettings,
+    Field(discriminator="kind"),
+]
+
+
+def build_tasks(settings: Mapping[str, TaskSettings], infos: Mapping[str, TaskInfo]) -> dict[str, Task]:
+    """The tasks of a recipe for a dataset that knows `infos`, in the recipe's order.
+
+    Raises:
+        UserError: one line for every task that the dataset lacks or that does not fit it.
+    """
+    tasks: dict[str, Task] = {}
+    mistakes: list[str] = []
+    for name, task_settings in settings.items():
+        try:
+            if name not in infos:
+                raise UserError(
+                    f"tasks.{name}: expected a task of the dataset, found none of this name. "
+                    f"{did_you_mean(name, tuple(infos))}"
+                )
+            tasks[name] = task_settings.build(name, infos[name])
+        except UserError as mistake:
+            mistakes.append(str(mistake))
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    return tasks

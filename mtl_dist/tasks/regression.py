@@ -1,0 +1,124 @@
+"""Regression: one number per sample. Target float32 (B,) in its unit, output (B, 1) standardised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from mtl_dist.specs import TaskInfo
+from mtl_dist.tasks.metrics import TaskMetrics
+from mtl_dist.tasks.task import CommonTaskSettings, Loss, LossSettings, Task, require_fit
+
+
+class MseSettings(LossSettings):
+    """Squared error."""
+
+    kind: Literal["mse"] = "mse"
+
+    def build(self, info: TaskInfo, where: str) -> Loss:
+        return Mse()
+
+
+class L1Settings(LossSettings):
+    """Absolute error."""
+
+    kind: Literal["l1"] = "l1"
+
+    def build(self, info: TaskInfo, where: str) -> Loss:
+        return L1()
+
+
+class SmoothL1Settings(LossSettings):
+    """Squared error up to `beta`, absolute beyond, as `torch.nn.SmoothL1Loss` has it."""
+
+    kind: Literal["smooth_l1"] = "smooth_l1"
+    beta: Annotated[float, Field(gt=0)] = 1.0
+    """Where it turns, in standard deviations of the target (in its unit with `standardise: false`)."""
+
+    def build(self, info: TaskInfo, where: str) -> Loss:
+        return SmoothL1(self.beta)
+
+
+RegressionLoss: TypeAlias = Annotated[
+    MseSettings | L1Settings | SmoothL1Settings, Field(discriminator="kind")
+]
+
+
+class RegressionSettings(CommonTaskSettings):
+    """A task with one number per sample."""
+
+    kind: Literal["regression"] = "regression"
+    loss: RegressionLoss = MseSettings()
+    standardise: bool = True
+    """Learn (y - mean) / std with the training split's mean and std; metrics and predictions undo it.
+
+    A target that is always the same (std 0) is shifted by its mean and not scaled.
+    """
+
+    def build(self, name: str, info: TaskInfo) -> Task:
+        require_fit(name, self.kind, info)
+        return RegressionTask(name, info, self, self.loss.build(info, f"tasks.{name}.loss"))
+
+
+@dataclass(frozen=True)
+class ElementwiseLoss(Loss):
+    """A loss of one number against one number."""
+
+    @property
+    def num_outputs(self) -> int:
+        return 1
+
+    def denominators(self, target: Tensor) -> Tensor:
+        return torch.ones_like(target)
+
+
+class Mse(ElementwiseLoss):
+    def numerators(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(output.squeeze(1), target, reduction="none")
+
+
+class L1(ElementwiseLoss):
+    def numerators(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.l1_loss(output.squeeze(1), target, reduction="none")
+
+
+@dataclass(frozen=True)
+class SmoothL1(ElementwiseLoss):
+    beta: float
+
+    def numerators(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.smooth_l1_loss(output.squeeze(1), target, reduction="none", beta=self.beta)
+
+
+class RegressionTask(Task):
+    """One number per sample."""
+
+    settings: RegressionSettings
+
+    @property
+    def mean(self) -> float:
+        """What is taken from a target before it is learnt, in its unit."""
+        return self.info.mean if self.settings.standardise else 0.0
+
+    @property
+    def scale(self) -> float:
+        """What a target is divided by before it is learnt, in its unit."""
+        return self.info.std if self.settings.standardise and self.info.std > 0 else 1.0
+
+    def metrics(self, ranking: bool = True) -> TaskMetrics:
+        from mtl_dist.tasks.accumulators import RegressionMetrics  # torchmetrics is slow to import
+
+        return RegressionMetrics(self.mean, self.scale)
+
+    def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
+        """Per sample the `value` in its `unit`."""
+        values_B = output.detach().double().squeeze(1) * self.scale + self.mean
+        return [{"value": value, "unit": self.info.unit} for value in values_B.tolist()]
+
+    def _safe_target(self, target: Tensor, labelled_B: Tensor) -> Tensor:
+        return (super()._safe_target(target, labelled_B) - self.mean) / self.scale

@@ -1,0 +1,73 @@
+"""Segmentation: a class per pixel. Target uint8 (B, H, W), 255 = ignore; output logits (B, C, h, w).
+
+Class 0 is the background. A head at another resolution than the mask is fine: its logits are upsampled.
+
+Of two classes, `bce`, `dice` and `bce_dice` ask for one output, the log-odds of the foreground;
+`cross_entropy` asks for two. Metrics and predictions read either.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mtl_dist.specs import IGNORE, TaskInfo
+from mtl_dist.tasks.maps import foreground_logits, predicted_classes, resized
+from mtl_dist.tasks.metrics import TaskMetrics
+from mtl_dist.tasks.segmentation_losses import MapCrossEntropySettings, SegmentationLoss
+from mtl_dist.tasks.task import CommonTaskSettings, Task, require_fit, require_threshold
+
+
+class SegmentationSettings(CommonTaskSettings):
+    """A task with a class per pixel; number and names of the classes are the dataset's."""
+
+    kind: Literal["segmentation"] = "segmentation"
+    loss: SegmentationLoss = MapCrossEntropySettings()
+
+    def build(self, name: str, info: TaskInfo) -> Task:
+        require_fit(name, self.kind, info, min_classes=2)
+        return SegmentationTask(name, info, self, self.loss.build(info, f"tasks.{name}.loss"))
+
+
+class SegmentationTask(Task):
+    """A class per pixel."""
+
+    layout: ClassVar[Literal["vector", "map"]] = "map"
+    harmless_target: ClassVar[int] = IGNORE
+
+    def metrics(self, ranking: bool = True) -> TaskMetrics:
+        from mtl_dist.tasks.accumulators import SegmentationMetrics  # torchmetrics is slow to import
+
+        return SegmentationMetrics(len(self.info.classes))
+
+    def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
+        """Per sample the `mask` (uint8, H x W, class indices) and the `area_ratio` of its foreground.
+
+        Two classes add the foreground's `probability` (float32, H x W); more add the `area_ratios` by class.
+        Masks have the output's resolution; resize the output (`maps.resized`) for another.
+        """
+        require_threshold(threshold)
+        logits_BCHW = output.detach().float()
+        masks_BHW = predicted_classes(logits_BCHW, threshold).to(torch.uint8).cpu()
+        decoded: list[dict[str, Any]] = [
+            {"mask": mask_HW.numpy(), "area_ratio": float((mask_HW > 0).double().mean())}
+            for mask_HW in masks_BHW
+        ]
+        if len(self.info.classes) == 2:
+            for sample, probability_HW in zip(
+                decoded, foreground_logits(logits_BCHW).sigmoid().cpu(), strict=True
+            ):
+                sample["probability"] = probability_HW.numpy()
+        else:
+            for sample, mask_HW in zip(decoded, masks_BHW, strict=True):
+                pixels_C = torch.bincount(mask_HW.flatten(), minlength=len(self.info.classes))
+                ratios_C = (pixels_C / mask_HW.numel()).tolist()
+                sample["area_ratios"] = dict(zip(self.info.classes, ratios_C, strict=True))
+        return decoded
+
+    def _safe_output(self, output: Tensor, safe_target: Tensor, labelled_B: Tensor) -> Tensor:
+        """The logits at the mask's resolution, zero at pixels without a label."""
+        valid_B1HW = (safe_target != IGNORE)[:, None]
+        return torch.where(valid_B1HW, resized(output, safe_target.shape[-2:]), 0.0)

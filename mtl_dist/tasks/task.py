@@ -1,0 +1,170 @@
+"""The contract of a task: its head, its loss as (sum, count), its metrics and what its outputs mean.
+
+A mean over several batches, or over the ranks' parts of one, is right only as sum / count over all of them:
+batches hold different numbers of labels. So a loss here never divides; whoever has all the parts does.
+
+    loss = sum of task.loss_sum(...) / sum of task.count(...)      over any set of batches
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mtl_dist.config.settings import Settings
+from mtl_dist.errors import UserError
+from mtl_dist.specs import HeadSpec, TaskInfo, TaskKind
+
+if TYPE_CHECKING:
+    from mtl_dist.tasks.metrics import TaskMetrics
+
+
+class Loss(ABC):
+    """A loss per sample, as numerator and denominator.
+
+    It sees float32 outputs, and never a missing label: those samples come with zero outputs and a harmless
+    target (0; an all-ignored mask), and what it returns for them is dropped.
+    """
+
+    @property
+    @abstractmethod
+    def num_outputs(self) -> int:
+        """The head's outputs that this loss is made for."""
+
+    @abstractmethod
+    def numerators(self, output: Tensor, target: Tensor) -> Tensor:
+        """Each sample's part of the sum, (B,)."""
+
+    @abstractmethod
+    def denominators(self, target: Tensor) -> Tensor:
+        """Each sample's part of the count, (B,), from the targets alone."""
+
+
+class LossSettings(Settings, ABC):
+    """One choice of a task's `loss`, told from the others by its `kind`."""
+
+    @abstractmethod
+    def build(self, info: TaskInfo, where: str) -> Loss:
+        """The loss for a dataset's task; `where` is the path of these settings, for errors.
+
+        Raises:
+            UserError: the settings do not fit the dataset.
+        """
+
+
+class CommonTaskSettings(Settings, ABC):
+    """What every kind of task has in its settings."""
+
+    kind: TaskKind
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """The task's share in the total loss; the balancing method applies it."""
+
+    @abstractmethod
+    def build(self, name: str, info: TaskInfo) -> Task:
+        """The task called `name` for a dataset that knows `info` of it.
+
+        Raises:
+            UserError: the settings do not fit the dataset.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Task(ABC):
+    """One thing to learn. Immutable, without trainable state."""
+
+    name: str
+    info: TaskInfo
+    settings: CommonTaskSettings
+    loss: Loss
+
+    layout: ClassVar[Literal["vector", "map"]] = "vector"
+    harmless_target: ClassVar[int] = 0
+
+    @property
+    def head(self) -> HeadSpec:
+        """The output that the task asks of the model."""
+        return HeadSpec(task=self.name, layout=self.layout, num_outputs=self.loss.num_outputs)
+
+    def count(self, target: Tensor, labelled_B: Tensor) -> Tensor:
+        """The loss's denominator, from targets alone: float32 scalar.
+
+        Labelled samples, or their class weights, or labelled pixels, as the loss has it.
+        """
+        counts_B = self.loss.denominators(self._safe_target(target, labelled_B))
+        return torch.where(labelled_B, counts_B, 0.0).sum(dtype=torch.float32)
+
+    def loss_sum(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> Tensor:
+        """The loss's numerator: float32 scalar, computed in float32 under any autocast.
+
+        A sample without a label adds exactly 0 to value and gradient, whatever its output and target hold.
+        """
+        with torch.autocast(output.device.type, enabled=False):
+            safe_target = self._safe_target(target, labelled_B)
+            safe_output = self._safe_output(output.float(), safe_target, labelled_B)
+            losses_B = self.loss.numerators(safe_output, safe_target)
+            return torch.where(labelled_B, losses_B, 0.0).sum()
+
+    @abstractmethod
+    def metrics(self, ranking: bool = True) -> TaskMetrics:
+        """Fresh metrics of this task.
+
+        Without `ranking` those are left out that must keep the scores of every sample (auroc,
+        mean_average_precision), and memory is constant: for long passes over large training splits.
+        """
+
+    @abstractmethod
+    def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
+        """What the outputs say, per sample, in plain Python and numpy values.
+
+        `threshold` is the probability above which a label of a multilabel task, or the foreground of a mask
+        of two classes, is taken as present.
+
+        Raises:
+            UserError: a threshold not between 0 and 1.
+        """
+
+    def _safe_target(self, target: Tensor, labelled_B: Tensor) -> Tensor:
+        """The target as the loss wants it, harmless where the label is missing."""
+        return torch.where(_along(labelled_B, target), target, self.harmless_target)
+
+    def _safe_output(self, output: Tensor, safe_target: Tensor, labelled_B: Tensor) -> Tensor:
+        """The output as the loss wants it, zero where the label is missing.
+
+        Masking the loss would not do: the gradient of an infinite loss is NaN even when multiplied by 0.
+        """
+        return torch.where(_along(labelled_B, output), output, 0.0)
+
+
+def _along(labelled_B: Tensor, tensor: Tensor) -> Tensor:
+    return labelled_B.view(-1, *[1] * (tensor.dim() - 1))
+
+
+def require_fit(name: str, kind: TaskKind, info: TaskInfo, min_classes: int = 0) -> None:
+    """Raise UserError unless the dataset's task `info` is of `kind` and has enough classes."""
+    if info.kind != kind:
+        raise UserError(
+            f"tasks.{name}.kind: expected {info.kind}, as the dataset has it, found {kind}. "
+            "Change the kind in the recipe, or prepare the dataset with this kind."
+        )
+    if len(info.classes) < min_classes:
+        raise UserError(
+            f"tasks.{name}: expected at least {min_classes} classes in the dataset, found {len(info.classes)}"
+            f"{_listed(info.classes)}. Prepare the dataset with all its classes, or remove the task."
+        )
+
+
+def require_threshold(threshold: float) -> None:
+    """Raise UserError unless `threshold` is a probability that decides something."""
+    if not 0 < threshold < 1:
+        raise UserError(
+            f"threshold: expected a probability between 0 and 1, found {threshold}. The default is 0.5."
+        )
+
+
+def _listed(classes: tuple[str, ...]) -> str:
+    return f" ({', '.join(classes)})" if classes else ""
