@@ -33,6 +33,9 @@ Level = Literal["features", "parameters"]
 Key: TypeAlias = tuple[int, int]
 """(seed, step): the source of every random choice, the same on all ranks."""
 
+SMALLEST_LOSS = 1e-8
+"""Keeps a loss of 0 out of logarithms and denominators."""
+
 
 @dataclass(frozen=True)
 class BalancedTasks:
@@ -98,6 +101,8 @@ class Balancer(nn.Module, ABC):
         """
         proposed_T = self._propose(present_T=present_T, key=key, losses_T=losses_T, gramian_TT=gramian_TT)
         usable = (proposed_T.isfinite() | ~present_T).all()
+        if losses_T is not None:
+            usable &= (losses_T.isfinite() | ~present_T).all()
         self.last_weights_T.copy_(torch.where(present_T & usable, proposed_T, self.last_weights_T))
         self.num_unconverged += ~usable
         return torch.where(present_T, self.last_weights_T, 0.0)
@@ -151,12 +156,17 @@ class Balancer(nn.Module, ABC):
         return self
 
 
-def generator(key: Key) -> torch.Generator:
-    """A CPU generator for one step: the same on every rank and every kind of device."""
+def generator(key: Key, device: torch.device | str) -> torch.Generator:
+    """A generator for one step: the same on every rank (a CPU's and a GPU's draw different numbers)."""
     seed, step = key
     # Multiplied by a large odd number so that (seed, step + 1) and (seed + 1, step) do not collide.
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
-    return torch.Generator().manual_seed(mixed)
+    return torch.Generator(device).manual_seed(mixed)
+
+
+def masked_softmax(logits_T: Tensor, present_T: Tensor) -> Tensor:
+    """The softmax over the present tasks; 0 elsewhere, also where no task is present."""
+    return torch.where(present_T, logits_T.masked_fill(~present_T, -torch.inf).softmax(dim=0), 0.0)
 
 
 BalancerFactory: TypeAlias = Callable[[Any, BalancedTasks], Balancer]

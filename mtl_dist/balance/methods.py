@@ -8,20 +8,42 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from mtl_dist.balance.balancer import BalancedTasks, Balancer, BalancerFactory
+from mtl_dist.balance.dwa import DWA, DWASettings
 from mtl_dist.balance.equal import Equal, EqualSettings
+from mtl_dist.balance.famo import FAMO, FAMOSettings
 from mtl_dist.balance.fixed import Fixed, FixedSettings
+from mtl_dist.balance.gls import GLS, GLSSettings
+from mtl_dist.balance.imtl_l import IMTLL, IMTLLSettings
+from mtl_dist.balance.rlw import RLW, RLWSettings
+from mtl_dist.balance.stch import STCH, STCHSettings
+from mtl_dist.balance.uncertainty import Uncertainty, UncertaintySettings
 from mtl_dist.config.settings import Settings
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskKind
 
 BalanceSettings: TypeAlias = Annotated[
-    EqualSettings | FixedSettings,
+    DWASettings
+    | EqualSettings
+    | FAMOSettings
+    | FixedSettings
+    | GLSSettings
+    | IMTLLSettings
+    | RLWSettings
+    | STCHSettings
+    | UncertaintySettings,
     Field(discriminator="method"),
 ]
 
 METHODS: dict[type[Settings], BalancerFactory] = {
+    DWASettings: DWA,
     EqualSettings: Equal,
+    FAMOSettings: FAMO,
     FixedSettings: Fixed,
+    GLSSettings: GLS,
+    IMTLLSettings: IMTLL,
+    RLWSettings: RLW,
+    STCHSettings: STCH,
+    UncertaintySettings: Uncertainty,
 }
 
 

@@ -68,6 +68,9 @@ def test_a_cast_of_the_model_to_bfloat16_leaves_the_state_in_full_precision() ->
 
 
 def test_random_choices_depend_on_seed_and_step_alone() -> None:
-    draw = {key: torch.rand(4, generator=generator(key)).tolist() for key in [(0, 0), (0, 1), (1, 0), (1, 1)]}
-    assert draw[0, 1] == torch.rand(4, generator=generator((0, 1))).tolist()
+    draw = {
+        key: torch.rand(4, generator=generator(key, "cpu")).tolist()
+        for key in [(0, 0), (0, 1), (1, 0), (1, 1)]
+    }
+    assert draw[0, 1] == torch.rand(4, generator=generator((0, 1), "cpu")).tolist()
     assert len({tuple(numbers) for numbers in draw.values()}) == 4
