@@ -48,8 +48,8 @@ class StepSchedule(Settings):
 
 
 class OneCycleSchedule(Settings):
-    """Smith's one-cycle policy: cosine from lr / `start_div` up to lr in the first `peak` of the run, then down
-    to lr / `final_div`. The momentum stays: only the rate cycles. https://arxiv.org/abs/1708.07120"""
+    """Smith's one-cycle policy (https://arxiv.org/abs/1708.07120), of the rate alone: cosine from
+    lr / `start_div` up to lr in the first `peak` of the run, then down to lr / `final_div`."""
 
     kind: Literal["one_cycle"] = "one_cycle"
     peak: Annotated[float, Field(gt=0, lt=1)] = 0.3

@@ -66,7 +66,8 @@ class TrainSettings(Settings):
             fitting = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
             raise UserError(
                 f"train.global_batch: expected a multiple of the {num_ranks} processes, "
-                f"found {self.global_batch}. Start {_nearest(num_ranks, fitting)} processes or change the global batch."
+                f"found {self.global_batch}. Start {_nearest(num_ranks, fitting)} processes, "
+                "or change the global batch."
             )
         share = self.global_batch // num_ranks
         if self.micro_batch is not None:

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
@@ -49,6 +49,19 @@ def new_run_directory(name: str, root: Path = Path("runs")) -> Path:
 
 class RunFolder:
     """The paths of one run, and the small files in it."""
+
+    FILES: ClassVar[dict[str, str]] = {
+        "recipe.yaml": "the resolved recipe; reproduces the run",
+        "checkpoints/": "the newest ones and the best",
+        "evaluation/": "metrics.json and confusion matrices",
+        "metrics.jsonl": "every logged step and evaluation",
+        "history.json": "losses and metrics by epoch",
+        "learning_curves.png": "the same as a picture",
+        "tensorboard/": "the same for TensorBoard",
+        "class_names.json": "class names by index",
+        "environment.json": "versions, git commit and devices of every start",
+        "log.txt": "what the terminal said",
+    }
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

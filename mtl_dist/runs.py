@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -119,19 +120,21 @@ def train(recipe: Recipe, run_dir: Path | None = None) -> Outcome:
         try:
             with progress_bar(tracker, plan.end_position, trainer.position) as advance:
                 outcome = trainer.run(batches, advance)
-        finally:
-            stop.restore()
             if trainer.writer is not None:
                 trainer.writer.finish()
-        world.barrier()
-        if outcome.state == "interrupted":
-            tracker.say(
-                f"Stopped at step {outcome.step} ({outcome.reason}); everything is saved. "
-                f"Go on with the same command and --run-dir {folder.directory}"
+            world.barrier()
+            if outcome.state == "done" and recipe.train.evaluate_at_end:
+                evaluate_at_end(engine, root, data, micro_batch, folder, tracker)
+        except BaseException as error:
+            tracker.status(
+                replace(trainer.status("failed", last_line(error)), retry=not isinstance(error, UserError))
             )
-        elif recipe.train.evaluate_at_end:
-            evaluate_at_end(engine, root, data, micro_batch, folder, tracker)
+            raise
+        finally:
+            stop.restore()
+        tracker.status(trainer.status(outcome.state, outcome.reason))
         tracker.draw()
+        farewell(tracker, outcome, folder)
         tracker.close()
     return outcome
 
@@ -257,6 +260,27 @@ def introduce(tracker: Tracker, recipe: Recipe, data: Data, trainer: Trainer, fo
         )
     if trainer.step:
         tracker.say(f"resume   from step {trainer.step}, position {trainer.position}")
+
+
+def farewell(tracker: Tracker, outcome: Outcome, folder: RunFolder) -> None:
+    """Say how the run ended and where its files are."""
+    if outcome.state == "stopped":
+        tracker.say(
+            f"Stopped at step {outcome.step} ({outcome.reason}); everything is saved. "
+            f"The same command with --run-dir {folder.directory} goes on from there."
+        )
+        return
+    if outcome.reason:
+        tracker.say(f"Stopped early at step {outcome.step}: {outcome.reason}.")
+    tracker.say(f"The run is in {folder.directory}:")
+    for name, what in RunFolder.FILES.items():
+        if (folder.directory / name).exists():
+            tracker.say(f"  {name:<22} {what}")
+
+
+def last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 @contextmanager

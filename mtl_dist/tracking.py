@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from mtl_dist.durable import write_text
+from mtl_dist.status import Status, write_status
 
 
 class Tracker:
@@ -56,6 +57,11 @@ class Tracker:
         for name, value in figures.items():
             if math.isfinite(value):
                 self._board.add_scalar(name, value, step)
+
+    def status(self, status: Status) -> None:
+        """Say in status.json where the run stands."""
+        if self.directory is not None:
+            write_status(self.directory, status)
 
     def draw(self) -> None:
         """Write history.json and learning_curves.png anew from the evaluations so far."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation
 from mtl_dist.monitor import Monitor
 from mtl_dist.optim import OptimSettings, learning_rate_factor, learning_rates, set_learning_rate
+from mtl_dist.status import State, Status
 from mtl_dist.step import RootModule, WindowTotals, count_labels
 from mtl_dist.stopping import StopSignal
 from mtl_dist.tracking import Tracker
@@ -49,9 +51,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended: "done", "stopped early" or "interrupted" (and why)."""
+    """How training ended: at the plan's end or where patience ran out ("done"), or asked to stop."""
 
-    state: str
+    state: Literal["done", "stopped"]
     step: int
     reason: str = ""
 
@@ -105,7 +107,7 @@ class Trainer:
             totals, stopping = self._agree(window)
             if stopping:
                 self._save()
-                return Outcome("interrupted", self.step, stopping)
+                return Outcome("stopped", self.step, stopping)
 
             torch.manual_seed(derive_seed(self.plan.seed, self.step, self.world.rank))
             epoch = self.position // self.plan.samples_per_epoch
@@ -137,7 +139,7 @@ class Trainer:
                 self._finish_epoch()
                 if self.monitor.exhausted:
                     self._save()
-                    return Outcome("stopped early", self.step, f"{self.monitor.metric} stopped improving")
+                    return Outcome("done", self.step, f"{self.monitor.metric} stopped improving")
             if self.plan.checkpoint_every and self.step % self.plan.checkpoint_every == 0:
                 self._save()
             clock.skip()
@@ -187,6 +189,7 @@ class Trainer:
         figures["grad_norm"] = float(grad_norm)
         figures |= clock.figures(self.plan.global_batch)
         self.tracker.record("step", self.step, self.position / self.plan.samples_per_epoch, figures)
+        self.tracker.status(self.status("running", images_per_s=figures["images_per_s"]))
 
     def _finish_epoch(self) -> None:
         """Evaluate, write the epoch's row, remember the best, save."""
@@ -212,6 +215,21 @@ class Trainer:
         shown = dict.fromkeys(["train/loss", "val/loss", self.monitor.metric])
         parts += [f"{name} {figures[name]:.4f}" for name in shown if name in figures]
         return "  ".join(parts) + ("  best" if is_best else "")
+
+    def status(self, state: State, reason: str = "", images_per_s: float = 0.0) -> Status:
+        """Where the run stands now."""
+        return Status(
+            state=state,
+            step=self.step,
+            total_steps=self.plan.total_steps,
+            epoch=self.position / self.plan.samples_per_epoch,
+            position=self.position,
+            end_position=self.plan.end_position,
+            images_per_s=images_per_s,
+            metric=self.monitor.metric,
+            best=self.monitor.state.best,
+            reason=reason,
+        )
 
     # ------------------------------------------------------------------ state
     def _save(self, best: tuple[str, float] | None = None) -> None:

@@ -1,0 +1,34 @@
+# Two commands on a fresh machine (CPython >= 3.11 with venv, make):
+#   make demo    install into .venv, train three tasks on real digits on two processes, evaluate
+#   make test    the tests, in the same environment
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_FLAGS ?=
+
+.PHONY: demo test lint install clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python >= 3.11, found " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	touch $@
+
+data/digits/dataset.json: | install
+	$(BIN)/mtl prepare digits data/digits
+
+demo: install data/digits/dataset.json
+	$(BIN)/mtl launch configs/digits.yaml --nproc 2
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
