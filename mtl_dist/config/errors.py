@@ -1,0 +1,220 @@
+"""Mistakes in settings as lines that help: where, what was expected, what was found, what to do.
+
+    tasks.depth.weight: expected a number >= 0, found -1. Remove the task to switch it off.
+    optim.weight_decy: unknown key. Did you mean weight_decay? Known keys: kind, lr, weight_decay.
+
+A field's `description` is added to the lines about it, so that a settings class can say what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_core.core_schema import ErrorType
+
+from mtl_dist.config.slots import Slot, is_list, is_mapping, slot_of
+from mtl_dist.config.words import describe, listed, show
+
+Location = tuple[str | int, ...]
+Mistake = tuple[Location, str]
+"""Where a mistake stands (the empty location where it belongs to no place), and its line."""
+
+_OWN_TEXT = ("value_error", "assertion_error")
+_KNOWN_TYPES = frozenset(get_args(ErrorType))
+
+
+def suggest(found: str, choices: Iterable[str], known: str = "Known") -> str:
+    """What to say of a misspelt name: the nearest valid one, and the list.
+
+    >>> suggest("focl", ["focal", "cross_entropy"], "Known losses")
+    'Did you mean focal? Known losses: focal, cross_entropy.'
+    """
+    names = list(choices)
+    near = nearest(found, names)
+    return f"{f'Did you mean {near}? ' if near else ''}{known}: {listed(names)}."
+
+
+def nearest(found: str, choices: Iterable[str]) -> str | None:
+    """The choice that `found` was probably meant to be, if any comes near.
+
+    >>> nearest("Weigth", ["weight", "loss"])
+    'weight'
+    """
+    by_folded = {name.lower().replace("-", "_"): name for name in choices}
+    matches = difflib.get_close_matches(found.lower().replace("-", "_"), by_folded, n=1)
+    return by_folded[matches[0]] if matches else None
+
+
+def dotted(location: Location) -> str:
+    """A location as one writes it on the command line: `data.train.0.path`."""
+    return ".".join(map(str, location))
+
+
+def explain(error: ValidationError, cls: type[BaseModel]) -> list[Mistake]:
+    """Every mistake that validating `cls` found: its location, and one line that begins with it.
+
+    Where several members of a union refuse a value, the one that came closest is spoken of, or all of them
+    in one line.
+    """
+    found = [(detail, _place(cls, detail["loc"])) for detail in error.errors(include_url=False)]
+    lines: dict[Mistake, None] = {}
+    for detail, place in found:
+        if place.union is not None:
+            at, union = place.union
+            reached = {
+                other.branch
+                for other_detail, other in found
+                if other.union == place.union and (other.location != at or other_detail["type"] in _OWN_TEXT)
+            }
+            if reached and place.branch not in reached:
+                continue
+            if not reached:
+                place = _Place(at, union, place.owner)
+        for line in _lines(detail, place, cls):
+            lines[place.location, line] = None
+    return list(lines)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one of pydantic's errors stands in the recipe.
+
+    `location` is free of pydantic's own tags. `owner` is the section that holds it, of the variant `kind`
+    where it has variants. `union` is the last union without a discriminator on the way, with its own
+    location, and `branch` the member of it that the error is about.
+    """
+
+    location: Location
+    slot: Slot | None
+    owner: Slot
+    kind: str = ""
+    union: tuple[Location, Slot] | None = None
+    branch: str = ""
+
+
+def _place(cls: type[BaseModel], loc: Location) -> _Place:
+    slot: Slot | None = Slot(cls)
+    owner = Slot(cls)
+    location: Location = ()
+    kind = variant = ""
+    union, branch = None, ""
+    for item in loc:
+        slot = slot.without_null() if slot is not None else None
+        if slot is not None and slot.discriminator is not None:
+            variant, slot = str(item), slot.variants().get(str(item))
+        elif slot is not None and len(slot.members) > 1:
+            union, branch = (location, slot), str(item)
+            slot = _member(slot, branch)
+        elif item == "[key]":
+            slot = slot_of(get_args(owner.type)[0])
+        else:
+            owner, kind, variant = slot or owner, variant, ""
+            slot = slot.child(item) if slot is not None else None
+            location = (*location, item)
+    return _Place(location, slot, owner, kind, union, branch)
+
+
+def _member(union: Slot, branch: str) -> Slot | None:
+    """The member of a union that pydantic calls `branch`: `MySettings`, `int`, `list[str]`, ..."""
+    words = re.findall(r"\w+", branch)
+    for member in union.members:
+        name = getattr(get_origin(member.type) or member.type, "__name__", "")
+        # A class with validators of its own is called `function-after[check(), MySettings]`.
+        if name == words[0] or (member.model is not None and name in words):
+            return member
+    return None
+
+
+def _lines(detail: ErrorDetails, place: _Place, cls: type[BaseModel]) -> Iterator[str]:
+    kind, value, slot = detail["type"], detail["input"], place.slot
+    where = f"{dotted(place.location)}: " if place.location else ""
+    if kind in _OWN_TEXT:
+        for line in str(detail["ctx"]["error"]).splitlines():
+            field = re.match(r"\w+(?=[.:])", line)
+            inside = place.location and slot and field and slot.child(field[0]) is not None
+            yield f"{dotted(place.location)}.{line}" if inside else where + line
+    elif kind == "extra_forbidden":
+        yield where + _unknown_key(place, cls)
+    elif kind not in _KNOWN_TYPES or slot is None:
+        yield f"{where}{detail['msg']}, found {show(value)}."
+    elif kind in ("union_tag_invalid", "union_tag_not_found"):
+        slot = slot.without_null()
+        key, variants = str(slot.discriminator), list(slot.variants())
+        given = value.get(key) if isinstance(value, dict) else None
+        what = "nothing" if given is None else show(given)
+        near = nearest(str(given), variants)
+        advice = f"Did you mean {near}?" if near else "Add it." if given is None else ""
+        where = dotted((*place.location, key))
+        yield f"{where}: expected one of {listed(variants)}, found {what}. {advice}".rstrip()
+    else:
+        found = "nothing" if kind == "missing" else show(value)
+        key = "a key that is " if detail["loc"][-1:] == ("[key]",) else ""
+        yield f"{where}expected {key}{describe(slot)}, found {found}. {_advice(kind, slot, value)}".rstrip()
+
+
+def _unknown_key(place: _Place, cls: type[BaseModel]) -> str:
+    name = str(place.location[-1])
+    keys = list(place.owner.model.model_fields) if place.owner.model is not None else []
+    of_kind = f" for kind {place.kind}" if place.kind else ""
+    elsewhere = [] if nearest(name, keys) else list(dict.fromkeys(_elsewhere(Slot(cls), name)))
+    if elsewhere:
+        return f"unknown key{of_kind}. Did you mean {' or '.join(elsewhere[:3])}? Known keys: {listed(keys)}."
+    return f"unknown key{of_kind}. {suggest(name, keys, 'Known keys')}"
+
+
+def _elsewhere(slot: Slot, name: str, path: str = "") -> Iterator[str]:
+    """Where else in the settings a key of this name would be right: `train.epochs`, `tasks.*.weight`."""
+    for member in slot.without_null().members:
+        if member.model is not None:
+            for key in member.model.model_fields:
+                if key == name and path:
+                    yield f"{path}{key}"
+                child = member.child(key)
+                if child is not None:
+                    yield from _elsewhere(child, name, f"{path}{key}.")
+        elif (is_mapping(member.type) or is_list(member.type)) and (child := member.child(0)) is not None:
+            yield from _elsewhere(child, name, f"{path}*.")
+
+
+def _advice(kind: str, slot: Slot, value: Any) -> str:
+    """What to do: the field's own description, the repair that is evident, or the default."""
+    field, slot = slot.field, slot.without_null()
+    said = f"{field.description} " if field is not None and field.description else ""
+    if kind == "missing":
+        return f"{said}Add it."
+    if isinstance(value, str):
+        words = [
+            str(choice)
+            for member in slot.members
+            if get_origin(member.type) is Literal
+            for choice in get_args(member.type)
+        ]
+        if near := nearest(value, words):
+            return f"{said}Did you mean {near}?"
+    types = {member.type for member in slot.members}
+    if isinstance(value, str) and types & {int, float} and _is_number(value):
+        return f"{said}Remove the quotes."
+    if isinstance(value, float) and int in types and value.is_integer():
+        return f"{said}Write {int(value)}."
+    if isinstance(value, str | int | float) and is_list(slot.type):
+        return f"{said}Write [{value}]."
+    if said:
+        return said
+    default = Slot(None, field=field).default
+    if isinstance(default, str | int | float):
+        return f"Leave it out for the default, {default if isinstance(default, str) else show(default)}."
+    return "Leave it out for the defaults." if isinstance(default, BaseModel) else ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

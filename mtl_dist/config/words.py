@@ -1,0 +1,95 @@
+"""Settings in words: what a slot accepts, and what a value looks like."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from mtl_dist.config.slots import Slot, is_list, is_mapping
+
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    NoneType: "null",
+    Any: "a value",
+}
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
+_MAX_NAMES = 15
+_MAX_TEXT = 60
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names with commas, cut where there are too many to read."""
+    if not names:
+        return "none"
+    if len(names) <= _MAX_NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[:_MAX_NAMES])}, ... ({len(names)} in all)"
+
+
+def show(value: Any) -> str:
+    """A value as it stands in YAML, or what it is where it is large.
+
+    >>> show("3"), show(3), show(None), show([1, 2])
+    ('"3"', '3', 'null', 'a list of 2')
+    """
+    if isinstance(value, dict):
+        return "a mapping" if value else "an empty mapping"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}" if value else "an empty list"
+    if isinstance(value, str) and len(value) > _MAX_TEXT:
+        value = f"{value[:_MAX_TEXT]}..."
+    return json.dumps(value, ensure_ascii=False)
+
+
+def describe(slot: Slot) -> str:
+    """What a slot accepts, in words: `an integer >= 1`, `one of off, stage, block`."""
+    null = " or null" if slot.takes_null and slot.type not in (None, NoneType, Any) else ""
+    slot = slot.without_null()
+    if slot.discriminator is not None:
+        return f"a mapping with {slot.discriminator} one of {listed(list(slot.variants()))}{null}"
+    if len(slot.members) > 1:
+        return " or ".join(dict.fromkeys(describe(member) for member in slot.members)) + null
+    return _describe_type(slot) + _describe_constraints(slot) + null
+
+
+def _describe_type(slot: Slot) -> str:
+    if get_origin(slot.type) is Literal:
+        choices = [value if isinstance(value, str) else show(value) for value in get_args(slot.type)]
+        return choices[0] if len(choices) == 1 else f"one of {listed(choices)}"
+    if slot.model is not None:
+        return f"a mapping with keys among {listed(list(slot.model.model_fields))}"
+    if is_mapping(slot.type):
+        return "a mapping"
+    if is_list(slot.type):
+        arguments = get_args(slot.type)
+        if get_origin(slot.type) is tuple and Ellipsis not in arguments:
+            items = [slot.child(index) for index in range(len(arguments))]
+            return (
+                f"a list of {len(items)}: {', '.join(describe(item) for item in items if item is not None)}"
+            )
+        item = slot.child(0)
+        return "a list" if item is None else f"a list, each item {describe(item)}"
+    return _WORDS.get(slot.type, getattr(slot.type, "__name__", str(slot.type)))
+
+
+def _describe_constraints(slot: Slot) -> str:
+    unit = "items" if is_list(slot.type) or is_mapping(slot.type) else "characters"
+    parts = []
+    for constraint in slot.constraints:
+        for name, sign in _BOUNDS.items():
+            if (bound := getattr(constraint, name, None)) is not None:
+                parts.append(f"{sign} {bound}")
+        if getattr(constraint, "min_length", None):
+            parts.append(f"with at least {constraint.min_length} {unit}")
+        if getattr(constraint, "max_length", None) is not None:
+            parts.append(f"with at most {constraint.max_length} {unit}")
+        if getattr(constraint, "pattern", None) is not None:
+            parts.append(f"like {constraint.pattern}")
+    return f" {' and '.join(parts)}" if parts else ""
