@@ -99,14 +99,13 @@ class ClassificationMetrics(Accumulator):
             target[None], output.argmax(dim=1)[None], labelled_B[None], self._num_classes
         )
         if self._ranking:
-            # Probabilities by their logarithm, from float64: in float32 confident ones all round to 1 and
-            # tie.
+            # Logarithms of probabilities, from float64: in float32 all confident ones round to 1 and tie.
             scores_BC = output.double().log_softmax(dim=1).float()
             self.scores.append(scores_BC[:, self._first_ranked :])
             self.truths.append(torch.where(labelled_B, target, UNLABELLED))
 
     def compute(self) -> dict[str, float]:
-        self._confusion = self.confusion.cpu().numpy()
+        self._confusion = self.confusion.cpu().numpy().copy()
         hits_C, true_C, predicted_C = _margins(self.confusion)
         occurs_C, seen_C = true_C > 0, true_C + predicted_C > 0
         recall_C = hits_C / true_C.clamp(min=1)
@@ -157,7 +156,7 @@ class MultilabelMetrics(Accumulator):
         counts = [true_BC & predicted_BC, true_BC, predicted_BC, counted_BC]
         self.counts += torch.stack([count.sum(dim=0) for count in counts])
         if self._ranking:
-            self.scores.append(output.float())
+            self.scores.append(output.detach().float())
             self.truths.append(torch.where(counted_BC, true_BC.to(torch.int8), UNLABELLED))
 
     def compute(self) -> dict[str, float]:
@@ -185,8 +184,8 @@ class RegressionMetrics(Accumulator):
     """Errors in the target's own unit, from float64 sums.
 
     r2 is 1 - (squared error) / (squared deviation from the mean of the split's targets), NaN where the
-    targets do not vary. torchmetrics' own sums targets in float32, which cancels when their mean is far from 0,
-    and takes every squared error below 1e-4 for none.
+    targets do not vary. torchmetrics' own sums targets in float32, which cancels when their mean is far from
+    0, and takes every squared error below 1e-4 for none.
     """
 
     sums: Tensor
@@ -249,7 +248,7 @@ class SegmentationMetrics(Accumulator):
         self.num_samples += labelled_B.sum()
 
     def compute(self) -> dict[str, float]:
-        self._confusion = self.confusion.cpu().numpy()
+        self._confusion = self.confusion.cpu().numpy().copy()
         hits_C, true_C, predicted_C = _margins(self.confusion)
         both_C = true_C + predicted_C
         seen_C = (both_C > 0)[1:]

@@ -153,7 +153,7 @@ def require_fit(name: str, kind: TaskKind, info: TaskInfo, min_classes: int = 0)
         )
     if len(info.classes) < min_classes:
         raise UserError(
-            f"tasks.{name}: expected at least {min_classes} classes in the dataset, found {len(info.classes)}"
+            f"tasks.{name}: expected {min_classes} or more classes in the dataset, found {len(info.classes)}"
             f"{_listed(info.classes)}. Prepare the dataset with all its classes, or remove the task."
         )
 

@@ -1,0 +1,109 @@
+"""Metrics over two real ranks are those of one."""
+
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from mtl_dist.specs import TaskInfo
+from mtl_dist.tasks.classification import ClassificationSettings
+from mtl_dist.tasks.multilabel import MultilabelSettings
+from mtl_dist.tasks.regression import RegressionSettings
+from mtl_dist.tasks.segmentation import SegmentationSettings
+from mtl_dist.tasks.task import Task
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+TASKS: dict[str, Task] = {
+    name: settings.build(name, info)
+    for name, settings, info in [
+        ("two", ClassificationSettings(), TaskInfo("classification", ("a", "b"), 9)),
+        ("three", ClassificationSettings(), TaskInfo("classification", ("a", "b", "c"), 9)),
+        ("tags", MultilabelSettings(), TaskInfo("multilabel", ("a", "b", "c"), 9)),
+        ("age", RegressionSettings(), TaskInfo("regression", mean=40.0, std=12.0)),
+        ("mask", SegmentationSettings(), TaskInfo("segmentation", ("background", "a", "b"), 9)),
+    ]
+}
+
+BATCHES = {
+    "both ranks have labels": ([True, True], [True, True]),
+    "one rank has more batches": ([True, True, True], [True]),
+    "one rank has no label": ([True, True], [False, False]),
+    "one rank has no batch": ([True, True], []),
+    "no rank has a label": ([False], [False]),
+    "no rank has a batch": ([], []),
+}
+"""For each rank whether the samples of its batches have labels."""
+
+
+def batches(task: Task, labelled: list[bool], rank: int) -> list[Batch]:
+    """Batches of four and five samples; of a labelled batch the second sample has no label all the same."""
+    key = torch.Generator().manual_seed(rank)
+    num_classes = len(task.info.classes)
+    size = [3, 3] if task.head.layout == "map" else []
+    made = []
+    for index, has_labels in enumerate(labelled):
+        num = 4 + index % 2
+        output = torch.randn(num, task.head.num_outputs, *size, generator=key)
+        match task.info.kind:
+            case "multilabel":
+                target = torch.randint(2, (num, num_classes), generator=key).float()
+            case "regression":
+                target = 40 + 12 * torch.randn(num, generator=key)
+            case "classification":
+                target = torch.randint(num_classes, (num,), generator=key)
+            case "segmentation":
+                target = torch.randint(num_classes, (num, *size), generator=key).to(torch.uint8)
+        labelled_B = torch.full((num,), has_labels)
+        labelled_B[1] = False
+        made.append((output, target, labelled_B))
+    return made
+
+
+def measure(task: Task, given: list[Batch]) -> tuple[dict[str, float], Any]:
+    metrics = task.metrics()
+    for batch in given:
+        metrics.update(*batch)
+    return metrics.compute(), metrics.confusion_matrix()
+
+
+def run_rank(rank: int, folder: str) -> None:
+    warnings.simplefilter("error")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found = {
+        (case, name): measure(task, batches(task, labelled[rank], rank))
+        for case, labelled in BATCHES.items()
+        for name, task in TASKS.items()
+    }
+    torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(run_rank, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("case", BATCHES)
+def test_two_ranks_measure_what_one_does_and_agree(found, case, name):
+    task = TASKS[name]
+    together = [batch for rank in range(2) for batch in batches(task, BATCHES[case][rank], rank)]
+    expected, expected_matrix = measure(task, together)
+    for values, matrix in (rank[case, name] for rank in found):
+        assert values == pytest.approx(expected, rel=1e-12, nan_ok=True)
+        assert (matrix is None and expected_matrix is None) or (matrix == expected_matrix).all()
+    if case.startswith("no rank"):
+        assert all(math.isnan(value) for key, value in expected.items() if key != "num_samples")
+    else:
+        assert expected["num_samples"] > 0

@@ -1,0 +1,298 @@
+"""The metrics have scikit-learn's values on the labelled samples, each counted once."""
+
+import math
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as reference
+from torch import Tensor
+from torchmetrics.functional import classification as functional
+
+from mtl_dist.specs import TaskInfo
+from mtl_dist.tasks.accumulators import Accumulator
+from mtl_dist.tasks.classification import ClassificationSettings
+from mtl_dist.tasks.metrics import TaskMetrics
+from mtl_dist.tasks.multilabel import MultilabelSettings
+from mtl_dist.tasks.ranking import auroc, average_precision
+from mtl_dist.tasks.regression import RegressionSettings
+from mtl_dist.tasks.segmentation import SegmentationSettings
+from mtl_dist.tasks.segmentation_losses import BceDiceSettings
+from mtl_dist.tasks.task import Task
+
+
+def classification(num_classes: int) -> Task:
+    classes = tuple("abcdefgh"[:num_classes])
+    return ClassificationSettings().build("it", TaskInfo("classification", classes, 9, (3,) * num_classes))
+
+
+MULTILABEL = MultilabelSettings().build("it", TaskInfo("multilabel", ("a", "b", "c"), 9, (3, 3, 3)))
+REGRESSION = RegressionSettings().build("it", TaskInfo("regression", (), 9, (), mean=40.0, std=12.0))
+PETS = SegmentationSettings().build("it", TaskInfo("segmentation", ("background", "cat", "border"), 9))
+LESION = SegmentationSettings(loss=BceDiceSettings()).build(
+    "it", TaskInfo("segmentation", ("background", "lesion"), 9)
+)
+
+
+def measured(
+    task: Task, output: Tensor, target: Tensor, labelled_B: Tensor | None = None
+) -> dict[str, float]:
+    """The metrics over batches of three, as NaN-proof floats."""
+    labelled_B = torch.ones(len(target), dtype=torch.bool) if labelled_B is None else labelled_B
+    metrics = task.metrics()
+    for batch in zip(output.split(3), target.split(3), labelled_B.split(3), strict=True):
+        metrics.update(*batch)
+    return metrics.compute()
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+close = partial(pytest.approx, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_classification_metrics_are_scikit_learns(num_classes):
+    output = 2 * normal(200, num_classes)
+    target = (normal(200, seed=1).abs() * 1.5).long().clamp(max=num_classes - 1)
+    probabilities, predicted = output.double().softmax(dim=1).numpy(), output.argmax(dim=1)
+    macro = {"average": "macro", "zero_division": 0}
+    scores = probabilities[:, 1] if num_classes == 2 else probabilities
+    assert measured(classification(num_classes), output, target) == close(
+        {
+            "accuracy": reference.accuracy_score(target, predicted),
+            "balanced_accuracy": reference.balanced_accuracy_score(target, predicted),
+            "precision": reference.precision_score(target, predicted, **macro),
+            "recall": reference.recall_score(target, predicted, **macro),
+            "f1": reference.f1_score(target, predicted, **macro),
+            "auroc": reference.roc_auc_score(target, scores, multi_class="ovr"),
+            "num_samples": 200.0,
+        }
+    )
+
+
+def test_classification_metrics_are_torchmetrics():
+    output, target = 2 * normal(200, 4), torch.arange(200) % 4
+    found = measured(classification(4), output, target)
+    probabilities = output.softmax(dim=1)
+    assert found["precision"] == close(functional.multiclass_precision(probabilities, target, 4).item())
+    assert found["recall"] == close(functional.multiclass_recall(probabilities, target, 4).item())
+    assert found["f1"] == close(functional.multiclass_f1_score(probabilities, target, 4).item())
+    assert found["auroc"] == close(functional.multiclass_auroc(probabilities, target, 4).item())
+
+
+def test_a_class_that_does_not_occur_is_left_out_of_the_averages():
+    target = torch.tensor([0, 0, 1, 1, 0])
+    output = torch.tensor([[2.0, 1.0], [1.0, 2.0], [0.0, 1.0], [1.0, 3.0], [3.0, 0.0]])
+    never_predicted = torch.cat([output, torch.full((5, 1), -9.0)], dim=1)
+    assert measured(classification(3), never_predicted, target) == pytest.approx(
+        measured(classification(2), output, target)
+    )
+
+    predicted_once = never_predicted.clone()
+    predicted_once[0, 2] = 9.0
+    found = measured(classification(3), predicted_once, target)
+    predicted = predicted_once.argmax(dim=1)
+    macro = {"average": "macro", "zero_division": 0}
+    assert found["recall"] == close(reference.recall_score(target, predicted, **macro))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert found["balanced_accuracy"] == close(reference.balanced_accuracy_score(target, predicted))
+
+
+def test_confident_scores_do_not_tie():
+    output = torch.tensor([[0.0, 20.0], [0.0, 21.0], [0.0, 22.0], [0.0, 23.0]])
+    assert bool((output.softmax(dim=1)[:, 1] == 1).all())
+    assert measured(classification(2), output, torch.tensor([0, 0, 1, 1]))["auroc"] == 1.0
+    padded = torch.cat([output, torch.full((4, 1), -30.0)], dim=1)
+    assert measured(classification(3), padded, torch.tensor([0, 1, 0, 1]))["auroc"] == 0.75
+
+
+def test_ranking_counts_ties_half_and_matches_scikit_learn():
+    scores = (4 * normal(300)).round()
+    positive = normal(300, seed=1) + scores / 5 > 0.4
+    assert auroc(scores, positive) == close(reference.roc_auc_score(positive, scores))
+    assert average_precision(scores, positive) == close(reference.average_precision_score(positive, scores))
+    assert auroc(torch.zeros(10), torch.arange(10) < 3) == 0.5
+
+
+def test_ranking_is_undefined_without_a_positive_and_with_undefined_scores():
+    nothing = torch.zeros(4, dtype=torch.bool)
+    assert math.isnan(auroc(normal(4), nothing)) and math.isnan(auroc(normal(4), ~nothing))
+    assert math.isnan(average_precision(normal(4), nothing)) and average_precision(normal(4), ~nothing) == 1
+    undefined = torch.tensor([0.1, math.nan, 0.3])
+    some = torch.tensor([True, False, True])
+    assert math.isnan(auroc(undefined, some)) and math.isnan(average_precision(undefined, some))
+
+
+def test_multilabel_metrics_are_scikit_learns():
+    output, target = normal(200, 3), (normal(200, 3, seed=1) > 0.5).float()
+    truth, predicted = target.numpy().astype(int), (output > 0).numpy().astype(int)
+    macro = {"average": "macro"}
+    assert measured(MULTILABEL, output, target) == close(
+        {
+            "accuracy": 1 - reference.hamming_loss(truth, predicted),
+            "precision": reference.precision_score(truth, predicted, **macro),
+            "recall": reference.recall_score(truth, predicted, **macro),
+            "f1": reference.f1_score(truth, predicted, **macro),
+            "auroc": reference.roc_auc_score(truth, output, **macro),
+            "mean_average_precision": reference.average_precision_score(truth, output, **macro),
+            "num_samples": 200.0,
+        }
+    )
+
+
+def test_a_label_that_does_not_occur_is_left_out_of_the_averages():
+    output, target = normal(20, 3), (normal(20, 3, seed=1) > 0.5).float()
+    output[:, 2], target[:, 2] = -5.0, 0.0
+    found = measured(MULTILABEL, output, target)
+    truth, predicted = target[:, :2].numpy().astype(int), (output[:, :2] > 0).numpy().astype(int)
+    assert found["f1"] == close(reference.f1_score(truth, predicted, average="macro"))
+    assert found["auroc"] == close(reference.roc_auc_score(truth, output[:, :2], average="macro"))
+    assert found["mean_average_precision"] == close(
+        reference.average_precision_score(truth, output[:, :2], average="macro")
+    )
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(12.0, 40.0), (1e-4, 0.0), (1.0, 1e5)])
+def test_regression_metrics_are_scikit_learns_in_the_targets_unit(scale, offset):
+    info = TaskInfo("regression", (), 9, (), mean=offset, std=scale)
+    task = RegressionSettings().build("it", info)
+    target = offset + scale * normal(200)
+    output = normal(200, 1) + 0.3 * normal(200, 1, seed=1)
+    predicted = output[:, 0].double() * scale + offset
+    assert measured(task, output, target) == pytest.approx(
+        {
+            "mae": reference.mean_absolute_error(target.double(), predicted),
+            "rmse": reference.root_mean_squared_error(target.double(), predicted),
+            "mse": reference.mean_squared_error(target.double(), predicted),
+            "r2": reference.r2_score(target.double(), predicted),
+            "num_samples": 200.0,
+        },
+        rel=1e-9,
+    )
+
+
+def test_r2_is_undefined_for_one_sample_and_for_targets_that_do_not_vary():
+    for num in (1, 5):
+        found = measured(REGRESSION, normal(num, 1), torch.full((num,), 33.3))
+        assert math.isnan(found["r2"]) and found["mae"] > 0
+
+
+def test_masks_are_measured_by_the_pixels_of_the_whole_split_over_foreground_classes():
+    output = 2 * normal(7, 3, 6, 5)
+    target = torch.randint(3, (7, 6, 5), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    target[:, :2, :3] = 255
+    valid = (target != 255).numpy()
+    truth, predicted = target.numpy()[valid], output.argmax(dim=1).numpy()[valid]
+    foreground = {"labels": [1, 2], "average": "macro"}
+    assert measured(PETS, output, target) == close(
+        {
+            "dice": reference.f1_score(truth, predicted, **foreground),
+            "iou": reference.jaccard_score(truth, predicted, **foreground),
+            "pixel_accuracy": reference.accuracy_score(truth, predicted),
+            "num_samples": 7.0,
+        }
+    )
+
+
+def test_masks_of_two_classes_are_measured_by_their_foreground():
+    output, target = normal(4, 1, 6, 5), (normal(4, 6, 5, seed=1) > 0).to(torch.uint8)
+    truth, predicted = target.flatten(), (output > 0).flatten()
+    found = measured(LESION, output, target)
+    assert found["dice"] == close(reference.f1_score(truth, predicted))
+    assert found["iou"] == close(reference.jaccard_score(truth, predicted))
+
+
+def test_masks_are_measured_at_their_own_resolution():
+    output = torch.full((1, 1, 2, 2), -1.0)
+    output[..., 0] = 1.0
+    target = torch.tensor([[1, 1, 0, 0]], dtype=torch.uint8).expand(1, 4, 4)
+    assert measured(LESION, output, target)["dice"] == 1.0
+
+
+def test_a_class_without_pixels_is_left_out_and_no_foreground_at_all_is_undefined():
+    target = torch.tensor([[[0, 1], [1, 1]]], dtype=torch.uint8)
+    output = torch.nn.functional.one_hot(target.long(), 3).permute(0, 3, 1, 2).float()
+    assert measured(PETS, output, target)["dice"] == 1.0
+    empty = torch.zeros_like(target)
+    found = measured(LESION, torch.full((1, 1, 2, 2), -1.0), empty)
+    assert math.isnan(found["dice"]) and math.isnan(found["iou"]) and found["pixel_accuracy"] == 1.0
+
+
+CASES = {
+    "classification": (classification(3), normal(9, 3), torch.arange(9) % 3, -7),
+    "multilabel": (MULTILABEL, normal(9, 3), (normal(9, 3, seed=1) > 0).float(), math.nan),
+    "regression": (REGRESSION, normal(9, 1), 40 + 12 * normal(9), math.nan),
+    "masks": (PETS, normal(9, 3, 4, 4), (torch.arange(144).view(9, 4, 4) % 3).to(torch.uint8), 77),
+}
+every_kind = pytest.mark.parametrize("kind", CASES)
+
+
+@every_kind
+def test_samples_without_a_label_leave_no_trace(kind):
+    task, output, target, nonsense = CASES[kind]
+    labelled_B = torch.tensor([True, False, True, True, False, False, True, False, True])
+    among_output, among_target = output.clone(), target.clone()
+    among_output[~labelled_B], among_target[~labelled_B] = math.nan, nonsense
+    assert measured(task, among_output, among_target, labelled_B) == measured(
+        task, output[labelled_B], target[labelled_B]
+    )
+
+
+@every_kind
+def test_metrics_without_a_label_are_undefined_and_quiet(kind):
+    task, output, target, _ = CASES[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for values in (
+            task.metrics().compute(),
+            measured(task, output, target, torch.zeros(9, dtype=torch.bool)),
+        ):
+            assert values.pop("num_samples") == 0
+            assert all(math.isnan(value) for value in values.values())
+
+
+@every_kind
+def test_metrics_go_on_after_compute_and_start_anew_after_reset(kind):
+    task, output, target, _ = CASES[kind]
+    labelled_B = torch.ones(9, dtype=torch.bool)
+    metrics = task.metrics()
+    metrics.update(output[:4], target[:4], labelled_B[:4])
+    assert metrics.compute() == measured(task, output[:4], target[:4])
+    matrix = metrics.confusion_matrix()
+    before = None if matrix is None else matrix.copy()
+    metrics.update(output[4:], target[4:], labelled_B[4:])
+    assert metrics.compute() == measured(task, output, target)
+    assert np.array_equal(matrix, before)
+    metrics.reset()
+    metrics.update(output[4:], target[4:], labelled_B[4:])
+    assert metrics.compute() == measured(task, output[4:], target[4:])
+
+
+@every_kind
+def test_metrics_hold_no_gradient_graph(kind):
+    task, output, target, _ = CASES[kind]
+    metrics = task.metrics()
+    metrics.update(output.clone().requires_grad_(), target, torch.ones(9, dtype=torch.bool))
+    assert isinstance(metrics, Accumulator)
+    for state in metrics.metric_state.values():
+        assert not any(tensor.requires_grad for tensor in (state if isinstance(state, list) else [state]))
+
+
+def test_confusion_matrices_have_the_true_classes_in_rows():
+    output, target = normal(60, 3), torch.arange(60) % 3
+    metrics = classification(3).metrics()
+    metrics.update(output, target, torch.ones(60, dtype=torch.bool))
+    assert np.array_equal(
+        metrics.confusion_matrix(), reference.confusion_matrix(target, output.argmax(dim=1))
+    )
+    pixels: TaskMetrics = PETS.metrics()
+    _, maps, masks, _ = CASES["masks"]
+    pixels.update(maps, masks, torch.ones(9, dtype=torch.bool))
+    expected = reference.confusion_matrix(masks.flatten(), maps.argmax(dim=1).flatten())
+    assert np.array_equal(pixels.confusion_matrix(), expected)
+    assert REGRESSION.metrics().confusion_matrix() is None and MULTILABEL.metrics().confusion_matrix() is None
