@@ -85,15 +85,16 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> list[Mistake]:
 class _Place:
     """Where one of pydantic's errors stands in the recipe.
 
-    `location` is free of pydantic's own tags. `owner` is the section that holds it, of the variant `kind`
-    where it has variants. `union` is the last union without a discriminator on the way, with its own
-    location, and `branch` the member of it that the error is about.
+    `location` is free of pydantic's own tags, and `owner` is the section that holds it; where that section
+    has variants, `variant` is the slot of all of them and the name of this one. `union` is the last union
+    without a discriminator on the way, with its own location, and `branch` the member of it that the error
+    is about.
     """
 
     location: Location
     slot: Slot | None
     owner: Slot
-    kind: str = ""
+    variant: tuple[Slot, str] | None = None
     union: tuple[Location, Slot] | None = None
     branch: str = ""
 
@@ -102,22 +103,23 @@ def _place(cls: type[BaseModel], loc: Location) -> _Place:
     slot: Slot | None = Slot(cls)
     owner = Slot(cls)
     location: Location = ()
-    kind = variant = ""
+    variant: tuple[Slot, str] | None = None
+    chosen: tuple[Slot, str] | None = None
     union, branch = None, ""
     for item in loc:
         slot = slot.without_null() if slot is not None else None
         if slot is not None and slot.discriminator is not None:
-            variant, slot = str(item), slot.variants().get(str(item))
+            chosen, slot = (slot, str(item)), slot.variants().get(str(item))
         elif slot is not None and len(slot.members) > 1:
             union, branch = (location, slot), str(item)
             slot = _member(slot, branch)
         elif item == "[key]":
             slot = slot_of(get_args(owner.type)[0])
         else:
-            owner, kind, variant = slot or owner, variant, ""
+            owner, variant, chosen = slot or owner, chosen, None
             slot = slot.child(item) if slot is not None else None
             location = (*location, item)
-    return _Place(location, slot, owner, kind, union, branch)
+    return _Place(location, slot, owner, variant, union, branch)
 
 
 def _member(union: Slot, branch: str) -> Slot | None:
@@ -148,7 +150,7 @@ def _lines(detail: ErrorDetails, place: _Place, cls: type[BaseModel]) -> Iterato
         key, variants = str(slot.discriminator), list(slot.variants())
         given = value.get(key) if isinstance(value, dict) else None
         what = "nothing" if given is None else show(given)
-        near = nearest(str(given), variants)
+        near = nearest(given, variants) if isinstance(given, str) else None
         advice = f"Did you mean {near}?" if near else "Add it." if given is None else ""
         where = dotted((*place.location, key))
         yield f"{where}: expected one of {listed(variants)}, found {what}. {advice}".rstrip()
@@ -161,11 +163,16 @@ def _lines(detail: ErrorDetails, place: _Place, cls: type[BaseModel]) -> Iterato
 def _unknown_key(place: _Place, cls: type[BaseModel]) -> str:
     name = str(place.location[-1])
     keys = list(place.owner.model.model_fields) if place.owner.model is not None else []
-    of_kind = f" for kind {place.kind}" if place.kind else ""
-    elsewhere = [] if nearest(name, keys) else list(dict.fromkeys(_elsewhere(Slot(cls), name)))
-    if elsewhere:
-        return f"unknown key{of_kind}. Did you mean {' or '.join(elsewhere[:3])}? Known keys: {listed(keys)}."
-    return f"unknown key{of_kind}. {suggest(name, keys, 'Known keys')}"
+    advice = suggest(name, keys, "Known keys")
+    if place.variant is not None:
+        union, kind = place.variant
+        others = [other for other, slot in union.variants().items() if slot.child(name) is not None]
+        advice = f"It belongs to {' and '.join(others)}. {advice}" if others else advice
+        return f"unknown key for {union.discriminator} {kind}. {advice}"
+    elsewhere = list(dict.fromkeys(_elsewhere(Slot(cls), name)))
+    if elsewhere and not nearest(name, keys):
+        advice = f"Did you mean {' or '.join(elsewhere[:3])}? {advice}"
+    return f"unknown key. {advice}"
 
 
 def _elsewhere(slot: Slot, name: str, path: str = "") -> Iterator[str]:
@@ -208,7 +215,8 @@ def _advice(kind: str, slot: Slot, value: Any) -> str:
         return said
     default = Slot(None, field=field).default
     if isinstance(default, str | int | float):
-        return f"Leave it out for the default, {default if isinstance(default, str) else show(default)}."
+        word = default if isinstance(default, str) and default else show(default)
+        return f"Leave it out for the default, {word}."
     return "Leave it out for the defaults." if isinstance(default, BaseModel) else ""
 
 

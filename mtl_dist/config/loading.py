@@ -105,11 +105,13 @@ def _instead_of(path: Path) -> str:
         return "a directory. Name a file in it."
     if not path.parent.is_dir():
         return f"no directory {path.parent}."
-    names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml"))
-    near = nearest(path.name, names)
+    there = {
+        entry.stem: entry for entry in sorted(path.parent.iterdir()) if entry.suffix in (".yaml", ".yml")
+    }
+    near = nearest(path.stem, there)
     if near is not None:
-        return f"none. Did you mean {path.parent / near}?"
-    return f"none. YAML files in {path.parent}: {listed(names)}."
+        return f"none. Did you mean {there[near]}?"
+    return f"none. YAML files in {path.parent}: {listed([entry.name for entry in there.values()])}."
 
 
 def _without_bad_references(value: Any, location: Location, mistakes: list[Mistake]) -> Any:
