@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError, model_validator
 
@@ -357,6 +357,7 @@ recipes = st.builds(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(recipe=recipes)
 def test_what_is_written_loads_into_an_equal_object(
     recipe: Recipe, tmp_path_factory: pytest.TempPathFactory

@@ -1,0 +1,105 @@
+"""Imports run downhill: a module imports from lower layers, and the packages of layer 1 are strangers.
+
+Imports inside functions and under TYPE_CHECKING count too: what is known is known. A new module is put into
+the table below, where it belongs.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import mtl_dist
+
+PACKAGE = Path(mtl_dist.__file__).parent
+
+LAYERS: dict[int, str] = {
+    0: "errors specs batch durable status config",
+    1: "tasks models balance data",
+    2: "engine checkpoint optim ema monitor tracking curves stopping",
+    3: "step",
+    4: "trainer evaluator",
+    5: "recipe run_folder results assemble runs debug predictor",
+    6: "launch report",
+    7: "cli __main__",
+}
+LAYER = {room: number for number, rooms in LAYERS.items() for room in rooms.split()}
+STRANGERS = LAYERS[1].split()
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """The modules of the package that a file imports, dotted, without the package's own name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            # `from mtl_dist import checkpoint` names a module by what it imports.
+            at_top = node.module == "mtl_dist"
+            names = [f"mtl_dist.{alias.name}" for alias in node.names] if at_top else [node.module or ""]
+        else:
+            continue
+        yield from (name.removeprefix("mtl_dist.") for name in names if name.startswith("mtl_dist."))
+
+
+def modules() -> dict[str, set[str]]:
+    """Every module of the package and what it imports of the package."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if name != "__init__":
+            found[name] = set(imports_of(path)) - {"__version__"}
+    return found
+
+
+MODULES = modules()
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_module_has_its_layer() -> None:
+    assert sorted({room(module) for module in MODULES} - set(LAYER)) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_downhill(module: str) -> None:
+    here = LAYER[room(module)]
+    assert [other for other in sorted(MODULES[module]) if LAYER[room(other)] > here] == []
+
+
+@pytest.mark.parametrize("package", STRANGERS)
+def test_the_packages_of_layer_1_do_not_know_one_another(package: str) -> None:
+    strangers = {
+        f"{module} imports {other}"
+        for module, others in MODULES.items()
+        for other in others
+        if room(module) == package and room(other) in STRANGERS and room(other) != package
+    }
+    assert strangers == set()
+
+
+def test_rooms_of_one_layer_and_modules_of_one_package_do_not_import_in_circles() -> None:
+    rooms: dict[str, set[str]] = {}
+    for module, others in MODULES.items():
+        rooms.setdefault(room(module), set()).update(
+            room(other) for other in others if room(other) != room(module)
+        )
+    for graph in (rooms, MODULES):
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_importing_the_package_imports_none_of_its_modules() -> None:
+    """Only its functions may, when they are called: `import mtl_dist` and `mtl --help` stay quick."""
+    body = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
+    imported = [node.module or "" for node in body if isinstance(node, ast.ImportFrom)]
+    imported += [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
+    assert [name for name in imported if name.startswith("mtl_dist")] == []
