@@ -5,13 +5,13 @@ This module loads without torchmetrics, which takes seconds to import, so that a
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mtl_dist.config.errors import suggest
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskKind
 
@@ -85,12 +85,7 @@ def mode_of(metric: str) -> Mode:
         modes |= named
     name = metric.rsplit("/", 1)[-1]
     if name not in modes:
-        raise UserError(f"{metric}: expected a metric, found {name!r}. {did_you_mean(name, tuple(modes))}")
+        raise UserError(
+            f"{metric}: expected a metric, found {name!r}. {suggest(name, modes, 'Known metrics')}"
+        )
     return modes[name]
-
-
-def did_you_mean(name: str, valid: tuple[str, ...]) -> str:
-    """The nearest valid name, where one is near, and the list of all."""
-    near = get_close_matches(name, valid, n=1)
-    question = f"Did you mean {near[0]!r}? " if near else ""
-    return f"{question}Valid: {', '.join(valid) or 'none'}."

@@ -7,10 +7,10 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from mtl_dist.config.errors import suggest
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.classification import ClassificationSettings
-from mtl_dist.tasks.metrics import did_you_mean
 from mtl_dist.tasks.multilabel import MultilabelSettings
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
@@ -33,10 +33,8 @@ def build_tasks(settings: Mapping[str, TaskSettings], infos: Mapping[str, TaskIn
     for name, task_settings in settings.items():
         try:
             if name not in infos:
-                raise UserError(
-                    f"tasks.{name}: expected a task of the dataset, found none of this name. "
-                    f"{did_you_mean(name, tuple(infos))}"
-                )
+                advice = suggest(name, infos, "The dataset's tasks")
+                raise UserError(f"tasks.{name}: expected a task of the dataset, found none such. {advice}")
             tasks[name] = task_settings.build(name, infos[name])
         except UserError as mistake:
             mistakes.append(str(mistake))

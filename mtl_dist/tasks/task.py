@@ -61,7 +61,7 @@ class CommonTaskSettings(Settings, ABC):
     """What every kind of task has in its settings."""
 
     kind: TaskKind
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Annotated[float, Field(ge=0, description="Remove the task to switch it off.")] = 1.0
     """The task's share in the total loss; the balancing method applies it."""
 
     @abstractmethod
