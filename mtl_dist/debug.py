@@ -21,7 +21,7 @@ from mtl_dist.data.loader import open_data, train_loader
 from mtl_dist.engine.accelerated import connect_accelerate
 from mtl_dist.engine.world import launched_size
 from mtl_dist.errors import UserError
-from mtl_dist.models.multitask import describe
+from mtl_dist.models.describe import describe
 from mtl_dist.recipe import Recipe
 from mtl_dist.specs import TaskKind
 from mtl_dist.step import RootModule, WindowTotals, count_labels
