@@ -1,0 +1,76 @@
+"""A model in words: its features, outputs and parameters, for `--debug` and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from mtl_dist.models.multitask import MultitaskModel
+from mtl_dist.models.tracing import on_meta
+
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+
+
+def describe(model: MultitaskModel, image_size: tuple[int, int]) -> str:
+    """The features' and outputs' sizes for images of `image_size` (H, W), and the parameters of each part.
+
+    Computed on the meta device: it costs no memory and works wherever the model lies.
+    """
+    channels = model.mean.shape[1]
+    image = torch.empty(1, channels, *image_size, device="meta")
+    features, outputs = on_meta(_Shapes(model), image)
+    lines = [
+        f"images: {_size((channels, *image_size))}, mean {_values(model.mean)}, std {_values(model.std)}"
+    ]
+    if model.backbone is not None:
+        lines += _backbone_lines("backbone", model.backbone, features, "")
+    if model.backbones is not None:
+        for task, backbone in model.backbones.items():
+            lines += _backbone_lines(f"backbone of {task}", backbone, features, f"{task}/")
+    for task, head in model.heads.items():
+        reads = ", ".join(model.feature_names(task))
+        lines.append(f"head {task}: {_count(head.parameters())}, {reads} -> {_size(outputs[task])}")
+    lines.append(f"in all: {_count(model.parameters())}")
+    return "\n".join(lines)
+
+
+def _backbone_lines(title: str, backbone: nn.Module, features: Shapes, prefix: str) -> list[str]:
+    lines = [f"{title}: {_count(backbone.parameters())}"]
+    own = {name: shape for name, shape in features.items() if name.startswith(prefix)}
+    return lines + [f"    {name:<10}  {_size(shape)}" for name, shape in own.items()]
+
+
+class _Shapes(nn.Module):
+    """Gives the shapes of the features and the outputs, without the batch; a module to swap weights in."""
+
+    def __init__(self, model: MultitaskModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_BCHW: Tensor) -> tuple[Shapes, Shapes]:
+        features = self.model.features(images_BCHW)
+        outputs = self.model.heads_forward(features, (images_BCHW.shape[2], images_BCHW.shape[3]))
+        return (
+            {name: tuple(feature.shape[1:]) for name, feature in features.items()},
+            {task: tuple(output.shape[1:]) for task, output in outputs.items()},
+        )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> str:
+    """The number of parameters, and how many of them are frozen."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
+    frozen = sum(size for size, trained in sizes if not trained)
+    return f"{sum(size for size, _ in sizes):,} parameters" + (
+        f", {frozen:,} of them frozen" if frozen else ""
+    )
+
+
+def _values(buffer: Tensor) -> str:
+    return "/".join(f"{value:.4g}" for value in buffer.flatten().tolist())

@@ -1,0 +1,104 @@
+"""Heads: what turns a backbone's features into one task's output.
+
+Shape legend: batch.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from mtl_dist.errors import UserError
+from mtl_dist.models.backbones import Network
+from mtl_dist.models.settings import DecoderNorm, DecoderSettings, HeadSettings, ModelSettings
+from mtl_dist.models.unet import UNetDecoder, plan_decoder
+from mtl_dist.specs import HeadSpec
+
+
+class VectorHead(nn.Module):
+    """Hidden layers with ReLU and dropout, then the output layer, over the vector.
+
+    The vector is the feature named `source`, or the mean over it where that is a map.
+    """
+
+    def __init__(self, source: str, num_features: int, settings: HeadSettings, num_outputs: int) -> None:
+        super().__init__()
+        self.reads = (source,)
+        widths = [num_features, *settings.hidden]
+        self.hidden = nn.ModuleList(nn.Linear(before, after) for before, after in itertools.pairwise(widths))
+        self.activation = nn.ReLU()
+        self.dropout = nn.Dropout(settings.dropout)
+        self.output = nn.Linear(widths[-1], num_outputs)
+
+    def forward(self, features: Mapping[str, Tensor], image_size: tuple[int, int]) -> Tensor:
+        """The output (B, C)."""
+        source = features[self.reads[0]]
+        vector_BD = source.mean(dim=(2, 3)) if source.dim() == 4 else source
+        for layer in self.hidden:
+            vector_BD = self.dropout(self.activation(layer(vector_BD)))
+        return self.output(vector_BD if self.hidden else self.dropout(vector_BD))
+
+
+Head: TypeAlias = VectorHead | UNetDecoder
+"""Its `reads` are the names of the features that it reads."""
+
+
+def check_heads(settings: ModelSettings, specs: Sequence[HeadSpec]) -> None:
+    """Hold `model.heads` against the tasks.
+
+    Raises:
+        UserError: a task that isn't there, or an option of the other kind of head; a line for each.
+    """
+    layouts = {spec.task: spec.layout for spec in specs}
+    problems = []
+    for task, own in settings.heads.items():
+        if task not in layouts:
+            problems.append(
+                f"model.heads.{task}: expected one of the tasks {', '.join(layouts)}, found {task!r}. "
+                "Correct the name or remove it."
+            )
+            continue
+        allowed = HeadSettings if layouts[task] == "vector" else DecoderSettings
+        for option in sorted(own.model_fields_set - set(allowed.model_fields)):
+            problems.append(
+                f"model.heads.{task}.{option}: expected an option of a {layouts[task]} head "
+                f"({', '.join(allowed.model_fields)}), found {option!r}. Remove it."
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def head_settings(settings: ModelSettings, task: str) -> HeadSettings:
+    """`model.head` with what `model.heads` says of this vector task."""
+    return settings.head.model_copy(update=_own(settings, task))
+
+
+def decoder_settings(settings: ModelSettings, task: str) -> DecoderSettings:
+    """`model.decoder` with what `model.heads` says of this map task."""
+    return settings.decoder.model_copy(update=_own(settings, task))
+
+
+def used_strides(settings: ModelSettings, spec: HeadSpec, channels: Mapping[int, int]) -> set[int]:
+    """The strides of the maps that the task's head reads; none for a vector head."""
+    if spec.layout == "vector":
+        return set()
+    return plan_decoder(decoder_settings(settings, spec.task), channels, spec.task).strides
+
+
+def build_head(settings: ModelSettings, spec: HeadSpec, network: Network, vector_name: str) -> Head:
+    """The head of one task over the features of `network`, whose vector comes as `vector_name`."""
+    if spec.layout == "vector":
+        own = head_settings(settings, spec.task)
+        return VectorHead(vector_name, network.trace.vector_size, own, spec.num_outputs)
+    decoder = decoder_settings(settings, spec.task)
+    plan = plan_decoder(decoder, network.channels, spec.task)
+    norm: DecoderNorm = "group" if settings.norm in ("group", "frozen") else "batch"
+    return UNetDecoder(plan, decoder.output_stride, decoder.norm or norm, spec.num_outputs)
+
+
+def _own(settings: ModelSettings, task: str) -> dict[str, object]:
+    own = settings.heads.get(task)
+    return {} if own is None else own.model_dump(exclude_none=True)

@@ -1,0 +1,84 @@
+"""What a recipe may say under `model:`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field
+
+from mtl_dist.config.settings import Settings
+
+Width: TypeAlias = Annotated[int, Field(ge=1)]
+Dropout: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveFloat: TypeAlias = Annotated[float, Field(gt=0.0)]
+
+NormKind: TypeAlias = Literal["batch", "group", "frozen", "sync"]
+"""BatchNorm as it is; GroupNorm in its place; BatchNorm with fixed statistics and weights; SyncBatchNorm."""
+
+DecoderNorm: TypeAlias = Literal["batch", "group"]
+Checkpointing: TypeAlias = Literal["off", "stage", "block"]
+
+
+class HeadSettings(Settings):
+    """The head of a vector task: hidden layers (none: a linear head) between pooling and output."""
+
+    hidden: tuple[Width, ...] = ()
+    dropout: Dropout = 0.0
+
+
+class DecoderSettings(Settings):
+    """The head of a map task: a U-Net decoder.
+
+    channels       one number per level; each level doubles the resolution, starting at the backbone's
+                   deepest map. None: from the deepest map's channels, halved per level, to stride 2 (to
+                   stride 1 where the backbone has a map at full resolution and `output_stride` is 1).
+    skips          concatenate the backbone's map at each level
+    output_stride  1: the map has the image's size; 2: half of it
+    norm           None: as `model.norm` says, and GroupNorm where that is frozen
+    """
+
+    channels: Annotated[tuple[Width, ...], Field(min_length=1)] | None = None
+    skips: bool = True
+    output_stride: Literal[1, 2] = 1
+    norm: DecoderNorm | None = None
+
+
+class TaskHeadSettings(Settings):
+    """What one task changes in `model.head` (vector tasks) or `model.decoder` (map tasks)."""
+
+    hidden: tuple[Width, ...] | None = None
+    dropout: Dropout | None = None
+    channels: Annotated[tuple[Width, ...], Field(min_length=1)] | None = None
+    skips: bool | None = None
+    output_stride: Literal[1, 2] | None = None
+    norm: DecoderNorm | None = None
+
+
+class ModelSettings(Settings):
+    """The model: a backbone, shared by all tasks or one per task, and a head per task.
+
+    backbone       `simple_cnn`, or a torchvision classification model by its name
+    shared         one backbone for all tasks, or one for each
+    weights        None; "torchvision" for the default weights of its registry; or a file (.pth,
+                   .safetensors) with the names of the whole torchvision model
+    frozen         the backbone keeps its weights, its normalisation in evaluation mode; heads train
+    norm           what becomes of the backbone's BatchNorm layers
+    checkpointing  recompute the backbone in the backward pass, a stage or a block at a time
+    mean, std      per channel, in the images' own units (0 to 255 for 8-bit ones); one value is for all
+                   channels. None: what the backbone's published weights expect for three channels
+                   (ImageNet's), 127.5 and 127.5 otherwise.
+    head, decoder  for all vector tasks, for all map tasks
+    heads          by task: what it changes in them
+    """
+
+    backbone: str = "resnet18"
+    shared: bool = True
+    weights: str | None = None
+    frozen: bool = False
+    norm: NormKind = "batch"
+    checkpointing: Checkpointing = "off"
+    mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    std: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
+    head: HeadSettings = HeadSettings()
+    decoder: DecoderSettings = DecoderSettings()
+    heads: dict[str, TaskHeadSettings] = Field(default_factory=dict)

@@ -1,0 +1,127 @@
+"""Pretrained weights for a backbone: from torchvision's registry or from a file."""
+
+from __future__ import annotations
+
+import http.client
+import pickle
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+from mtl_dist.errors import UserError
+
+_AUXILIARY = {"AuxLogits", "aux1", "aux2"}
+"""Auxiliary classifiers in published weights of inception_v3 and googlenet."""
+
+_OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+
+
+def load_weights(module: nn.Module, trunk: Collection[str], name: str, source: str) -> None:
+    """Load `source` into those children and parameters of `module` that `trunk` names.
+
+    `module` is torchvision's model `name`, whole; what it holds beside the trunk is its classifier, whose
+    weights are ignored. The first convolution's weights are fitted to `module`'s number of channels.
+
+    Raises:
+        UserError: no such file, not a state dict, or one of another network.
+    """
+    state = _published_weights(name) if source == "torchvision" else read_state_dict(Path(source))
+    state = {_OLD_DENSENET_NAME.sub(r"\1\2", key): value for key, value in state.items()}
+    if isinstance(module, VisionTransformer) and "encoder.pos_embedding" in state:
+        state = dict(interpolate_embeddings(module.image_size, module.patch_size, state))
+    ignored = _AUXILIARY | ({child for child, _ in module.named_children()} - set(trunk))
+    found = {key: value for key, value in state.items() if key.split(".")[0] not in ignored}
+    expected = {key: value for key, value in module.state_dict().items() if key.split(".")[0] in trunk}
+    _fit_first_convolution(found, module)
+    _check(found, expected, name, source)
+    module.load_state_dict(found, strict=False)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors in a .safetensors file or in one that `torch.save` wrote; nothing else is unpickled."""
+    if not path.is_file():
+        raise UserError(
+            f"model.weights: expected a file or 'torchvision', found no file {path}. Check the path."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"model.weights: expected tensors in {path}, found a file that can't be read ({reason}). "
+            "Save a plain state dict: torch.save(model.state_dict(), path)."
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        what = f"the keys {_some(map(str, state))}" if isinstance(state, dict) else type(state).__name__
+        raise UserError(
+            f"model.weights: expected names and tensors in {path}, found {what}. "
+            "Save the plain state dict alone: torch.save(model.state_dict(), path)."
+        )
+    return state
+
+
+def input_convolution(module: nn.Module) -> tuple[str, nn.Conv2d]:
+    """The first convolution, which reads the image: its path and itself."""
+    return next((name, part) for name, part in module.named_modules() if isinstance(part, nn.Conv2d))
+
+
+def fit_channels(weight_OCHW: Tensor, in_channels: int) -> Tensor:
+    """A first convolution's weight for `in_channels` channels instead of its own.
+
+    One channel gets the sum over the channels, so a grey image gives what it gave as RGB. More channels
+    repeat them in turn, scaled to keep the activations' size.
+    """
+    own = weight_OCHW.shape[1]
+    if in_channels == 1:
+        return weight_OCHW.sum(dim=1, keepdim=True)
+    order = torch.arange(in_channels) % own
+    return weight_OCHW[:, order] * (own / in_channels)
+
+
+def _published_weights(name: str) -> dict[str, Tensor]:
+    try:
+        return dict(torchvision.models.get_model(name, weights="DEFAULT", progress=False).state_dict())
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
+        raise UserError(
+            f"model.weights: expected to download torchvision's weights of {name}, found: {error}. "
+            "Fetch the file on a machine with a connection and give its path."
+        ) from None
+
+
+def _fit_first_convolution(found: dict[str, Tensor], module: nn.Module) -> None:
+    """Fit the file's weights for three channels to the channels that the module reads."""
+    path, conv = input_convolution(module)
+    weight = found.get(f"{path}.weight")
+    if weight is not None and weight.dim() == 4 and weight.shape[1] == 3 != conv.in_channels:
+        found[f"{path}.weight"] = fit_channels(weight, conv.in_channels)
+
+
+def _check(found: dict[str, Tensor], expected: dict[str, Tensor], name: str, source: str) -> None:
+    counters = {key for key in expected if key.endswith("num_batches_tracked")}
+    both = found.keys() & expected.keys()
+    problems = {
+        "missing": expected.keys() - found.keys() - counters,
+        "unexpected": found.keys() - expected.keys(),
+        "of another shape": {key for key in both if found[key].shape != expected[key].shape},
+    }
+    listed = [f"{what}: {_some(sorted(keys))}" for what, keys in problems.items() if keys]
+    if listed:
+        raise UserError(
+            f"model.weights: expected the weights of {name} in {source}, found {'; '.join(listed)}. "
+            "Give a file of this very network, named as torchvision names it."
+        )
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
