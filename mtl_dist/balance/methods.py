@@ -7,43 +7,79 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from mtl_dist.balance.aligned import Aligned, AlignedSettings
 from mtl_dist.balance.balancer import BalancedTasks, Balancer, BalancerFactory
+from mtl_dist.balance.cagrad import CAGrad, CAGradSettings
+from mtl_dist.balance.db_mtl import DBMTL, DBMTLSettings
+from mtl_dist.balance.dualproj import DualProj, DualProjSettings
 from mtl_dist.balance.dwa import DWA, DWASettings
 from mtl_dist.balance.equal import Equal, EqualSettings
+from mtl_dist.balance.fairgrad import FairGrad, FairGradSettings
 from mtl_dist.balance.famo import FAMO, FAMOSettings
 from mtl_dist.balance.fixed import Fixed, FixedSettings
 from mtl_dist.balance.gls import GLS, GLSSettings
+from mtl_dist.balance.graddrop import GradDrop, GradDropSettings
+from mtl_dist.balance.gradnorm import GradNorm, GradNormSettings
+from mtl_dist.balance.imtl_g import IMTLG, IMTLGSettings
 from mtl_dist.balance.imtl_l import IMTLL, IMTLLSettings
+from mtl_dist.balance.mgda import MGDA, MGDASettings
+from mtl_dist.balance.nash import Nash, NashSettings
+from mtl_dist.balance.pcgrad import PCGrad, PCGradSettings
 from mtl_dist.balance.rlw import RLW, RLWSettings
 from mtl_dist.balance.stch import STCH, STCHSettings
 from mtl_dist.balance.uncertainty import Uncertainty, UncertaintySettings
+from mtl_dist.balance.upgrad import UPGrad, UPGradSettings
 from mtl_dist.config.settings import Settings
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskKind
 
 BalanceSettings: TypeAlias = Annotated[
-    DWASettings
+    AlignedSettings
+    | CAGradSettings
+    | DBMTLSettings
+    | DualProjSettings
+    | DWASettings
     | EqualSettings
+    | FairGradSettings
     | FAMOSettings
     | FixedSettings
     | GLSSettings
+    | GradDropSettings
+    | GradNormSettings
+    | IMTLGSettings
     | IMTLLSettings
+    | MGDASettings
+    | NashSettings
+    | PCGradSettings
     | RLWSettings
     | STCHSettings
-    | UncertaintySettings,
+    | UncertaintySettings
+    | UPGradSettings,
     Field(discriminator="method"),
 ]
 
 METHODS: dict[type[Settings], BalancerFactory] = {
+    AlignedSettings: Aligned,
+    CAGradSettings: CAGrad,
+    DBMTLSettings: DBMTL,
+    DualProjSettings: DualProj,
     DWASettings: DWA,
     EqualSettings: Equal,
+    FairGradSettings: FairGrad,
     FAMOSettings: FAMO,
     FixedSettings: Fixed,
     GLSSettings: GLS,
+    GradDropSettings: GradDrop,
+    GradNormSettings: GradNorm,
+    IMTLGSettings: IMTLG,
     IMTLLSettings: IMTLL,
+    MGDASettings: MGDA,
+    NashSettings: Nash,
+    PCGradSettings: PCGrad,
     RLWSettings: RLW,
     STCHSettings: STCH,
     UncertaintySettings: Uncertainty,
+    UPGradSettings: UPGrad,
 }
 
 

@@ -1,0 +1,110 @@
+"""Conflict-averse gradient descent."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mtl_dist.balance.balancer import BalancedTasks
+from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
+from mtl_dist.balance.solvers import NotConvergedError, angles, nonnegative_qp
+
+MAX_LEVELS = 60
+
+
+class CAGradSettings(GradientSettings):
+    """`balance: {method: cagrad, c: 0.4, rescale: true}`
+
+    c        how far from the mean gradient to look: 0 is the mean, near 1 comes close to MGDA
+    rescale  divide the update by 1 + c^2, as the authors' experiments do
+    """
+
+    method: Literal["cagrad"] = "cagrad"
+    c: float = Field(default=0.4, ge=0, lt=1)
+    rescale: bool = True
+
+
+class CAGrad(GradientBalancer):
+    """The best update for the worst task, near the mean gradient (https://arxiv.org/abs/2110.14048).
+
+        max_d min_k g_k . d    over |d - g0| <= c |g0|,    g0 = mean_k g_k
+
+    The papers' dual gives d = g0 + c |g0| g_w / |g_w| with g_w = sum_k w_k g_k.
+
+    Where we differ: the dual is not minimised numerically. For a level t, the shortest s with
+    g_k . (g0 + s) >= t for all k is a quadratic program, and |s| grows with t; the level at which
+    |s| = c |g0| is found exactly, piece by piece. Nothing divides by |g_w|, so conflicts without a way out
+    need no special case, and a task without gradient only asks that nobody is hurt (t <= 0).
+    """
+
+    def __init__(self, settings: CAGradSettings, tasks: BalancedTasks) -> None:
+        super().__init__(settings, tasks)
+        self.c = settings.c
+        self.divisor = 1 + settings.c**2 if settings.rescale else 1.0
+
+    def solve(self, problem: Problem) -> Tensor:
+        """See the class."""
+        found = angles(problem.gramian_TT)
+        alive_T = found.lengths_T > 0
+        weights_T = torch.full_like(found.lengths_T, 1 / len(problem))
+        if alive_T.any():
+            lengths_T = found.lengths_T[alive_T] / found.lengths_T.max()
+            cosines_TT = found.cosines_TT[alive_T][:, alive_T]
+            shift_T = worst_case_shift(
+                cosines_TT, lengths_T, weights_T[alive_T], self.c, all_alive=bool(alive_T.all())
+            )
+            weights_T[alive_T] += shift_T
+        return weights_T / self.divisor
+
+
+def worst_case_shift(
+    cosines_TT: Tensor, lengths_T: Tensor, mean_T: Tensor, c: float, all_alive: bool
+) -> Tensor:
+    """How far the weights go from the mean's: the s of the class, as weights.
+
+    Works on x = shift * length, which minimises x^T C x / 2 - ((t - b) / length)^T x over x >= 0, where
+    b_k = g_k . g0. On a set of positive entries x is linear in t, so |s|^2 = x^T C x is quadratic in it.
+    """
+    inverse_T = 1 / lengths_T
+    push_T = cosines_TT @ (mean_T * lengths_T)
+    mean_square = float((mean_T * lengths_T) @ push_T)
+    radius_square = c**2 * mean_square
+    low = float((lengths_T * push_T).min())
+    high = (1 + c) * mean_square
+    if radius_square == 0:
+        return torch.zeros_like(lengths_T)
+    passive_T: Tensor | None = None
+    if not all_alive:
+        high = min(high, 0.0)
+    level = high
+    for _ in range(MAX_LEVELS):
+        linear_T = push_T - level * inverse_T
+        x_T = nonnegative_qp(cosines_TT, linear_T[None], passive_T)[0]
+        square = float(x_T @ cosines_TT @ x_T)
+        passive_T = (x_T > 0)[None]
+        reached = abs(square - radius_square) <= 1e-10 * radius_square
+        if reached or (level == high <= 0 and square <= radius_square) or level <= low:
+            return x_T / lengths_T
+        if square > radius_square:
+            high = level
+        else:
+            low = level
+        level = _level_of_radius(cosines_TT, push_T, inverse_T, passive_T[0], radius_square)
+        if not low < level < high:
+            level = (low + high) / 2
+    raise NotConvergedError(f"the level of the worst task still moves after {MAX_LEVELS} steps")
+
+
+def _level_of_radius(
+    cosines_TT: Tensor, push_T: Tensor, inverse_T: Tensor, passive_T: Tensor, radius_square: float
+) -> float:
+    """The level t at which x(t)^T C x(t) is `radius_square`, if the positive entries stay the same."""
+    sides_T2 = torch.stack([inverse_T, push_T], dim=1)[passive_T]
+    factor_TT = torch.linalg.cholesky(cosines_TT[passive_T][:, passive_T])
+    products = sides_T2.T @ torch.cholesky_solve(sides_T2, factor_TT)
+    slope, mixed, constant = float(products[0, 0]), float(products[0, 1]), float(products[1, 1])
+    root = max(mixed**2 - slope * (constant - radius_square), 0.0) ** 0.5
+    return (mixed + root) / slope if slope > 0 else -torch.inf
