@@ -1,0 +1,72 @@
+"""`accelerate launch`, run by `mtl launch` in a process of its own, that keeps the ranks' exit codes.
+
+torchrun, which accelerate uses, ends with exit code 1 and a page of its own stack whatever a rank's exit code
+was. Here a user's mistake stays the lines that rank 0 printed, and exit code 2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from mtl_dist.launch.local import shell_code
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Launch as the arguments say; exit as the rank that failed first did."""
+    end_with_parent()
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    arguments = launch_command_parser().parse_args()
+    try:
+        launch_command(arguments)
+    except ChildFailedError as error:
+        failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
+        sys.exit(report({rank: failure.exitcode for rank, failure in failures}))
+    except subprocess.CalledProcessError as error:
+        sys.exit(shell_code(error.returncode))
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+
+
+def end_with_parent() -> None:
+    """Ask Linux for a SIGTERM when `mtl launch` dies, even by SIGKILL: torchrun then ends the ranks."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(128 + signal.SIGTERM)
+
+
+def report(exit_codes: Mapping[int, int]) -> int:
+    """Say which rank failed first, unless it has said so itself, and return its exit code.
+
+    `exit_codes` holds the failed ranks, first failure first. Those that torchrun ended because of it (by
+    SIGTERM) count only if there is no other.
+    """
+    rank, code = next(
+        ((rank, code) for rank, code in exit_codes.items() if code != -signal.SIGTERM),
+        next(iter(exit_codes.items())),
+    )
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        print(f"rank {rank} was killed by {name}{hint}; the others were ended.", file=sys.stderr)
+    elif code != 2:
+        print(f"rank {rank} failed with exit code {code}; the others were ended.", file=sys.stderr)
+    return shell_code(code)
+
+
+if __name__ == "__main__":
+    main()

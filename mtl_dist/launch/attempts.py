@@ -1,0 +1,289 @@
+"""The attempts of one run on a cluster: why each ended, and whether another one follows.
+
+A run on Slurm is one job that may start many times. Rank 0 opens an attempt when it starts. When the ranks
+have ended, the batch script asks here for the verdict (`python -m mtl_dist.launch.attempts`; exit code 0:
+requeue). It is the batch script that requeues because it runs once, outlives its ranks, also those killed
+with SIGKILL, and is outside of any container, where `scontrol` is. An attempt that nobody closed was lost
+with its node.
+
+Retries are counted by cause, so that a run which is preempted every hour keeps its budget for real crashes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from mtl_dist.durable import write_text
+from mtl_dist.errors import UserError
+from mtl_dist.status import Status, read_status, write_status
+from mtl_dist.stopping import TIME_LIMIT
+
+Cause = Literal["running", "done", "asked", "time limit", "preemption", "node failure", "crash", "mistake"]
+"""Why an attempt ended. `asked`: a person interrupted it (SIGINT). `mistake`: the user can mend it."""
+
+
+STARTED = "the ranks start"
+"""The batch script prints this before it starts the ranks; its output is appended to, attempt by attempt."""
+
+_SRUN_SAYS = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<ranks>\S+): (?P<how>.+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run: `first_step` is where the run stood then, `last_step` where it stood at the end."""
+
+    job_id: str
+    nodes: int
+    ranks: int
+    started: float
+    first_step: int
+    cause: Cause = "running"
+    ended: float | None = None
+    last_step: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What is known when a step has ended."""
+
+    job_id: str
+    exit_code: int
+    job_state: str
+    """The job's state as Slurm says: anything but RUNNING means that Slurm itself is ending it."""
+    killed: str = ""
+    """The first rank that a signal killed, as srun says; nothing if the first one to end did so by itself."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How often a run is started again after a crash, and after the loss of a node."""
+
+    crashes: int
+    node_failures: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first error of an attempt, from whichever rank wrote it first; later ones are its echoes."""
+
+    rank: int
+    reason: str
+    mistake: bool
+
+
+# -- the record -------------------------------------------------------------------------------------------
+
+
+def read_attempts(run: Path) -> list[Attempt]:
+    """All attempts of a run so far, oldest first."""
+    try:
+        return [Attempt(**entry) for entry in json.loads((run / "attempts.json").read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        return []
+
+
+def begin_attempt(run: Path, attempt: Attempt, budget: Budget) -> None:
+    """Opens an attempt; one that was left open is closed as lost with its node.
+
+    Raises:
+        UserError: the run was lost so too often.
+    """
+    attempts = read_attempts(run)
+    if attempts and attempts[-1].cause == "running":
+        attempts[-1] = _lost(attempts[-1], read_status(run))
+    _write_attempts(run, [*attempts, attempt])
+    (run / "failure.json").unlink(missing_ok=True)
+    lost = Counter(past.cause for past in attempts)["node failure"]
+    if lost > budget.node_failures:
+        raise UserError(
+            f"{run}: the nodes of {lost} attempts failed, more than requeue.node_failures "
+            f"({budget.node_failures}). Look at the nodes' state, then submit the run folder again."
+        )
+
+
+def _lost(attempt: Attempt, status: Status | None) -> Attempt:
+    """How an attempt ended that nobody closed: it saved and left, or it was killed in the middle."""
+    step = status.step if status is not None else attempt.first_step
+    if status is not None and status.state == "stopped":
+        return replace(attempt, cause=_cause_of_stop(status), last_step=step, reason=status.reason)
+    return replace(attempt, cause="node failure", last_step=step, reason="the node or the job was lost")
+
+
+def record_failure(run: Path, rank: int, error: BaseException) -> None:
+    """Writes down a rank's error, unless another rank was first."""
+    reason = "\n".join(traceback.format_exception_only(error)).strip()
+    text = json.dumps(asdict(Failure(rank, reason, mistake=isinstance(error, UserError))))
+    temporary = run / f".failure-{rank}.json"
+    temporary.write_text(text, encoding="utf-8")
+    try:
+        os.link(temporary, run / "failure.json")  # atomic, and fails if somebody was first
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink()
+
+
+def _read_failure(run: Path) -> Failure | None:
+    try:
+        return Failure(**json.loads((run / "failure.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def _write_attempts(run: Path, attempts: Sequence[Attempt]) -> None:
+    write_text(run / "attempts.json", json.dumps([asdict(attempt) for attempt in attempts], indent=1))
+
+
+# -- the verdict ------------------------------------------------------------------------------------------
+
+
+def finish_attempt(run: Path, ending: Ending, budget: Budget) -> bool:
+    """Closes the open attempt and says whether the job is to be requeued.
+
+    If not, and the run is not done, its status says `failed` and why.
+    """
+    attempts = read_attempts(run)
+    if not attempts or attempts[-1].cause != "running":
+        # The ranks ended before the first of them could open an attempt.
+        step = attempts[-1].last_step if attempts else 0
+        attempts.append(Attempt(ending.job_id, 0, 0, time.time(), step))
+    status = read_status(run)
+    # A status from before this attempt says where the run stands, but not how this attempt ended.
+    fresh = status if status is not None and status.updated >= attempts[-1].started else None
+    cause, reason = judge(ending, fresh, _read_failure(run), began=attempts[-1].ranks > 0)
+    step = status.step if status is not None else attempts[-1].first_step
+    attempts[-1] = replace(attempts[-1], cause=cause, reason=reason, ended=time.time(), last_step=step)
+    _write_attempts(run, attempts)
+    if cause in ("done", "asked"):
+        return False
+    hopeless = why_not_again(attempts, budget)
+    if hopeless:
+        failed = replace(
+            status or Status("failed"), state="failed", retry=cause != "mistake", updated=time.time()
+        )
+        write_status(run, replace(failed, reason=f"{reason}\n{hopeless}" if hopeless != reason else reason))
+    return not hopeless and ending.job_state == "RUNNING"
+
+
+def judge(
+    ending: Ending, status: Status | None, failure: Failure | None, *, began: bool
+) -> tuple[Cause, str]:
+    """The cause of an ending, and its reason in words; `status` and `failure` are those of this attempt.
+
+    What the run wrote last counts more than the exit code: after it was done, or had saved and stopped, a
+    process that dies while it cleans up changes nothing.
+    """
+    if status is not None and status.state == "done":
+        return "done", status.reason
+    if status is not None and status.state == "stopped":
+        return _cause_of_stop(status), status.reason
+    if failure is not None and failure.mistake:
+        return "mistake", failure.reason
+    if ending.job_state != "RUNNING":
+        return "node failure", f"Slurm ended the job (it is {ending.job_state or 'gone'})"
+    if ending.killed and "Terminated" not in ending.killed and "User defined" not in ending.killed:
+        return "crash", ending.killed + (" (out of memory?)" if ending.killed.endswith("Killed") else "")
+    if failure is not None:
+        return "crash", f"rank {failure.rank}: {failure.reason}"
+    if ending.killed and not began:
+        return "preemption", f"{ending.killed} before the run could handle a signal"
+    return "crash", f"the ranks ended with exit code {ending.exit_code} and left no reason"
+
+
+def why_not_again(attempts: Sequence[Attempt], budget: Budget) -> str:
+    """Why another attempt would be in vain; nothing if it would not."""
+    last = attempts[-1]
+    before = attempts[-2] if len(attempts) > 1 else None
+    if last.cause == "mistake":
+        return last.reason
+    if last.cause == "crash":
+        if (
+            before
+            and before.cause == "crash"
+            and (before.last_step, before.reason) == (last.last_step, last.reason)
+        ):
+            return f"It failed twice in the same way at step {last.last_step}: not started again."
+        crashes = Counter(attempt.cause for attempt in attempts)["crash"]
+        if crashes > budget.crashes:
+            return f"It crashed {crashes} times, more than requeue.crashes ({budget.crashes})."
+    made_no_step = [a.cause == "time limit" and a.last_step <= a.first_step for a in attempts[-2:]]
+    if made_no_step == [True, True]:
+        return "Two attempts reached the time limit without a single step: raise time_limit."
+    if [attempt.ranks for attempt in attempts[-3:]] == [0, 0, 0]:
+        return "Three attempts ended before they had begun: look at the batch script's setup."
+    return ""
+
+
+def _cause_of_stop(status: Status) -> Cause:
+    if status.reason == TIME_LIMIT:
+        return "time limit"
+    return "asked" if status.reason == f"signal {signal.SIGINT.name}" else "preemption"
+
+
+def first_killed(log: str) -> str:
+    """What srun says in the batch script's output of the first rank to end, if a signal killed it.
+
+    >>> first_killed("srun: error: node2: task 2: Killed")
+    'rank 2 on node2: Killed'
+    """
+    this_attempt = log.rpartition(STARTED)[2]
+    first = _SRUN_SAYS.search(this_attempt)
+    if first is None or first["how"].startswith("Exited"):
+        return ""
+    return f"rank {first['ranks']} on {first['node']}: {first['how']}"
+
+
+# -- the batch script's way in ----------------------------------------------------------------------------
+
+
+def run_of_task(submission: Path, environ: Mapping[str, str]) -> Path:
+    """The run folder of this job, or of this task of a job array."""
+    facts = json.loads((submission / "submission.json").read_text(encoding="utf-8"))
+    return submission / facts["runs"][int(environ.get("SLURM_ARRAY_TASK_ID", "0"))]
+
+
+def job_of_task(environ: Mapping[str, str]) -> str:
+    """The job's id as users and submitit write it: `12`, or `12_3` in an array."""
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ["SLURM_JOB_ID"]
+
+
+def read_budget(submission: Path) -> Budget:
+    facts = json.loads((submission / "submission.json").read_text(encoding="utf-8"))
+    return Budget(**facts["requeue"])
+
+
+def main() -> int:
+    """Closes the attempt of the job whose batch script calls; 0 if it is to be requeued."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("submission", type=Path)
+    parser.add_argument("--exit-code", type=int, required=True)
+    parser.add_argument("--job-state", required=True)
+    arguments = parser.parse_args()
+    run = run_of_task(arguments.submission, os.environ)
+    job_id = job_of_task(os.environ)
+    log = arguments.submission / "jobs" / f"{job_id}_0_log.out"
+    killed = first_killed(log.read_text(encoding="utf-8", errors="replace"))
+    ending = Ending(job_id, arguments.exit_code, arguments.job_state, killed)
+    again = finish_attempt(run, ending, read_budget(arguments.submission))
+    last = read_attempts(run)[-1]
+    print(f"attempt ended at step {last.last_step}: {last.cause}. {last.reason}", flush=True)
+    return 0 if again else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

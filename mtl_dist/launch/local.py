@@ -1,0 +1,182 @@
+"""`mtl launch`: several processes on this machine, as `accelerate launch ... -m mtl_dist train ...` starts them.
+
+    mtl launch RECIPE --nproc N
+      supervise (here)           forwards signals, returns the exit code, leaves no process behind
+      └─ agent.py                accelerate launch, i.e. torchrun: starts the ranks, ends all when one fails
+         ├─ mtl train, rank 0
+         └─ mtl train, rank 1
+
+A signal goes straight to the ranks, which agree at the next step, save together and leave. From torchrun they
+would get a SIGKILL after 30 s; a SIGUSR2 would kill torchrun and orphan them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+from mtl_dist.config.yaml_text import YamlError, parse
+from mtl_dist.errors import UserError
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+_SECONDS_TO_FADE = 2.0
+"""What helper processes get to notice that their rank has ended."""
+
+_SECONDS_TO_LEAVE = 30.0
+"""What a rank gets to save and leave when its launcher is gone."""
+
+_FORWARDED = {
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,  # The terminal was closed: save and leave.
+    signal.SIGUSR2: signal.SIGUSR2,
+}
+"""What the ranks get for what we get."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to start: the agent's command, the ranks that it will start, and the CPU threads of each."""
+
+    command: tuple[str, ...]
+    num_processes: int
+    threads: int
+
+
+def plan_launch(
+    arguments: Sequence[str], nproc: int | None, config_file: Path | None, num_gpus: int
+) -> Launch | None:
+    """How to run `python -m mtl_dist ARGUMENTS` in `nproc` processes.
+
+    Without `nproc` the number is the config file's, or else one per GPU (one on a machine without). None
+    where a single process does without a launcher.
+
+    Raises:
+        UserError: the config file is not one of accelerate's, is for several machines, or there are fewer
+            GPUs than processes.
+    """
+    config = _read_config(config_file) if config_file is not None else {}
+    num_processes = nproc or config.get("num_processes") or max(1, num_gpus)
+    on_gpus = num_gpus > 0 and config.get("gpu_ids", "all") == "all"
+    if on_gpus and num_processes > num_gpus:
+        raise UserError(
+            f"--nproc: expected at most {num_gpus}, the GPUs of this machine, found {num_processes}. "
+            "To train on its CPUs add --config-file launch/ddp-cpu.yaml."
+        )
+    if config_file is not None:
+        how = ["--config_file", str(config_file)]
+    elif num_processes > 1:
+        # Everything is said, so that a default config of the user's home does not decide it.
+        how = ["--multi_gpu", "--num_machines", "1", "--gpu_ids", "all"]
+        how += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    else:
+        return None
+    command = [sys.executable, "-m", "mtl_dist.launch.agent", *how, "--num_processes", str(num_processes)]
+    # Port 0 is any free one.
+    command += ["--main_process_port", "0", "--module", "mtl_dist", *arguments]
+    # The ranks share the cores that this process may use.
+    threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
+    return Launch(tuple(command), num_processes, threads)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config, _ = parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YamlError) as error:
+        raise UserError(f"{path}: expected a config file of `accelerate launch`, found: {error}.") from None
+    if not isinstance(config, dict) or "distributed_type" not in config:
+        raise UserError(f"{path}: expected a config file of `accelerate launch`, found no distributed_type.")
+    if config.get("num_machines", 1) != 1:
+        raise UserError(
+            f"{path}: expected num_machines 1, found {config['num_machines']}. "
+            "Run `accelerate launch` on each machine, or `mtl submit` on a cluster."
+        )
+    return config
+
+
+def supervise(launch: Launch) -> int:
+    """Run the launch to its end; returns the exit code: the failed rank's, or 128 + n after signal n.
+
+    No process of it outlives this function, also if its launcher is killed.
+    """
+    others = set(psutil.Process().children(recursive=True))
+    _adopt_orphans()
+    environ = {"OMP_NUM_THREADS": str(launch.threads), **os.environ}
+    # In a session of its own, so that a Ctrl-C reaches the ranks once, from here.
+    agent = subprocess.Popen(launch.command, env=environ, start_new_session=True)
+    with _forwarding(agent) as received:
+        code = agent.wait()
+        _end_leftovers(others)
+    return 128 + received[0] if received else shell_code(code)
+
+
+def shell_code(code: int) -> int:
+    """A process's exit code as a shell says it: 128 + n for a death by signal n."""
+    return code if code >= 0 else 128 - code
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of ranks whose launcher dies, so that they can be found and ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+@contextmanager
+def _forwarding(agent: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Forward signals to the ranks; yields the list of those received."""
+    received: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        ranks = _ranks_of(agent.pid)
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(_FORWARDED[signal.Signals(number)])
+        if not ranks:
+            agent.terminate()  # Nothing has started, so there is nothing to save.
+
+    previous = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _ranks_of(agent: int) -> list[psutil.Process]:
+    ranks = []
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(agent).children():
+            with suppress(psutil.Error):
+                if "RANK" in process.environ():
+                    ranks.append(process)
+    return ranks
+
+
+def _end_leftovers(others: set[psutil.Process]) -> None:
+    """End what the launcher left behind: its ranks, if it was killed."""
+    left = [process for process in psutil.Process().children(recursive=True) if process not in others]
+    _, left = psutil.wait_procs(left, timeout=_SECONDS_TO_FADE)
+    if not left:
+        return
+    print(f"The launcher is gone; ending the {len(left)} processes that it left.", file=sys.stderr)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, left = psutil.wait_procs(left, timeout=_SECONDS_TO_LEAVE)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left)

@@ -1,0 +1,94 @@
+"""A cluster profile: what a cluster wants to be told, apart from what is trained on it."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from mtl_dist.config.settings import Settings
+
+Count = Annotated[int, Field(ge=1)]
+
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>\d\d)(?::(?P<seconds>\d\d))?$")
+
+
+class RequeueSettings(Settings):
+    """How often a run is started again. Preemptions and time limits are not counted: they are no failures."""
+
+    crashes: Annotated[int, Field(ge=0)] = 3
+    node_failures: Annotated[int, Field(ge=0)] = 20
+
+
+class Pyxis(Settings):
+    """A container by the pyxis plug-in of srun; its image needs this package's dependencies."""
+
+    kind: Literal["pyxis"]
+    image: str
+    mounts: tuple[str, ...] = ()
+    """`HOST:CONTAINER[:ro]`; the run folder and the data must be among them, at the same paths."""
+
+
+class Prefix(Settings):
+    """A container by a command in front of Python, such as `apptainer exec --nv image.sif`."""
+
+    kind: Literal["prefix"]
+    command: str
+
+
+Container = Annotated[Pyxis | Prefix, Field(discriminator="kind")]
+
+
+class ClusterProfile(Settings):
+    """How jobs are submitted to one cluster, or to one partition of it."""
+
+    time_limit: str = "1-00:00"
+    """[DAYS-]HOURS:MINUTES[:SECONDS]. A run that needs longer stops before, and goes on in the same job."""
+    signal_lead_s: Count = 180
+    """Seconds before the end at which Slurm sends SIGUSR2; it may come up to a minute early."""
+    save_margin_s: Count = 60
+    """Seconds before the end at which the ranks stop by themselves, should no signal have come."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gpus_per_task: Annotated[int, Field(ge=0)] = 1
+    """GPUs of each rank: 1, or 0 to train on CPUs."""
+    cpus_per_task: Count = 8
+    """CPUs of each rank, shared by its data workers."""
+    memory_gb: Count | None = None
+    """Memory of each node; null: the cluster's default."""
+    network_interface: str | None = None
+    """The interface between the nodes, for NCCL and gloo, such as `ib0`; null: they choose."""
+    modules: tuple[str, ...] = ()
+    """Loaded by `module load`, in order."""
+    environment: dict[str, str] = Field(default={})
+    setup: tuple[str, ...] = ()
+    """Lines of shell that run on the first node before the ranks start."""
+    python: str | None = None
+    """The Python command on the nodes (in the container); null: the one that submits."""
+    container: Container | None = None
+    sbatch: dict[str, str | int | bool] = Field(default={})
+    """Further options of sbatch, such as `{nodelist: gpu07, exclusive: true}`."""
+    srun: tuple[str, ...] = ()
+    """Further arguments of srun."""
+    requeue: RequeueSettings = RequeueSettings()
+
+    @field_validator("time_limit")
+    @classmethod
+    def _slurm_time(cls, value: str) -> str:
+        match = _TIME.match(value)
+        if match is None:
+            raise ValueError(f"expected [DAYS-]HOURS:MINUTES[:SECONDS], such as 2-12:00, found {value!r}.")
+        return value
+
+    @property
+    def time_limit_s(self) -> int:
+        """The time limit in seconds."""
+        match = _TIME.match(self.time_limit)
+        assert match is not None, "checked when the profile was built"
+        days, hours, minutes, seconds = (
+            int(part or 0) for part in match.group("days", "hours", "minutes", "seconds")
+        )
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

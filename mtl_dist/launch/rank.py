@@ -1,0 +1,99 @@
+"""What runs in every task of a Slurm job: become a rank, train or evaluate, write down why it failed.
+
+The callables are what submitit pickles at submission and unpickles at every start, also after a requeue: they
+hold paths only, so that it does not matter which of its copies survives.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from submitit import JobEnvironment
+
+from mtl_dist.launch.attempts import Attempt, begin_attempt, read_budget, record_failure
+from mtl_dist.status import Status, read_status, write_status
+from mtl_dist.stopping import StopSignal
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Trains the run in `run`, from its newest good checkpoint."""
+
+    run: Path
+    submission: Path
+
+    def __call__(self) -> None:
+        # First of all, and after submitit has installed its own handlers: importing torch takes seconds.
+        stop = stop_signal(os.environ)
+        stop.install()
+        rank = become_rank(os.environ)
+        with failures_recorded(self.run, rank):
+            if rank == 0:
+                begin_attempt(self.run, this_attempt(self.run), read_budget(self.submission))
+            from mtl_dist.recipe import load_recipe
+            from mtl_dist.runs import train
+
+            train(load_recipe(self.run / "recipe.yaml"), self.run, stop)
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """Evaluates the best weights of the run in `run` on its test split."""
+
+    run: Path
+
+    def __call__(self) -> None:
+        become_rank(os.environ)
+        from mtl_dist.runs import evaluate_run
+
+        evaluate_run(self.run, "test")
+
+
+def stop_signal(environ: MutableMapping[str, str]) -> StopSignal:
+    """A stop signal that knows the job's end from the batch script (a job without a time limit has none)."""
+    end = environ.get("MTL_END_TIME")
+    margin = float(environ.get("MTL_SAVE_MARGIN", "60"))
+    return StopSignal(deadline=float(end) if end else None, margin_s=margin)
+
+
+def become_rank(environ: MutableMapping[str, str]) -> int:
+    """Tells torch.distributed, by the environment, which rank this Slurm task is; returns the rank.
+
+    The address and the port of the rendezvous were exported by the batch script.
+    """
+    task = JobEnvironment()
+    environ["RANK"] = str(task.global_rank)
+    environ["LOCAL_RANK"] = str(task.local_rank)
+    environ["WORLD_SIZE"] = str(task.num_tasks)
+    environ["LOCAL_WORLD_SIZE"] = str(task.num_tasks // task.num_nodes)
+    return task.global_rank
+
+
+def this_attempt(run: Path) -> Attempt:
+    task = JobEnvironment()
+    status = read_status(run)
+    return Attempt(
+        job_id=task.job_id,
+        nodes=task.num_nodes,
+        ranks=task.num_tasks,
+        started=time.time(),
+        first_step=status.step if status is not None else 0,
+    )
+
+
+@contextmanager
+def failures_recorded(run: Path, rank: int) -> Iterator[None]:
+    """Leaves behind why the body failed, for the batch script's verdict and for `mtl status`."""
+    try:
+        yield
+    except BaseException as error:
+        record_failure(run, rank, error)
+        if rank == 0:
+            status = read_status(run) or Status("failed")
+            write_status(run, replace(status, state="failed", reason=str(error), updated=time.time()))
+        raise

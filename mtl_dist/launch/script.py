@@ -1,0 +1,151 @@
+"""The batch script: a cluster profile and the shape of a job as submitit's parameters.
+
+The script runs once, on the first node. It loads modules, chooses the rendezvous, starts the ranks with one
+srun, and when they have ended asks `attempts.py` whether to requeue the job:
+
+    setup     environment of the snapshot, modules, port, end time
+    command   srun ... python -m submitit.core._submit FOLDER        (submitit)
+    teardown  python -m mtl_dist.launch.attempts ... && scontrol requeue
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submitit.slurm.slurm import SlurmExecutor
+
+from mtl_dist.launch.attempts import STARTED
+from mtl_dist.launch.profile import ClusterProfile, Prefix, Pyxis
+
+# A dead rank ends the step at once; a rank that lags behind the first to finish has this long.
+SRUN_ARGS = ("--kill-on-bad-exit=1", "--wait=60")
+
+# Bash runs a trap only after the foreground srun has ended, so the script lives to give its verdict.
+KEEP_THE_SHELL = "trap 'echo \"the batch script was asked to end\"' USR1 USR2 TERM"
+
+# Below 32768 begin the ports that outgoing connections are given: one of those may be taken at any moment.
+CHOOSE_PORT = """\
+while MASTER_PORT=$((20000 + RANDOM % 10000))
+      (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do :; done
+export MASTER_PORT"""
+
+JOB_STATE = 'squeue --noheader --job "$SLURM_JOB_ID" --format %T'
+END_TIME = 'date +%s -d "$(squeue --noheader --job "$SLURM_JOB_ID" --format %e)"'
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many ranks, and where: `nodes` x `tasks_per_node`."""
+
+    nodes: int
+    tasks_per_node: int
+
+
+class ScriptExecutor(SlurmExecutor):
+    """submitit's executor where no Slurm is installed: good for printing the script only."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def build_executor(
+    folder: Path, name: str, profile: ClusterProfile, shape: Shape, *, dry_run: bool = False, **more: Any
+) -> SlurmExecutor:
+    """An executor that submits to the profile's cluster; `more` are further parameters of submitit's."""
+    executor_class = ScriptExecutor if dry_run else SlurmExecutor
+    executor = executor_class(folder=folder / "jobs", python=python_command(profile))
+    executor.update_parameters(**slurm_parameters(folder, name, profile, shape), **more)
+    return executor
+
+
+def script_text(executor: SlurmExecutor) -> str:
+    """The batch script that the executor would submit."""
+    return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+
+
+def slurm_parameters(folder: Path, name: str, profile: ClusterProfile, shape: Shape) -> dict[str, Any]:
+    """What submitit passes on to sbatch and srun."""
+    named = {"partition": profile.partition, "account": profile.account, "qos": profile.qos}
+    named["constraint"] = profile.constraint
+    parameters: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    if profile.gpus_per_task:
+        parameters["gpus_per_node"] = profile.gpus_per_task * shape.tasks_per_node
+    if profile.memory_gb is not None:
+        parameters["mem"] = f"{profile.memory_gb}G"
+    return parameters | {
+        "job_name": name,
+        "nodes": shape.nodes,
+        "ntasks_per_node": shape.tasks_per_node,
+        "cpus_per_task": profile.cpus_per_task,
+        "time": -(-profile.time_limit_s // 60),
+        "signal_delay_s": profile.signal_lead_s,
+        "stderr_to_stdout": True,
+        "setup": setup_lines(folder, profile),
+        "teardown": teardown_lines(folder, profile),
+        # srun has ignored sbatch's --cpus-per-task since Slurm 22.05 and would give each rank one CPU.
+        "srun_args": [
+            *SRUN_ARGS,
+            f"--cpus-per-task={profile.cpus_per_task}",
+            *_container_args(profile),
+            *profile.srun,
+        ],
+        "additional_parameters": {"requeue": True, **profile.sbatch},
+    }
+
+
+def setup_lines(folder: Path, profile: ClusterProfile) -> list[str]:
+    """What the script does before it starts the ranks."""
+    lines = [
+        KEEP_THE_SHELL,
+        # The snapshot comes before what is installed and before the working directory.
+        f'export PYTHONPATH={shlex.quote(str(folder / "code"))}:"$PWD":"$PYTHONPATH" PYTHONSAFEPATH=1',
+        *(f"module load {shlex.quote(module)}" for module in profile.modules),
+        *(f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()),
+        f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{profile.cpus_per_task}}}",
+    ]
+    if profile.network_interface is not None:
+        interface = shlex.quote(profile.network_interface)
+        lines.append(f"export NCCL_SOCKET_IFNAME={interface} GLOO_SOCKET_IFNAME={interface}")
+    lines += [
+        'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        CHOOSE_PORT,
+        f"export MTL_END_TIME=${{SLURM_JOB_END_TIME:-$({END_TIME})}} MTL_SAVE_MARGIN={profile.save_margin_s}",
+        *profile.setup,
+        f'echo "$(date -Is) {STARTED}: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"',
+    ]
+    return lines
+
+
+def teardown_lines(folder: Path, profile: ClusterProfile) -> list[str]:
+    """What the script does when the ranks have ended: it asks whether to requeue, and does."""
+    python = python_command(profile)
+    if isinstance(profile.container, Pyxis):
+        python = shlex.join(["srun", "--nodes=1", "--ntasks=1", *_container_args(profile)]) + f" {python}"
+    verdict = f"{python} -m mtl_dist.launch.attempts {shlex.quote(str(folder))}"
+    return [
+        "code=$?",
+        f"state=$({JOB_STATE})",
+        f'{verdict} --exit-code $code --job-state "$state" && scontrol requeue "$SLURM_JOB_ID"',
+        "exit $code",
+        "",
+    ]
+
+
+def python_command(profile: ClusterProfile) -> str:
+    """The shell command that starts Python on a node."""
+    python = profile.python or shlex.quote(sys.executable)
+    return f"{profile.container.command} {python}" if isinstance(profile.container, Prefix) else python
+
+
+def _container_args(profile: ClusterProfile) -> list[str]:
+    if not isinstance(profile.container, Pyxis):
+        return []
+    arguments = [f"--container-image={profile.container.image}"]
+    if profile.container.mounts:
+        arguments.append(f"--container-mounts={','.join(profile.container.mounts)}")
+    return arguments

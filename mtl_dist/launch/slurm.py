@@ -1,0 +1,220 @@
+"""Submitting a recipe to Slurm: run folder, snapshot, batch script, job (through submitit).
+
+RUN/recipe.yaml                  resolved, with absolute paths
+RUN/jobs.json                    the jobs of this run, oldest first
+RUN/attempts.json                every start of a job, and why it ended
+RUN/submissions/001/             one per submission; a sweep's is shared by its points
+    submission.json              profile, shape, and the run folders of the job's array tasks
+    code/                        the snapshot that the ranks import
+    jobs/                        submitit's: batch script, pickles, one log per rank
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from mtl_dist.config.loading import load_settings, to_yaml
+from mtl_dist.durable import write_text
+from mtl_dist.errors import UserError
+from mtl_dist.launch.profile import ClusterProfile
+from mtl_dist.launch.rank import EvaluationJob, TrainingJob
+from mtl_dist.launch.records import Kind, read_jobs, record_jobs
+from mtl_dist.launch.script import Shape, build_executor, script_text
+from mtl_dist.launch.snapshot import take_snapshot
+from mtl_dist.launch.squeue import live_jobs
+from mtl_dist.launch.sweep import point_labels, sweep_points
+from mtl_dist.run_folder import new_run_directory
+
+if TYPE_CHECKING:
+    from submitit.slurm.slurm import SlurmExecutor
+
+    from mtl_dist.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What `submit` did: the run folders, and their jobs' ids in the same order (none in a dry run)."""
+
+    runs: list[Path]
+    job_ids: list[str]
+    script: str
+
+
+def submit(
+    recipe: Path,
+    cluster: Path,
+    shape: Shape,
+    *,
+    overrides: Sequence[str] = (),
+    sweeps: Sequence[str] = (),
+    parallel: int | None = None,
+    then: Sequence[Kind] = (),
+    run_dir: Path | None = None,
+    dry_run: bool = False,
+) -> Submitted:
+    """Submits one job, or one job array with a run per point of the sweeps.
+
+    `recipe` is a recipe file, or the folder of a run that is to go on, maybe on another number of ranks. A
+    sweep is `a.b=1,2,3`; several sweeps are multiplied. `then` chains jobs that start when training is done.
+    With `dry_run` nothing is written or submitted.
+
+    Raises:
+        UserError: a mistake in recipe, profile or sweep; no Slurm here; Slurm refuses the job; the run has a
+            job already.
+    """
+    profile = load_settings(ClusterProfile, cluster)
+    points = list(sweep_points(sweeps))
+    recipes = resolved_recipes(recipe, overrides, points, shape)
+    directory = (
+        run_dir or (recipe if recipe.is_dir() else new_run_directory(recipes[0].name or "run"))
+    ).resolve()
+    runs = [directory / label for label in point_labels(points)] if sweeps else [directory]
+    if dry_run:
+        folder = directory / "submissions" / "001"
+        executor = build_executor(
+            folder, job_name(recipes[0]), profile, shape, dry_run=True, **limit(parallel)
+        )
+        if len(runs) > 1:
+            executor.parameters["map_count"] = len(runs)
+        return Submitted(runs, [], script_text(executor))
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "mtl submit: expected Slurm's sbatch, found none. Run it on a login node of the cluster, "
+            "or start a small one here with slurm/devcluster."
+        )
+    if recipe.is_dir():
+        refuse_if_active(directory)
+    with removed_on_failure(directory):
+        folder = new_submission_folder(directory)
+        for run, point in zip(runs, recipes, strict=True):
+            run.mkdir(parents=True, exist_ok=True)
+            write_text(run / "recipe.yaml", to_yaml(point))
+        take_snapshot(folder / "code", [point.model_dump(mode="json") for point in recipes], Path.cwd())
+        write_submission(folder, runs, profile, shape)
+        executor = build_executor(folder, job_name(recipes[0]), profile, shape, **limit(parallel))
+        job_ids = submit_jobs(executor, [TrainingJob(run, folder) for run in runs])
+        script = script_of(folder, job_ids[0])
+    record_jobs(runs, job_ids, "train", folder)
+    for kind in then:
+        chain(kind, folder, profile, recipes[0], runs, job_ids)
+    return Submitted(runs, job_ids, script)
+
+
+def chain(
+    kind: Kind,
+    folder: Path,
+    profile: ClusterProfile,
+    recipe: Recipe,
+    runs: Sequence[Path],
+    after: Sequence[str],
+) -> None:
+    """Submits a job of one rank per run that starts when that run's training is done, or never."""
+    array = after[0].split("_")[0]
+    dependency = f"aftercorr:{array}" if len(runs) > 1 else f"afterok:{array}"
+    once = profile.model_copy(update={"sbatch": {**profile.sbatch, "kill-on-invalid-dep": "yes"}})
+    name = f"{job_name(recipe)}-{kind}"
+    executor = build_executor(folder, name, once, Shape(1, 1), dependency=dependency, teardown=[])
+    record_jobs(runs, submit_jobs(executor, [EvaluationJob(run) for run in runs]), kind, folder)
+
+
+# -- recipes ----------------------------------------------------------------------------------------------
+
+
+def resolved_recipes(
+    recipe: Path, overrides: Sequence[str], points: Sequence[Sequence[str]], shape: Shape
+) -> list[Recipe]:
+    """The recipe of every point, checked as far as it can be checked before the job starts."""
+    from mtl_dist.assemble import absolute_paths
+    from mtl_dist.recipe import load_recipe
+
+    path = recipe / "recipe.yaml" if recipe.is_dir() else recipe
+    recipes = [absolute_paths(load_recipe(path, [*overrides, *point])) for point in points]
+    for point in recipes:
+        point.train.accumulation_on(shape.nodes * shape.tasks_per_node)
+    return recipes
+
+
+# -- folders and records ----------------------------------------------------------------------------------
+
+
+def new_submission_folder(directory: Path) -> Path:
+    submissions = directory / "submissions"
+    number = len(list(submissions.iterdir())) + 1 if submissions.is_dir() else 1
+    folder = submissions / f"{number:03d}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@contextmanager
+def removed_on_failure(directory: Path) -> Iterator[None]:
+    """Leaves no folder of a run that was not submitted, unless it was there before."""
+    existed = directory.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def write_submission(folder: Path, runs: Sequence[Path], profile: ClusterProfile, shape: Shape) -> None:
+    facts = {
+        "runs": [os.path.relpath(run, folder) for run in runs],
+        "requeue": profile.requeue.model_dump(),
+        "profile": profile.model_dump(mode="json"),
+        **asdict(shape),
+    }
+    write_text(folder / "submission.json", json.dumps(facts, indent=1))
+
+
+def refuse_if_active(run: Path) -> None:
+    """Refuses to submit a run a second time while a job of it waits or runs."""
+    live = live_jobs()
+    for job in read_jobs(run):
+        if job.id in live:
+            raise UserError(
+                f"{run}: job {job.id} of this run is {live[job.id].state.lower()}. "
+                "Wait for it, or end it with `mtl cancel`."
+            )
+
+
+# -- submitit ---------------------------------------------------------------------------------------------
+
+
+def submit_jobs(executor: SlurmExecutor, calls: Sequence[Callable[[], None]]) -> list[str]:
+    """Submits one job, or several as one array; returns the job ids.
+
+    Raises:
+        UserError: Slurm refuses, with what it said.
+    """
+    try:
+        if len(calls) == 1:
+            return [executor.submit(calls[0]).job_id]
+        with executor.batch():
+            jobs = [executor.submit(call) for call in calls]
+        return [job.job_id for job in jobs]
+    except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
+        said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")] or [str(error)]
+        raise UserError(f"sbatch refused the job. {' '.join(said)} Look at the cluster profile.") from None
+
+
+def script_of(folder: Path, job_id: str) -> str:
+    return (folder / "jobs" / f"{job_id.split('_')[0]}_submission.sh").read_text(encoding="utf-8")
+
+
+def job_name(recipe: Recipe) -> str:
+    return f"mtl-{recipe.name or 'run'}"
+
+
+def limit(parallel: int | None) -> dict[str, Any]:
+    return {"array_parallelism": parallel} if parallel is not None else {}

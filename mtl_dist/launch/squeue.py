@@ -1,0 +1,69 @@
+"""What Slurm says about jobs: `squeue` for those that wait or run, `sacct` or `scontrol` for the others.
+
+A cluster without accounting has no `sacct`; the controller then remembers a job for some minutes, and after
+that only the run folder knows.
+"""
+
+from __future__ import annotations
+
+import getpass
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from mtl_dist.errors import UserError
+
+FIELDS = "%i|%T|%r|%S|%N"
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job as Slurm sees it: `state` such as PENDING; `reason` why it waits; `nodes` where it runs."""
+
+    state: str
+    reason: str = ""
+    start: str = ""
+    nodes: str = ""
+
+
+def live_jobs() -> dict[str, JobState]:
+    """All of the user's jobs that wait, run or are ending, by job id; none where there is no Slurm."""
+    command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", f"--format={FIELDS}"]
+    return parse_squeue(_output(command))
+
+
+def parse_squeue(text: str) -> dict[str, JobState]:
+    """
+    >>> parse_squeue("12_3|PENDING|Priority|2026-01-01T10:00:00|")["12_3"].reason
+    'Priority'
+    """
+    jobs = {}
+    for line in text.splitlines():
+        job, state, reason, start, nodes = line.split("|")
+        jobs[job] = JobState(
+            state, "" if reason == "None" else reason, "" if start == "N/A" else start, nodes
+        )
+    return jobs
+
+
+def finished_job(job_id: str) -> str:
+    """The final state of a job that is no longer in the queue, such as FAILED; nothing if nobody knows."""
+    accounting = _output(
+        ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=State"]
+    )
+    if accounting.strip():
+        return accounting.split()[0]  # "CANCELLED by 1000"
+    for word in _output(["scontrol", "--oneliner", "show", "job", job_id]).split():
+        if word.startswith("JobState="):
+            return word.removeprefix("JobState=")
+    return ""
+
+
+def _output(command: list[str]) -> str:
+    """What a Slurm command prints; nothing where it is not installed, or does not know the job."""
+    if shutil.which(command[0]) is None:
+        return ""
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if result.returncode != 0 and command[0] == "squeue":
+        raise UserError(f"squeue: expected the queue, found: {result.stderr.strip()} Is the controller up?")
+    return result.stdout
