@@ -1,4 +1,4 @@
-"""`mtl launch`: several processes on this machine, as `accelerate launch ... -m mtl_dist train ...` starts them.
+"""`mtl launch`: several processes on this machine, as `accelerate launch -m mtl_dist train` starts them.
 
     mtl launch RECIPE --nproc N
       supervise (here)           forwards signals, returns the exit code, leaves no process behind
