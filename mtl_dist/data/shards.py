@@ -24,6 +24,7 @@ import mmap
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -111,29 +112,92 @@ class _HashingFile:
     """A file being written, hashed on the way: reading a shard again to hash it would double the IO."""
 
     def __init__(self, path: Path) -> None:
-        self.file: BinaryIO = open(path, "wb")  # noqa: SIM115 (closed by `close`)
         self.hash = hashlib.sha256()
         self.num_bytes = 0
+        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 (closed by `close` or `discard`)
 
     def write(self, data: bytes) -> int:
+        if self._file.closed:  # tarfile flushes its buffer once more when it is collected
+            return len(data)
         self.hash.update(data)
         self.num_bytes += len(data)
-        return self.file.write(data)
+        return self._file.write(data)
 
     def close(self) -> None:
-        try:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        finally:
-            self.file.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def discard(self) -> None:
+        with suppress(OSError):  # the reason to discard may be a full disk, which the last flush meets again
+            self._file.close()
+
+
+class TarShard:
+    """Writes one tar and collects its index rows: the same bytes for the same samples."""
+
+    def __init__(self, path: Path, tasks: Mapping[str, TaskKind]) -> None:
+        from webdataset.writer import TarWriter  # imports torch: seconds that `mtl --help` has not
+
+        self.path = path
+        self._bits = {task: 1 << bit for bit, task in enumerate(tasks)}
+        self._segmentation = segmentation_tasks(tasks)
+        self._dtype = index_dtype(self._segmentation)
+        self._rows: list[tuple[int, ...]] = []
+        self._file = _HashingFile(path)
+        self._tar: Any = TarWriter(self._file, encoder=False, mtime=0, user="mtl", group="mtl")
+
+    @property
+    def num_samples(self) -> int:
+        """The samples written so far."""
+        return len(self._rows)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes written so far, padding included."""
+        return int(self._tar.tarstream.offset)
+
+    def write(
+        self, key: str, image: bytes, extension: str, labels: Mapping[str, Label], masks: Mapping[str, bytes]
+    ) -> None:
+        """Append one sample; `labels` and `masks` hold the tasks that it has a label for."""
+        assert re.fullmatch(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}", key), key
+        members = {extension: image, "json": _json_bytes(labels)}
+        members |= {f"{task}.png": mask for task, mask in masks.items()}
+        offsets: dict[str, int] = {}
+        offset = self.num_bytes
+        for suffix in sorted(members):  # the order in which TarWriter writes them
+            offsets[suffix] = offset + _BLOCK
+            offset += _BLOCK + _padded(len(members[suffix]))
+        self._tar.write({"__key__": key, **members})
+        assert self.num_bytes == offset, "TarWriter wrote more than one header block per member"
+        self._tar.tarstream.members.clear()  # tarfile keeps every header of an archive otherwise
+
+        labelled = sum(self._bits[task] for task in (*labels, *masks))
+        row = [offsets[extension], len(image), offsets["json"], len(members["json"]), labelled]
+        for task in self._segmentation:
+            row += [offsets.get(f"{task}.png", 0), len(masks.get(task, b""))]
+        self._rows.append(tuple(row))
+
+    def close(self) -> tuple[ShardInfo, np.ndarray]:
+        """Finish the tar, durably; its line in the manifest and its rows in the index."""
+        self._tar.close()
+        self._file.close()
+        info = ShardInfo(self.path.name, self.num_samples, self._file.num_bytes, self._file.hash.hexdigest())
+        return info, np.array(self._rows, dtype=self._dtype)
+
+    def discard(self) -> None:
+        """Give the tar up and delete it."""
+        self._file.discard()
+        self.path.unlink(missing_ok=True)
 
 
 class ShardWriter:
-    """Writes one split: samples in, shards and their index out, the same bytes for the same samples.
+    """Writes one split, sample by sample: shards and their index.
 
-    A shard is closed at `max_samples` samples or once it holds `max_bytes` bytes. Closing the writer (or
-    leaving its `with` block without an exception) finishes the last shard and writes the index; `shards`
-    then lists what was written.
+    A shard is closed at `max_samples` samples or once it holds `max_bytes` bytes. Leaving the `with` block
+    finishes the last shard and writes the index; `shards` then lists what was written. An exception in the
+    block leaves the finished shards, and no index.
     """
 
     def __init__(
@@ -145,59 +209,25 @@ class ShardWriter:
         max_bytes: int = DEFAULT_SHARD_BYTES,
     ) -> None:
         check_task_names(tasks)
-        self.directory = directory
-        self.split = split
         self.shards: list[ShardInfo] = []
-        self._bits = {task: 1 << bit for bit, task in enumerate(tasks)}
-        self._segmentation = segmentation_tasks(tasks)
-        self._dtype = index_dtype(self._segmentation)
+        self._directory = directory
+        self._split = split
+        self._tasks = dict(tasks)
         self._max_samples = max_samples
         self._max_bytes = max_bytes
-        self._finished_rows: list[np.ndarray] = []
-        self._rows: list[tuple[int, ...]] = []
-        self._file: _HashingFile | None = None
-        self._tar: Any = None
-
-    @property
-    def num_samples(self) -> int:
-        """The samples written so far."""
-        return sum(len(rows) for rows in self._finished_rows) + len(self._rows)
+        self._rows = [np.empty(0, index_dtype(segmentation_tasks(tasks)))]
+        self._shard: TarShard | None = None
 
     def write(
-        self,
-        key: str,
-        image: bytes,
-        extension: str,
-        labels: Mapping[str, Label],
-        masks: Mapping[str, bytes],
+        self, key: str, image: bytes, extension: str, labels: Mapping[str, Label], masks: Mapping[str, bytes]
     ) -> None:
         """Append one sample; `labels` and `masks` hold the tasks that it has a label for."""
-        assert re.fullmatch(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}", key), key
-        tar = self._open_tar()
-        members = {extension: image, "json": _json_bytes(labels)}
-        members |= {f"{task}.png": mask for task, mask in masks.items()}
-        offsets: dict[str, int] = {}
-        offset = tar.tarstream.offset
-        for suffix in sorted(members):  # the order in which TarWriter writes them
-            offsets[suffix] = offset + _BLOCK
-            offset += _BLOCK + _padded(len(members[suffix]))
-        tar.write({"__key__": key, **members})
-        assert tar.tarstream.offset == offset, "TarWriter wrote more than one header block per member"
-        tar.tarstream.members.clear()  # tarfile keeps every header of an archive otherwise
-
-        labelled = sum(self._bits[task] for task in (*labels, *masks))
-        row = [offsets[extension], len(image), offsets["json"], len(members["json"]), labelled]
-        for task in self._segmentation:
-            row += [offsets.get(f"{task}.png", 0), len(masks.get(task, b""))]
-        self._rows.append(tuple(row))
-        if len(self._rows) >= self._max_samples or offset >= self._max_bytes:
+        if self._shard is None:
+            path = self._directory / shard_name(self._split, len(self.shards))
+            self._shard = TarShard(path, self._tasks)
+        self._shard.write(key, image, extension, labels, masks)
+        if self._shard.num_samples >= self._max_samples or self._shard.num_bytes >= self._max_bytes:
             self._finish_shard()
-
-    def close(self) -> None:
-        """Finish the last shard and write the index."""
-        self._finish_shard()
-        rows = np.concatenate([np.empty(0, self._dtype), *self._finished_rows])
-        save_index(index_path(self.directory, self.split), rows)
 
     def __enter__(self) -> Self:
         return self
@@ -206,34 +236,17 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
-            self.close()
-        elif self._file is not None:
-            self._file.file.close()
-
-    def _open_tar(self) -> Any:
-        if self._tar is None:
-            from webdataset.writer import TarWriter  # imports torch: seconds that `mtl --help` has not
-
-            self._file = _HashingFile(self.directory / shard_name(self.split, len(self.shards)))
-            self._tar = TarWriter(self._file, encoder=False, mtime=0, user="mtl", group="mtl")
-        return self._tar
+            self._finish_shard()
+            save_index(index_path(self._directory, self._split), np.concatenate(self._rows))
+        elif self._shard is not None:
+            self._shard.discard()
 
     def _finish_shard(self) -> None:
-        if self._file is None:
-            return
-        self._tar.close()
-        self._file.close()
-        self.shards.append(
-            ShardInfo(
-                path=shard_name(self.split, len(self.shards)),
-                num_samples=len(self._rows),
-                num_bytes=self._file.num_bytes,
-                sha256=self._file.hash.hexdigest(),
-            )
-        )
-        self._finished_rows.append(np.array(self._rows, dtype=self._dtype))
-        self._rows = []
-        self._file = self._tar = None
+        if self._shard is not None:
+            info, rows = self._shard.close()
+            self.shards.append(info)
+            self._rows.append(rows)
+            self._shard = None
 
 
 def scan_shard(path: Path, tasks: Mapping[str, TaskKind]) -> np.ndarray:

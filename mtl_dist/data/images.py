@@ -1,0 +1,146 @@
+"""What an image file is, found from its bytes: format, size, channels, depth, and whether it decodes.
+
+Names lie: a `.png` may hold a JPEG. Everything here goes by content.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFile
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jfif", "png", "bmp", "gif", "tif", "tiff", "webp", "npy"})
+"""The file names that are taken for images, in lower case."""
+
+_STORED_AS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",  # a JPEG with more pictures behind it, as phones write; decoders read the first
+    "PNG": "png",
+    "BMP": "bmp",
+    "GIF": "gif",
+    "TIFF": "tif",
+    "WEBP": "webp",
+}
+_FORMATS = [name for name in _STORED_AS if name != "MPO"]  # Pillow finds MPO inside JPEG
+_CHANNELS = {"1": 1, "L": 1, "LA": 1, "La": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "F": 1}
+_CHANNELS |= {"P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "RGBX": 3, "RGBa": 3, "CMYK": 3, "YCbCr": 3}
+_SAME_EXTENSION = {"jpeg": "jpg", "jfif": "jpg", "tiff": "tif"}
+_ORIENTATION = 0x0112
+_NPY_DTYPES = ("uint8", "uint16", "float32")
+
+
+class UnreadableImage(Exception):
+    """The bytes are no image that can be used; the message says why, without the file's name."""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """One image: its true extension, its size as displayed (after EXIF rotation), channels and depth.
+
+    `oddities` are the words of what its reader has to mend: "rotated", "alpha", "palette", "cmyk".
+    """
+
+    extension: str
+    width: int
+    height: int
+    channels: int
+    dtype: str
+    oddities: tuple[str, ...] = ()
+
+
+def extension_of(path: str) -> str:
+    """The extension of a file name, in lower case, without its dot and with one spelling per format."""
+    extension = path.rpartition(".")[2].lower() if "." in path.rpartition("/")[2] else ""
+    return _SAME_EXTENSION.get(extension, extension)
+
+
+def examine_image(data: bytes, decode: bool = True) -> ImageFacts:
+    """What the image is, from its header; with `decode`, also that all of it can be decoded.
+
+    Raises:
+        UnreadableImage: empty, damaged, cut off, of several frames, or of a kind that is not supported.
+    """
+    if data.startswith(b"\x93NUMPY"):
+        return _examine_npy(data)
+    with open_image(data) as image:
+        facts = _facts(image)
+        if decode:
+            # Grey at 1/8 scale: a JPEG's data is read to its end for two thirds of the time.
+            image.draft("L", (1, 1))
+            image.load()
+    return facts
+
+
+@contextmanager
+def open_image(data: bytes) -> Iterator[Image.Image]:
+    """The image in `data`, opened by Pillow; what fails inside the block is an `UnreadableImage`.
+
+    Raises:
+        UnreadableImage: empty, damaged, cut off, too large to be safe, or no image.
+    """
+    if not data:
+        raise UnreadableImage("an empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                yield image
+    except Image.UnidentifiedImageError:
+        raise UnreadableImage("bytes of no known image format") from None
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"an image too large to be safe ({error})") from None
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+        raise UnreadableImage(f"a damaged image ({error})") from None
+
+
+def _facts(image: Image.Image) -> ImageFacts:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        raise UnreadableImage(f"{frames} frames in one {image.format} file, where one image is expected")
+    channels = _CHANNELS.get(image.mode)
+    if channels is None:
+        raise UnreadableImage(f"a {image.format} image of mode {image.mode!r}, which is not supported")
+    assert isinstance(image, ImageFile.ImageFile)
+    dtype = "uint8"
+    if image.mode == "F":
+        dtype = "float32"
+    elif image.mode.startswith("I;16") or any("16" in str(tile[3]) for tile in image.tile):
+        dtype = "uint16"  # Pillow opens 16-bit colour as 8-bit RGB: only the tile's raw mode tells
+
+    oddities = []
+    width, height = image.size
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    if orientation in range(2, 9):
+        oddities.append("rotated")
+        if orientation >= 5:
+            width, height = height, width
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        oddities.append("alpha")
+    if image.mode in ("P", "PA"):
+        oddities.append("palette")
+    if image.mode == "CMYK":
+        oddities.append("cmyk")
+    return ImageFacts(_STORED_AS[image.format or ""], width, height, channels, dtype, tuple(oddities))
+
+
+def _examine_npy(data: bytes) -> ImageFacts:
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UnreadableImage(f"a damaged .npy file ({error})") from None
+    if array.dtype.name not in _NPY_DTYPES or array.ndim not in (2, 3) or 0 in array.shape:
+        raise UnreadableImage(
+            f"an array of type {array.dtype.name} and shape {array.shape}, "
+            f"where height x width (x channels) of {', '.join(_NPY_DTYPES)} is expected"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise UnreadableImage("an array with infinite or undefined values")
+    channels = array.shape[2] if array.ndim == 3 else 1
+    return ImageFacts("npy", array.shape[1], array.shape[0], channels, array.dtype.name)

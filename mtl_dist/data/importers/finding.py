@@ -1,0 +1,92 @@
+"""Finding the files that a table speaks of: by path, by the end of a path, by stem."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from mtl_dist.data.images import IMAGE_EXTENSIONS, extension_of
+from mtl_dist.data.importers.sources import Source, Tree
+from mtl_dist.errors import UserError
+
+_IMAGES = "images"
+"""Where a name is found in several folders, one of this name is meant."""
+
+
+class FileFinder:
+    """Finds files of a tree by what a table says of them."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+
+    def find(self, path: str, split: str) -> tuple[str, Source] | None:
+        """The file at `path`, or the only one whose path ends so; its path in the tree and its source.
+
+        Among several, those in a folder "images" come first, then those in a folder of the row's `split`.
+
+        Raises:
+            UserError: several files remain.
+        """
+        found = self.tree.find(path)
+        if found is not None:
+            return path, found
+        ending = f"/{PurePosixPath(path)}"
+        candidates = [name for name in self._by_name[PurePosixPath(path).name] if f"/{name}".endswith(ending)]
+        for folder in (_IMAGES, split):
+            in_folder = [name for name in candidates if folder in PurePosixPath(name).parts[:-1]]
+            candidates = in_folder if len(candidates) > 1 and in_folder else candidates
+        if not candidates:
+            return None
+        if len(candidates) > 1:
+            raise UserError(
+                f"{self.tree}: expected one file called {path!r}, found {', '.join(candidates[:3])}. "
+                "Give longer paths in the table."
+            )
+        return candidates[0], self.tree.source(candidates[0])
+
+    @cached_property
+    def _by_name(self) -> defaultdict[str, list[str]]:
+        by_name: defaultdict[str, list[str]] = defaultdict(list)
+        for name in self.tree.files:
+            by_name[PurePosixPath(name).name].append(name)
+        return by_name
+
+
+class MaskFolder:
+    """Finds the mask of an image by its stem, below one folder of a tree or on disk.
+
+    Raises:
+        UserError: no such folder.
+    """
+
+    def __init__(self, tree: Tree, folder: str, columns: tuple[str, ...]) -> None:
+        wanted = folder.strip("/")
+        folders = [name for name in tree.directories if f"/{name}".endswith(f"/{wanted}")]
+        if len(folders) == 1:
+            self.tree, prefix = tree, f"{folders[0]}/"
+        elif not folders and Path(folder).is_dir():
+            self.tree, prefix = Tree(Path(folder)), ""
+        else:
+            raise UserError(
+                f"masks {folder!r}: expected a column of the table or one folder, found "
+                f"{', '.join(folders) or 'neither'}. Columns: {', '.join(columns)}."
+            )
+        self._by_stem: defaultdict[str, list[str]] = defaultdict(list)
+        for name in self.tree.files:
+            if name.startswith(prefix) and extension_of(name) in IMAGE_EXTENSIONS:
+                self._by_stem[PurePosixPath(name).stem].append(name)
+
+    def find(self, image: str) -> Source | None:
+        """The mask of the image at this path, or None; of several the one whose folder is called as its.
+
+        Raises:
+            UserError: several masks remain.
+        """
+        path = PurePosixPath(image)
+        candidates = self._by_stem[path.stem]
+        if len(candidates) > 1:
+            candidates = [name for name in candidates if PurePosixPath(name).parent.name == path.parent.name]
+        if len(candidates) > 1:
+            raise UserError(f"{image}: expected one mask, found {', '.join(candidates[:3])}.")
+        return self.tree.source(candidates[0]) if candidates else None

@@ -1,0 +1,281 @@
+"""One job per shard: read, check and write its records, in this process or in several.
+
+A job depends on nothing but its records, so the bytes do not depend on who runs it. Its result is kept in
+a small file beside the shard until the dataset is complete: an interrupted preparation goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import asdict, dataclass, field
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+import numpy as np
+
+from mtl_dist.data.images import UnreadableImage, examine_image
+from mtl_dist.data.importers.sources import Source
+from mtl_dist.data.manifest import FORMAT_VERSION, ShardInfo
+from mtl_dist.data.masks import MaskValueError, read_mask
+from mtl_dist.data.shards import Label, TarShard, scan_shard, shard_name
+from mtl_dist.errors import UserError
+from mtl_dist.specs import TaskKind
+
+DIGEST_SIZE = 16
+FINISHED = ".finished"
+"""The folder, beside the shards being written, that holds the results of the finished ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSource:
+    """What an importer knows of a task: its kind, class names, unit, and the value of each mask class."""
+
+    kind: TaskKind
+    classes: tuple[str, ...] = ()
+    unit: str = ""
+    mask_values: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sample before it is packed; `labels` and `masks` hold only the tasks that it has a label for."""
+
+    key: str
+    image: Source | bytes
+    labels: Mapping[str, Label]
+    masks: Mapping[str, Source | bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardJob:
+    """The records of one shard, and how to treat them."""
+
+    directory: Path
+    split: str
+    number: int
+    records: Sequence[Record]
+    tasks: Mapping[str, TaskSource]
+    verify: bool
+    max_skipped: int
+
+    @property
+    def kinds(self) -> dict[str, TaskKind]:
+        """The kind of each task, as the shard's writer wants it."""
+        return {name: task.kind for name, task in self.tasks.items()}
+
+    @property
+    def shard(self) -> Path:
+        """The tar that the job writes."""
+        return self.directory / shard_name(self.split, self.number)
+
+    @property
+    def result(self) -> Path:
+        """The file that says the job is done."""
+        return self.directory / FINISHED / f"{self.shard.name}.json"
+
+
+@dataclass
+class ShardResult:
+    """What a job found: index rows, a digest per stored image, and counts.
+
+    `digests` is one hexadecimal string, the same length per stored image. `skipped` holds the position of
+    each record that was left out, and why. `image_kinds` maps "channels dtype" to an example; `conventions`
+    maps, per mask task, how values were read to an example.
+    """
+
+    info: ShardInfo
+    rows: np.ndarray
+    digests: str
+    skipped: dict[int, str] = field(default_factory=dict)
+    image_kinds: dict[str, str] = field(default_factory=dict)
+    oddities: dict[str, int] = field(default_factory=dict)
+    mask_pixels: dict[str, list[int]] = field(default_factory=dict)
+    conventions: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def read_bytes(source: Source | bytes) -> bytes:
+    """The bytes of an image or a mask, which a record holds or points to."""
+    return source if isinstance(source, bytes) else source.read()
+
+
+def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
+    """Write the shard of `job`, calling `tick` after each record.
+
+    Raises:
+        UserError: more unreadable files than may be skipped, a mask of another size than its image, or one
+            with a value that is no class.
+        OSError: the shard could not be written.
+    """
+    shard = TarShard(job.shard, job.kinds)
+    digests: list[str] = []
+    skipped: dict[int, str] = {}
+    image_kinds: dict[str, str] = {}
+    oddities: Counter[str] = Counter()
+    pixels = {name: np.zeros(len(task.classes), np.int64) for name, task in job.tasks.items()}
+    conventions: dict[str, dict[str, str]] = {name: {} for name in job.tasks}
+    try:
+        for position, record in enumerate(job.records):
+            where = str(record.image) if isinstance(record.image, Source) else record.key
+            image = read_bytes(record.image)
+            try:
+                facts = examine_image(image, decode=job.verify)
+                masks: dict[str, bytes] = {}
+                for name, source in record.masks.items():
+                    where = str(source) if isinstance(source, Source) else f"{name} of {record.key}"
+                    task = job.tasks[name]
+                    mask = read_mask(read_bytes(source), len(task.classes), task.mask_values)
+                    if (mask.width, mask.height) != (facts.width, facts.height):
+                        raise UserError(
+                            f"{where}: expected the size of its image, {facts.width}x{facts.height}, "
+                            f"found {mask.width}x{mask.height}."
+                        )
+                    masks[name] = mask.png
+                    pixels[name] += mask.class_pixels
+                    conventions[name].setdefault(mask.convention, where)
+            except MaskValueError as error:
+                raise UserError(f"{where}: task {name!r}: {error}.") from None
+            except UnreadableImage as error:
+                skipped[position] = f"{where}: expected a readable image, found {error}."
+                check_skipped(list(skipped.values()), job.max_skipped)
+                tick()
+                continue
+            shard.write(record.key, image, facts.extension, record.labels, masks)
+            digests.append(hashlib.blake2b(image, digest_size=DIGEST_SIZE).hexdigest())
+            image_kinds.setdefault(f"{facts.channels} {facts.dtype}", where)
+            oddities.update(facts.oddities)
+            tick()
+        info, rows = shard.close()
+    except BaseException:
+        shard.discard()
+        raise
+    segmentation = [name for name, task in job.tasks.items() if task.kind == "segmentation"]
+    result = ShardResult(
+        info,
+        rows,
+        "".join(digests),
+        skipped,
+        image_kinds,
+        dict(oddities),
+        {name: pixels[name].tolist() for name in segmentation},
+        {name: conventions[name] for name in segmentation},
+    )
+    _save_result(job, result)
+    return result
+
+
+def check_skipped(reasons: Sequence[str], max_skipped: int) -> None:
+    """Stop once more files were left out than allowed.
+
+    Raises:
+        UserError: the first reason where nothing may be skipped, else the count and the last reason.
+    """
+    if len(reasons) <= max_skipped:
+        return
+    if max_skipped == 0:
+        raise UserError(f"{reasons[0]} Mend or remove it, or allow some to be skipped.")
+    raise UserError(
+        f"{len(reasons)} unreadable files, where at most {max_skipped} may be skipped; {reasons[-1]}"
+    )
+
+
+def _fingerprint(job: ShardJob) -> str:
+    """What the bytes of a shard depend on."""
+    digest = hashlib.sha256(repr((FORMAT_VERSION, job.split, job.number, job.verify)).encode())
+    digest.update(
+        repr(
+            [(name, task.kind, task.classes, dict(task.mask_values)) for name, task in job.tasks.items()]
+        ).encode()
+    )
+    for record in job.records:
+        digest.update(
+            repr((record.key, record.image, record.labels, record.masks)).encode("utf-8", "surrogateescape")
+        )
+    return digest.hexdigest()
+
+
+def _save_result(job: ShardJob, result: ShardResult) -> None:
+    fields = {name: value for name, value in vars(result).items() if name != "rows"}
+    text = json.dumps({"fingerprint": _fingerprint(job), **fields, "info": asdict(result.info)})
+    temporary = job.result.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, job.result)
+
+
+def finished_result(job: ShardJob) -> ShardResult | None:
+    """The result of a job that an earlier, interrupted preparation finished; None where there is none."""
+    if not job.result.is_file() or not job.shard.is_file():
+        return None
+    fields = json.loads(job.result.read_text(encoding="utf-8"))
+    info = ShardInfo(**fields.pop("info"))
+    if fields.pop("fingerprint") != _fingerprint(job) or job.shard.stat().st_size != info.num_bytes:
+        return None
+    skipped = {int(position): reason for position, reason in fields.pop("skipped").items()}
+    return ShardResult(info=info, rows=scan_shard(job.shard, job.kinds), skipped=skipped, **fields)
+
+
+_ticks: Synchronized[int] | None = None
+
+
+def _start_worker(ticks: Synchronized[int]) -> None:
+    global _ticks
+    _ticks = ticks
+
+
+def _tick() -> None:
+    assert _ticks is not None
+    with _ticks.get_lock():
+        _ticks.value += 1
+
+
+def _run_in_worker(job: ShardJob) -> ShardResult:
+    return pack_shard(job, _tick)
+
+
+def run_jobs(
+    jobs: Sequence[ShardJob], workers: int, progress: Callable[[int], None]
+) -> Iterator[ShardResult]:
+    """The results of all jobs, in order; `progress` hears the number of records done so far."""
+    if workers <= 1 or len(jobs) <= 1:
+        done = 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            progress(done)
+
+        for job in jobs:
+            yield pack_shard(job, tick)
+        return
+
+    # Not plain fork, which copies the caller's threads (progress bars, torch) in the midst of their work.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "webdataset.writer"])
+    ticks = context.Value("Q", 0)
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (ticks,)) as pool:
+        futures = [pool.submit(_run_in_worker, job) for job in jobs]
+        try:
+            for future in futures:
+                yield _await(future, lambda: progress(ticks.value))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _await(future: Future[ShardResult], report: Callable[[], None]) -> ShardResult:
+    while True:
+        try:
+            result = future.result(timeout=0.2)
+        except FutureTimeoutError:
+            report()
+        else:
+            report()
+            return result

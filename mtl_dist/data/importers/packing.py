@@ -1,0 +1,319 @@
+"""The one road from source records to a prepared dataset, whatever the importer.
+
+    records of each split -> plan of shards -> one job per shard, in parallel -> index, manifest, rename
+
+Everything is written into `.<name>.partial` beside the dataset's place, and renamed when the manifest
+stands: a directory under the final name is complete. A bad input removes the partial directory. A full disk
+or an interruption leaves it, and the next run over the same records goes on from its finished shards. The
+bytes depend on the records alone, not on the number of workers or on interruptions.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mtl_dist.data.importers.jobs import (
+    FINISHED,
+    Record,
+    ShardJob,
+    ShardResult,
+    TaskSource,
+    check_skipped,
+    finished_result,
+    run_jobs,
+)
+from mtl_dist.data.importers.splitting import SPLIT_NAMES, shuffled
+from mtl_dist.data.importers.summary import (
+    PackedSplit,
+    check_conventions,
+    duplicate_notes,
+    image_format,
+    image_notes,
+    label_counts,
+    label_notes,
+    task_info,
+)
+from mtl_dist.data.manifest import Manifest, SplitInfo, write_manifest
+from mtl_dist.data.shards import (
+    DEFAULT_SHARD_BYTES,
+    DEFAULT_SHARD_SAMPLES,
+    check_task_names,
+    index_path,
+    save_index,
+)
+from mtl_dist.errors import UserError
+
+_WORTH_A_WORKER = 64 * 2**20
+
+Progress = Callable[[int, int], None]
+"""Called with the samples done and the samples there are."""
+
+
+def silent(done: int, total: int) -> None:
+    """The progress callback that shows nothing."""
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How to pack, the same for every importer.
+
+    verify         decode every image once; without it only headers are read
+    max_skipped    unreadable images that may be left out; with 0 the first one stops the preparation
+    workers        processes; 1 packs in the calling process, None takes as many as the data is worth
+    seed           decides splits by fractions, and the stored order
+    shard_samples, shard_bytes  a shard is closed at this many samples, or once it holds this many bytes
+    """
+
+    verify: bool = True
+    max_skipped: int = 0
+    workers: int | None = None
+    seed: int = 0
+    shard_samples: int = DEFAULT_SHARD_SAMPLES
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+
+
+STANDARD = PackOptions()
+
+
+def refuse_existing(out: Path) -> None:
+    """Refuse a place that is taken, before any work is done.
+
+    Raises:
+        UserError: `out` is a file, or a directory with something in it.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        what = "a directory that is not empty" if out.is_dir() else "a file"
+        raise UserError(
+            f"{out}: expected a new or empty directory, found {what}. Remove it or choose another."
+        )
+
+
+def pack(
+    splits: Mapping[str, Sequence[Record]],
+    out: Path,
+    tasks: Mapping[str, TaskSource],
+    name: str,
+    notes: Sequence[str] = (),
+    options: PackOptions = STANDARD,
+    progress: Progress = silent,
+) -> Manifest:
+    """Write the records of each split as the dataset `out` called `name`, and return its manifest.
+
+    Raises:
+        UserError: `out` is taken, a task has no labels at all, a file is unreadable or does not fit its
+            task, or the disk is full. Nothing is left under the final name.
+    """
+    refuse_existing(out)
+    _check(splits, tasks)
+    with _partial_directory(out) as partial:
+        jobs = _plan(splits, partial, tasks, options)
+        results = _run(jobs, options, progress)
+        manifest = _finish(splits, jobs, results, partial, tasks, notes, name)
+        shutil.rmtree(partial / FINISHED)
+        _fsync_directory(partial)
+        os.rename(partial, out)  # also over an empty directory
+        _fsync_directory(out.parent)
+    return manifest
+
+
+def _check(splits: Mapping[str, Sequence[Record]], tasks: Mapping[str, TaskSource]) -> None:
+    check_task_names({name: task.kind for name, task in tasks.items()})
+    for split, records in splits.items():
+        if not records:
+            raise UserError(f"split {split!r}: expected samples, found none. Leave the split out or fill it.")
+    records = [record for split in splits.values() for record in split]
+    for name in tasks:
+        if not any(name in record.labels or name in record.masks for record in records):
+            raise UserError(f"task {name!r}: expected labels, found none in any of {len(records)} samples.")
+
+
+@contextmanager
+def _partial_directory(out: Path) -> Iterator[Path]:
+    """The directory to write into: locked, removed after a bad input, kept after a full disk."""
+    partial = out.parent / f".{out.name}.partial"
+    try:
+        (partial / FINISHED).mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise UserError(f"{out}: expected a place that can be written, found: {error.strerror}.") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another `mtl prepare` is writing it. Wait for it to end.") from None
+        try:
+            yield partial
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "the disk is full" if full else f"writing failed ({error.strerror or error})"
+            raise UserError(f"{out}: {reason}. {_to_go_on(partial)}") from None
+        except BrokenProcessPool:
+            raise UserError(
+                f"{out}: a worker process was killed, perhaps for want of memory. {_to_go_on(partial)}"
+            ) from None
+    finally:
+        os.close(lock)
+
+
+def _to_go_on(partial: Path) -> str:
+    return f"Finished shards are kept in {partial}: run again to go on, or remove that directory."
+
+
+def _plan(
+    splits: Mapping[str, Sequence[Record]],
+    partial: Path,
+    tasks: Mapping[str, TaskSource],
+    options: PackOptions,
+) -> list[ShardJob]:
+    """Cut the records of each split, in stored order, into shards by number and by source bytes."""
+    jobs: list[ShardJob] = []
+    for split in _usual_order(splits):
+        records = splits[split]
+        number, chunk, size = 0, list[Record](), 0
+        for position in shuffled([record.key for record in records], options.seed):
+            chunk.append(records[position])
+            size += _record_size(chunk[-1])
+            if len(chunk) >= options.shard_samples or size >= options.shard_bytes:
+                jobs.append(_job(partial, split, number, chunk, tasks, options))
+                number, chunk, size = number + 1, [], 0
+        if chunk:
+            jobs.append(_job(partial, split, number, chunk, tasks, options))
+    return jobs
+
+
+def _job(
+    partial: Path,
+    split: str,
+    number: int,
+    records: list[Record],
+    tasks: Mapping[str, TaskSource],
+    options: PackOptions,
+) -> ShardJob:
+    return ShardJob(partial, split, number, records, tasks, options.verify, options.max_skipped)
+
+
+def _record_size(record: Record) -> int:
+    sources = (record.image, *record.masks.values())
+    return sum(len(source) if isinstance(source, bytes) else source.size for source in sources)
+
+
+def _usual_order(splits: Mapping[str, object]) -> list[str]:
+    usual = [name for name in SPLIT_NAMES if name in splits]
+    return usual + sorted(set(splits) - set(usual))
+
+
+def _run(jobs: Sequence[ShardJob], options: PackOptions, progress: Progress) -> list[ShardResult]:
+    """The result of every job, in order; those that an interrupted run finished are taken over."""
+    results = {job: result for job in jobs if (result := finished_result(job)) is not None}
+    total = sum(len(job.records) for job in jobs)
+    before = sum(len(job.records) for job in results)
+    progress(before, total)
+    _remove_all_but(jobs[0].directory, results)
+    todo = [job for job in jobs if job not in results]
+    skipped = [reason for result in results.values() for reason in result.skipped.values()]
+    workers = options.workers or _workers_for(todo)
+    new_results = run_jobs(todo, workers, lambda done: progress(before + done, total))
+    for job, result in zip(todo, new_results, strict=True):
+        results[job] = result
+        skipped += result.skipped.values()
+        check_skipped(skipped, options.max_skipped)
+    return [results[job] for job in jobs]
+
+
+def _workers_for(jobs: Sequence[ShardJob]) -> int:
+    """One process per core, but none for less than 64 MiB: each takes seconds to start."""
+    size = sum(_record_size(record) for job in jobs for record in job.records)
+    return min(len(os.sched_getaffinity(0)), 1 + size // _WORTH_A_WORKER)
+
+
+def _remove_all_but(directory: Path, finished: Collection[ShardJob]) -> None:
+    """Remove what an interrupted run left that is no finished shard of this one."""
+    keep = {directory / FINISHED} | {job.shard for job in finished} | {job.result for job in finished}
+    for path in [*directory.iterdir(), *(directory / FINISHED).iterdir()]:
+        if path not in keep:
+            path.unlink()
+
+
+def _finish(
+    splits: Mapping[str, Sequence[Record]],
+    jobs: Sequence[ShardJob],
+    results: Sequence[ShardResult],
+    directory: Path,
+    tasks: Mapping[str, TaskSource],
+    notes: Sequence[str],
+    name: str,
+) -> Manifest:
+    """Write indexes and manifest from the results of all jobs."""
+    packed = {split: _packed_split(split, jobs, results) for split in _usual_order(splits)}
+    for task, source in tasks.items():
+        if source.kind == "segmentation":
+            check_conventions(task, results)
+    labels = {
+        split: {task: label_counts(task, source, content) for task, source in tasks.items()}
+        for split, content in packed.items()
+    }
+    training = "train" if "train" in packed else next(iter(packed))
+    channels, dtype = image_format(results)
+    manifest = Manifest(
+        name=name,
+        channels=channels,
+        image_dtype=dtype,
+        tasks={
+            task: task_info(task, source, packed[training], labels[training][task])
+            for task, source in tasks.items()
+        },
+        splits={
+            split: SplitInfo(
+                num_samples=len(content.records),
+                shards=tuple(result.info for result in content.results),
+                labels=labels[split],
+            )
+            for split, content in packed.items()
+        },
+        notes=(
+            *notes,
+            *image_notes(results),
+            *label_notes(tasks, labels, training),
+            *duplicate_notes(packed),
+        ),
+    )
+    for split, content in packed.items():
+        save_index(index_path(directory, split), np.concatenate([result.rows for result in content.results]))
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def _packed_split(split: str, jobs: Sequence[ShardJob], results: Sequence[ShardResult]) -> PackedSplit:
+    """The records of a split that were stored; a shard of which none was is removed."""
+    records: list[Record] = []
+    kept: list[ShardResult] = []
+    for job, result in zip(jobs, results, strict=True):
+        if job.split == split and result.info.num_samples:
+            records += [record for i, record in enumerate(job.records) if i not in result.skipped]
+            kept.append(result)
+        elif job.split == split:
+            job.shard.unlink()
+    if not records:
+        raise UserError(f"split {split!r}: expected samples, found none that is readable.")
+    return PackedSplit(records, kept)
+
+
+def _fsync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

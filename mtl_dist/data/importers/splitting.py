@@ -1,0 +1,119 @@
+"""Names, splits and order of samples: pure functions of names and a seed.
+
+Everything is decided by the hash of a sample's key, so a file that is added later moves no other one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import PurePosixPath
+
+from mtl_dist.data.shards import MAX_KEY_LENGTH
+from mtl_dist.errors import UserError
+
+SPLIT_NAMES = ("train", "val", "test")
+DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
+_ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+
+
+def split_name(text: str) -> str:
+    """The split's usual name: `valid` and `Validation` are `val`."""
+    name = text.strip().lower()
+    return _ALIASES.get(name, name)
+
+
+def class_order(names: Iterable[str]) -> list[str]:
+    """Class names in the order of their indices: by number where all are numbers, else by name."""
+    unique = set(names)
+    if all(re.fullmatch(r"-?\d+", name) for name in unique):
+        return sorted(unique, key=lambda name: (int(name), name))
+    return sorted(unique)
+
+
+def unique_keys(paths: Sequence[str]) -> list[str]:
+    """A sample key for each path: its stem where all stems differ, else its whole path.
+
+    Keys hold only ASCII letters, digits, `_` and `-` (WebDataset splits names at dots and slashes). Where
+    that makes two alike, or a name is too long, the hash of the path is appended.
+    """
+    stems = [_sanitised(PurePosixPath(path).stem) for path in paths]
+    bases = stems if len(set(stems)) == len(stems) else [_sanitised(_without_suffix(path)) for path in paths]
+    keys, taken = [], set()
+    for base, path in zip(bases, paths, strict=True):
+        key = base
+        if len(key) > MAX_KEY_LENGTH or key in taken:
+            key = f"{base[: MAX_KEY_LENGTH - 9]}-{_hash(path).hex()[:8]}"
+        taken.add(key)
+        keys.append(key)
+    return keys
+
+
+def shuffled(keys: Sequence[str], seed: int) -> list[int]:
+    """The positions of `keys` in an order that depends on each key and the seed alone.
+
+    Samples are stored in this order: a folder's files come sorted by class, and a training run that
+    shuffles within a window of shards would see few classes at a time.
+    """
+    return sorted(range(len(keys)), key=lambda i: (_hash(f"{seed}/order/{keys[i]}"), keys[i]))
+
+
+def check_fractions(fractions: Sequence[float]) -> None:
+    """Refuse fractions that are not 2 or 3 positive numbers with the sum 1.
+
+    Raises:
+        UserError: they are not.
+    """
+    if (
+        len(fractions) not in (2, 3)
+        or min(fractions) <= 0
+        or not math.isclose(sum(fractions), 1, abs_tol=1e-6)
+    ):
+        raise UserError(
+            "split: expected fractions for train,val or train,val,test, each above 0 and with the sum 1, "
+            f"found {','.join(f'{fraction:g}' for fraction in fractions)}. Example: 0.8,0.1,0.1"
+        )
+
+
+def split_by_fractions(
+    keys: Sequence[str], strata: Sequence[Hashable], fractions: Sequence[float], seed: int
+) -> list[str]:
+    """The split of each key; every stratum (class) is divided by the same fractions.
+
+    A stratum has at least one sample in train.
+    """
+    check_fractions(fractions)
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for position, stratum in enumerate(strata):
+        members[stratum].append(position)
+    splits = [SPLIT_NAMES[0]] * len(keys)
+    for positions in members.values():
+        positions.sort(key=lambda i: (_hash(f"{seed}/split/{keys[i]}"), keys[i]))
+        start = max(1, round(fractions[0] * len(positions)))
+        for name, upto in zip(SPLIT_NAMES[1:], _cumulative(fractions)[1:], strict=False):
+            end = max(start, round(upto * len(positions)))
+            for position in positions[start:end]:
+                splits[position] = name
+            start = end
+    return splits
+
+
+def _cumulative(fractions: Sequence[float]) -> list[float]:
+    return [sum(fractions[: count + 1]) for count in range(len(fractions))]
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+
+
+def _sanitised(name: str) -> str:
+    ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii")
+    return re.sub(r"[^A-Za-z0-9-]+", "_", ascii_name).strip("_") or "sample"
+
+
+def _without_suffix(path: str) -> str:
+    return str(PurePosixPath(path).with_suffix(""))

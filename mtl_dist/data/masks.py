@@ -1,0 +1,124 @@
+"""Masks as people keep them, turned into masks as shards keep them: 8-bit grey PNG of class indices.
+
+How the values of a mask become classes, in this order:
+
+1. A task with a table of values (`{1: "animal", 2: "background"}`) goes by that table alone.
+2. A 1-bit mask and a palette mask mean their indices; but in a task of two classes a palette of greys
+   means the greys (some tools write the white object as index 0).
+3. In a task of two classes, values beyond 0 and 1 mean a grey picture: 128 and above is class 1. That
+   covers 0/255 masks and soft edges. The values {0, 1, 255} are class indices with ignored pixels.
+4. Otherwise the values are class indices, and 255 is "ignore".
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from mtl_dist.data.images import UnreadableImage, open_image
+from mtl_dist.specs import IGNORE
+
+THRESHOLD = 128
+_PNG_BIT_DEPTH = 24  # the byte of a PNG that tells it
+
+Convention = Literal["either", "index", "grey"]
+"""How the values were read; "either" where no other reading is possible (1-bit, nothing but 0)."""
+
+
+class MaskValueError(Exception):
+    """A mask holds a value that is no class; the message says which, without the file's name."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A normalised mask: its PNG bytes, size, pixels per class, and how its values were read."""
+
+    png: bytes
+    width: int
+    height: int
+    class_pixels: tuple[int, ...]
+    convention: Convention
+
+
+def read_mask(data: bytes, num_classes: int, values: Mapping[int, int]) -> Mask:
+    """Decode a mask and normalise it to class indices; `values` maps its values to classes, if not empty.
+
+    The bytes are kept as they are where they already say the right thing in the right format.
+
+    Raises:
+        UnreadableImage: the bytes are no image of one channel.
+        MaskValueError: a value is no class of the task.
+    """
+    with open_image(data) as image:
+        image.load()
+        as_stored = image.format == "PNG" and image.mode == "L" and data[_PNG_BIT_DEPTH] == 8
+        source, exact = _values(image, num_classes, values)
+    table, convention = _table(source, exact, num_classes, values)
+    classes = table[source]
+    counts = np.bincount(classes.ravel(), minlength=IGNORE + 1)[:num_classes]
+    if as_stored and np.array_equal(classes, source):
+        png = data
+    else:
+        buffer = io.BytesIO()
+        Image.fromarray(classes).save(buffer, "PNG")
+        png = buffer.getvalue()
+    height, width = classes.shape
+    return Mask(png, width, height, tuple(int(count) for count in counts), convention)
+
+
+def _values(image: Image.Image, num_classes: int, values: Mapping[int, int]) -> tuple[np.ndarray, bool]:
+    """The mask's values as uint8 (H, W), and whether they are class indices for sure."""
+    array = np.asarray(image)
+    if image.mode == "1":
+        return array.astype(np.uint8), True
+    if image.mode == "P":
+        if num_classes == 2 and not values:
+            palette = np.zeros((256, 3), np.uint8)
+            colours = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+            palette[: len(colours)] = colours
+            used = palette[np.unique(array)]
+            if (used == used[:, :1]).all():
+                return palette[:, 0][array], False
+        return array, True
+    if image.mode in ("RGB", "RGBA", "LA"):
+        colours = array if image.mode == "RGB" else array[..., :-1]
+        if (colours != colours[..., :1]).any():
+            raise UnreadableImage("a mask in colours, where class indices or greys are expected")
+        return np.ascontiguousarray(colours[..., 0]), False
+    if image.mode in ("L", "I", "I;16", "I;16B"):
+        if array.max() > 255 or array.min() < 0:
+            raise UnreadableImage("mask values beyond 0..255")
+        return array.astype(np.uint8), False
+    raise UnreadableImage(f"a mask of mode {image.mode!r}, which is not supported")
+
+
+def _table(
+    source: np.ndarray, exact: bool, num_classes: int, values: Mapping[int, int]
+) -> tuple[np.ndarray, Convention]:
+    """The class of each of the 256 values, and how they were read."""
+    present = np.flatnonzero(np.bincount(source.ravel(), minlength=256))
+    table = np.full(256, IGNORE, np.uint8)
+    if values:
+        for value, index in values.items():
+            table[value] = index
+        wrong = [int(v) for v in present if v != IGNORE and v not in values]
+        if wrong:
+            listed = ", ".join(str(v) for v in values)
+            raise MaskValueError(f"expected the values {listed} (255 = ignore), found {wrong[0]}")
+        return table, "either"
+    beyond = set(present.tolist()) - {0, 1}
+    if num_classes == 2 and not exact and beyond and not (beyond == {IGNORE} and 1 in present):
+        table[:THRESHOLD], table[THRESHOLD:] = 0, 1
+        return table, "grey"
+    wrong = [int(v) for v in present if v >= num_classes and v != IGNORE]
+    if wrong:
+        raise MaskValueError(
+            f"expected class indices from 0 to {num_classes - 1} (255 = ignore), found {wrong[0]}"
+        )
+    table[:num_classes] = np.arange(num_classes)
+    return table, "either" if exact or present.tolist() == [0] else "index"
