@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -106,7 +105,7 @@ def begin_attempt(run: Path, attempt: Attempt, budget: Budget) -> None:
         attempts[-1] = _lost(attempts[-1], read_status(run))
     _write_attempts(run, [*attempts, attempt])
     (run / "failure.json").unlink(missing_ok=True)
-    lost = Counter(past.cause for past in attempts)["node failure"]
+    lost = count_of("node failure", attempts, attempt.job_id)
     if lost > budget.node_failures:
         raise UserError(
             f"{run}: the nodes of {lost} attempts failed, more than requeue.node_failures "
@@ -174,7 +173,7 @@ def finish_attempt(run: Path, ending: Ending, budget: Budget) -> bool:
         failed = replace(
             status or Status("failed"), state="failed", retry=cause != "mistake", updated=time.time()
         )
-        write_status(run, replace(failed, reason=f"{reason}\n{hopeless}" if hopeless != reason else reason))
+        write_status(run, replace(failed, reason="\n".join(dict.fromkeys([hopeless, reason]))))
     return not hopeless and ending.job_state == "RUNNING"
 
 
@@ -216,7 +215,7 @@ def why_not_again(attempts: Sequence[Attempt], budget: Budget) -> str:
             and (before.last_step, before.reason) == (last.last_step, last.reason)
         ):
             return f"It failed twice in the same way at step {last.last_step}: not started again."
-        crashes = Counter(attempt.cause for attempt in attempts)["crash"]
+        crashes = count_of("crash", attempts, last.job_id)
         if crashes > budget.crashes:
             return f"It crashed {crashes} times, more than requeue.crashes ({budget.crashes})."
     made_no_step = [a.cause == "time limit" and a.last_step <= a.first_step for a in attempts[-2:]]
@@ -225,6 +224,11 @@ def why_not_again(attempts: Sequence[Attempt], budget: Budget) -> str:
     if [attempt.ranks for attempt in attempts[-3:]] == [0, 0, 0]:
         return "Three attempts ended before they had begun: look at the batch script's setup."
     return ""
+
+
+def count_of(cause: Cause, attempts: Sequence[Attempt], job_id: str) -> int:
+    """How many attempts of one job ended so. Whoever submits the run again has a new budget."""
+    return sum(attempt.cause == cause and attempt.job_id == job_id for attempt in attempts)
 
 
 def _cause_of_stop(status: Status) -> Cause:

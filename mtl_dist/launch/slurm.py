@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -58,15 +58,14 @@ def submit(
     overrides: Sequence[str] = (),
     sweeps: Sequence[str] = (),
     parallel: int | None = None,
-    then: Sequence[Kind] = (),
+    then: Literal["evaluate"] | None = None,
     run_dir: Path | None = None,
     dry_run: bool = False,
 ) -> Submitted:
     """Submits one job, or one job array with a run per point of the sweeps.
 
     `recipe` is a recipe file, or the folder of a run that is to go on, maybe on another number of ranks. A
-    sweep is `a.b=1,2,3`; several sweeps are multiplied. `then` chains jobs that start when training is done.
-    With `dry_run` nothing is written or submitted.
+    sweep is `a.b=1,2,3`; several are multiplied. `then` chains a job that starts when training is done. With `dry_run` nothing is written or submitted.
 
     Raises:
         UserError: a mistake in recipe, profile or sweep; no Slurm here; Slurm refuses the job; the run has a
@@ -105,8 +104,8 @@ def submit(
         job_ids = submit_jobs(executor, [TrainingJob(run, folder) for run in runs])
         script = script_of(folder, job_ids[0])
     record_jobs(runs, job_ids, "train", folder)
-    for kind in then:
-        chain(kind, folder, profile, recipes[0], runs, job_ids)
+    if then is not None:
+        chain(then, folder, profile, recipes[0], runs, job_ids)
     return Submitted(runs, job_ids, script)
 
 
