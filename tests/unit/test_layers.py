@@ -25,7 +25,7 @@ LAYERS: dict[int, str] = {
     4: "trainer evaluator",
     5: "recipe run_folder results assemble runs debug predictor",
     6: "launch report",
-    7: "cli __main__",
+    7: "cli commands __main__",
 }
 LAYER = {room: number for number, rooms in LAYERS.items() for room in rooms.split()}
 STRANGERS = LAYERS[1].split()

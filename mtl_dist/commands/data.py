@@ -1,0 +1,199 @@
+"""The commands about datasets: prepare digits, folders and table; inspect."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mtl_dist.commands.options import class_names, fractions, named, numbers
+from mtl_dist.commands.progress import progress_bar
+
+if TYPE_CHECKING:
+    from mtl_dist.data.importers.packing import PackOptions
+    from mtl_dist.data.manifest import Manifest
+
+Out = Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The new dataset's directory.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Decides the split and the stored order.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", show_default=False, help="Processes; without it one per core."),
+]
+MaxSkipped = Annotated[
+    int,
+    typer.Option(
+        min=0, metavar="N", help="Unreadable images that may be left out; with 0 the first one stops it."
+    ),
+]
+Verify = Annotated[bool, typer.Option(help="Decode every image once; without it only headers are read.")]
+Pairs = list[str] | None
+
+prepare = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+
+
+@prepare.callback()
+def _prepare() -> None:
+    """Pack images and labels into shards: plain WebDataset tars, an index and dataset.json.
+
+    A directory that exists and is not empty is refused. Any sample may lack any label.
+
+    \b
+      mtl prepare digits data/digits
+      mtl prepare folders photos/ data/breeds --task breed
+      mtl prepare table labels.csv data/skin --image file --classification diagnosis=dx
+    """
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(prepare, name="prepare", rich_help_panel="Data")
+
+
+@prepare.command()
+def digits(out: Out, seed: Seed = 0, workers: Workers = None) -> None:
+    """scikit-learn's 1,797 handwritten digits: three tasks, nothing to download.
+
+    Which digit (classification), how thick the stroke is (regression, measured from the picture), which
+    pixels are ink (segmentation).
+
+    \b
+      mtl prepare digits data/digits
+    """
+    from mtl_dist.data.importers.digits import prepare_digits
+
+    with progress_bar("pack") as show:
+        manifest = prepare_digits(out, _options(seed, workers), show)
+    _summary(out, manifest)
+
+
+@prepare.command()
+def folders(
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", show_default=False, help="A directory or a zip of class folders.")
+    ],
+    out: Out,
+    task: Annotated[str, typer.Option(show_default=False, help="The task's name.")],
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FRACTIONS",
+            show_default=False,
+            help="Such as 0.8,0.1,0.1, where SRC has no train folder.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    max_skipped: MaxSkipped = 0,
+    verify: Verify = True,
+) -> None:
+    """One folder per class: train|val|test/CLASS/..., or CLASS/... to be split.
+
+    \b
+      mtl prepare folders photos/ data/breeds --task breed
+      mtl prepare folders photos.zip data/breeds --task breed --split 0.8,0.1,0.1
+    """
+    from mtl_dist.data.importers.folders import prepare_folders
+
+    parts = None if split is None else fractions("--split", split)
+    options = _options(seed, workers, max_skipped, verify)
+    with progress_bar("pack") as show:
+        manifest = prepare_folders(src, out, task, fractions=parts, options=options, progress=show)
+    _summary(out, manifest)
+
+
+@prepare.command()
+def table(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", show_default=False, help="csv, tsv or json; or a directory or zip that holds one."
+        ),
+    ],
+    out: Out,
+    image: Annotated[str, typer.Option(metavar="COLUMN", help="The column of image files.")] = "file",
+    root: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", show_default=False, help="Where the files are; without it beside FILE."),
+    ] = None,
+    classification: Annotated[
+        Pairs, typer.Option(metavar="TASK=COLUMN", help="A class per image. May be given several times.")
+    ] = None,
+    multilabel: Annotated[
+        Pairs, typer.Option(metavar="TASK=COLUMN", help="Any number of classes per image, as a|b.")
+    ] = None,
+    regression: Annotated[Pairs, typer.Option(metavar="TASK=COLUMN", help="A number per image.")] = None,
+    segmentation: Annotated[
+        Pairs,
+        typer.Option(
+            metavar="TASK=COLUMN|DIR", help="A mask per image: a column of files, or a folder of them."
+        ),
+    ] = None,
+    classes: Annotated[
+        Pairs,
+        typer.Option(metavar="TASK=NAME,...", help="Class names by index, or by value as 0:NAME,255:NAME."),
+    ] = None,
+    unit: Annotated[
+        Pairs, typer.Option(metavar="TASK=UNIT", help="The unit of a number, such as years.")
+    ] = None,
+    separator: Annotated[
+        str, typer.Option(metavar="TEXT", help="What stands between a cell's classes.")
+    ] = "|",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN|FRACTIONS",
+            show_default=False,
+            help="A column, or such as 0.8,0.1,0.1. Without it a column or folders that name splits.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    max_skipped: MaxSkipped = 0,
+    verify: Verify = True,
+) -> None:
+    """A table of labels: one row per image, one column per task. An empty cell is a missing label.
+
+    \b
+      mtl prepare table labels.csv data/skin --image file --root images \\
+          --classification diagnosis=dx --regression age=age --unit age=years \\
+          --segmentation lesion=masks --split split
+    """
+    from mtl_dist.data.importers.table import prepare_table
+
+    options = _options(seed, workers, max_skipped, verify)
+    with progress_bar("pack") as show:
+        manifest = prepare_table(
+            file,
+            out,
+            image=image,
+            root=root,
+            classification=named("--classification", classification),
+            multilabel=named("--multilabel", multilabel),
+            regression=named("--regression", regression),
+            segmentation=named("--segmentation", segmentation, "COLUMN or TASK=DIR"),
+            classes=class_names("--classes", classes),
+            units=named("--unit", unit, "UNIT"),
+            separator=separator,
+            split=None if split is None else numbers(split) or split,
+            options=options,
+            progress=show,
+        )
+    _summary(out, manifest)
+
+
+def _options(seed: int, workers: int | None, max_skipped: int = 0, verify: bool = True) -> PackOptions:
+    from mtl_dist.data.importers.packing import PackOptions
+
+    cores = len(os.sched_getaffinity(0))
+    return PackOptions(verify=verify, max_skipped=max_skipped, workers=workers or cores, seed=seed)
+
+
+def _summary(out: Path, manifest: Manifest) -> None:
+    """What has been made, in a few lines."""
+    splits = ", ".join(f"{split.num_samples:,} {name}" for name, split in manifest.splits.items())
+    tasks = ", ".join(f"{name} ({info.kind})" for name, info in manifest.tasks.items())
+    print(f"{out}: {splits}; {tasks}")
+    for note in manifest.notes:
+        print(f"note: {note}")
+    print(f"Look at it with: mtl inspect {out}")

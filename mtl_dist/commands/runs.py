@@ -1,0 +1,240 @@
+"""The commands about runs: train, launch, evaluate, predict, verify."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+from mtl_dist.commands.errors import INTERRUPTED
+from mtl_dist.commands.progress import progress_bar
+
+if TYPE_CHECKING:
+    from mtl_dist.recipe import Recipe
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", show_default=False, help="A recipe, such as configs/digits.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="A.B=VALUE",
+        show_default=False,
+        help="Values in place of the recipe's, read as YAML; null takes a task out.",
+    ),
+]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", show_default=False, help="A run folder: runs/NAME/ID.")
+]
+RunDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-dir",
+        metavar="DIR",
+        show_default=False,
+        help="The run's folder; one that exists is taken up again. Without it a new one below runs/NAME.",
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Train")(train)
+    app.command(rich_help_panel="Train")(launch)
+    app.command(rich_help_panel="Use a run")(evaluate)
+    app.command(rich_help_panel="Use a run")(predict)
+    app.command(rich_help_panel="Use a run")(verify)
+
+
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="One process, no workers, one small batch that must be overfitted."),
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the complete recipe, defaults included, and stop.")
+    ] = False,
+) -> None:
+    """Train a recipe in this process, or in each that a launcher starts.
+
+    \b
+      mtl train configs/digits.yaml
+      mtl train configs/digits.yaml optim.lr=3e-4 train.epochs=5 tasks.ink=null
+      mtl train configs/digits.yaml --print-config
+      mtl train configs/digits.yaml --debug                       find what is wrong
+      mtl train configs/digits.yaml --run-dir runs/digits/ID      go on where it stopped
+
+    Several processes, on GPUs or CPUs (see also mtl launch):
+
+    \b
+      accelerate launch --config_file launch/ddp.yaml -m mtl_dist train configs/digits.yaml
+      torchrun --nproc-per-node 2 -m mtl_dist train configs/digits.yaml
+    """
+    from mtl_dist.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if print_config:
+        from mtl_dist.config.loading import to_yaml
+
+        print(to_yaml(loaded), end="")
+    elif debug:
+        from mtl_dist.debug import overfit_one_batch
+
+        raise typer.Exit(0 if overfit_one_batch(loaded) else 1)
+    else:
+        _train(loaded, run_dir)
+
+
+def launch(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Processes; without it one per GPU, or as the config file says.",
+        ),
+    ] = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config-file",
+            metavar="FILE",
+            show_default=False,
+            help="A config file of accelerate, such as launch/zero2.yaml.",
+        ),
+    ] = None,
+    run_dir: RunDir = None,
+) -> None:
+    """Train a recipe in several processes on this machine.
+
+    The short form of accelerate launch: one process per GPU (NCCL), or processes that share the CPU (gloo).
+    Ctrl-C lets them save together and leave; the same command with --run-dir goes on from there.
+
+    \b
+      mtl launch configs/digits.yaml --nproc 2
+      mtl launch configs/digits.yaml --nproc 4 train.precision=bf16
+      mtl launch configs/digits.yaml --config-file launch/zero2.yaml
+    """
+    import torch
+
+    from mtl_dist.launch.local import plan_launch, supervise
+    from mtl_dist.recipe import load_recipe
+
+    # Read here first, so that a mistake is said once and nothing starts.
+    loaded = load_recipe(recipe, overrides or [])
+    arguments = ["train", str(recipe), *(overrides or []), *(["--run-dir", str(run_dir)] if run_dir else [])]
+    plan = plan_launch(arguments, nproc, config_file, torch.cuda.device_count())
+    if plan is None:
+        _train(loaded, run_dir)
+        return
+    loaded.train.accumulation_on(plan.num_processes)
+    raise typer.Exit(supervise(plan))
+
+
+def _train(recipe: Recipe, run_dir: Path | None) -> None:
+    from mtl_dist.runs import train
+
+    outcome = train(recipe, run_dir)
+    # Under a launcher a rank that left early with an error would have the others killed while they finish.
+    if outcome.state == "stopped" and "RANK" not in os.environ:
+        raise typer.Exit(INTERRUPTED)
+
+
+def evaluate(
+    run: RunFolder,
+    split: Annotated[str, typer.Option(help="A split of the run's data: val, test, ...")] = "test",
+) -> None:
+    """Measure a run's best weights on a split.
+
+    Prints a table; writes evaluation/metrics.json and the confusion matrices into the run folder.
+
+    \b
+      mtl evaluate runs/digits/ID --split test
+    """
+    from mtl_dist.runs import evaluate_run
+
+    evaluate_run(run, split)
+
+
+def predict(
+    run: RunFolder,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", show_default=False, help="Image files.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", show_default=False, help="Write the lines here instead of printing them."
+        ),
+    ] = None,
+    overlays: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", show_default=False, help="Write masks, and images with their mask, here."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, metavar="P", help="From which probability on a label or pixel counts."
+        ),
+    ] = 0.5,
+) -> None:
+    """Answer for images: one line of JSON for each.
+
+    \b
+      mtl predict runs/digits/ID photo.png
+      mtl predict runs/skin/ID photos/*.jpg --out answers.jsonl --overlays masks/
+    """
+    from mtl_dist.predictor import predict_files, to_json
+
+    records = predict_files(run, images, overlays, threshold)
+    if out is None:
+        for record in records:
+            print(to_json(record), flush=True)
+        return
+    with whole_file(out) as file, progress_bar("predict") as show:
+        for done, record in enumerate(records, start=1):
+            file.write(to_json(record) + "\n")
+            show(done, len(images))
+    print(f"{out}: {len(images)} lines")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file that is there under its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def verify(run: RunFolder) -> None:
+    """Check that a run's checkpoints are whole, byte by byte.
+
+    Exit code 1 if one is not. Training and evaluation pass over damaged ones by themselves.
+
+    \b
+      mtl verify runs/digits/ID
+    """
+    from mtl_dist.runs import verify
+
+    good, problems = verify(run)
+    for name in good:
+        print(f"{name}: good")
+    for line in problems:
+        print(line, file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)

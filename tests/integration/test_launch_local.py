@@ -1,0 +1,186 @@
+"""`mtl launch`: real ranks under accelerate, their exit codes and signals, and nobody left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+import yaml
+
+from mtl_dist.launch.agent import report
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+SUPERVISOR = """
+import sys
+from mtl_dist.launch.local import Launch, supervise
+
+how = "--multi_gpu --num_machines 1 --gpu_ids all --mixed_precision no --dynamo_backend no"
+command = [sys.executable, "-m", "mtl_dist.launch.agent", *how.split(), "--num_processes", "2"]
+sys.exit(supervise(Launch((*command, "--main_process_port", "0", *sys.argv[1:]), 2, 1)))
+"""
+
+RANK = """
+import os, pathlib, signal, sys, time
+
+rank, folder = os.environ["RANK"], pathlib.Path(sys.argv[1])
+log = folder / f"rank{rank}"
+
+def note(text):
+    with open(log, "a") as file:
+        file.write(text + "\\n")
+
+def leave(number, frame):
+    note(signal.Signals(number).name)
+    time.sleep(0.5)
+    note("saved")
+    sys.exit(0)
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, leave)
+note(f"{os.environ['WORLD_SIZE']} ranks, {os.environ['OMP_NUM_THREADS']} thread, pid {os.getpid()}")
+"""
+WAIT = "time.sleep(120)\n"
+
+
+def start(tmp_path: Path, body: str) -> subprocess.Popen[str]:
+    """A supervisor over two ranks that run `body`; each writes what happens to it into its own file."""
+    script = tmp_path / "script.py"
+    script.write_text(RANK + body)
+    return subprocess.Popen(
+        [sys.executable, "-c", SUPERVISOR, str(script), str(tmp_path)],
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if key not in ("RANK", "OMP_NUM_THREADS")},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def lines(tmp_path: Path) -> list[list[str]]:
+    return [(tmp_path / f"rank{rank}").read_text().splitlines() for rank in range(2)]
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ranks(tmp_path: Path) -> list[psutil.Process]:
+    """The two running ranks, once both are up."""
+    files = [tmp_path / f"rank{rank}" for rank in range(2)]
+    wait_until(lambda: all(file.exists() and "pid" in file.read_text() for file in files))
+    return [psutil.Process(int(file.read_text().split()[5])) for file in files]
+
+
+def test_the_first_failed_rank_gives_the_exit_code_and_the_others_are_ended(tmp_path: Path) -> None:
+    process = start(tmp_path, 'sys.exit(3) if rank == "1" else time.sleep(120)\n')
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 3
+    assert [line[:20] for line in errors.splitlines() if line] == ["rank 1 failed with e"]
+    assert lines(tmp_path)[0] == [lines(tmp_path)[0][0], "SIGTERM", "saved"]
+    assert lines(tmp_path)[0][0].startswith("2 ranks, ")
+
+
+def test_a_mistake_of_the_user_keeps_exit_code_2_and_nothing_is_added_to_its_lines(tmp_path: Path) -> None:
+    process = start(tmp_path, 'print("a.b: expected", file=sys.stderr) if rank == "0" else 0\nsys.exit(2)\n')
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert errors == "a.b: expected\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_every_rank_once_and_they_may_finish(tmp_path: Path, number: signal.Signals) -> None:
+    process = start(tmp_path, WAIT)
+    ranks(tmp_path)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 128 + number
+    assert [rank[1:] for rank in lines(tmp_path)] == [[number.name, "saved"]] * 2
+    assert errors == ""
+
+
+@pytest.mark.parametrize("victim", ["launcher", "supervisor"])
+def test_no_rank_outlives_its_launcher_or_its_supervisor(tmp_path: Path, victim: str) -> None:
+    process = start(tmp_path, WAIT)
+    started = ranks(tmp_path)
+    agent = started[0].parent()
+    assert agent is not None
+    (agent if victim == "launcher" else process).kill()
+    process.communicate(timeout=100)
+    assert process.returncode == (137 if victim == "launcher" else -9)
+    _, alive = psutil.wait_procs([*started, agent], timeout=60)
+    assert alive == []
+    assert [rank[1:] for rank in lines(tmp_path)] == [["SIGTERM", "saved"]] * 2
+
+
+WORLD = """
+import os
+names = ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "CUDA_VISIBLE_DEVICES")
+print(*(os.environ.get(name, "-") for name in names), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("single", ["- - - -"]),
+        ("ddp", ["2 - - -"] * 2),
+        ("ddp-cpu", ["2 - - -1,-1"] * 2),
+        ("zero1", ["2 true 1 -"] * 2),
+        ("zero2", ["2 true 2 -"] * 2),
+        ("zero3", ["2 true 3 -"] * 2),
+    ],
+)
+def test_accelerate_starts_what_each_preset_says(tmp_path: Path, preset: str, expected: list[str]) -> None:
+    script = tmp_path / "world.py"
+    script.write_text(WORLD)
+    known = ("WORLD_SIZE", "RANK", "CUDA_VISIBLE_DEVICES")
+    output = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            f"launch/{preset}.yaml",
+            str(script),
+        ],
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if key not in known} | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
+    ).stdout
+    assert [line for line in output.splitlines() if line in expected] == expected
+
+
+def test_every_preset_says_when_to_use_it_and_how() -> None:
+    presets = sorted((ROOT / "launch").glob("*.yaml"))
+    assert {preset.stem for preset in presets} >= {"single", "ddp", "ddp-cpu", "zero1", "zero2", "zero3"}
+    for preset in presets:
+        text = preset.read_text(encoding="utf-8")
+        assert "# COMMAND  accelerate launch --config_file launch/" + preset.name in text
+        assert "# WHEN" in text
+        # The recipe decides the precision, and two runs on one machine do not fight for a port.
+        assert yaml.safe_load(text)["mixed_precision"] == "no"
+
+
+def test_the_exit_code_is_that_of_the_failure_not_of_its_consequences(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert report({0: -signal.SIGTERM, 1: -signal.SIGKILL}) == 137
+    assert "rank 1 was killed by SIGKILL" in capsys.readouterr().err
+    assert report({1: -signal.SIGTERM, 0: 2}) == 2
+    assert capsys.readouterr().err == ""
+    assert report({1: -signal.SIGTERM}) == 143
