@@ -14,13 +14,16 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
+
+ImageDtype = Literal["uint8", "uint16", "float32"]
+"""The values of a dataset's images."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,14 @@ class SplitInfo:
 class Manifest:
     """The whole of dataset.json.
 
-    `channels` and `image_dtype` ("uint8", "uint16", "float32") hold for every image. `tasks` carries
-    the statistics of the training split (of the first split where there is none called "train").
+    `channels` and `image_dtype` hold for every image (grey ones among colour ones are expanded when they
+    are read). `tasks` carries the statistics of the training split (of the first split where there is none
+    called "train").
     `notes` are lines the preparation had to say (skipped rows, duplicates across splits).
     """
 
     channels: int
-    image_dtype: str
+    image_dtype: ImageDtype
     tasks: dict[str, TaskInfo]
     splits: dict[str, SplitInfo]
     name: str = ""
@@ -91,14 +95,18 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         what = "no dataset.json in it" if directory.is_dir() else "no such directory"
-        raise UserError(f"{directory}: expected a prepared dataset, found {what}. Make one with `mtl prepare`.")
+        raise UserError(
+            f"{directory}: expected a prepared dataset, found {what}. Make one with `mtl prepare`."
+        )
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected JSON, found: {error}. Prepare the dataset again.") from None
     version = raw.get("version") if isinstance(raw, dict) else None
     if not isinstance(version, int):
-        raise UserError(f"{path}: expected an mtl_dist manifest, found no version. Was it made by `mtl prepare`?")
+        raise UserError(
+            f"{path}: expected an mtl_dist manifest, found no version. Was it made by `mtl prepare`?"
+        )
     if version > FORMAT_VERSION:
         raise UserError(
             f"{path}: expected format version <= {FORMAT_VERSION}, found {version}. "
@@ -111,6 +119,9 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _parse(raw: dict[str, Any]) -> Manifest:
+    if raw["image_dtype"] not in get_args(ImageDtype):
+        raise TypeError(f"image_dtype {raw['image_dtype']!r}")
+
     def tuples(values: dict[str, Any]) -> dict[str, Any]:
         return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 

@@ -147,7 +147,7 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
                 tick()
                 continue
             shard.write(record.key, image, facts.extension, record.labels, masks)
-            digests.append(hashlib.blake2b(image, digest_size=DIGEST_SIZE).hexdigest())
+            digests.append(hashlib.sha256(image).hexdigest()[: 2 * DIGEST_SIZE])
             image_kinds.setdefault(f"{facts.channels} {facts.dtype}", where)
             oddities.update(facts.oddities)
             tick()

@@ -6,11 +6,12 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from mtl_dist.data.importers.jobs import DIGEST_SIZE, Record, ShardResult, TaskSource
-from mtl_dist.data.manifest import LabelCounts
+from mtl_dist.data.manifest import ImageDtype, LabelCounts
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 
@@ -72,7 +73,7 @@ def task_info(name: str, task: TaskSource, split: PackedSplit, counts: LabelCoun
     )
 
 
-def image_format(results: Sequence[ShardResult]) -> tuple[int, str]:
+def image_format(results: Sequence[ShardResult]) -> tuple[int, ImageDtype]:
     """The channels and the type that hold for every image; grey images among colour ones count as colour.
 
     Raises:
@@ -88,7 +89,7 @@ def image_format(results: Sequence[ShardResult]) -> tuple[int, str]:
             f"{kind.replace(' ', ' channel(s) of ')} ({path})" for kind, path in examples.items()
         )
         raise UserError(f"images: expected one number of channels and one type for all, found {found}.")
-    return max(channels), dtypes.pop()
+    return max(channels), cast(ImageDtype, dtypes.pop())
 
 
 def check_conventions(name: str, results: Sequence[ShardResult]) -> None:

@@ -1,0 +1,190 @@
+"""What is in a prepared dataset: counts, labels, sizes, and whether its files are whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mtl_dist.data.images import UnreadableImage, examine_image
+from mtl_dist.data.manifest import Manifest, SplitInfo, read_manifest
+from mtl_dist.data.reader import SplitReader
+from mtl_dist.data.shards import index_path, scan_shard, sha256_of
+from mtl_dist.errors import UserError
+from mtl_dist.specs import TaskInfo
+
+_LOOKED_AT = 200
+_CLASSES_SHOWN = 30
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A dataset's manifest, and what a look at its files adds.
+
+    `image_sizes` holds (width, height) of some images of each split, spread evenly. `problems` are the
+    lines of what `verify` found wrong, empty where all is well, None where it did not look.
+    """
+
+    directory: Path
+    manifest: Manifest
+    image_sizes: dict[str, list[tuple[int, int]]]
+    problems: tuple[str, ...] | None
+
+
+def inspect_dataset(directory: Path, verify: bool = False) -> Inspection:
+    """Look into the dataset; with `verify` compare every shard with its hash, and the indexes with the tars.
+
+    Raises:
+        UserError: no dataset, or a shard or an index that is missing (with `verify` that is a problem among
+            others).
+    """
+    manifest = read_manifest(directory)
+    problems = tuple(_problems(directory, manifest)) if verify else None
+    sizes: dict[str, list[tuple[int, int]]] = {}
+    if not problems:
+        sizes = {split: _image_sizes(directory, manifest, split) for split in manifest.splits}
+    return Inspection(directory, manifest, sizes, problems)
+
+
+def _image_sizes(directory: Path, manifest: Manifest, split: str) -> list[tuple[int, int]]:
+    reader = SplitReader(directory, manifest, split)
+    sizes = []
+    for row in spread(reader.num_samples, _LOOKED_AT):
+        try:
+            facts = examine_image(reader.read(row).image, decode=False)
+        except UnreadableImage as error:
+            raise UserError(f"{reader.where(row)}: expected a readable image, found {error}.") from None
+        sizes.append((facts.width, facts.height))
+    return sizes
+
+
+def spread(num_samples: int, wanted: int) -> list[int]:
+    """At most `wanted` rows, evenly over the split."""
+    return np.unique(np.linspace(0, num_samples - 1, min(wanted, num_samples)).astype(int)).tolist()
+
+
+def _problems(directory: Path, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the files, one line each."""
+    kinds = {name: info.kind for name, info in manifest.tasks.items()}
+    for split, info in manifest.splits.items():
+        rows = []
+        for shard in info.shards:
+            path = directory / shard.path
+            if not path.is_file():
+                yield f"{path}: missing"
+            elif path.stat().st_size != shard.num_bytes:
+                yield f"{path}: expected {shard.num_bytes} bytes, found {path.stat().st_size}"
+            elif sha256_of(path) != shard.sha256:
+                yield f"{path}: its content has changed since it was written (another SHA-256)"
+            else:
+                rows.append(scan_shard(path, kinds))
+        if len(rows) == len(info.shards):
+            yield from _index_problems(index_path(directory, split), np.concatenate(rows))
+
+
+def _index_problems(path: Path, expected: np.ndarray) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path}: missing"
+        return
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        yield f"{path}: no index ({error})"
+        return
+    if found.dtype != expected.dtype or not np.array_equal(found, expected):
+        yield f"{path}: does not fit its shards"
+
+
+def render(inspection: Inspection) -> RenderableType:
+    """The inspection as tables, for a rich console."""
+    manifest = inspection.manifest
+    parts: list[RenderableType] = [_headline(manifest), _split_table(inspection)]
+    classified = {name: info for name, info in manifest.tasks.items() if info.classes}
+    measured = {name: info for name, info in manifest.tasks.items() if info.kind == "regression"}
+    if measured:
+        parts.append(_regression_table(measured))
+    parts += [_class_table(name, info, manifest) for name, info in classified.items()]
+    parts += [Text(f"note: {note}", style="yellow") for note in manifest.notes]
+    if inspection.problems is not None:
+        parts += [Text(problem, style="bold red") for problem in inspection.problems]
+        if not inspection.problems:
+            parts.append(Text("every shard matches its hash, every index its shards", style="green"))
+    return Group(*parts)
+
+
+def _headline(manifest: Manifest) -> Text:
+    channels = {1: "grey", 3: "colour"}.get(manifest.channels, f"{manifest.channels}-channel")
+    samples = sum(split.num_samples for split in manifest.splits.values())
+    text = Text(manifest.name or "dataset", style="bold")
+    return text.append(f"  {samples:,} {channels} images of {manifest.image_dtype} values", style="not bold")
+
+
+def _split_table(inspection: Inspection) -> Table:
+    """One line per split: samples, shards, bytes, sizes, and the labels of each task."""
+    manifest = inspection.manifest
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("split")
+    for column in ("samples", "shards", "size", "width x height", *manifest.tasks):
+        table.add_column(column, justify="right")
+    for name, split in manifest.splits.items():
+        cells = [f"{split.num_samples:,}", f"{len(split.shards)}", _bytes(split)]
+        cells.append(_range(inspection.image_sizes.get(name, [])))
+        for task in manifest.tasks:
+            counts = split.labels[task]
+            missing = f" ({counts.missing:,} missing)" if counts.missing else ""
+            cells.append(f"{counts.present:,}{missing}")
+        table.add_row(name, *cells)
+    return table
+
+
+def _bytes(split: SplitInfo) -> str:
+    size = float(sum(shard.num_bytes for shard in split.shards))
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB"
+
+
+def _range(sizes: list[tuple[int, int]]) -> str:
+    """The sizes that were seen: one, or from the smallest to the largest of each side."""
+    if not sizes:
+        return "?"
+    smallest, largest = np.min(sizes, axis=0), np.max(sizes, axis=0)
+    if (smallest == largest).all():
+        return f"{smallest[0]} x {smallest[1]}"
+    return f"{smallest[0]}..{largest[0]} x {smallest[1]}..{largest[1]}"
+
+
+def _regression_table(tasks: dict[str, TaskInfo]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(1, 2, 0, 0))
+    table.add_column("regression, in training")
+    for column in ("mean", "std", "min", "max", "unit"):
+        table.add_column(column, justify="right")
+    for name, info in tasks.items():
+        values = [f"{value:.4g}" for value in (info.mean, info.std, info.minimum, info.maximum)]
+        table.add_row(name, *(values if info.num_labelled else ["-"] * 4), info.unit or "-")
+    return table
+
+
+def _class_table(name: str, info: TaskInfo, manifest: Manifest) -> Table:
+    """One line per class: its count in each split, of pixels the share."""
+    pixels = info.kind == "segmentation"
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(f"{name} ({'share of pixels' if pixels else info.kind})")
+    for split in manifest.splits:
+        table.add_column(split, justify="right")
+    for index, class_name in enumerate(info.classes[:_CLASSES_SHOWN]):
+        cells = []
+        for split_info in manifest.splits.values():
+            counts = split_info.labels[name].class_counts
+            cells.append(f"{counts[index] / max(1, sum(counts)):.1%}" if pixels else f"{counts[index]:,}")
+        table.add_row(class_name, *cells)
+    if len(info.classes) > _CLASSES_SHOWN:
+        table.add_row(f"and {len(info.classes) - _CLASSES_SHOWN} more classes", *[""] * len(manifest.splits))
+    return table
