@@ -32,6 +32,7 @@ class Batch:
     valid_B       bool (B,), false for the samples that only pad a batch
     positions_B   int64 (B,), the global position of each sample in the training stream, or in the split
     keys          the samples' keys
+    num_bad       how many of the samples could not be read and were masked (they are not valid)
     """
 
     images_BCHW: Tensor
@@ -40,6 +41,7 @@ class Batch:
     valid_B: Tensor
     positions_B: Tensor
     keys: list[str]
+    num_bad: int = 0
 
     def __len__(self) -> int:
         return self.images_BCHW.shape[0]
@@ -52,6 +54,7 @@ class Batch:
             valid_B=move(self.valid_B),
             positions_B=move(self.positions_B),
             keys=self.keys,
+            num_bad=self.num_bad,
         )
 
     def to(self, device: torch.device) -> Batch:

@@ -1,0 +1,233 @@
+"""Builds batches: reads, decodes and transforms samples straight into one block of memory.
+
+The pixels of a batch, images and masks, lie in one block that is allocated once, in shared memory when a
+worker process builds it and page-locked where a GPU waits for it. Nothing is stacked or made float on the
+way. The few numbers beside the pixels travel by value: a tensor costs a worker more than they do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from mtl_dist.batch import Batch
+from mtl_dist.data.decode import decode_image, decode_mask
+from mtl_dist.data.images import UnreadableImage
+from mtl_dist.data.manifest import ImageDtype
+from mtl_dist.data.mixing import Samples
+from mtl_dist.data.randomness import Draws, derive_key
+from mtl_dist.data.reader import Sample, SplitReader, UnreadableSample
+from mtl_dist.data.transforms import Transform
+from mtl_dist.errors import UserError
+from mtl_dist.specs import IGNORE, TaskInfo
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of a block: the images, channels last, then the masks of each segmentation task."""
+
+    batch_size: int
+    size: tuple[int, int]
+    channels: int
+    dtype: torch.dtype
+    masks: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the whole block."""
+        return self._image_bytes + len(self.masks) * self._mask_bytes
+
+    @property
+    def _image_bytes(self) -> int:
+        return self._mask_bytes * self.channels * self.dtype.itemsize
+
+    @property
+    def _mask_bytes(self) -> int:
+        return self.batch_size * math.prod(self.size)
+
+    def images_BHWC(self, block: Tensor) -> Tensor:
+        """The images in a block, as a view."""
+        pixels = block[: self._image_bytes].view(self.dtype)
+        return pixels.view(self.batch_size, *self.size, self.channels)
+
+    def masks_BHW(self, block: Tensor, task: str) -> Tensor:
+        """The masks of a task in a block, as a view."""
+        begin = self._image_bytes + self.masks.index(task) * self._mask_bytes
+        return block[begin : begin + self._mask_bytes].view(self.batch_size, *self.size)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A batch on its way to the training process, and a line for each of its samples that was bad."""
+
+    layout: Layout
+    block: Tensor
+    targets: dict[str, np.ndarray]
+    labelled: dict[str, np.ndarray]
+    valid: np.ndarray
+    positions: np.ndarray
+    keys: list[str]
+    bad: tuple[str, ...]
+
+    def pin_memory(self) -> Loaded:
+        """The same with its block in page-locked memory (the DataLoader calls this)."""
+        return replace(self, block=self.block.pin_memory())
+
+    def batch(self) -> Batch:
+        """The batch, on the block's memory."""
+        targets = {name: torch.from_numpy(values) for name, values in self.targets.items()}
+        masks = {name: self.layout.masks_BHW(self.block, name) for name in self.layout.masks}
+        return Batch(
+            images_BCHW=self.layout.images_BHWC(self.block).permute(0, 3, 1, 2),
+            targets={name: masks[name] if name in masks else targets[name] for name in self.labelled},
+            labelled={name: torch.from_numpy(mask) for name, mask in self.labelled.items()},
+            valid_B=torch.from_numpy(self.valid),
+            positions_B=torch.from_numpy(self.positions),
+            keys=self.keys,
+            num_bad=len(self.bad),
+        )
+
+
+@dataclass(frozen=True)
+class BatchBuilder:
+    """Builds batches from the rows of some sources.
+
+    `key` seeds the augmentation; `fail_on_bad` decides whether a sample that cannot be read ends the run or
+    is masked.
+    """
+
+    readers: Sequence[SplitReader]
+    infos: Mapping[str, TaskInfo]
+    channels: int
+    image_dtype: ImageDtype
+    transform: Transform
+    key: int
+    fail_on_bad: bool
+
+    def build(self, samples: Samples, positions: np.ndarray, real: np.ndarray) -> Loaded:
+        """The batch of these samples; those that are not `real` only fill it.
+
+        Raises:
+            UserError: a sample cannot be read, and that ends the run.
+        """
+        layout = self._layout(len(positions))
+        block = _allocate(layout.num_bytes)
+        images_BHWC = layout.images_BHWC(block)
+        masks_BHW = {name: layout.masks_BHW(block, name) for name in layout.masks}
+        targets = self._targets(len(positions))
+        labelled = self._labelled(samples)
+        valid, keys, bad = real.copy(), [""] * len(positions), []
+        for i, (source, epoch, row) in enumerate(samples):
+            try:
+                tasks = [name for name, has in labelled.items() if has[i]]
+                sample = self.readers[source].read(row, tuple(name for name in tasks if name in masks_BHW))
+                draws = Draws(derive_key(self.key, source, epoch, row))
+                image_CHW, masks = self._pixels(sample, draws)
+                labels = {name: _label(name, self.infos[name], sample) for name in tasks if name in targets}
+            except (UnreadableSample, UnreadableImage) as error:
+                problem = f"{self.readers[source].where(row)}: {error}."
+                if self.fail_on_bad:
+                    advice = "Mend the dataset, or set `data.on_bad_sample: {kind: skip}`."
+                    raise UserError(f"{problem} {advice}") from None
+                if real[i]:
+                    bad.append(problem)
+                valid[i] = False
+                images_BHWC[i] = 0
+                for target in masks_BHW.values():
+                    target[i] = IGNORE
+                continue
+            keys[i] = sample.key
+            images_BHWC[i] = image_CHW.permute(1, 2, 0)
+            for name, target in masks_BHW.items():
+                target[i] = masks.get(name, IGNORE)
+            for name, value in labels.items():
+                targets[name][i] = value
+        labelled = {name: mask & valid for name, mask in labelled.items()}
+        return Loaded(layout, block, targets, labelled, valid, positions, keys, tuple(bad))
+
+    def _pixels(self, sample: Sample, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """The image and the masks as the batch wants them."""
+        image_CHW = decode_image(sample.image, self.channels, self.image_dtype)
+        masks = {name: decode_mask(data) for name, data in sample.masks.items()}
+        for name, mask in masks.items():
+            if mask.shape != image_CHW.shape[-2:]:
+                sizes = [f"{picture.shape[-1]}x{picture.shape[-2]}" for picture in (mask, image_CHW)]
+                raise UnreadableSample(f"its mask {name} is {sizes[0]}, its image {sizes[1]}")
+        image_CHW, masks = self.transform(image_CHW, masks, draws)
+        for name, mask in masks.items():
+            _check_classes(name, mask, self.infos[name])
+        return image_CHW, masks
+
+    def _layout(self, batch_size: int) -> Layout:
+        dtype = torch.uint8 if self.image_dtype == "uint8" else torch.float32
+        masks = tuple(name for name, info in self.infos.items() if info.kind == "segmentation")
+        return Layout(batch_size, self.transform.size, self.channels, dtype, masks)
+
+    def _labelled(self, samples: Samples) -> dict[str, np.ndarray]:
+        labelled = {name: np.zeros(len(samples.rows), dtype=bool) for name in self.infos}
+        for source, reader in enumerate(self.readers):
+            mine = samples.sources == source
+            for name, mask in labelled.items():
+                mask[mine] = reader.labelled(name, samples.rows[mine])
+        return labelled
+
+    def _targets(self, batch_size: int) -> dict[str, np.ndarray]:
+        """Harmless values for every target that is not a mask."""
+        targets: dict[str, np.ndarray] = {}
+        for name, info in self.infos.items():
+            if info.kind == "classification":
+                targets[name] = np.zeros(batch_size, dtype=np.int64)
+            elif info.kind == "multilabel":
+                targets[name] = np.zeros((batch_size, len(info.classes)), dtype=np.float32)
+            elif info.kind == "regression":
+                targets[name] = np.zeros(batch_size, dtype=np.float32)
+        return targets
+
+
+def _allocate(num_bytes: int) -> Tensor:
+    if get_worker_info() is None:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    # As torch's own collate function does: what a worker returns is moved to shared memory otherwise.
+    storage = torch.UntypedStorage._new_shared(num_bytes)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def _label(name: str, info: TaskInfo, sample: Sample) -> int | float | np.ndarray:
+    """A target from the sample's labels: a class, a value, or a row of zeros and ones."""
+    if name not in sample.labels:
+        raise UnreadableSample(f"its labels lack {name}, which the index says it has")
+    value = sample.labels[name]
+    if info.kind == "regression":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UnreadableSample(f"its label {name} is {value!r}, where a number is expected")
+        return value
+    if info.kind == "classification":
+        return _class(name, value, info)
+    if not isinstance(value, list):
+        raise UnreadableSample(f"its label {name} is {value!r}, where a list of class indices is expected")
+    row = np.zeros(len(info.classes), dtype=np.float32)
+    row[[_class(name, index, info) for index in value]] = 1
+    return row
+
+
+def _class(name: str, value: Any, info: TaskInfo) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(info.classes):
+        last = len(info.classes) - 1
+        raise UnreadableSample(f"its label {name} is {value!r}, where a class from 0 to {last} is expected")
+    return value
+
+
+def _check_classes(name: str, mask: Tensor, info: TaskInfo) -> None:
+    wrong = mask[(mask >= len(info.classes)) & (mask != IGNORE)]
+    if wrong.numel():
+        last = len(info.classes) - 1
+        raise UnreadableSample(
+            f"its mask {name} holds {int(wrong[0])}, where classes from 0 to {last} and {IGNORE} are expected"
+        )

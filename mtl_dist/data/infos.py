@@ -1,0 +1,116 @@
+"""What several datasets know of the tasks, put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from mtl_dist.data.manifest import Manifest, SplitInfo, read_manifest
+from mtl_dist.errors import UserError
+from mtl_dist.specs import TaskInfo
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """One split of one dataset: where it lies and what its manifest says."""
+
+    path: Path
+    manifest: Manifest
+    split: str
+
+    @property
+    def info(self) -> SplitInfo:
+        """What the manifest says of the split."""
+        return self.manifest.splits[self.split]
+
+
+def source_facts(path: Path, split: str) -> SourceFacts:
+    """The facts of a split of the dataset at `path`.
+
+    Raises:
+        UserError: no dataset there, or no such split.
+    """
+    manifest = read_manifest(path)
+    if split not in manifest.splits:
+        raise UserError(f"{path}: expected a split {split!r}, found {', '.join(manifest.splits) or 'none'}.")
+    return SourceFacts(path, manifest, split)
+
+
+def merge_infos(tasks: Collection[str], sources: Sequence[SourceFacts]) -> dict[str, TaskInfo]:
+    """The facts of each task over all training sources: counts added, mean and deviation pooled.
+
+    Raises:
+        UserError: no source has the task, or two disagree on what it is; one line for each mistake.
+    """
+    infos: dict[str, TaskInfo] = {}
+    problems: list[str] = []
+    known = list(dict.fromkeys(name for source in sources for name in source.manifest.tasks))
+    for task in tasks:
+        having = [source for source in sources if task in source.manifest.tasks]
+        if having:
+            infos[task] = _merge(task, having)
+            continue
+        near = get_close_matches(task, known, n=1)
+        problems.append(
+            f"tasks.{task}: expected a task of the training data, found none of that name. "
+            + (f"Did you mean {near[0]}? " if near else "")
+            + f"Tasks in the data: {', '.join(known) or 'none'}."
+        )
+    problems += disagreements(infos, sources)
+    if problems:
+        raise UserError("\n".join(problems))
+    return infos
+
+
+def disagreements(infos: Mapping[str, TaskInfo], sources: Sequence[SourceFacts]) -> list[str]:
+    """One line for each source and task that means something else there than `infos` say."""
+    problems = []
+    for source in sources:
+        for task, expected in infos.items():
+            found = source.manifest.tasks.get(task, expected)
+            for what in ("kind", "classes", "unit"):
+                wanted, has = getattr(expected, what), getattr(found, what)
+                if wanted != has:
+                    problems.append(
+                        f"{source.path}: expected {_words(what, wanted)} for the task {task}, as in the "
+                        f"first training source, found {_words(what, has)}. Prepare it again to match, or "
+                        "leave it out."
+                    )
+                    break
+    return problems
+
+
+def _words(what: str, value: str | tuple[str, ...]) -> str:
+    if isinstance(value, tuple):
+        return f"{len(value)} classes ({', '.join(value)})"
+    return f"the {what} {value!r}"
+
+
+def _merge(task: str, sources: Sequence[SourceFacts]) -> TaskInfo:
+    infos = [source.manifest.tasks[task] for source in sources]
+    counts = [source.info.labels[task] for source in sources]
+    described = [info for info in infos if info.num_labelled > 0]
+    total = sum(info.num_labelled for info in described)
+    merged = replace(
+        infos[0],
+        num_labelled=sum(count.present for count in counts),
+        class_counts=tuple(map(sum, zip(*(c.class_counts for c in counts if c.class_counts), strict=True))),
+    )
+    if len(described) < 2:
+        return (
+            merged
+            if not described
+            else replace(described[0], num_labelled=merged.num_labelled, class_counts=merged.class_counts)
+        )
+    mean = sum(info.num_labelled * info.mean for info in described) / total
+    variance = sum(i.num_labelled * (i.std**2 + (i.mean - mean) ** 2) for i in described) / total
+    return replace(
+        merged,
+        mean=mean,
+        std=math.sqrt(variance),
+        minimum=min(info.minimum for info in described),
+        maximum=max(info.maximum for info in described),
+    )

@@ -1,0 +1,306 @@
+"""From datasets to the batches of one rank.
+
+    positions -> samples (order, mixing) -> bytes (reader) -> pixels (decode, transforms) -> Batch (batches)
+
+A batch is a pure function of its number, so worker processes hold no state: they only compute ahead, and
+their number changes nothing. The state of the data in training is one integer, the position.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mtl_dist.batch import Batch
+from mtl_dist.data.batches import BatchBuilder, Loaded
+from mtl_dist.data.cuts import EvaluationCut, TrainingCut
+from mtl_dist.data.infos import SourceFacts, disagreements, merge_infos, source_facts
+from mtl_dist.data.manifest import ImageDtype
+from mtl_dist.data.mixing import Concatenation, Samples, Schedule, Stream
+from mtl_dist.data.order import Order
+from mtl_dist.data.randomness import derive_key
+from mtl_dist.data.reader import SplitReader
+from mtl_dist.data.settings import BadSampleSettings, DataSettings, EvaluationSourceSettings
+from mtl_dist.data.transforms import PRESETS, AugmentSettings, Transform
+from mtl_dist.errors import UserError
+from mtl_dist.specs import TaskInfo
+
+log = logging.getLogger(__name__)
+
+_ORDER, _AUGMENT = 1, 2  # what a key made from the seed is for
+_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_JUDGED_FROM = 1000  # samples after which the share of bad ones means something
+
+
+# ---------------------------------------------------------------- the datasets
+@dataclass(frozen=True)
+class Source:
+    """One split of one dataset, opened."""
+
+    facts: SourceFacts
+    reader: SplitReader
+
+
+@dataclass(frozen=True)
+class Data:
+    """The datasets of a recipe, opened and checked, and what they know of its tasks."""
+
+    settings: DataSettings
+    infos: dict[str, TaskInfo]
+    channels: int
+    image_dtype: ImageDtype
+    sources: dict[str, tuple[Source, ...]]
+    schedule: Schedule
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the batches' images."""
+        return self.settings.size
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Those of train, val and test that hold samples."""
+        return tuple(self.sources)
+
+    @property
+    def num_train_samples(self) -> int:
+        """The length of an epoch."""
+        return self.num_samples("train")
+
+    def num_samples(self, split: str) -> int:
+        """The samples of a split, over all its sources."""
+        return sum(source.reader.num_samples for source in self.sources[split])
+
+    def describe(self) -> str:
+        """The data in one line: samples per split, and how several training sources are mixed."""
+        parts = [f"{split} {self.num_samples(split):,}" for split in self.splits]
+        if len(self.sources["train"]) > 1:
+            shares = [
+                f"{source.facts.path.name} {weight / self.schedule.period:.1%}"
+                for source, weight in zip(self.sources["train"], self.schedule.weights, strict=True)
+            ]
+            parts.append(f"training mix {self.settings.mixing.kind}: {', '.join(shares)}")
+        return "; ".join(parts)
+
+
+def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None = None) -> Data:
+    """Open the datasets that `settings` names, relative to `root`, for these tasks.
+
+    Raises:
+        UserError: a dataset, split or shard is missing or damaged, a task is in no source, or the sources
+            do not fit together.
+    """
+    settings = settings.with_absolute_paths(root or Path.cwd())
+    training = [source_facts(source.path, source.split) for source in settings.train]
+    for source in training:
+        if source.info.num_samples == 0:
+            raise UserError(f"{source.path}: expected samples in the split {source.split}, found none.")
+    infos = merge_infos(tasks, training)
+    facts = {"train": training}
+    for split, stated in (("val", settings.val), ("test", settings.test)):
+        facts[split] = _evaluation_facts(split, stated, training)
+        problems = disagreements(infos, facts[split])
+        if problems:
+            raise UserError("\n".join(problems))
+    channels, image_dtype = _image_kind([source for group in facts.values() for source in group])
+    sources = {
+        split: tuple(Source(s, SplitReader(s.path, s.manifest, s.split)) for s in group)
+        for split, group in facts.items()
+        if group
+    }
+    lengths = [source.info.num_samples for source in training]
+    schedule = Schedule(settings.mixing.weights(settings.train, lengths))
+    return Data(settings, infos, channels, image_dtype, sources, schedule)
+
+
+def _evaluation_facts(
+    split: str, stated: Sequence[EvaluationSourceSettings] | None, training: Sequence[SourceFacts]
+) -> list[SourceFacts]:
+    """The sources of val or test that hold samples; where none are stated, those of the training datasets."""
+    if stated is not None:
+        found = [source_facts(source.path, source.split) for source in stated]
+    else:
+        datasets = {source.path: source.manifest for source in training}
+        found = [
+            SourceFacts(p, manifest, split) for p, manifest in datasets.items() if split in manifest.splits
+        ]
+    return [source for source in found if source.info.num_samples > 0]
+
+
+def _image_kind(sources: Sequence[SourceFacts]) -> tuple[int, ImageDtype]:
+    """The channels and the depth of the batches: colour where some source has it and the others are grey."""
+    channels = max(source.manifest.channels for source in sources)
+    dtype = sources[0].manifest.image_dtype
+    for source in sources:
+        manifest = source.manifest
+        if manifest.image_dtype != dtype:
+            raise UserError(
+                f"{source.path}: expected {dtype} images as in {sources[0].path}, found "
+                f"{manifest.image_dtype}. Prepare one of them again, or leave it out."
+            )
+        if manifest.channels != channels and (manifest.channels, channels) != (1, 3):
+            raise UserError(
+                f"{source.path}: expected images of {channels} channels as in other sources, found "
+                f"{manifest.channels}. Prepare one of them again, or leave it out."
+            )
+    return channels, dtype
+
+
+# ---------------------------------------------------------------- the loaders
+def train_loader(
+    data: Data,
+    *,
+    seed: int,
+    global_batch: int,
+    accumulation: int,
+    rank: int,
+    world_size: int,
+    start_position: int,
+    end_position: int,
+    workers: int,
+    pin_memory: bool,
+) -> BatchLoader:
+    """The micro-batches of a rank, in order, for the positions from `start_position` up to `end_position`.
+
+    Epoch e is the positions [e * N, (e + 1) * N) for N = data.num_train_samples; a batch may hold the end of
+    one epoch and the beginning of the next. Another cut of the same positions (ranks, accumulation, workers,
+    another start) sees the same samples in the same views.
+
+    Raises:
+        UserError: the global batch does not divide into the ranks' micro-batches.
+    """
+    cut = TrainingCut(global_batch, accumulation, rank, world_size, start_position, end_position)
+    orders = [
+        Order(source.reader.shard_sizes, data.settings.shuffle_window, derive_key(seed, _ORDER, number))
+        for number, source in enumerate(data.sources["train"])
+    ]
+    augmentation = data.settings.augmentation
+    builder = _builder(data, "train", augmentation, derive_key(seed, _AUGMENT))
+    batches = _Batches(cut, Stream(orders, data.schedule), builder)
+    return BatchLoader(batches, workers, pin_memory, data.settings.on_bad_sample)
+
+
+def eval_loader(
+    data: Data, split: str, *, batch_size: int, rank: int, world_size: int, workers: int
+) -> BatchLoader:
+    """A rank's batches of a split, not augmented: each sample once over the ranks, in the stored order.
+
+    Every rank has equally many batches; what fills the last ones is not valid. A position is the sample's
+    index in the split, over its sources one after the other.
+
+    Raises:
+        UserError: the data has no such split.
+    """
+    if split not in data.sources:
+        raise UserError(f"expected a split of the data ({', '.join(data.splits)}), found {split!r}.")
+    order = Concatenation([source.reader.num_samples for source in data.sources[split]])
+    cut = EvaluationCut(batch_size, rank, world_size, order.num_samples)
+    batches = _Batches(cut, order, _builder(data, split, PRESETS["none"], 0))
+    return BatchLoader(batches, workers, False, data.settings.on_bad_sample)
+
+
+class BatchLoader:
+    """The batches of one rank, in order, computed ahead by `workers` processes (0: when asked for)."""
+
+    def __init__(
+        self, batches: _Batches, workers: int, pin_memory: bool, on_bad_sample: BadSampleSettings
+    ) -> None:
+        self._batches = batches
+        self._on_bad_sample = on_bad_sample
+        self._loader: DataLoader[Loaded | UserError] = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(len(batches)),
+            num_workers=workers,
+            collate_fn=_unchanged,
+            pin_memory=pin_memory,
+            worker_init_fn=_begin_worker,
+            persistent_workers=workers > 0,
+            # Without one of its own, a DataLoader draws from torch's global generator.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        seen = num_bad = 0
+        for loaded in self._loader:
+            if isinstance(loaded, UserError):
+                raise loaded
+            for problem in loaded.bad:
+                log.warning("skipped a bad sample: %s", problem)
+            seen += len(loaded.positions)
+            num_bad += len(loaded.bad)
+            self._judge(num_bad, seen)
+            yield loaded.batch()
+
+    def _judge(self, num_bad: int, seen: int) -> None:
+        if self._on_bad_sample.kind == "fail" or num_bad == 0:
+            return
+        judged = max(seen, min(_JUDGED_FROM, self._batches.num_samples))
+        if num_bad > self._on_bad_sample.max_fraction * judged:
+            raise UserError(
+                f"data.on_bad_sample.max_fraction: expected at most {self._on_bad_sample.max_fraction:g} of "
+                f"the samples to be bad, found {num_bad} of {seen}. The log names them: mend the dataset, or "
+                "allow more."
+            )
+
+
+class _SampleOrder(Protocol):
+    num_samples: int
+
+    def samples(self, positions: np.ndarray) -> Samples: ...
+
+
+class _Batches(Dataset[Loaded | UserError]):
+    """A rank's batches by their number: a pure function, so workers need no state."""
+
+    def __init__(self, cut: TrainingCut | EvaluationCut, order: _SampleOrder, builder: BatchBuilder) -> None:
+        self.num_samples = order.num_samples
+        self._cut = cut
+        self._order = order
+        self._builder = builder
+
+    def __len__(self) -> int:
+        return len(self._cut)
+
+    def __getitem__(self, index: int) -> Loaded | UserError:
+        """The batch; an error for the user is returned, because a worker would bury it in a traceback."""
+        positions = self._cut.positions(index)
+        samples = self._order.samples(self._cut.content(positions))
+        try:
+            return self._builder.build(samples, positions, positions < self._cut.end)
+        except UserError as error:
+            return error
+
+
+def _builder(data: Data, split: str, augmentation: AugmentSettings, key: int) -> BatchBuilder:
+    return BatchBuilder(
+        readers=[source.reader for source in data.sources[split]],
+        infos=data.infos,
+        channels=data.channels,
+        image_dtype=data.image_dtype,
+        transform=Transform(data.image_size, data.settings.resize, augmentation),
+        key=key,
+        fail_on_bad=data.settings.on_bad_sample.kind == "fail",
+    )
+
+
+def _begin_worker(worker: int) -> None:
+    """Keep a worker to one thread, and deaf to the signals that Slurm and terminals send to all processes."""
+    torch.set_num_threads(1)
+    for number in _IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _unchanged(loaded: Any) -> Any:
+    return loaded

@@ -1,0 +1,171 @@
+"""The `data` section of a recipe: which datasets, mixed and shuffled how, turned into which images."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mtl_dist.config.settings import Settings
+from mtl_dist.data.mixing import integer_weights
+from mtl_dist.data.order import ShuffleWindow
+from mtl_dist.data.transforms import PRESETS, AugmentSettings, Preset, Resize
+
+
+class SourceSettings(Settings):
+    """One dataset to train on."""
+
+    path: Path
+    """The dataset's directory, which holds dataset.json."""
+    split: str = "train"
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Its share of the stream, relative to the others', where `data.mixing.kind` is weights."""
+
+
+class EvaluationSourceSettings(Settings):
+    """One split of a dataset to evaluate on."""
+
+    path: Path
+    split: str
+    """Which of its splits."""
+
+
+class Mixing(Settings, ABC):
+    """How often each training source is drawn from."""
+
+    @abstractmethod
+    def weights(self, sources: Sequence[SourceSettings], lengths: Sequence[int]) -> Sequence[int]:
+        """Each source's share as an integer, given its number of samples."""
+
+
+class ProportionalMixing(Mixing):
+    """As often as it has samples: every sample of every source exactly once per epoch."""
+
+    kind: Literal["proportional"] = "proportional"
+
+    def weights(self, sources: Sequence[SourceSettings], lengths: Sequence[int]) -> Sequence[int]:
+        return lengths
+
+
+class EqualMixing(Mixing):
+    """All sources equally often."""
+
+    kind: Literal["equal"] = "equal"
+
+    def weights(self, sources: Sequence[SourceSettings], lengths: Sequence[int]) -> Sequence[int]:
+        return [1] * len(lengths)
+
+
+class TemperatureMixing(Mixing):
+    """In proportion to (number of samples) ** (1 / temperature): 1 is proportional, infinity is equal."""
+
+    kind: Literal["temperature"] = "temperature"
+    temperature: Annotated[float, Field(ge=1)] = 2.0
+
+    def weights(self, sources: Sequence[SourceSettings], lengths: Sequence[int]) -> Sequence[int]:
+        return integer_weights([length ** (1 / self.temperature) for length in lengths])
+
+
+class WeightedMixing(Mixing):
+    """In proportion to the sources' weights."""
+
+    kind: Literal["weights"] = "weights"
+
+    def weights(self, sources: Sequence[SourceSettings], lengths: Sequence[int]) -> Sequence[int]:
+        return integer_weights([source.weight for source in sources if source.weight is not None])
+
+
+MixingSettings = Annotated[
+    ProportionalMixing | EqualMixing | TemperatureMixing | WeightedMixing, Field(discriminator="kind")
+]
+
+
+class FailOnBadSample(Settings):
+    """The first sample that cannot be read or decoded ends the run."""
+
+    kind: Literal["fail"] = "fail"
+
+
+class SkipBadSamples(Settings):
+    """Samples that cannot be read or decoded are masked and counted, up to a share of those loaded.
+
+    They stay in their batch as padding, so that every rank keeps its step. The share is taken of the
+    samples that a rank has loaded, or of the first thousand (of the split, if smaller) until then.
+    """
+
+    kind: Literal["skip"] = "skip"
+    max_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
+
+
+BadSampleSettings = Annotated[FailOnBadSample | SkipBadSamples, Field(discriminator="kind")]
+
+
+class DataSettings(Settings):
+    """Which samples a run sees, in which order, as which images."""
+
+    train: Annotated[tuple[SourceSettings, ...], Field(min_length=1)]
+    val: tuple[EvaluationSourceSettings, ...] | None = None
+    """What to validate on; by default the `val` splits of the training datasets."""
+    test: tuple[EvaluationSourceSettings, ...] | None = None
+    """What to test on; by default the `test` splits of the training datasets."""
+    image_size: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    """The side of a square, or height and width."""
+    augment: Preset | AugmentSettings = "standard"
+    resize: Resize = "stretch"
+    """How an image that is not cropped at random gets its size: `stretch` ignores its proportions, `crop`
+    cuts off what is too long, `pad` adds black where it is too short."""
+    shuffle_window: ShuffleWindow = 8
+    """Shards whose samples are shuffled together: more mixes better, fewer keeps reading nearer to
+    sequential. `full` is all of them, `off` keeps the stored order."""
+    mixing: MixingSettings = ProportionalMixing()
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes per rank that load data; 0 loads in the training process."""
+    on_bad_sample: BadSampleSettings = FailOnBadSample()
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> DataSettings:
+        weighted = [source.weight is not None for source in self.train]
+        if self.mixing.kind == "weights" and not all(weighted):
+            number = weighted.index(False)
+            raise ValueError(
+                f"train.{number}.weight: expected a number > 0, found nothing. `mixing: {{kind: weights}}` "
+                "needs one for every source."
+            )
+        if self.mixing.kind != "weights" and any(weighted):
+            number = weighted.index(True)
+            raise ValueError(
+                f"train.{number}.weight: expected none with `mixing: {{kind: {self.mixing.kind}}}`, found "
+                f"{self.train[number].weight:g}. Use `mixing: {{kind: weights}}`, or remove it."
+            )
+        return self
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def augmentation(self) -> AugmentSettings:
+        """What `augment` stands for."""
+        return self.augment if isinstance(self.augment, AugmentSettings) else PRESETS[self.augment]
+
+    def without_augmentation(self) -> DataSettings:
+        """The same data, with training images as they are evaluated."""
+        return self.model_copy(update={"augment": "none"})
+
+    def with_absolute_paths(self, base: Path) -> DataSettings:
+        """The same data, with the datasets' paths resolved against `base`."""
+
+        def absolute(
+            sources: Sequence[SourceSettings] | Sequence[EvaluationSourceSettings] | None,
+        ) -> tuple[Settings, ...] | None:
+            if sources is None:
+                return None
+            return tuple(s.model_copy(update={"path": (base / s.path).absolute()}) for s in sources)
+
+        return self.model_copy(
+            update={name: absolute(getattr(self, name)) for name in ("train", "val", "test")}
+        )

@@ -1,0 +1,217 @@
+"""From a decoded image and its masks to the size and the view that a batch wants.
+
+An image and its masks go through the same geometry: a box of the source is resized (antialiased for the
+image, nearest for masks), then flipped, then turned. Where the view shows what lies outside the image, the
+image is black and masks say "ignore". Everything random comes from the `Draws` that the caller passes, so
+that a sample's view depends on (seed, epoch, sample) alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as vision
+from pydantic import Field, model_validator
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+
+from mtl_dist.config.settings import Settings
+from mtl_dist.data.randomness import Draws
+from mtl_dist.specs import IGNORE
+
+Resize = Literal["stretch", "crop", "pad"]
+Preset = Literal["none", "standard", "strong"]
+
+_CROP_TRIES = 10
+_ERASED_AREA = (0.02, 0.33)
+_ERASED_RATIO = (0.3, 3.3)
+_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as JPEG and torchvision have it
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Factor = Annotated[float, Field(gt=0)]
+Strength = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AugmentSettings(Settings):
+    """How a training image is varied; what is not stated is left alone."""
+
+    crop_scale: tuple[Share, Share] = (1.0, 1.0)
+    """Area of a random crop, as shares of the image's; no crop for (1, 1)."""
+    crop_ratio: tuple[Factor, Factor] = (0.75, 4 / 3)
+    """Width over height of a random crop."""
+    flip: bool = False
+    """Mirror half of the images, left to right."""
+    flip_vertical: bool = False
+    """Turn half of the images upside down."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Turn by up to this many degrees, either way."""
+    translate: Strength = 0.0
+    """Shift by up to this share of the size, in each direction."""
+    zoom: tuple[Factor, Factor] = (1.0, 1.0)
+    """Enlarge about the centre by a factor between these."""
+    brightness: Strength = 0.0
+    """Multiply the values by 1 plus or minus up to this."""
+    contrast: Strength = 0.0
+    """Multiply the distance from the mean by 1 plus or minus up to this."""
+    saturation: Strength = 0.0
+    """Multiply the distance from grey by 1 plus or minus up to this; images of three channels only."""
+    erase: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability of painting a rectangle of the image in its mean colour; masks stay."""
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> AugmentSettings:
+        for name in ("crop_scale", "crop_ratio", "zoom"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: expected the smaller number first, found [{low:g}, {high:g}].")
+        return self
+
+
+PRESETS: dict[Preset, AugmentSettings] = {
+    "none": AugmentSettings(),
+    "standard": AugmentSettings(crop_scale=(0.5, 1.0), flip=True),
+    "strong": AugmentSettings(
+        crop_scale=(0.25, 1.0),
+        flip=True,
+        rotate=15.0,
+        brightness=0.3,
+        contrast=0.3,
+        saturation=0.3,
+        erase=0.25,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def of(self, image: Tensor) -> Tensor:
+        """The part of an image (..., H, W) inside the box, as a view."""
+        return image[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """The way from a decoded image and its masks to `size` (height, width)."""
+
+    size: tuple[int, int]
+    resize: Resize
+    augment: AugmentSettings
+
+    def __call__(
+        self, image_CHW: Tensor, masks: Mapping[str, Tensor], draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The image (C, H, W) and the masks (H, W, uint8) in their new size, and of unchanged dtype."""
+        source = self._source(image_CHW.shape[-2], image_CHW.shape[-1], draws)
+        inner = self._inner(source)
+        image_CHW = _resized(source.of(image_CHW), inner, "bilinear")
+        views = {
+            name: _resized(source.of(mask)[None], inner, "nearest-exact") for name, mask in masks.items()
+        }
+        if inner != self.size:
+            image_CHW = _padded(image_CHW, self.size, 0)
+            views = {name: _padded(mask, self.size, IGNORE) for name, mask in views.items()}
+
+        for flipped, axis in ((self.augment.flip, -1), (self.augment.flip_vertical, -2)):
+            if flipped and draws.uniform() < 0.5:
+                image_CHW = image_CHW.flip(axis)
+                views = {name: mask.flip(axis) for name, mask in views.items()}
+        image_CHW, views = self._turned(image_CHW, views, draws)
+        image_CHW = self._erased(self._recoloured(image_CHW, draws), draws)
+        return image_CHW, {name: mask[0] for name, mask in views.items()}
+
+    def _source(self, height: int, width: int, draws: Draws) -> _Box:
+        """The part of the image to show."""
+        if self.augment.crop_scale != (1.0, 1.0):
+            return _random_box(height, width, self.augment.crop_scale, self.augment.crop_ratio, draws)
+        if self.resize != "crop":
+            return _Box(0, 0, height, width)
+        scale = min(height / self.size[0], width / self.size[1])
+        box_height, box_width = max(1, round(self.size[0] * scale)), max(1, round(self.size[1] * scale))
+        return _Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+    def _inner(self, source: _Box) -> tuple[int, int]:
+        """The size of the shown part; smaller than `size` where it is to be padded."""
+        if self.resize != "pad" or self.augment.crop_scale != (1.0, 1.0):
+            return self.size
+        scale = min(self.size[0] / source.height, self.size[1] / source.width)
+        return max(1, round(source.height * scale)), max(1, round(source.width * scale))
+
+    def _turned(
+        self, image_CHW: Tensor, masks: dict[str, Tensor], draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        augment = self.augment
+        if not augment.rotate and not augment.translate and augment.zoom == (1.0, 1.0):
+            return image_CHW, masks
+        angle = draws.uniform(-augment.rotate, augment.rotate)
+        shift = [round(draws.uniform(-augment.translate, augment.translate) * side) for side in self.size]
+        zoom = draws.uniform(*augment.zoom)
+
+        def turn(pixels: Tensor, mode: InterpolationMode, fill: int) -> Tensor:
+            moved: Tensor = vision.affine(pixels, angle, shift[::-1], zoom, [0.0, 0.0], mode, [fill])
+            return moved
+
+        image_CHW = turn(image_CHW, InterpolationMode.BILINEAR, 0)
+        masks = {name: turn(mask, InterpolationMode.NEAREST, IGNORE) for name, mask in masks.items()}
+        return image_CHW, masks
+
+    def _recoloured(self, image_CHW: Tensor, draws: Draws) -> Tensor:
+        strengths = (self.augment.brightness, self.augment.contrast, self.augment.saturation)
+        if not any(strengths):
+            return image_CHW
+        brightness, contrast, saturation = (draws.uniform(1 - s, 1 + s) for s in strengths)
+        pixels = image_CHW.float()
+        if len(pixels) == 3:
+            grey = torch.tensordot(torch.tensor(_GREY), pixels, dims=1)
+            pixels = torch.lerp(grey, pixels, saturation)
+        pixels = torch.lerp(pixels.mean(), pixels, contrast) * brightness
+        return pixels.round_().clamp_(0, 255).to(torch.uint8) if image_CHW.dtype == torch.uint8 else pixels
+
+    def _erased(self, image_CHW: Tensor, draws: Draws) -> Tensor:
+        if not self.augment.erase or draws.uniform() >= self.augment.erase:
+            return image_CHW
+        box = _random_box(*self.size, _ERASED_AREA, _ERASED_RATIO, draws)
+        colour = image_CHW.mean((-2, -1), dtype=torch.float32).to(image_CHW.dtype)
+        image_CHW = image_CHW.clone()
+        box.of(image_CHW)[:] = colour[:, None, None]
+        return image_CHW
+
+
+def _random_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], draws: Draws
+) -> _Box:
+    """A box of random area and shape inside an image; the largest central one if ten tries don't fit."""
+    for _ in range(_CROP_TRIES):
+        area = height * width * draws.uniform(*scale)
+        shape = math.exp(draws.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        box_height, box_width = round(math.sqrt(area / shape)), round(math.sqrt(area * shape))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            top = int(draws.uniform(0, height - box_height + 1))
+            left = int(draws.uniform(0, width - box_width + 1))
+            return _Box(top, left, box_height, box_width)
+    shape = min(max(width / height, ratio[0]), ratio[1])
+    box_height, box_width = min(height, round(width / shape)), min(width, round(height * shape))
+    return _Box((height - box_height) // 2, (width - box_width) // 2, max(1, box_height), max(1, box_width))
+
+
+def _resized(image: Tensor, size: tuple[int, int], mode: Literal["bilinear", "nearest-exact"]) -> Tensor:
+    if image.shape[-2:] == size:
+        return image
+    return F.interpolate(image[None], size, mode=mode, antialias=mode == "bilinear")[0]
+
+
+def _padded(image: Tensor, size: tuple[int, int], value: int) -> Tensor:
+    height, width = image.shape[-2:]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return F.pad(image, (left, size[1] - width - left, top, size[0] - height - top), value=value)
