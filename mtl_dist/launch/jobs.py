@@ -59,17 +59,24 @@ def find_runs(folder: Path) -> list[Path]:
 
 def view_runs(runs: list[Path]) -> list[RunView]:
     """Where each run stands now; Slurm is asked once for all of them that it knows of."""
-    live = live_jobs() if any(read_jobs(run) for run in runs) else {}
+    live: Mapping[str, JobState] | str = {}
+    if any(read_jobs(run) for run in runs):
+        try:
+            live = live_jobs()
+        except UserError as error:
+            live = str(error)
     return [view_run(run, live) for run in runs]
 
 
-def view_run(run: Path, live: Mapping[str, JobState]) -> RunView:
-    """Where one run stands, given the user's jobs that wait or run."""
+def view_run(run: Path, live: Mapping[str, JobState] | str) -> RunView:
+    """Where one run stands, given the user's jobs that wait or run, or why they are not known."""
     status = read_status(run)
     attempts = read_attempts(run)
     job = next((job for job in reversed(read_jobs(run)) if job.kind == "train"), None)
     if job is None:
         state, detail = _local_state(status)
+    elif isinstance(live, str):
+        state, detail = _said_state(status, live)
     elif job.id in live:
         state, detail = _live_state(live[job.id], status, attempts)
     else:
@@ -95,6 +102,13 @@ def _live_state(job: JobState, status: Status | None, attempts: list[Attempt]) -
     if status is None or begun is None or status.updated < begun:
         return "starting", f"on {job.nodes}"
     return ("stopping" if status.state != "running" else "running"), f"on {job.nodes}"
+
+
+def _said_state(status: Status | None, why: str) -> tuple[str, str]:
+    """The state that a run on a cluster has told last, where the cluster can't be asked."""
+    if status is None:
+        return "unknown", why
+    return status.state, f"as it said {_ago(time.time() - status.updated)} ago; {why}"
 
 
 def _ended_state(job: JobRecord, status: Status | None) -> tuple[str, str]:

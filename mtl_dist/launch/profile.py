@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mtl_dist.config.settings import Settings
 
 Count = Annotated[int, Field(ge=1)]
 
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>\d\d)(?::(?P<seconds>\d\d))?$")
+# Slurm reads 12:00 as twelve minutes, people as twelve hours: only what both read alike.
+_TIME = re.compile(
+    r"(?:(?P<days>\d+)-(?P<hours>\d+):(?P<minutes>\d\d)(?::(?P<seconds>\d\d))?"
+    r"|(?P<h>\d+):(?P<m>\d\d):(?P<s>\d\d))$"
+)
 
 
 class RequeueSettings(Settings):
@@ -44,7 +48,7 @@ class ClusterProfile(Settings):
     """How jobs are submitted to one cluster, or to one partition of it."""
 
     time_limit: str = "1-00:00"
-    """[DAYS-]HOURS:MINUTES[:SECONDS]. A run that needs longer stops before, and goes on in the same job."""
+    """DAYS-HOURS:MINUTES or HOURS:MINUTES:SECONDS. A longer run stops before, and goes on in the same job."""
     signal_lead_s: Count = 180
     """Seconds before the end at which Slurm sends SIGUSR2; it may come up to a minute early."""
     save_margin_s: Count = 60
@@ -78,17 +82,24 @@ class ClusterProfile(Settings):
     @field_validator("time_limit")
     @classmethod
     def _slurm_time(cls, value: str) -> str:
-        match = _TIME.match(value)
-        if match is None:
-            raise ValueError(f"expected [DAYS-]HOURS:MINUTES[:SECONDS], such as 2-12:00, found {value!r}.")
+        if _TIME.match(value) is None:
+            raise ValueError(f"expected DAYS-HOURS:MINUTES or HOURS:MINUTES:SECONDS, found {value!r}.")
         return value
+
+    @model_validator(mode="after")
+    def _time_to_save(self) -> ClusterProfile:
+        if self.time_limit_s <= self.save_margin_s:
+            raise ValueError(
+                f"save_margin_s: expected less than time_limit ({self.time_limit_s} s), found "
+                f"{self.save_margin_s}. Lower it: a run would stop as soon as it starts."
+            )
+        return self
 
     @property
     def time_limit_s(self) -> int:
         """The time limit in seconds."""
         match = _TIME.match(self.time_limit)
         assert match is not None, "checked when the profile was built"
-        days, hours, minutes, seconds = (
-            int(part or 0) for part in match.group("days", "hours", "minutes", "seconds")
-        )
-        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        days, *long = match.group("days", "hours", "minutes", "seconds")
+        hours, minutes, seconds = (int(part or 0) for part in (long if days else match.group("h", "m", "s")))
+        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

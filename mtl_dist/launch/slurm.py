@@ -65,7 +65,8 @@ def submit(
     """Submits one job, or one job array with a run per point of the sweeps.
 
     `recipe` is a recipe file, or the folder of a run that is to go on, maybe on another number of ranks. A
-    sweep is `a.b=1,2,3`; several are multiplied. `then` chains a job that starts when training is done. With `dry_run` nothing is written or submitted.
+    sweep is `a.b=1,2,3`; several are multiplied. `then` chains a job that starts when training is done.
+    With `dry_run` nothing is written or submitted.
 
     Raises:
         UserError: a mistake in recipe, profile or sweep; no Slurm here; Slurm refuses the job; the run has a
@@ -91,8 +92,7 @@ def submit(
             "mtl submit: expected Slurm's sbatch, found none. Run it on a login node of the cluster, "
             "or start a small one here with slurm/devcluster."
         )
-    if recipe.is_dir():
-        refuse_if_active(directory)
+    refuse_if_active(directory)
     with removed_on_failure(directory):
         folder = new_submission_folder(directory)
         for run, point in zip(runs, recipes, strict=True):
@@ -178,8 +178,9 @@ def write_submission(folder: Path, runs: Sequence[Path], profile: ClusterProfile
 
 def refuse_if_active(run: Path) -> None:
     """Refuses to submit a run a second time while a job of it waits or runs."""
-    live = live_jobs()
-    for job in read_jobs(run):
+    jobs = read_jobs(run)
+    live = live_jobs() if jobs else {}
+    for job in jobs:
         if job.id in live:
             raise UserError(
                 f"{run}: job {job.id} of this run is {live[job.id].state.lower()}. "

@@ -27,9 +27,18 @@ class JobState:
 
 
 def live_jobs() -> dict[str, JobState]:
-    """All of the user's jobs that wait, run or are ending, by job id; none where there is no Slurm."""
+    """All of the user's jobs that wait, run or are ending, by job id.
+
+    Raises:
+        UserError: there is no Slurm here, or it does not answer.
+    """
+    if shutil.which("squeue") is None:
+        raise UserError("squeue: no Slurm on this machine. Ask on a login node of the cluster.")
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", f"--format={FIELDS}"]
-    return parse_squeue(_output(command))
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if result.returncode != 0:
+        raise UserError(f"squeue: {_last_line(result.stderr)}. Is the controller up, and SLURM_CONF right?")
+    return parse_squeue(result.stdout)
 
 
 def parse_squeue(text: str) -> dict[str, JobState]:
@@ -63,7 +72,8 @@ def _output(command: list[str]) -> str:
     """What a Slurm command prints; nothing where it is not installed, or does not know the job."""
     if shutil.which(command[0]) is None:
         return ""
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    if result.returncode != 0 and command[0] == "squeue":
-        raise UserError(f"squeue: expected the queue, found: {result.stderr.strip()} Is the controller up?")
-    return result.stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rsplit("\n", 1)[-1]

@@ -1,0 +1,244 @@
+"""What is submitted: the batch script, the snapshot, the points of a sweep, the profile."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from mtl_dist.config.loading import load_settings
+from mtl_dist.errors import UserError
+from mtl_dist.launch.profile import ClusterProfile, Prefix, Pyxis
+from mtl_dist.launch.script import CHOOSE_PORT, Shape, build_executor, script_text
+from mtl_dist.launch.slurm import new_submission_folder, removed_on_failure
+from mtl_dist.launch.snapshot import take_snapshot
+from mtl_dist.launch.sweep import point_labels, split_values, sweep_points
+
+PROFILES = sorted((Path(__file__).parents[2] / "slurm").glob("*.yaml"))
+
+
+def script(**settings: Any) -> str:
+    profile = ClusterProfile(**settings)
+    return script_text(build_executor(Path("/runs/x"), "mtl-x", profile, Shape(2, 4), dry_run=True))
+
+
+def lines_of(text: str, start: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(start)]
+
+
+# -- the script -------------------------------------------------------------------------------------------
+
+
+def test_a_dead_rank_ends_the_step_and_each_rank_gets_its_cpus() -> None:
+    (srun,) = lines_of(script(cpus_per_task=6), "srun ")
+    assert "--kill-on-bad-exit=1" in srun
+    assert "--wait=60" in srun
+    assert "--cpus-per-task=6" in srun
+
+
+def test_one_rank_per_gpu_or_ranks_without_gpus() -> None:
+    assert "#SBATCH --gpus-per-node=4" in script()
+    assert "gpus" not in script(gpus_per_task=0)
+
+
+def test_slurm_is_asked_for_a_signal_in_time_and_may_requeue() -> None:
+    text = script(signal_lead_s=90)
+    assert "#SBATCH --signal=USR2@90" in text
+    assert "#SBATCH --requeue" in text
+    assert "#SBATCH --open-mode=append" in text
+
+
+def test_the_ranks_import_the_snapshot_before_anything_else() -> None:
+    (line,) = lines_of(script(), "export PYTHONPATH=")
+    assert line.startswith("export PYTHONPATH=/runs/x/code:")
+    assert "PYTHONSAFEPATH=1" in line
+
+
+def test_options_of_the_profile_reach_sbatch_srun_and_the_ranks() -> None:
+    text = script(
+        partition="gpu",
+        account="lab",
+        memory_gb=64,
+        network_interface="ib0",
+        modules=("cuda/12.4",),
+        environment={"NCCL_DEBUG": "a b"},
+        setup=("ulimit -n 65536",),
+        sbatch={"exclusive": True, "nodelist": "gpu[1-4]"},
+        srun=("--mpi=none",),
+    )
+    for wanted in (
+        "#SBATCH --partition=gpu",
+        "#SBATCH --account=lab",
+        "#SBATCH --mem=64G",
+        "#SBATCH --exclusive",
+        "#SBATCH --nodelist='gpu[1-4]'",
+        "module load cuda/12.4",
+        "export NCCL_DEBUG='a b'",
+        "export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0",
+        "ulimit -n 65536",
+    ):
+        assert wanted in text.splitlines(), wanted
+    assert "--mpi=none" in lines_of(text, "srun ")[0]
+
+
+def test_a_container_of_pyxis_holds_the_ranks_and_the_verdict_but_not_scontrol() -> None:
+    container = Pyxis(kind="pyxis", image="nvcr.io#pytorch", mounts=("/data:/data:ro", "/runs:/runs"))
+    text = script(container=container, python="python3")
+    (srun,) = lines_of(text, "srun ")[:1]
+    assert "--container-image=nvcr.io#pytorch" in srun
+    assert "--container-mounts=/data:/data:ro,/runs:/runs" in srun
+    (verdict,) = [line for line in text.splitlines() if "launch.attempts" in line]
+    assert verdict.startswith("srun --nodes=1 --ntasks=1 '--container-image")
+    assert verdict.endswith('&& scontrol requeue "$SLURM_JOB_ID"')
+
+
+def test_a_prefix_command_comes_before_python() -> None:
+    container = Prefix(kind="prefix", command="apptainer exec --nv image.sif")
+    text = script(container=container, python="python3")
+    assert "apptainer exec --nv image.sif python3 -u -m submitit" in text
+    assert "apptainer exec --nv image.sif python3 -m mtl_dist.launch.attempts" in text
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"),
+    [("0:30:00", 30), ("12:00:00", 720), ("1-00:00", 1440), ("0:01:30", 2), ("2-1:30:00", 2970)],
+)
+def test_the_time_limit_is_slurms_and_never_shorter_than_asked(limit: str, minutes: int) -> None:
+    assert f"#SBATCH --time={minutes}" in script(time_limit=limit)
+
+
+def test_the_script_is_valid_shell() -> None:
+    text = script(setup=("true",), modules=("x",), network_interface="ib0")
+    result = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_the_port_is_free_and_not_one_that_connections_are_given() -> None:
+    code = f"MASTER_ADDR=127.0.0.1\n{CHOOSE_PORT}\necho $MASTER_PORT"
+    result = subprocess.run(["bash", "-c", code], text=True, capture_output=True, check=True)
+    assert 20000 <= int(result.stdout) < 32768
+
+
+@pytest.mark.parametrize(
+    ("code", "verdict", "calls"),
+    [(0, 0, "requeue 7"), (1, 0, "requeue 7"), (0, 1, ""), (9, 1, "")],
+)
+def test_the_verdict_alone_decides_about_the_requeue(
+    tmp_path: Path, code: int, verdict: int, calls: str
+) -> None:
+    profile = ClusterProfile(python=str(tmp_path / "python"))
+    text = script_text(build_executor(tmp_path, "x", profile, Shape(1, 1), dry_run=True))
+    programs = {
+        "squeue": "echo RUNNING",
+        "scontrol": f'echo "$@" >> {tmp_path}/calls',
+        "srun": f"exit {code}",
+    }
+    programs["python"] = f"exit {verdict}"
+    for name, body in programs.items():
+        path = tmp_path / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "SLURM_JOB_NODELIST": "localhost"}
+    result = subprocess.run(
+        ["bash", "-c", text], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == code
+    log = tmp_path / "calls"
+    told = [line for line in log.read_text().splitlines() if line.startswith("requeue")]
+    assert told == ([calls] if calls else [])
+
+
+# -- profiles ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_every_profile_that_we_ship_loads_and_makes_a_script(path: Path) -> None:
+    profile = load_settings(ClusterProfile, path)
+    assert "srun" in script_text(build_executor(Path("/r"), "x", profile, Shape(1, 2), dry_run=True))
+
+
+@pytest.mark.parametrize("limit", ["90", "12:00", "1:2:3:4", "soon", "1-00"])
+def test_a_time_limit_that_slurm_would_read_otherwise_is_refused(limit: str) -> None:
+    with pytest.raises(ValidationError, match="HOURS:MINUTES"):
+        ClusterProfile(time_limit=limit)
+
+
+def test_the_ranks_must_have_time_to_save_before_the_end() -> None:
+    with pytest.raises(ValidationError, match="save_margin_s"):
+        ClusterProfile(time_limit="0:02:00", save_margin_s=120)
+
+
+def test_a_misspelt_key_of_a_profile_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("partitoin: gpu\n")
+    with pytest.raises(UserError, match="partition"):
+        load_settings(ClusterProfile, path)
+
+
+# -- sweeps -----------------------------------------------------------------------------------------------
+
+
+def test_without_a_sweep_there_is_one_point_without_overrides() -> None:
+    assert list(sweep_points([])) == [[]]
+
+
+@pytest.mark.parametrize("sweep", ["a.b", "a.b=", "a.b=1,,2"])
+def test_a_sweep_without_values_is_refused(sweep: str) -> None:
+    with pytest.raises(UserError, match="--sweep"):
+        list(sweep_points([sweep]))
+
+
+@given(st.lists(st.sampled_from(["1", "a", "[1,2]", "{k: 1, l: [2,3]}"]), min_size=1))
+def test_values_may_hold_commas_in_brackets(values: list[str]) -> None:
+    assert split_values(",".join(values)) == values
+
+
+def test_the_folders_of_a_sweep_are_distinct_and_in_order() -> None:
+    points = list(sweep_points(["optim.lr=" + ",".join(f"1e-{n}" for n in range(12)), "model.lr=[1,2],x/y"]))
+    labels = point_labels(points)
+    assert labels == sorted(set(labels))
+    assert labels[0] == "00-optim.lr=1e-0-model.lr=_1_2_"
+
+
+# -- snapshot and folders ---------------------------------------------------------------------------------
+
+
+def test_the_snapshot_holds_the_package_and_the_modules_that_the_recipe_names(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    (work / "my_project").mkdir(parents=True)
+    (work / "my_project" / "losses.py").write_text("a = 1")
+    (work / "single.py").write_text("b = 1")
+    (work / "unrelated.py").write_text("c = 1")
+    recipe = {"tasks": [{"loss": {"kind": "my_project.losses.Tversky"}}, {"loss": {"kind": "single.Loss"}}]}
+    assert take_snapshot(tmp_path / "code", recipe, work) == ["mtl_dist", "my_project", "single"]
+    found = sorted(path.name for path in (tmp_path / "code").iterdir())
+    assert found == ["mtl_dist", "my_project", "single.py"]
+    assert (tmp_path / "code" / "mtl_dist" / "launch" / "rank.py").is_file()
+    assert not list((tmp_path / "code").rglob("__pycache__"))
+
+
+def test_later_edits_do_not_change_a_snapshot(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("version = 1")
+    take_snapshot(tmp_path / "code", {"kind": "mine.Loss"}, tmp_path)
+    (tmp_path / "mine.py").write_text("version = 2")
+    assert (tmp_path / "code" / "mine.py").read_text() == "version = 1"
+
+
+def test_submissions_are_numbered(tmp_path: Path) -> None:
+    assert [new_submission_folder(tmp_path).name for _ in range(2)] == ["001", "002"]
+
+
+def test_a_refused_submission_leaves_no_folder_but_never_removes_an_old_one(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for name in ("old", "new"):
+        with pytest.raises(UserError), removed_on_failure(tmp_path / name):
+            (tmp_path / name).mkdir(exist_ok=True)
+            raise UserError("refused")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
