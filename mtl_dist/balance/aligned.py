@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtl_dist.balance.balancer import BalancedTasks
 from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
+from mtl_dist.balance.solvers import angles, zero_below
 
 
 class AlignedSettings(GradientSettings):
@@ -24,7 +25,8 @@ class Aligned(GradientBalancer):
 
     over the eigenvalues that are not 0.
 
-    Where we differ: what counts as 0 is the rounding of a float32 Gramian, T eps l_max.
+    Where we differ: how many eigenvalues are 0 is read from the cosines, where short gradients count as much
+    as long ones; a threshold on l would take the task with the shortest gradient for a dependent one.
     """
 
     def __init__(self, settings: AlignedSettings, tasks: BalancedTasks) -> None:
@@ -34,10 +36,13 @@ class Aligned(GradientBalancer):
         """See the class."""
         num_tasks = len(problem)
         mean_T = torch.full((num_tasks,), 1 / num_tasks, dtype=problem.gramian_TT.dtype)
-        values_T, vectors_TT = torch.linalg.eigh(problem.gramian_TT)
-        real_T = values_T > num_tasks * torch.finfo(torch.float32).eps * values_T.max()
-        if not real_T.any():
+        found = angles(problem.gramian_TT)
+        alive_T = found.lengths_T > 0
+        cosines_TT = found.cosines_TT[alive_T][:, alive_T]
+        rank = int((torch.linalg.eigvalsh(cosines_TT) > zero_below(len(cosines_TT))).sum())
+        if rank == 0:
             return mean_T
-        smallest = values_T[real_T].min()
-        stretch_T = torch.where(real_T, (smallest / values_T).sqrt(), 0.0)
+        values_T, vectors_TT = torch.linalg.eigh(problem.gramian_TT)
+        values_T, vectors_TT = values_T[-rank:], vectors_TT[:, -rank:]
+        stretch_T = (values_T[0] / values_T).sqrt()
         return vectors_TT @ (stretch_T * (vectors_TT.T @ mean_T))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl_dist.balance.balancer import BalancedTasks
 from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
-from mtl_dist.balance.solvers import NotConvergedError, angles, nonnegative_qp
+from mtl_dist.balance.solvers import NotConvergedError, angles, nonnegative_qp, stationary
 
 MAX_LEVELS = 60
 
@@ -36,8 +36,9 @@ class CAGrad(GradientBalancer):
 
     Where we differ: the dual is not minimised numerically. For a level t, the shortest s with
     g_k . (g0 + s) >= t for all k is a quadratic program, and |s| grows with t; the level at which
-    |s| = c |g0| is found exactly, piece by piece. Nothing divides by |g_w|, so conflicts without a way out
-    need no special case, and a task without gradient only asks that nobody is hurt (t <= 0).
+    |s| = c |g0| is found exactly, piece by piece. Where no direction helps every task (a convex combination
+    of gradients is 0, or one of them is), t stops at 0, where nobody is hurt, and d may be shorter than the
+    ball allows; nothing divides by |g_w|.
     """
 
     def __init__(self, settings: CAGradSettings, tasks: BalancedTasks) -> None:
@@ -53,17 +54,15 @@ class CAGrad(GradientBalancer):
         if alive_T.any():
             lengths_T = found.lengths_T[alive_T] / found.lengths_T.max()
             cosines_TT = found.cosines_TT[alive_T][:, alive_T]
-            shift_T = worst_case_shift(
-                cosines_TT, lengths_T, weights_T[alive_T], self.c, all_alive=bool(alive_T.all())
-            )
-            weights_T[alive_T] += shift_T
+            highest = torch.inf if alive_T.all() and not stationary(cosines_TT) else 0.0
+            weights_T[alive_T] += worst_case_shift(cosines_TT, lengths_T, weights_T[alive_T], self.c, highest)
         return weights_T / self.divisor
 
 
 def worst_case_shift(
-    cosines_TT: Tensor, lengths_T: Tensor, mean_T: Tensor, c: float, all_alive: bool
+    cosines_TT: Tensor, lengths_T: Tensor, mean_T: Tensor, c: float, highest: float
 ) -> Tensor:
-    """How far the weights go from the mean's: the s of the class, as weights.
+    """How far the weights go from the mean's: the s of the class, as weights, for levels up to `highest`.
 
     Works on x = shift * length, which minimises x^T C x / 2 - ((t - b) / length)^T x over x >= 0, where
     b_k = g_k . g0. On a set of positive entries x is linear in t, so |s|^2 = x^T C x is quadratic in it.
@@ -73,12 +72,10 @@ def worst_case_shift(
     mean_square = float((mean_T * lengths_T) @ push_T)
     radius_square = c**2 * mean_square
     low = float((lengths_T * push_T).min())
-    high = (1 + c) * mean_square
+    high = min((1 + c) * mean_square, highest)
     if radius_square == 0:
         return torch.zeros_like(lengths_T)
     passive_T: Tensor | None = None
-    if not all_alive:
-        high = min(high, 0.0)
     level = high
     for _ in range(MAX_LEVELS):
         linear_T = push_T - level * inverse_T
@@ -86,7 +83,7 @@ def worst_case_shift(
         square = float(x_T @ cosines_TT @ x_T)
         passive_T = (x_T > 0)[None]
         reached = abs(square - radius_square) <= 1e-10 * radius_square
-        if reached or (level == high <= 0 and square <= radius_square) or level <= low:
+        if reached or (level == highest and square < radius_square) or level <= low:
             return x_T / lengths_T
         if square > radius_square:
             high = level

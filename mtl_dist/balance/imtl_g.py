@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtl_dist.balance.balancer import BalancedTasks
 from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
-from mtl_dist.balance.solvers import RIDGE, angles
+from mtl_dist.balance.solvers import RIDGE, angles, zero_below
 
 
 class IMTLGSettings(GradientSettings):
@@ -39,8 +39,7 @@ class IMTLG(GradientBalancer):
         found = angles(problem.gramian_TT)
         alive_T = found.lengths_T > 0
         values_T, vectors_TT = torch.linalg.eigh(found.cosines_TT[alive_T][:, alive_T])
-        # What is not above the ridge and the rounding of a float32 Gramian is 0.
-        inverse_T = torch.where(values_T > RIDGE * (1 + len(problem)), 1 / values_T, 0.0)
+        inverse_T = torch.where(values_T > zero_below(len(values_T)), 1 / values_T, 0.0)
         pulls_T = vectors_TT @ (inverse_T * vectors_TT.sum(dim=0)) / found.lengths_T[alive_T]
         weights_T = torch.zeros_like(found.lengths_T)
         total = pulls_T.sum()

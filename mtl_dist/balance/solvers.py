@@ -56,6 +56,11 @@ def angles(gramian_TT: Tensor) -> Angles:
     return Angles(cosines_TT, lengths_T)
 
 
+def zero_below(num_tasks: int) -> float:
+    """Eigenvalues of the cosines up to this are 0: nothing is above the ridge but a float32's rounding."""
+    return RIDGE * (1 + num_tasks)
+
+
 def nonnegative_qp(matrix_TT: Tensor, linear_NT: Tensor, passive_NT: Tensor | None = None) -> Tensor:
     """min x^T M x / 2 + q^T x over x >= 0, for each row q of `linear_NT`; M is positive definite.
 
@@ -92,15 +97,10 @@ def nonnegative_qp(matrix_TT: Tensor, linear_NT: Tensor, passive_NT: Tensor | No
 
 
 def _interior_point(matrix_TT: Tensor, linear_NT: Tensor) -> Tensor:
-    """`nonnegative_qp` by Mehrotra's predictor and corrector, slower and without a cycle."""
+    """`nonnegative_qp` along the central path: slower, and without a cycle."""
     sizes_N1 = linear_NT.abs().amax(dim=1, keepdim=True)
     linear_NT = linear_NT / sizes_N1
     x_NT, slack_NT = torch.ones_like(linear_NT), torch.ones_like(linear_NT)
-
-    def longest_step(dx_NT: Tensor, dslack_NT: Tensor) -> Tensor:
-        shrink_NT = torch.maximum(-dx_NT / x_NT, -dslack_NT / slack_NT)
-        return (1 / shrink_NT.amax(dim=1, keepdim=True).clamp_min(1e-300)).clamp_max(1 / 0.995)
-
     for _ in range(MAX_INTERIOR_STEPS):
         residual_NT = x_NT @ matrix_TT + linear_NT - slack_NT
         products_NT = x_NT * slack_NT
@@ -108,19 +108,14 @@ def _interior_point(matrix_TT: Tensor, linear_NT: Tensor) -> Tensor:
         rounding_N1 = SLACK_TOLERANCE * (1 + x_NT.amax(dim=1, keepdim=True))
         if bool((gap_N1 < SMALLEST_GAP).all() and (residual_NT.abs() < rounding_N1).all()):
             return x_NT * sizes_N1
+        # Newton's step to where every product is a tenth of today's mean. Mehrotra's corrector would save
+        # some steps and was seen to cycle.
         factors = torch.linalg.cholesky(matrix_TT + torch.diag_embed(slack_NT / x_NT))
-
-        def newton(target_NT: Tensor) -> tuple[Tensor, Tensor]:
-            right_NT = (target_NT - products_NT) / x_NT  # noqa: B023
-            dx_NT = torch.cholesky_solve((right_NT - residual_NT)[:, :, None], factors)[:, :, 0]  # noqa: B023
-            return dx_NT, right_NT - slack_NT / x_NT * dx_NT  # noqa: B023
-
-        dx_NT, dslack_NT = newton(torch.zeros_like(gap_N1))
-        size_N1 = longest_step(dx_NT, dslack_NT).clamp_max(1)
-        gap_ahead_N1 = ((x_NT + size_N1 * dx_NT) * (slack_NT + size_N1 * dslack_NT)).mean(dim=1, keepdim=True)
-        centre_N1 = (gap_ahead_N1 / gap_N1) ** 3 * gap_N1
-        dx_NT, dslack_NT = newton(centre_N1 - dx_NT * dslack_NT)
-        size_N1 = 0.995 * longest_step(dx_NT, dslack_NT)
+        aim_NT = (0.1 * gap_N1 - products_NT) / x_NT
+        dx_NT = torch.cholesky_solve((aim_NT - residual_NT)[:, :, None], factors)[:, :, 0]
+        dslack_NT = aim_NT - slack_NT / x_NT * dx_NT
+        shrink_N1 = torch.maximum(-dx_NT / x_NT, -dslack_NT / slack_NT).amax(dim=1, keepdim=True)
+        size_N1 = 1 / (shrink_N1 / 0.995).clamp_min(1)
         x_NT = x_NT + size_N1 * dx_NT
         slack_NT = slack_NT + size_N1 * dslack_NT
     raise NotConvergedError(f"the quadratic program still moves after {MAX_INTERIOR_STEPS} interior steps")
@@ -129,6 +124,13 @@ def _interior_point(matrix_TT: Tensor, linear_NT: Tensor) -> Tensor:
 def dual_cone_shift(cosines_TT: Tensor, targets_NT: Tensor) -> Tensor:
     """min (u + x)^T C (u + x) over x >= 0: how to shift each row u so that nobody is hurt by C (u + x)."""
     return nonnegative_qp(cosines_TT, targets_NT @ cosines_TT)
+
+
+def stationary(cosines_TT: Tensor) -> bool:
+    """Whether a convex combination of the gradients is 0, up to the ridge: no direction helps every task."""
+    ones_T = torch.ones(1, len(cosines_TT), dtype=cosines_TT.dtype)
+    # The shortest vector in the hull of the unit gradients has the square 1 / sum(x).
+    return float(nonnegative_qp(cosines_TT, -ones_T).sum()) * 10 * RIDGE > 1
 
 
 def power_balance(cosines_TT: Tensor, scale_T: Tensor, power: float) -> Tensor:
@@ -153,9 +155,9 @@ def power_balance(cosines_TT: Tensor, scale_T: Tensor, power: float) -> Tensor:
         step_T = -torch.cholesky_solve(gradient_T[:, None], factor_TT)[:, 0]
         decrease = float(-gradient_T @ step_T)
         size = min(1.0, 0.99 / max(float((-step_T / x_T).amax()), 1e-300))
+        now = value(x_T)
         # Next to the solution the value's rounding is larger than what is still to be gained.
-        if decrease > 1e-8:
-            now = value(x_T)
+        if decrease > 1e-9 * abs(now):
             while value(x_T + size * step_T) > now - 1e-4 * size * decrease:
                 size /= 2
                 if size < 1e-12:
