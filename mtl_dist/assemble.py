@@ -15,8 +15,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.models.multitask import build_model
 from mtl_dist.monitor import Monitor
 from mtl_dist.recipe import Recipe
-from mtl_dist.run_folder import RunFolder
-from mtl_dist.specs import TaskInfo
+from mtl_dist.run_folder import DataFacts, RunFolder
 from mtl_dist.step import RootModule
 from mtl_dist.tasks.metrics import mode_of
 from mtl_dist.tasks.registry import build_tasks
@@ -28,13 +27,17 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.with_absolute_paths(Path.cwd())})
 
 
+def facts_of(data: Data) -> DataFacts:
+    return DataFacts(data.infos, data.channels, data.image_dtype, data.image_size)
+
+
 def build_root(
-    recipe: Recipe, infos: dict[str, TaskInfo], channels: int, image_size: tuple[int, int], world: World
+    recipe: Recipe, facts: DataFacts, world: World
 ) -> RootModule:
-    tasks = build_tasks(recipe.tasks, infos)
+    tasks = build_tasks(recipe.tasks, facts.infos)
     heads = [task.head for task in tasks.values()]
-    model = build_model(recipe.model, heads, channels, image_size)
-    kinds = {name: info.kind for name, info in infos.items()}
+    model = build_model(recipe.model, heads, facts.channels, facts.image_size)
+    kinds = {name: info.kind for name, info in facts.infos.items()}
     weights = {name: settings.weight for name, settings in recipe.tasks.items()}
     balancer = build_balancer(recipe.balance, list(tasks), kinds, weights)
     return RootModule(model, tasks, balancer, world, recipe.train.precision, recipe.train.seed)
@@ -100,8 +103,7 @@ def best_or_newest(folder: RunFolder, say: Callable[[str], None]) -> Path:
 
 def load_root(folder: RunFolder, recipe: Recipe, world: World, say: Callable[[str], None]) -> RootModule:
     """The trained root module of a run with its best weights, in evaluation mode."""
-    infos, channels, image_size = folder.read_data()
     without_weights = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
-    root = build_root(without_weights, infos, channels, image_size, world)
+    root = build_root(without_weights, folder.read_data(), world)
     root.load_state_dict(inference_weights(read_checkpoint(best_or_newest(folder, say))))
     return root.to(world.device).eval()

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from mtl_dist.assemble import absolute_paths, build_root
+from mtl_dist.assemble import absolute_paths, build_root, facts_of
 from mtl_dist.batch import Batch
 from mtl_dist.data.loader import open_data, train_loader
 from mtl_dist.engine.accelerated import connect_accelerate
@@ -58,7 +58,7 @@ def overfit_one_batch(recipe: Recipe, console: Console | None = None) -> bool:
     recipe = recipe.model_copy(update={"data": recipe.data.without_augmentation()})
     data = open_data(recipe.data, recipe.tasks)
     torch.manual_seed(recipe.train.seed)
-    root = build_root(recipe, data.infos, data.channels, data.image_size, world).to(world.device)
+    root = build_root(recipe, facts_of(data), world).to(world.device)
     console.print(describe(root.model, data.image_size), markup=False, highlight=False)
 
     loader = train_loader(

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,6 +45,16 @@ RECORDED_PACKAGES = (
 def new_run_directory(name: str, root: Path = Path("runs")) -> Path:
     """A run folder nobody has: sorted by time, and told apart when two start in one second."""
     return root / name / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a trained model must know of its data: the tasks, and the images' channels, dtype and (H, W)."""
+
+    infos: dict[str, TaskInfo]
+    channels: int
+    image_dtype: str
+    image_size: tuple[int, int]
 
 
 class RunFolder:
@@ -99,25 +109,20 @@ class RunFolder:
                 ) from None
             yield
 
-    def write_data(self, infos: Mapping[str, TaskInfo], channels: int, image_size: tuple[int, int]) -> None:
-        facts = {
-            "tasks": {name: asdict(info) for name, info in infos.items()},
-            "channels": channels,
-            "image_size": image_size,
-        }
-        write_text(self.directory / "data.json", json.dumps(facts, indent=1))
+    def write_data(self, facts: DataFacts) -> None:
+        infos = facts.infos
+        write_text(self.directory / "data.json", json.dumps(asdict(facts), indent=1))
         names = {task: list(info.classes) for task, info in infos.items() if info.classes}
         write_text(self.directory / "class_names.json", json.dumps(names, indent=1, ensure_ascii=False))
 
-    def read_data(self) -> tuple[dict[str, TaskInfo], int, tuple[int, int]]:
-        """The tasks' facts, the images' channels, and (height, width)."""
+    def read_data(self) -> DataFacts:
         facts = json.loads((self.directory / "data.json").read_text(encoding="utf-8"))
         infos = {
             name: TaskInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in info.items()})
-            for name, info in facts["tasks"].items()
+            for name, info in facts["infos"].items()
         }
         height, width = facts["image_size"]
-        return infos, facts["channels"], (height, width)
+        return DataFacts(infos, facts["channels"], facts["image_dtype"], (height, width))
 
     def write_environment(self, world_size: int, device: str) -> None:
         """Add this start to environment.json."""

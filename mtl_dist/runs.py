@@ -16,6 +16,7 @@ from mtl_dist.assemble import (
     build_monitor,
     build_root,
     check_labels,
+    facts_of,
     inference_weights,
     load_root,
     plan_of,
@@ -67,11 +68,11 @@ def train(recipe: Recipe, run_dir: Path | None = None) -> Outcome:
         data = open_data(recipe.data, recipe.tasks)
         check_labels(data, recipe)
         if world.is_main:
-            folder.write_data(data.infos, data.channels, data.image_size)
+            folder.write_data(facts_of(data))
 
         # ---- tasks, model, balancing: one root module
         torch.manual_seed(recipe.train.seed)
-        root = build_root(recipe, data.infos, data.channels, data.image_size, world)
+        root = build_root(recipe, facts_of(data), world)
         optimizer = build_optimizer(
             recipe.optim, root.model, list(root.tasks), list(root.balancer.parameters())
         )

@@ -1,0 +1,158 @@
+"""Prediction: a trained run applied to images.
+
+    import mtl_dist
+
+    predictor = mtl_dist.load("runs/skin/20260101-120000-ab12")
+    predictor.predict("photo.jpg")["diagnosis"]["class_name"]
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mtl_dist.assemble import load_root
+from mtl_dist.data.decode import DecodeError, decode_image
+from mtl_dist.data.transforms import evaluation_transform
+from mtl_dist.engine.accelerated import connect_accelerate
+from mtl_dist.errors import UserError
+from mtl_dist.recipe import load_recipe
+from mtl_dist.run_folder import RunFolder
+
+ImageLike: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
+"""A path, an encoded image, a PIL image, or an array (H, W) or (H, W, C)."""
+
+BATCH_SIZE = 32
+OVERLAY_COLOUR = (255, 64, 64)
+
+
+class Predictor:
+    """A trained multi-task model in evaluation mode."""
+
+    def __init__(self, run: Path) -> None:
+        """Load the best weights of the run folder `run`.
+
+        Raises:
+            UserError: not a run folder, or no whole checkpoint in it.
+        """
+        folder = RunFolder.open(run)
+        recipe = load_recipe(folder.recipe_path)
+        _, self._world = connect_accelerate()
+        self._root = load_root(folder, recipe, self._world, lambda line: print(line, file=sys.stderr))
+        self._facts = folder.read_data()
+        self._transform = evaluation_transform(recipe.data)
+        self.tasks = tuple(self._root.tasks)
+
+    def predict(self, image: ImageLike, threshold: float = 0.5) -> dict[str, dict[str, Any]]:
+        """Every task's answer for one image; masks have the image's own size.
+
+        classification  class_id, class_name, confidence, probabilities by name
+        multilabel      labels above `threshold`, probabilities by name
+        regression      value, unit
+        segmentation    mask (H, W) uint8, area_ratio; with two classes also the foreground's probability (H, W)
+
+        Raises:
+            UserError: not a readable image, or of channels that the model does not take.
+        """
+        return self.predict_many([image], threshold)[0]
+
+    @torch.no_grad()
+    def predict_many(
+        self, images: Sequence[ImageLike], threshold: float = 0.5
+    ) -> list[dict[str, dict[str, Any]]]:
+        """`predict` for several images, in batches."""
+        results: list[dict[str, dict[str, Any]]] = []
+        for start in range(0, len(images), BATCH_SIZE):
+            originals = [self._decoded(image) for image in images[start : start + BATCH_SIZE]]
+            inputs = torch.stack([self._transform(image, {}, None)[0] for image in originals])
+            outputs = self._root.predict(inputs.to(self._world.device))
+            for row, original in enumerate(originals):
+                size = (original.shape[1], original.shape[2])
+                results.append(self._decode_row(outputs, row, size, threshold))
+        return results
+
+    def _decode_row(
+        self, outputs: dict[str, Tensor], row: int, size: tuple[int, int], threshold: float
+    ) -> dict[str, dict[str, Any]]:
+        result = {}
+        for name, task in self._root.tasks.items():
+            output = outputs[name][row : row + 1]
+            if task.head.layout == "map":
+                output = self._transform.restored(output, size)
+            result[name] = task.decode(output, threshold)[0]
+        return result
+
+    def _decoded(self, image: ImageLike) -> Tensor:
+        """The image as the model's datasets hold theirs: raw (C, H, W)."""
+        name = str(image) if isinstance(image, str | Path) else type(image).__name__
+        try:
+            return decode_image(_encoded(image), self._facts.channels, self._facts.image_dtype)
+        except (DecodeError, OSError) as error:
+            raise UserError(f"{name}: expected a readable image, found: {error}") from None
+
+
+def _encoded(image: ImageLike) -> bytes:
+    """The bytes of an image file, so that every kind of input takes the one way that training images take."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | Path):
+        return Path(image).read_bytes()
+    buffer = io.BytesIO()
+    if isinstance(image, np.ndarray):
+        np.save(buffer, image)
+    else:
+        image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def load(run: str | Path) -> Predictor:
+    """The predictor of a trained run, with its best weights."""
+    return Predictor(Path(run))
+
+
+def predict_files(
+    run: Path, images: Sequence[Path], overlays: Path | None, threshold: float
+) -> Iterator[dict[str, Any]]:
+    """One JSON-able record per image: `{"image": path, task: answer}`.
+
+    Masks are left out of the records; with `overlays` each is written there as `<image>_<task>.png`, and the
+    image with its foreground tinted as `<image>_<task>_overlay.png`.
+    """
+    missing = [f"{path}: expected an image, found no such file." for path in images if not path.is_file()]
+    if missing:
+        raise UserError("\n".join(missing))
+    predictor = load(run)
+    if overlays is not None:
+        overlays.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(images), BATCH_SIZE):
+        chunk = images[start : start + BATCH_SIZE]
+        for path, answers in zip(chunk, predictor.predict_many(chunk, threshold), strict=True):
+            record: dict[str, Any] = {"image": str(path)}
+            for task, answer in answers.items():
+                record[task] = {k: v for k, v in answer.items() if not isinstance(v, np.ndarray)}
+                if overlays is not None and "mask" in answer:
+                    record[task]["mask"] = str(_write_overlay(path, task, answer["mask"], overlays))
+            yield record
+
+
+def _write_overlay(path: Path, task: str, mask: np.ndarray, directory: Path) -> Path:
+    mask_path = directory / f"{path.stem}_{task}.png"
+    Image.fromarray(mask).save(mask_path)
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    tinted = np.where((mask > 0)[..., None], 0.5 * pixels + 0.5 * np.array(OVERLAY_COLOUR), pixels)
+    Image.fromarray(tinted.astype(np.uint8)).save(directory / f"{path.stem}_{task}_overlay.png")
+    return mask_path
+
+
+def to_json(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False)
