@@ -47,7 +47,45 @@ def _prepare() -> None:
 
 
 def add_to(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Data")(inspect)
     app.add_typer(prepare, name="prepare", rich_help_panel="Data")
+
+
+def inspect(
+    dataset: Annotated[
+        Path, typer.Argument(metavar="DATASET", show_default=False, help="A prepared dataset's directory.")
+    ],
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compare every shard with its hash and every index with its shards."),
+    ] = False,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", show_default=False, help="Write a contact sheet here, as a PNG."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split whose samples are on the sheet.")] = "train",
+) -> None:
+    """Look into a dataset: counts per task and split, missing labels, sizes, pictures.
+
+    Exit code 1 if --verify finds damage.
+
+    \b
+      mtl inspect data/digits
+      mtl inspect data/digits --sheet digits.png
+      mtl inspect data/digits --verify
+    """
+    from rich.console import Console
+
+    from mtl_dist.data.contact_sheet import contact_sheet
+    from mtl_dist.data.inspect import inspect_dataset, render
+
+    inspection = inspect_dataset(dataset, verify)
+    Console().print(render(inspection))
+    if inspection.problems:
+        raise typer.Exit(1)
+    if sheet is not None:
+        contact_sheet(dataset, split, sheet)
+        print(f"{sheet}: samples of {split}")
 
 
 @prepare.command()

@@ -1,0 +1,356 @@
+"""The command line: quick help, exit codes that scripts can trust, and options that reach their function."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from mtl_dist import __version__
+from mtl_dist.cli import app
+from mtl_dist.commands.options import class_names, fractions, named
+from mtl_dist.errors import UserError
+from mtl_dist.launch.local import Launch, plan_launch
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "configs" / "digits.yaml"
+
+COMMANDS = ["prepare digits", "prepare folders", "prepare table", "inspect", "train", "launch"]
+COMMANDS += ["evaluate", "predict", "verify", "doctor"]
+
+
+def mtl(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+# ---------------------------------------------------------------- help
+HELP = """
+import sys
+from mtl_dist.cli import main
+
+sys.argv = ["mtl", *sys.argv[1:], "--help"]
+try:
+    main()
+finally:
+    heavy = ("torch", "torchvision", "deepspeed", "accelerate", "matplotlib", "numpy", "omegaconf")
+    print([name for name in heavy if name in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("command", ["", "train", "prepare table"])
+def test_help_waits_for_no_heavy_import(command: str) -> None:
+    done = python(HELP, *command.split())
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert "mtl " in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_has_an_example_and_explains_every_argument(command: str) -> None:
+    found = typer.main.get_command(app)
+    for name in command.split():
+        found = found.commands[name]  # type: ignore[attr-defined]
+    assert f"mtl {command}" in (found.help or "")
+    assert [parameter.name for parameter in found.params if not getattr(parameter, "help", None)] == []
+
+
+def test_the_commands_are_these_and_no_others() -> None:
+    group = typer.main.get_command(app)
+    names = {f"{name} {sub}".strip() for name, command in group.commands.items()  # type: ignore[attr-defined]
+             for sub in getattr(command, "commands", [""])}  # fmt: skip
+    assert names >= set(COMMANDS)
+
+
+def test_the_version_is_printed() -> None:
+    result = mtl("--version")
+    assert (result.exit_code, result.stdout) == (0, f"mtl_dist {__version__}\n")
+
+
+# ---------------------------------------------------------------- exit codes
+def test_mistakes_of_the_user_are_lines_on_stderr_and_exit_code_2() -> None:
+    result = mtl("train", DIGITS, "optim.lr=-1", "tasks.digit.kind=clasification", "train.epoch=3")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert [line.split(":")[0] for line in result.stderr.splitlines()] == [
+        "tasks.digit.kind",
+        "optim.lr",
+        "train.epoch",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train"], ["trian"], ["train", str(DIGITS), "--lr", "3"], ["prepare", "folders", "a", "b"]]
+)
+def test_a_wrong_use_of_the_options_is_exit_code_2(arguments: list[str]) -> None:
+    result = mtl(*arguments)
+    assert result.exit_code == 2
+    assert "Usage" in result.stderr
+
+
+DOCTOR = """
+import sys, types
+
+def run_doctor(cluster):
+    raise {exception}
+
+sys.modules["mtl_dist.report.doctor"] = types.SimpleNamespace(run_doctor=run_doctor)
+sys.argv = ["mtl", "doctor"]
+from mtl_dist.cli import main
+from mtl_dist.errors import UserError
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("exception", "code", "last_line"),
+    [
+        ('UserError("x: expected 1, found 2.")', 2, "x: expected 1, found 2."),
+        ('RuntimeError("a bug")', 1, "RuntimeError: a bug"),
+        ("KeyboardInterrupt", 130, ""),
+    ],
+)
+def test_a_process_says_by_its_exit_code_whose_fault_it_was(
+    exception: str, code: int, last_line: str
+) -> None:
+    done = python(DOCTOR.format(exception=exception))
+    assert done.returncode == code
+    assert done.stderr.splitlines()[-1:] == ([last_line] if last_line else [])
+    assert ("Traceback" in done.stderr) == (code == 1)
+
+
+def test_a_rank_alone_with_its_mistake_speaks_after_rank_0_could_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("mtl_dist.commands.errors.time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    result = mtl("train", "no.yaml")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("rank 1: no.yaml: expected a YAML file, found none.")
+    assert waited == [2.0]
+    monkeypatch.setenv("RANK", "0")
+    assert mtl("train", "no.yaml").stderr.startswith("no.yaml: expected")
+    assert len(waited) == 1
+
+
+# ---------------------------------------------------------------- train and launch
+def test_print_config_prints_a_recipe_that_loads_into_the_same(tmp_path: Path) -> None:
+    from mtl_dist.recipe import load_recipe
+
+    result = mtl("train", DIGITS, "optim.lr=1e-5", "tasks.ink=null", "--print-config")
+    assert result.exit_code == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(result.stdout)
+    assert load_recipe(printed) == load_recipe(DIGITS, ["optim.lr=1e-5", "tasks.ink=null"])
+
+
+def test_a_stopped_run_is_130_and_0_for_a_rank_whose_launcher_would_end_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mtl_dist.trainer import Outcome
+
+    fields = dict.fromkeys(Outcome.__dataclass_fields__, 0) | {"state": "stopped", "reason": "signal SIGINT"}
+    monkeypatch.setattr("mtl_dist.runs.train", lambda recipe, run_dir: Outcome(**fields))  # type: ignore[arg-type]
+    monkeypatch.delenv("RANK", raising=False)
+    assert mtl("train", DIGITS).exit_code == 130
+    monkeypatch.setenv("RANK", "0")
+    assert mtl("train", DIGITS).exit_code == 0
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """What `mtl launch` would have started."""
+    plans: list[Launch] = []
+
+    def supervise(plan: Launch) -> int:
+        plans.append(plan)
+        return 7
+
+    monkeypatch.setattr("mtl_dist.launch.local.supervise", supervise)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    return plans
+
+
+def test_launch_hands_recipe_and_overrides_to_the_ranks_and_returns_their_exit_code(
+    launched: list[Launch],
+) -> None:
+    result = mtl("launch", DIGITS, "--nproc", "2", "optim.lr=1e-3", "--run-dir", "runs/x")
+    assert result.exit_code == 7
+    (plan,) = launched
+    assert plan.num_processes == 2
+    tail = ["--module", "mtl_dist", "train", str(DIGITS), "optim.lr=1e-3", "--run-dir", "runs/x"]
+    assert list(plan.command[-len(tail) :]) == tail
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        (["optim.lr=0"], "optim.lr: "),
+        (["--nproc", "7"], "train.global_batch: "),
+        (["--config-file", "launch/no.yaml"], "launch/no.yaml: "),
+    ],
+)
+def test_launch_refuses_a_mistake_before_anything_starts(
+    launched: list[Launch], arguments: list[str], where: str
+) -> None:
+    result = mtl("launch", DIGITS, *(arguments if "--nproc" in arguments else ["--nproc", "2", *arguments]))
+    assert result.exit_code == 2
+    assert result.stderr.startswith(where)
+    assert launched == []
+
+
+def test_a_plan_names_the_ranks_and_shares_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(12))
+    plan = plan_launch(["train", "r.yaml"], 4, None, num_gpus=0)
+    assert plan is not None
+    assert (plan.num_processes, plan.threads) == (4, 3)
+    assert "--multi_gpu" in plan.command
+    per_gpu = plan_launch(["train", "r.yaml"], None, None, num_gpus=8)
+    assert per_gpu is not None
+    assert (per_gpu.num_processes, per_gpu.threads) == (8, 1)
+    preset = plan_launch(["train", "r.yaml"], None, ROOT / "launch" / "zero2.yaml", num_gpus=0)
+    assert preset is not None
+    assert preset.num_processes == 2
+    assert preset.command[3:5] == ("--config_file", str(ROOT / "launch" / "zero2.yaml"))
+
+
+def test_one_process_needs_no_launcher() -> None:
+    assert plan_launch(["train", "r.yaml"], 1, None, num_gpus=4) is None
+    assert plan_launch(["train", "r.yaml"], None, None, num_gpus=0) is None
+
+
+def test_more_processes_than_gpus_are_refused_but_may_run_on_the_cpus() -> None:
+    with pytest.raises(UserError, match="--nproc: expected at most 2, the GPUs of this machine, found 4"):
+        plan_launch(["train", "r.yaml"], 4, None, num_gpus=2)
+    assert plan_launch(["train", "r.yaml"], 4, ROOT / "launch" / "ddp-cpu.yaml", num_gpus=2) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a: 1", "found no distributed_type"),
+        ("a: [", "expected a config file of `accelerate launch`, found: "),
+        ("distributed_type: MULTI_GPU\nnum_machines: 2", "expected num_machines 1, found 2"),
+    ],
+)
+def test_a_file_that_is_no_config_for_this_machine_is_refused(tmp_path: Path, text: str, line: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=line):
+        plan_launch(["train", "r.yaml"], 2, path, num_gpus=0)
+
+
+# ---------------------------------------------------------------- datasets and runs
+def test_prepare_and_inspect_work_together_and_a_full_directory_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    out = tmp_path / "digits"
+    result = mtl("prepare", "digits", out, "--workers", "1")
+    assert result.exit_code == 0
+    assert "1,258 train, 270 val, 269 test" in result.stdout
+    shown = mtl("inspect", out, "--verify", "--sheet", tmp_path / "sheet.png", "--split", "val")
+    assert shown.exit_code == 0
+    assert (tmp_path / "sheet.png").stat().st_size > 0
+    again = mtl("prepare", "digits", out)
+    assert (again.exit_code, again.stderr.count("\n")) == (2, 1)
+    next(out.glob("val*.tar")).write_bytes(b"damaged")
+    assert mtl("inspect", out, "--verify").exit_code == 1
+
+
+def test_the_options_of_prepare_table_reach_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+
+    def prepare_table(file: Path, out: Path, **options: Any) -> None:
+        seen.update(options, file=file, out=out)
+        raise UserError("seen")
+
+    monkeypatch.setattr("mtl_dist.data.importers.table.prepare_table", prepare_table)
+    text = (
+        "prepare table a.csv b --image f --root r --classification x=c --classification y=d --regression z=e"
+    )
+    text += " --segmentation m=masks/ --classes m=0:no,255:yes --unit z=cm --split 0.9,0.1 --max-skipped 3"
+    assert mtl(*text.split(), "--no-verify", "--seed", "5", "--workers", "2").exit_code == 2
+    options = seen.pop("options")
+    assert (options.max_skipped, options.verify, options.seed, options.workers) == (3, False, 5, 2)
+    seen.pop("progress")
+    assert seen == {
+        "file": Path("a.csv"),
+        "out": Path("b"),
+        "image": "f",
+        "root": Path("r"),
+        "classification": {"x": "c", "y": "d"},
+        "multilabel": {},
+        "regression": {"z": "e"},
+        "segmentation": {"m": "masks/"},
+        "classes": {"m": {0: "no", 255: "yes"}},
+        "units": {"z": "cm"},
+        "separator": "|",
+        "split": (0.9, 0.1),
+    }
+    mtl("prepare", "table", "a.csv", "b", "--split", "fold")
+    assert seen["split"] == "fold"
+
+
+@pytest.mark.parametrize(
+    ("read", "line"),
+    [
+        (lambda: named("--unit", ["age"]), '--unit: expected TASK=COLUMN, found "age".'),
+        (lambda: named("--unit", ["a=b", "a=c"]), "--unit: expected each task once, found a twice."),
+        (
+            lambda: fractions("--split", "a,b"),
+            '--split: expected fractions such as 0.8,0.1,0.1, found "a,b".',
+        ),
+        (
+            lambda: class_names("--classes", ["m=0:no,yes"]),
+            '--classes: expected m=NAME,NAME,... or m=0:NAME,1:NAME,..., found "0:no,yes".',
+        ),
+    ],
+)
+def test_a_malformed_option_is_one_line(read: Any, line: str) -> None:
+    with pytest.raises(UserError) as error:
+        read()
+    assert str(error.value) == line
+
+
+def test_class_names_go_by_index_or_by_value() -> None:
+    assert class_names("--classes", ["a=no,yes", "b=0:no, 255:yes"]) == {
+        "a": ["no", "yes"],
+        "b": {0: "no", 255: "yes"},
+    }
+
+
+def test_predictions_are_written_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def predict_files(
+        run: Path, images: list[Path], overlays: Path | None, threshold: float
+    ) -> Iterator[Any]:
+        for image in images:
+            if image.name == "bad.png":
+                raise UserError("bad.png: expected an image, found none.")
+            yield {"image": str(image), "share": threshold}
+
+    monkeypatch.setattr("mtl_dist.predictor.predict_files", predict_files)
+    out = tmp_path / "new" / "answers.jsonl"
+    assert mtl("predict", "run", "a.png", "bad.png", "--out", out).exit_code == 2
+    assert list(out.parent.iterdir()) == []
+    assert mtl("predict", "run", "a.png", "b.png", "--out", out, "--threshold", "0.25").exit_code == 0
+    assert out.read_text() == '{"image": "a.png", "share": 0.25}\n{"image": "b.png", "share": 0.25}\n'
+    assert mtl("predict", "run", "a.png").stdout == '{"image": "a.png", "share": 0.5}\n'
+
+
+def test_verify_fails_if_a_checkpoint_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[list[str], list[str]]] = [(["step_1"], []), (["step_1"], ["step_2: damaged."])]
+    monkeypatch.setattr("mtl_dist.runs.verify", lambda run: found.pop(0))
+    whole = mtl("verify", "run")
+    assert (whole.exit_code, whole.stdout) == (0, "step_1: good\n")
+    damaged = mtl("verify", "run")
+    assert (damaged.exit_code, damaged.stderr) == (1, "step_2: damaged.\n")
