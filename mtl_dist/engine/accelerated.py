@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import nn
 
-from mtl_dist.engine.engine import Engine, FullState, StepResult, average_buffers, host_copy
+from mtl_dist.engine.engine import StepResult
+from mtl_dist.engine.precision import LossScaler
+from mtl_dist.engine.replicated import ReplicatedEngine
 from mtl_dist.engine.world import World, connected, use_cpu
 
 
@@ -38,58 +41,30 @@ def connect_accelerate() -> tuple[Accelerator, World]:
     return accelerator, world
 
 
-class AccelerateEngine(Engine):
+class AccelerateEngine(ReplicatedEngine):
     """`root` on one device, or wrapped by DDP: gradients are averaged over the ranks."""
 
     def __init__(
-        self, accelerator: Accelerator, world: World, root: nn.Module, optimizer: torch.optim.Optimizer
+        self,
+        accelerator: Accelerator,
+        world: World,
+        root: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: LossScaler | None = None,
     ) -> None:
-        self.world = world
-        self.root = root
-        self.optimizer = optimizer
-        self._accelerator = accelerator
-        self._wrapped = accelerator.prepare_model(root) if world.size > 1 else root
-        self._names = {parameter: name for name, parameter in root.named_parameters()}
+        super().__init__(world, root, optimizer, scaler)
+        self._wrapped: Any = root
+        if world.size > 1:
+            with warnings.catch_warnings():
+                # Newer releases of torch spell it in two arguments, the older ones do not know those.
+                warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+                self._wrapped = accelerator.prepare_model(root)
 
     def forward_backward(self, *inputs: Any, last: bool) -> None:
         silent = self._wrapped.no_sync() if self.world.size > 1 and not last else nullcontext()
         with silent:
-            self._wrapped(*inputs).backward()
+            scalar = self._wrapped(*inputs)
+            (scalar if self.scaler is None else scalar * self.scaler.scale).backward()
 
     def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
-        average_buffers(self.root, self.world)
-        for parameter in absent:
-            # An optimizer passes over a parameter without a gradient: no weight decay, no momentum.
-            parameter.grad = None
-        parameters = [parameter for parameter in self._names if parameter.grad is not None]
-        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, clip_norm, grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm=grad_norm)
-
-    def full_state(self) -> FullState:
-        if not self.world.is_main:
-            return FullState(model={}, optimizer={})
-        optimizer = {
-            f"{slot}/{self._names[parameter]}": host_copy(value)
-            for parameter, slots in self.optimizer.state.items()
-            for slot, value in slots.items()
-            if isinstance(value, Tensor)
-        }
-        return FullState(
-            model={name: host_copy(tensor) for name, tensor in self.root.state_dict().items()},
-            optimizer=optimizer,
-        )
-
-    def load_full_state(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
-        self.root.load_state_dict(dict(model))
-        parameters = {name: parameter for parameter, name in self._names.items()}
-        self.optimizer.state.clear()
-        for key, value in optimizer.items():
-            slot, name = key.split("/", 1)
-            parameter = parameters[name]
-            # Step counters stay on the host, as torch's optimizers keep them (unless fused).
-            device = torch.device("cpu") if value.ndim == 0 else parameter.device
-            self.optimizer.state[parameter][slot] = value.to(device, copy=True)
+        return self._update(absent, clip_norm)

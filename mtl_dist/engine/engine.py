@@ -3,19 +3,25 @@
 One forward of the root module returns one scalar, and the engine sees exactly one backward per micro-batch.
 Everything else (losses, balancing, autocast) happens inside the root module, so it is the same under every
 engine.
+
+An engine may keep only a *share* of each weight on a rank (ZeRO 3). Whoever reads weights outside a training
+step does so inside `evaluating()`, or works on the shares.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mtl_dist.engine.precision import LossScaler
 from mtl_dist.engine.world import World
+from mtl_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,20 +37,28 @@ class StepResult:
 class FullState:
     """The engine-independent state of a model and its optimizer, in float32 on the host of rank 0.
 
-    `optimizer` names each tensor `<slot>/<parameter name>` (`exp_avg/model.heads.digit.weight`). On the
-    other ranks both are empty.
+    `optimizer` names each tensor `<slot>/<parameter name>` (`exp_avg/model.heads.digit.weight`); step
+    counters are among them (`step/...`). On the other ranks both are empty. `scaler` is the loss scaler's
+    state, on every rank; empty without one.
     """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    scaler: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(ABC):
-    """Wraps one root module and its optimizer for all ranks."""
+    """Wraps one root module and its optimizer for all ranks.
+
+    `scaler` is there under fp16 only; `zero_stage` is what is divided over the ranks: 1 optimizer state,
+    2 gradients as well, 3 weights as well.
+    """
 
     world: World
     root: nn.Module
     optimizer: torch.optim.Optimizer
+    scaler: LossScaler | None
+    zero_stage: int = 0
 
     @abstractmethod
     def forward_backward(self, *inputs: Any, last: bool) -> None:
@@ -59,15 +73,46 @@ class Engine(ABC):
 
         The `absent` parameters belong to tasks without any label in the window: they and their optimizer
         state stay exactly as they are.
+
+        Raises:
+            UserError: the gradients were not finite: at once, or when the state is asked for.
         """
 
     @abstractmethod
     def full_state(self) -> FullState:
-        """Collective: a host copy of the whole state, on rank 0."""
+        """Collective: a host copy of the whole state, on rank 0.
+
+        Raises:
+            UserError: a gradient since the start was not finite, so the weights are lost.
+        """
 
     @abstractmethod
-    def load_full_state(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
-        """Collective: take over a full state; every rank passes the same tensors."""
+    def load_full_state(
+        self,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        scaler: Mapping[str, float] | None = None,
+    ) -> None:
+        """Collective: take over a full state; every rank passes the same. Without `scaler` its own stays."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Collective: inside, every rank's `root` holds all its weights and may be called directly."""
+        return nullcontext()
+
+    def shares(self) -> dict[str, Tensor]:
+        """This rank's part of every trainable weight, as it is now; writing to it changes the weight.
+
+        Whatever is element-wise (an average over the steps) can be kept for the shares alone.
+        """
+        return {name: p.detach() for name, p in self.root.named_parameters() if p.requires_grad}
+
+    def share_of(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of `whole`, a tensor of the weight `name`'s shape."""
+        return whole
+
+    def gathered(self, shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Collective: the whole tensors of `shares`, on the host of rank 0; elsewhere empty."""
+        return {name: host_copy(share) for name, share in shares.items()} if self.world.is_main else {}
 
 
 def average_buffers(root: nn.Module, world: World) -> None:
@@ -95,3 +140,17 @@ def is_running_statistic(name: str) -> bool:
 def host_copy(tensor: Tensor) -> Tensor:
     """A copy in host memory that later steps do not touch."""
     return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def counter_device(group: Mapping[str, Any], parameter: Tensor) -> torch.device:
+    """Where an optimizer keeps its step counters: on the host, unless it runs on the GPU altogether."""
+    on_device = group.get("fused") or group.get("capturable")
+    return parameter.device if on_device else torch.device("cpu")
+
+
+def lost_weights() -> UserError:
+    """What a gradient that is not finite means without a loss scaler."""
+    return UserError(
+        "train: expected finite gradients, found inf or NaN. Lower optim.lr, set optim.clip_norm, or look at "
+        "the labels with `mtl inspect`; the last checkpoint is whole."
+    )

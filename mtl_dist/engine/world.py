@@ -117,7 +117,9 @@ def connected(size: int, rank: int, local_rank: int, device: torch.device) -> Wo
     if size == 1:
         return World(rank=0, size=1, local_rank=0, device=device)
     backend = dist.get_backend()
-    control = (
-        dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    )
+    control = dist.group.WORLD
+    if backend != "gloo":
+        group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup)
+        control = group
     return World(rank=rank, size=size, local_rank=local_rank, device=device, control=control)

@@ -1,0 +1,261 @@
+"""Which engine a run uses: what its launcher says, or else its recipe; and the way in to either."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mtl_dist.config.settings import Settings
+from mtl_dist.engine.deepspeed_setup import ZeroStage
+from mtl_dist.engine.engine import Engine
+from mtl_dist.engine.precision import Precision, build_scaler, set_tf32
+from mtl_dist.engine.world import World
+from mtl_dist.errors import UserError
+
+DEFAULT_STAGE: ZeroStage = 2
+"""As `accelerate launch --use_deepspeed` has it."""
+
+
+class EngineSettings(Settings):
+    """What wraps the model for all ranks.
+
+    `auto` is what `accelerate launch` was told (`--use_deepspeed --zero_stage 2`, or a preset of `launch/`),
+    else DeepSpeed where something of it is asked for below, else accelerate: one process or DDP.
+    """
+
+    kind: Literal["auto", "accelerate", "deepspeed"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """What DeepSpeed divides over the ranks: 1 optimizer state, 2 gradients too, 3 weights too; null: what
+    the launcher says, or 2."""
+    offload_optimizer: bool = False
+    """Keep DeepSpeed's optimizer state in host memory, and update there (ZeRO 1 to 3)."""
+    offload_parameters: bool = False
+    """Keep the weights' shares in host memory (ZeRO 3)."""
+    tf32: bool = True
+    """On GPUs, whether float32 products may round their factors to TF32."""
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The engine that settings and launcher agree on."""
+
+    kind: Literal["accelerate", "deepspeed"]
+    zero_stage: ZeroStage = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A group of ranks, joined, and how a model is wrapped for it.
+
+    `build(root, optimizer, parts)` takes the root module and an optimizer over its parameters; `parts` are
+    those of each task alone, which are absent together. Whole weights are gone from `root` after it under
+    ZeRO 3, so whatever wants to see them (a summary) comes before.
+    """
+
+    world: World
+    choice: EngineChoice
+    build: Callable[[nn.Module, torch.optim.Optimizer, Iterable[Sequence[nn.Parameter]]], Engine]
+
+    def describe(self) -> str:
+        """The engine in words, for the log."""
+        ranks = "one process" if self.world.size == 1 else f"{self.world.size} ranks"
+        if self.choice.kind == "accelerate":
+            return ranks if self.world.size == 1 else f"DDP on {ranks}"
+        words = f"DeepSpeed ZeRO {self.choice.zero_stage} on {ranks}"
+        offloaded = [
+            name
+            for name, wanted in (
+                ("optimizer", self.choice.offload_optimizer),
+                ("weights", self.choice.offload_parameters),
+            )
+            if wanted
+        ]
+        if offloaded:
+            words += f", {' and '.join(offloaded)} in host memory"
+        if self.world.size == 1 and self.choice.zero_stage > 0:
+            words += ": there is nobody to share with, so it saves no memory"
+        return words
+
+    def close(self) -> None:
+        """Leave the group. Nothing collective can follow."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def connect(settings: EngineSettings, precision: Precision) -> Connection:
+    """Join the group that the launcher started.
+
+    Raises:
+        UserError: the launcher and the recipe say different things, or the launcher wants what we do not do.
+    """
+    choice = choose(settings, precision, os.environ)
+    set_tf32(settings.tf32)
+    if choice.kind == "deepspeed":
+        return _connect_deepspeed(choice, precision)
+    return _connect_accelerate(choice, precision)
+
+
+def _connect_accelerate(choice: EngineChoice, precision: Precision) -> Connection:
+    from mtl_dist.engine.accelerated import AccelerateEngine, connect_accelerate
+
+    accelerator, world = connect_accelerate()
+
+    def build(
+        root: nn.Module, optimizer: torch.optim.Optimizer, parts: Iterable[Sequence[nn.Parameter]]
+    ) -> Engine:
+        return AccelerateEngine(accelerator, world, root.to(world.device), optimizer, build_scaler(precision))
+
+    return Connection(world, choice, build)
+
+
+def _connect_deepspeed(choice: EngineChoice, precision: Precision) -> Connection:
+    from mtl_dist.engine.deepspeed_engine import build_deepspeed_engine
+    from mtl_dist.engine.deepspeed_setup import connect_deepspeed
+
+    world = connect_deepspeed()
+
+    def build(
+        root: nn.Module, optimizer: torch.optim.Optimizer, parts: Iterable[Sequence[nn.Parameter]]
+    ) -> Engine:
+        return build_deepspeed_engine(
+            world,
+            root.to(world.device),
+            optimizer,
+            build_scaler(precision),
+            parts,
+            stage=choice.zero_stage,
+            offload_optimizer=choice.offload_optimizer,
+            offload_parameters=choice.offload_parameters,
+        )
+
+    return Connection(world, choice, build)
+
+
+# ------------------------------------------------------------------ who says what
+def choose(settings: EngineSettings, precision: Precision, environment: Mapping[str, str]) -> EngineChoice:
+    """The engine that recipe and launcher agree on; `environment` is what the launcher has set.
+
+    Raises:
+        UserError: one line per contradiction.
+    """
+    launcher = _Launcher(environment)
+    problems = launcher.problems(precision)
+    kind = settings.kind
+    of_deepspeed = [
+        name
+        for name, asked in (
+            ("zero_stage", settings.zero_stage is not None),
+            ("offload_optimizer", settings.offload_optimizer),
+            ("offload_parameters", settings.offload_parameters),
+        )
+        if asked
+    ]
+    if kind == "auto":
+        kind = "deepspeed" if launcher.deepspeed or of_deepspeed else "accelerate"
+    if kind == "accelerate":
+        if launcher.deepspeed:
+            problems.append(
+                "engine.kind: expected deepspeed, which `accelerate launch` was told, found accelerate. "
+                "Start without --use_deepspeed, or remove engine.kind."
+            )
+        problems += [
+            f"engine.{name}: expected no value under engine.kind accelerate. Remove one of them."
+            for name in of_deepspeed
+        ]
+        if problems:
+            raise UserError("\n".join(problems))
+        return EngineChoice("accelerate")
+    said, asked_stage = launcher.zero_stage, settings.zero_stage
+    if said is not None and asked_stage is not None and said != asked_stage:
+        problems.append(
+            f"engine.zero_stage: expected {said}, which `accelerate launch` was told, found {asked_stage}. "
+            "Remove one of them."
+        )
+    stage = asked_stage if asked_stage is not None else said if said is not None else DEFAULT_STAGE
+    offload_optimizer = settings.offload_optimizer or launcher.offloads("OPTIMIZER")
+    offload_parameters = settings.offload_parameters or launcher.offloads("PARAM")
+    if offload_optimizer and stage == 0:
+        problems.append("engine.offload_optimizer: expected zero_stage 1, 2 or 3, found 0. Raise the stage.")
+    if offload_parameters and stage != 3:
+        problems.append(f"engine.offload_parameters: expected zero_stage 3, found {stage}. Raise the stage.")
+    if problems:
+        raise UserError("\n".join(problems))
+    return EngineChoice("deepspeed", stage, offload_optimizer, offload_parameters)
+
+
+class _Launcher:
+    """What `accelerate launch` says in the environment; torchrun and others say nothing of an engine."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self.deepspeed = self._says("ACCELERATE_USE_DEEPSPEED")
+
+    @property
+    def zero_stage(self) -> ZeroStage | None:
+        value = self._environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        if not self.deepspeed or value is None:
+            return None
+        if value not in ("0", "1", "2", "3"):
+            raise UserError(f"accelerate launch: expected --zero_stage 0, 1, 2 or 3, found {value}.")
+        return cast(ZeroStage, int(value))
+
+    def offloads(self, what: str) -> bool:
+        return self._device(what) == "cpu"
+
+    def problems(self, precision: Precision) -> list[str]:
+        """What the launcher was told that is the recipe's to say, or that we do not have."""
+        problems = [
+            f"accelerate launch: expected one process, DDP or DeepSpeed, found {name}. It is not supported."
+            for variable, name in (
+                ("ACCELERATE_USE_FSDP", "FSDP"),
+                ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+                ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config"),
+            )
+            if self._says(variable)
+        ]
+        mixed = self._environment.get("ACCELERATE_MIXED_PRECISION", "no")
+        if mixed != "no" and mixed != precision:
+            problems.append(
+                f"train.precision: expected {mixed}, which `accelerate launch` was told, found {precision}. "
+                "Set the same in both, or start with --mixed_precision no."
+            )
+        if not self.deepspeed:
+            return problems
+        for variable, option, place in (
+            ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "--deepspeed_config_file", "`engine:` in the recipe"),
+            ("ACCELERATE_GRADIENT_CLIPPING", "--gradient_clipping", "optim.clip_norm in the recipe"),
+        ):
+            if self._environment.get(variable, "none") != "none":
+                problems.append(f"accelerate launch: expected no {option}. Remove it and use {place}.")
+        if self._environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+            problems.append(
+                "accelerate launch: expected no --gradient_accumulation_steps. Remove it and use "
+                "train.accumulation in the recipe."
+            )
+        if self.zero_stage == 3 and self._says("ACCELERATE_DEEPSPEED_ZERO3_INIT"):
+            problems.append(
+                "accelerate launch: expected --zero3_init_flag false: models are built whole, then divided."
+            )
+        problems += [
+            f"accelerate launch: expected none or cpu as device of the offloaded {word}, found "
+            f"{self._device(what)}. Use cpu."
+            for what, word in (("OPTIMIZER", "optimizer"), ("PARAM", "parameters"))
+            if self._device(what) not in ("none", "cpu")
+        ]
+        return problems
+
+    def _device(self, what: str) -> str:
+        if not self.deepspeed:
+            return "none"
+        return self._environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none")
+
+    def _says(self, variable: str) -> bool:
+        return self._environment.get(variable, "").lower() in ("1", "true", "yes")

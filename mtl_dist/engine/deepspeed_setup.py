@@ -1,0 +1,83 @@
+"""DeepSpeed made to run as a library: imported quietly, joined to the launcher's group, told what to do."""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mtl_dist.engine.world import World, connected, launched_size, use_cpu
+
+ZeroStage = Literal[0, 1, 2, 3]
+
+LARGEST_BUCKET = 2**25
+"""Elements whose gradients travel together: 128 MB. DeepSpeed allocates the buffer whole, so a small model
+gets a smaller one."""
+
+
+def connect_deepspeed() -> World:
+    """Join the group that the launcher started; without a launcher, a group of this process alone."""
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if not use_cpu():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        device_id = device if device.type == "cuda" else None
+        if launched_size() == 1:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id
+            )
+        else:
+            dist.init_process_group(backend, device_id=device_id)
+    return connected(dist.get_world_size(), dist.get_rank(), local_rank, device)
+
+
+def import_deepspeed() -> ModuleType:
+    """The `deepspeed` module, set to this run's devices. Takes seconds the first time."""
+    if use_cpu():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # It warns of what is meant: an optimizer of the caller's, inputs that are not tensors.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if use_cpu():
+        # Otherwise the first run on a machine compiles a shared-memory all-reduce, for minutes.
+        deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
+
+
+def deepspeed_config(
+    root: nn.Module, stage: ZeroStage, offload_optimizer: bool, offload_parameters: bool, device: torch.device
+) -> dict[str, Any]:
+    """What `deepspeed.initialize` is told; whatever is ours is switched off here."""
+    size = sum(parameter.numel() for parameter in root.parameters())
+    on_host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": min(size, LARGEST_BUCKET),
+        "round_robin_gradients": False,
+    }
+    if offload_optimizer:
+        zero["offload_optimizer"] = on_host
+    if offload_parameters:
+        zero["offload_param"] = on_host
+    return {
+        # Batches are cut by the loader; DeepSpeed wants a number, and uses it for its own log only.
+        "train_micro_batch_size_per_gpu": 1,
+        # The window's length varies: the boundary is set at every micro-batch.
+        "gradient_accumulation_steps": 1,
+        # Its default is 1.0. The recipe's norm is set at every step.
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # It would wait for the GPU at every forward.
+        "timers": {"throughput": {"enabled": False}},
+    }

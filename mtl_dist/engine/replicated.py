@@ -1,0 +1,93 @@
+"""What every engine shares that keeps whole weights, gradients and optimizer state on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mtl_dist.engine.engine import (
+    Engine,
+    FullState,
+    StepResult,
+    average_buffers,
+    counter_device,
+    host_copy,
+    lost_weights,
+)
+from mtl_dist.engine.precision import LossScaler
+from mtl_dist.engine.world import World
+
+
+class ReplicatedEngine(Engine):
+    """An engine whose backward leaves the averaged gradient of every parameter on every rank."""
+
+    def __init__(
+        self, world: World, root: nn.Module, optimizer: torch.optim.Optimizer, scaler: LossScaler | None
+    ) -> None:
+        self.world = world
+        self.root = root
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self._names: dict[Tensor, str] = {p: name for name, p in root.named_parameters()}
+        # Stays on the device: asking it at every step would make the host wait for the GPU.
+        self._all_finite = torch.ones((), dtype=torch.bool, device=world.device)
+
+    def _update(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
+        """One optimizer step on `parameter.grad`, which is cleared."""
+        average_buffers(self.root, self.world)
+        for parameter in absent:
+            # An optimizer passes over a parameter without a gradient: no weight decay, no momentum.
+            parameter.grad = None
+        parameters = [parameter for parameter in self._names if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        grad_norm = nn.utils.get_total_norm(gradients)
+        if self.scaler is None:
+            self._all_finite &= grad_norm.isfinite()
+            finite = True
+        else:
+            finite = bool(grad_norm.isfinite())
+            torch._foreach_mul_(gradients, 1 / self.scaler.scale)
+            grad_norm = grad_norm / self.scaler.scale
+            self.scaler.update(finite)
+        if finite:
+            if clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(parameters, clip_norm, grad_norm)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(grad_norm=grad_norm, skipped=not finite)
+
+    def full_state(self) -> FullState:
+        if not self._all_finite:
+            raise lost_weights()
+        scaler = self.scaler.state_dict() if self.scaler is not None else {}
+        if not self.world.is_main:
+            return FullState(model={}, optimizer={}, scaler=scaler)
+        optimizer = {
+            f"{slot}/{self._names[parameter]}": host_copy(value)
+            for parameter, slots in self.optimizer.state.items()
+            for slot, value in slots.items()
+            if isinstance(value, Tensor)
+        }
+        model = {name: host_copy(tensor) for name, tensor in self.root.state_dict().items()}
+        return FullState(model=model, optimizer=optimizer, scaler=scaler)
+
+    def load_full_state(
+        self,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        scaler: Mapping[str, float] | None = None,
+    ) -> None:
+        self.root.load_state_dict(dict(model))
+        parameters = {name: parameter for parameter, name in self._names.items()}
+        groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+        self.optimizer.state.clear()
+        for key, value in optimizer.items():
+            slot, name = key.split("/", 1)
+            parameter = parameters[name]
+            device = counter_device(groups[parameter], parameter) if slot == "step" else parameter.device
+            self.optimizer.state[parameter][slot] = value.to(device, copy=True)
+        if scaler and self.scaler is not None:
+            self.scaler.load_state_dict(scaler)
+        self._all_finite.fill_(True)
