@@ -62,7 +62,8 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> list[Mistake]:
     Where several members of a union refuse a value, the one that came closest is spoken of, or all of them
     in one line.
     """
-    found = [(detail, _place(cls, detail["loc"])) for detail in error.errors(include_url=False)]
+    details = [detail for detail in error.errors(include_url=False) if not _follows_from_others(detail)]
+    found = [(detail, _place(cls, detail["loc"])) for detail in details]
     lines: dict[Mistake, None] = {}
     for detail, place in found:
         if place.union is not None:
@@ -79,6 +80,11 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> list[Mistake]:
         for line in _lines(detail, place, cls):
             lines[place.location, line] = None
     return list(lines)
+
+
+def _follows_from_others(detail: ErrorDetails) -> bool:
+    """Whether a list is too short only because the items with mistakes do not count."""
+    return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
 
 
 @dataclass(frozen=True)
@@ -204,6 +210,8 @@ def _advice(kind: str, slot: Slot, value: Any) -> str:
         ]
         if near := nearest(value, words):
             return f"{said}Did you mean {near}?"
+        if near := nearest(value, slot.variants()):
+            return f"{said}Write {{{slot.discriminator}: {near}}}."
     types = {member.type for member in slot.members}
     if isinstance(value, str) and types & {int, float} and _is_number(value):
         return f"{said}Remove the quotes."

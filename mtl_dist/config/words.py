@@ -55,7 +55,8 @@ def describe(slot: Slot) -> str:
     if slot.discriminator is not None:
         return f"a mapping with {slot.discriminator} one of {listed(list(slot.variants()))}{null}"
     if len(slot.members) > 1:
-        return " or ".join(dict.fromkeys(describe(member) for member in slot.members)) + null
+        words = ["a mapping" if member.model is not None else describe(member) for member in slot.members]
+        return " or ".join(dict.fromkeys(words)) + null
     return _describe_type(slot) + _describe_constraints(slot) + null
 
 
@@ -80,16 +81,15 @@ def _describe_type(slot: Slot) -> str:
 
 
 def _describe_constraints(slot: Slot) -> str:
-    unit = "items" if is_list(slot.type) or is_mapping(slot.type) else "characters"
+    unit = "item" if is_list(slot.type) or is_mapping(slot.type) else "character"
     parts = []
     for constraint in slot.constraints:
         for name, sign in _BOUNDS.items():
             if (bound := getattr(constraint, name, None)) is not None:
                 parts.append(f"{sign} {bound}")
-        if getattr(constraint, "min_length", None):
-            parts.append(f"with at least {constraint.min_length} {unit}")
-        if getattr(constraint, "max_length", None) is not None:
-            parts.append(f"with at most {constraint.max_length} {unit}")
+        for name, bound in (("min_length", "at least"), ("max_length", "at most")):
+            if length := getattr(constraint, name, None):
+                parts.append(f"with {bound} {length} {unit if length == 1 else f'{unit}s'}")
         if getattr(constraint, "pattern", None) is not None:
             parts.append(f"like {constraint.pattern}")
     return f" {' and '.join(parts)}" if parts else ""

@@ -82,7 +82,7 @@ class Train(Settings):
 
 class Recipe(Settings):
     tasks: Mapping[str, Task]
-    data: tuple[Source, ...] = ()
+    data: Annotated[tuple[Source, ...], Field(min_length=1)] = (Source(path=Path("data")),)
     window: Literal["off", "full"] | Annotated[int, Field(ge=1)] | Augment = "full"
     optim: Annotated[Adam | Sgd, Field(discriminator="kind")] = Adam()
     train: Train = Train()
@@ -206,7 +206,8 @@ def test_a_number_in_the_path_of_an_override_is_an_index(tmp_path: Path) -> None
         ("optim.betas=[1]", "optim.betas.1: expected a number, found nothing. Add it."),
         ("optim.betas=[1, 2, 3]", "optim.betas: expected a list of 2: a number, a number, found a list of 3."),
         ("optim.betas.0=x", "optim.betas: expected a list of 2: a number, a number, found a mapping."),
-        ("data=cats", 'data: expected a list, each item a mapping with keys among path, share, found "cats". Write [cats].'),
+        ("data=cats", 'data: expected a list, each item a mapping with keys among path, share with at least 1 item, found "cats". Write [cats].'),
+        ("data=[]", "data: expected a list, each item a mapping with keys among path, share with at least 1 item, found an empty list."),
         ("data=[{path: 3}]", "data.0.path: expected a path, found 3."),
         ("data=[{share: 1}]", "data.0.path: expected a path, found nothing. Add it."),
         ("derive={a: 1}", 'derive.a: expected a key that is an integer, found "a".'),
@@ -215,10 +216,11 @@ def test_a_number_in_the_path_of_an_override_is_an_index(tmp_path: Path) -> None
         ("train.precision=bf61", 'train.precision: expected one of fp32, bf16, found "bf61". Did you mean bf16?'),
         ("optim.kind=adan", 'optim.kind: expected one of adam, sgd, found "adan". Did you mean adam?'),
         ("tasks.breed.loss.kind=focl", 'tasks.breed.loss.kind: expected one of cross_entropy, focal, found "focl". Did you mean focal?'),
+        ("tasks.age=regresion", 'tasks.age: expected a mapping with kind one of classification, regression, found "regresion". Write {kind: regression}.'),
         ("tasks.sex={}", "tasks.sex.kind: expected one of classification, regression, found nothing. Add it."),
         ("tasks.age=3", "tasks.age: expected a mapping with kind one of classification, regression, found 3."),
         # a union without kinds
-        ("window=fall", 'window: expected one of off, full or an integer >= 1 or a mapping with keys among flip, sizes, found "fall". Did you mean full?'),
+        ("window=fall", 'window: expected one of off, full or an integer >= 1 or a mapping, found "fall". Did you mean full?'),
         ("window.sizes=[a]", 'window.sizes.0: expected an integer, found "a".'),
         # unknown keys
         ("tasks.age.weigth=2", "tasks.age.weigth: unknown key for kind regression. Did you mean weight? Known keys: kind, weight, unit, clip."),
@@ -348,7 +350,7 @@ tasks = st.builds(
 recipes = st.builds(
     Recipe,
     tasks=st.dictionaries(texts, tasks, max_size=3),
-    data=st.lists(st.builds(Source, path=st.sampled_from([Path("a b/c"), Path("/x:y"), Path("~")])), max_size=2).map(tuple),
+    data=st.lists(st.builds(Source, path=st.sampled_from([Path("a b/c"), Path("/x:y"), Path("~")])), min_size=1, max_size=2).map(tuple),
     window=st.sampled_from(["off", "full", 3]) | st.builds(Augment, sizes=st.lists(st.integers(), max_size=40).map(tuple)),
     optim=st.builds(Sgd, lr=st.just(1e-300), momentum=finite),
     train=st.builds(Train, ema=st.none() | finite),
