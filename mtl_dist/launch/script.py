@@ -54,12 +54,25 @@ class ScriptExecutor(SlurmExecutor):
 
 
 def build_executor(
-    folder: Path, name: str, profile: ClusterProfile, shape: Shape, *, dry_run: bool = False, **more: Any
+    folder: Path,
+    name: str,
+    profile: ClusterProfile,
+    shape: Shape,
+    *,
+    verdict: bool = True,
+    dry_run: bool = False,
+    **more: Any,
 ) -> SlurmExecutor:
-    """An executor that submits to the profile's cluster; `more` are further parameters of submitit's."""
+    """An executor that submits to the profile's cluster; `more` are further parameters of submitit's.
+
+    Without `verdict` the job is never requeued by its batch script: it has nothing to go on with.
+    """
     executor_class = ScriptExecutor if dry_run else SlurmExecutor
     executor = executor_class(folder=folder / "jobs", python=python_command(profile))
-    executor.update_parameters(**slurm_parameters(folder, name, profile, shape), **more)
+    parameters = slurm_parameters(folder, name, profile, shape)
+    if not verdict:
+        parameters["teardown"] = []
+    executor.update_parameters(**parameters, **more)
     return executor
 
 

@@ -87,11 +87,7 @@ def submit(
         if len(runs) > 1:
             executor.parameters["map_count"] = len(runs)
         return Submitted(runs, [], script_text(executor))
-    if shutil.which("sbatch") is None:
-        raise UserError(
-            "mtl submit: expected Slurm's sbatch, found none. Run it on a login node of the cluster, "
-            "or start a small one here with slurm/devcluster."
-        )
+    require_slurm()
     refuse_if_active(directory)
     with removed_on_failure(directory):
         folder = new_submission_folder(directory)
@@ -109,6 +105,15 @@ def submit(
     return Submitted(runs, job_ids, script)
 
 
+def require_slurm() -> None:
+    """Refuses where nothing can be submitted."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "sbatch: expected Slurm on this machine, found none. Go to a login node of the cluster, "
+            "or start a small cluster here with slurm/devcluster."
+        )
+
+
 def chain(
     kind: Kind,
     folder: Path,
@@ -122,7 +127,7 @@ def chain(
     dependency = f"aftercorr:{array}" if len(runs) > 1 else f"afterok:{array}"
     once = profile.model_copy(update={"sbatch": {**profile.sbatch, "kill-on-invalid-dep": "yes"}})
     name = f"{job_name(recipe)}-{kind}"
-    executor = build_executor(folder, name, once, Shape(1, 1), dependency=dependency, teardown=[])
+    executor = build_executor(folder, name, once, Shape(1, 1), verdict=False, dependency=dependency)
     record_jobs(runs, submit_jobs(executor, [EvaluationJob(run) for run in runs]), kind, folder)
 
 
