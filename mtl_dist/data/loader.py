@@ -8,7 +8,9 @@ their number changes nothing. The state of the data in training is one integer, 
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import signal
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -223,7 +225,6 @@ class BatchLoader:
             collate_fn=_unchanged,
             pin_memory=pin_memory,
             worker_init_fn=_begin_worker,
-            persistent_workers=workers > 0,
             # Without one of its own, a DataLoader draws from torch's global generator.
             generator=torch.Generator(),
         )
@@ -300,6 +301,17 @@ def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Kill the workers of a loader that was not read to its end.
+
+    At its exit a process asks them to end with the SIGTERM that they ignore, and would wait for ever. This
+    runs before: the module was imported after multiprocessing.
+    """
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _unchanged(loaded: Any) -> Any:
