@@ -9,15 +9,16 @@ those without checkpointing bit for bit.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from mtl_dist.models.settings import Checkpointing
 from mtl_dist.models.tracing import Stage, Step
@@ -82,27 +83,45 @@ def recomputed(
     `parts` are the modules that `run` runs.
     """
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _fixed_statistics(parts)
-
-    # A compiler sees buffers as values and updates them once by itself; it takes no such contexts.
-    context_fn = noop_context_fn if torch.compiler.is_compiling() else contexts
-    outputs: tuple[Any, ...] = checkpoint(run, *inputs, use_reentrant=False, context_fn=context_fn)
-    return outputs
+    if torch.compiler.is_compiling():
+        # A compiler takes no contexts and needs none: it updates buffers once, outside what it recomputes.
+        return tuple(checkpoint(run, *inputs, use_reentrant=False))
+    contexts = partial(_recompute_contexts, parts)
+    return tuple(checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts))
 
 
-@contextmanager
-def _fixed_statistics(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """BatchNorm layers normalise as before but leave their running statistics and counts alone."""
-    norms = [norm for part in parts for norm in part.modules() if isinstance(norm, _BatchNorm)]
-    tracking = [norm for norm in norms if norm.training and norm.track_running_stats]
-    for norm in tracking:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in tracking:
-            norm.track_running_stats = True
+def _recompute_contexts(
+    parts: Sequence[nn.Module],
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around the first computation, and around the second."""
+    return nullcontext(), _FixedStatistics(parts)
+
+
+class _FixedStatistics(AbstractContextManager[None]):
+    """BatchNorm layers normalise as before but leave their running statistics and counts alone.
+
+    Updates of momentum 0 change no statistic, and a scratch number counts the batches. (Switching the
+    tracking off would be simpler, but then BatchNorm saves other tensors for its backward pass than the
+    first time, which checkpointing refuses.) Entered anew for every backward pass over a graph.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self._norms = [norm for part in parts for norm in part.modules() if isinstance(norm, _BatchNorm)]
+        self._kept: list[tuple[_BatchNorm, float | None, Tensor]] = []
+
+    def __enter__(self) -> None:
+        for norm in self._norms:
+            if norm.training and norm.num_batches_tracked is not None:
+                self._kept.append((norm, norm.momentum, norm.num_batches_tracked))
+        if self._kept:
+            scratch = torch.zeros_like(self._kept[0][2])
+            for norm, _, _ in self._kept:
+                norm.momentum, norm.num_batches_tracked = 0.0, scratch
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum, count in self._kept:
+            norm.momentum, norm.num_batches_tracked = momentum, count
+        self._kept.clear()
 
 
 def _is_block(module: nn.Module, step: Step) -> bool:

@@ -64,14 +64,18 @@ class Stage:
     layout: Layout
 
     def to_map(self, value: Tensor) -> Tensor:
-        """The step's value as (B, D, H, W). A class token is dropped."""
+        """The step's value as (B, D, H, W), a tensor of its own in the graph. A class token is dropped.
+
+        The network goes on from the step's value, not from this: a gradient with respect to the map is
+        then that of the heads which read it, without what comes back from the deeper layers.
+        """
         if self.layout == "nhwc":
             return value.permute(0, 3, 1, 2)
         if self.layout == "tokens":
             height, width = self.grid
             patches_BND = value[:, value.shape[1] - height * width :]
             return patches_BND.transpose(1, 2).unflatten(2, self.grid)
-        return value
+        return value.view_as(value)
 
 
 @dataclass(frozen=True)

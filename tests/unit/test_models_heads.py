@@ -1,0 +1,157 @@
+"""Heads and decoders: sizes, settings per task, and what each head reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mtl_dist.errors import UserError
+from mtl_dist.models.backbones import build_network
+from mtl_dist.models.heads import VectorHead, build_head, check_heads, used_strides
+from mtl_dist.models.settings import DecoderSettings, HeadSettings, ModelSettings, TaskHeadSettings
+from mtl_dist.models.unet import UNetDecoder, plan_decoder
+from mtl_dist.specs import HeadSpec
+
+RESNET18 = {2: 64, 4: 64, 8: 128, 16: 256, 32: 512}
+MASK = HeadSpec("mask", "map", 2)
+KIND = HeadSpec("kind", "vector", 3)
+
+
+def features_of(channels: dict[int, int], height: int, width: int) -> dict[str, torch.Tensor]:
+    return {f"stride_{s}": torch.randn(2, c, -(-height // s), -(-width // s)) for s, c in channels.items()}
+
+
+def test_a_vector_head_without_hidden_layers_is_linear() -> None:
+    head = VectorHead("vector", 5, HeadSettings(), 3)
+    x = torch.randn(4, 5)
+    assert torch.equal(head({"vector": x}, (8, 8)), head.output(x))
+
+
+def test_hidden_layers_and_dropout_follow_the_settings() -> None:
+    head = VectorHead("vector", 8, HeadSettings(hidden=(512, 256), dropout=0.3), 3)
+    assert [layer.out_features for layer in head.hidden] == [512, 256]  # type: ignore[union-attr]
+    x = torch.randn(4, 8)
+    assert not torch.equal(head({"vector": x}, (8, 8)), head({"vector": x}, (8, 8)))
+    head.eval()
+    assert torch.equal(head({"vector": x}, (8, 8)), head({"vector": x}, (8, 8)))
+
+
+def test_a_vector_head_over_a_map_takes_its_mean() -> None:
+    head = VectorHead("stride_32", 4, HeadSettings(), 3)
+    map_BDHW = torch.randn(2, 4, 3, 5)
+    expected = head.output(map_BDHW.mean(dim=(2, 3)))
+    assert torch.equal(head({"stride_32": map_BDHW}, (96, 160)), expected)
+
+
+@pytest.mark.parametrize(("output_stride", "expected"), [(1, (70, 90)), (2, (35, 45))])
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("channels", [None, (512, 256, 128, 64), (32, 16)])
+def test_a_decoder_reaches_the_output_size_even_an_odd_one(
+    output_stride: int, expected: tuple[int, int], skips: bool, channels: tuple[int, ...] | None
+) -> None:
+    settings = DecoderSettings(channels=channels, skips=skips, output_stride=output_stride)  # type: ignore[arg-type]
+    plan = plan_decoder(settings, RESNET18, "mask")
+    decoder = UNetDecoder(plan, output_stride, "group", 2)
+    assert decoder(features_of(RESNET18, 70, 90), (70, 90)).shape == (2, 2, *expected)
+    assert plan.strides == ({32} if not skips else {32, 16, 8, 4, 2} if channels != (32, 16) else {32, 16, 8})
+
+
+def test_the_given_channels_are_the_levels() -> None:
+    plan = plan_decoder(DecoderSettings(channels=(512, 256, 128, 64)), RESNET18, "mask")
+    assert [(level.stride, level.channels, level.skip_channels) for level in plan.levels] == [
+        (16, 512, 256),
+        (8, 256, 128),
+        (4, 128, 64),
+        (2, 64, 64),
+    ]
+    convolutions = [m for m in UNetDecoder(plan, 1, "batch", 2).modules() if isinstance(m, nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels) for c in convolutions[:2]] == [(512 + 256, 512), (512, 512)]
+
+
+@pytest.mark.parametrize(
+    ("channels", "output_stride", "expected"),
+    [
+        (RESNET18, 1, (256, 128, 64, 32)),
+        ({32: 2048, 16: 1024}, 1, (512, 256, 128, 64)),
+        ({16: 768}, 2, (256, 128, 64)),
+        ({1: 32, 2: 64, 4: 64}, 1, (32, 16)),
+        ({1: 32, 2: 64, 4: 64}, 2, (32,)),
+    ],
+)
+def test_default_channels_follow_from_the_stages(
+    channels: dict[int, int], output_stride: int, expected: tuple[int, ...]
+) -> None:
+    settings = DecoderSettings(output_stride=output_stride)  # type: ignore[arg-type]
+    assert tuple(level.channels for level in plan_decoder(settings, channels, "m").levels) == expected
+
+
+def test_too_many_levels_are_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"\(task mask\): expected at most 4 levels, from stride 32 to stride 2, found 5"
+    ):
+        plan_decoder(DecoderSettings(channels=(9, 8, 7, 6, 5), output_stride=2), RESNET18, "mask")
+
+
+def test_a_task_changes_only_what_it_names() -> None:
+    settings = ModelSettings(
+        head=HeadSettings(hidden=(16,), dropout=0.3),
+        decoder=DecoderSettings(skips=False),
+        heads={"kind": TaskHeadSettings(dropout=0.0), "mask": TaskHeadSettings(channels=(8, 4))},
+    )
+    network = build_network(settings, 3, (32, 32))
+    kind = build_head(settings, KIND, network, "vector")
+    assert isinstance(kind, VectorHead)
+    assert kind.dropout.p == 0.0
+    assert len(kind.hidden) == 1
+    assert used_strides(settings, MASK, network.channels) == {32}
+    mask = build_head(settings, MASK, network, "vector")
+    assert isinstance(mask, UNetDecoder)
+    assert [level.channels for level in mask.plan.levels] == [8, 4]
+
+
+def test_a_task_can_go_back_to_a_linear_head() -> None:
+    settings = ModelSettings(head=HeadSettings(hidden=(16,)), heads={"kind": TaskHeadSettings(hidden=())})
+    head = build_head(settings, KIND, build_network(settings, 3, (32, 32)), "vector")
+    assert isinstance(head, VectorHead)
+    assert len(head.hidden) == 0
+
+
+def test_unknown_tasks_and_foreign_options_are_one_line_each() -> None:
+    settings = ModelSettings(
+        heads={
+            "msk": TaskHeadSettings(skips=False),
+            "kind": TaskHeadSettings(skips=False, hidden=(3,)),
+            "mask": TaskHeadSettings(hidden=(3,)),
+        }
+    )
+    with pytest.raises(UserError) as caught:
+        check_heads(settings, [KIND, MASK])
+    assert str(caught.value).splitlines() == [
+        "model.heads.msk: expected one of the tasks kind, mask, found 'msk'. Correct the name or remove it.",
+        "model.heads.kind.skips: expected an option of a vector head (hidden, dropout), found 'skips'. "
+        "Remove it.",
+        "model.heads.mask.hidden: expected an option of a map head (channels, skips, output_stride, norm), "
+        "found 'hidden'. Remove it.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model_norm", "own", "expected"),
+    [
+        ("batch", None, nn.BatchNorm2d),
+        ("sync", None, nn.BatchNorm2d),
+        ("group", None, nn.GroupNorm),
+        ("frozen", None, nn.GroupNorm),
+        ("batch", "group", nn.GroupNorm),
+        ("group", "batch", nn.BatchNorm2d),
+    ],
+)
+def test_a_decoder_normalises_as_the_model_does_unless_it_says_otherwise(
+    model_norm: str, own: str | None, expected: type[nn.Module]
+) -> None:
+    settings = ModelSettings(norm=model_norm, decoder=DecoderSettings(norm=own))  # type: ignore[arg-type]
+    decoder = build_head(settings, MASK, build_network(settings, 3, (32, 32)), "vector")
+    assert any(isinstance(module, expected) for module in decoder.modules())
+    norms = (nn.BatchNorm2d, nn.GroupNorm)
+    assert all(isinstance(module, expected) for module in decoder.modules() if isinstance(module, norms))
