@@ -31,9 +31,7 @@ def facts_of(data: Data) -> DataFacts:
     return DataFacts(data.infos, data.channels, data.image_dtype, data.image_size)
 
 
-def build_root(
-    recipe: Recipe, facts: DataFacts, world: World
-) -> RootModule:
+def build_root(recipe: Recipe, facts: DataFacts, world: World) -> RootModule:
     tasks = build_tasks(recipe.tasks, facts.infos)
     heads = [task.head for task in tasks.values()]
     model = build_model(recipe.model, heads, facts.channels, facts.image_size)

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from mtl_dist.engine.engine import Engine
 
 
 class Ema:
@@ -14,35 +16,40 @@ class Ema:
 
     The decay warms up as min(decay, (1 + step) / (10 + step)), so that a short run is not dominated by its
     initial weights. Buffers (BatchNorm's statistics) are not averaged: evaluation uses the current ones.
+    Each rank keeps the average of its own share of the weights, as the engine divides them.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, engine: Engine, decay: float) -> None:
+        self._engine = engine
         self._decay = decay
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._average = {name: share.clone() for name, share in engine.shares().items()}
 
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step number `step` (counted from 1)."""
         decay = min(self._decay, (1 + step) / (10 + step))
+        shares = self._engine.shares()
         torch._foreach_lerp_(
-            list(self.average.values()), [p.detach() for p in self._parameters.values()], 1 - decay
+            list(self._average.values()), [shares[name] for name in self._average], 1 - decay
         )
 
+    def full(self) -> dict[str, Tensor]:
+        """Collective: the whole averaged weights, on the host of rank 0; elsewhere empty."""
+        return self._engine.gathered(self._average)
+
     def load(self, average: Mapping[str, Tensor]) -> None:
-        for name, tensor in self.average.items():
-            tensor.copy_(average[name])
+        """Take over whole averaged weights; every rank passes the same."""
+        for name, share in self._average.items():
+            share.copy_(self._engine.share_of(name, average[name]))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The averaged weights stand in the module inside this context."""
-        kept = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self._copy(self.average)
+        """The averaged weights are the model's inside this context."""
+        shares = self._engine.shares()
+        kept = {name: share.clone() for name, share in shares.items()}
+        for name, share in shares.items():
+            share.copy_(self._average[name])
         try:
             yield
         finally:
-            self._copy(kept)
-
-    @torch.no_grad()
-    def _copy(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(tensors[name])
+            for name, share in shares.items():
+                share.copy_(kept[name])

@@ -14,11 +14,13 @@ Shapes: T tasks, P shared parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtl_dist.balance.balancer import Level
 from mtl_dist.engine.world import World
@@ -40,6 +42,23 @@ class _Gate(torch.autograd.Function):
 def gated(features: Mapping[str, Tensor], gate: Tensor) -> dict[str, Tensor]:
     """`features` whose gradients will be multiplied by the scalar tensor `gate`, as it is in the backward."""
     return {name: _Gate.apply(feature, gate) for name, feature in features.items()}
+
+
+@contextmanager
+def as_if_unseen(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A forward in here leaves no trace: random state and BatchNorm's running statistics stay."""
+    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [layer.momentum for layer in layers]
+    counts = [layer.num_batches_tracked.clone() for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for layer, momentum, count in zip(layers, momenta, counts, strict=True):
+            layer.momentum = momentum
+            layer.num_batches_tracked.copy_(count)
 
 
 class WindowGradients:

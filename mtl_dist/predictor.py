@@ -1,9 +1,9 @@
 """Prediction: a trained run applied to images.
 
-    import mtl_dist
+import mtl_dist
 
-    predictor = mtl_dist.load("runs/skin/20260101-120000-ab12")
-    predictor.predict("photo.jpg")["diagnosis"]["class_name"]
+predictor = mtl_dist.load("runs/skin/20260101-120000-ab12")
+predictor.predict("photo.jpg")["diagnosis"]["class_name"]
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Predictor:
         classification  class_id, class_name, confidence, probabilities by name
         multilabel      labels above `threshold`, probabilities by name
         regression      value, unit
-        segmentation    mask (H, W) uint8, area_ratio; with two classes also the foreground's probability (H, W)
+        segmentation    mask (H, W) uint8, area_ratio; with two classes the foreground's probability (H, W)
 
         Raises:
             UserError: not a readable image, or of channels that the model does not take.

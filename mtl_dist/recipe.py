@@ -14,11 +14,12 @@ from mtl_dist.balance.methods import BalanceSettings
 from mtl_dist.config.loading import load_settings
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.settings import DataSettings
+from mtl_dist.engine.connect import EngineSettings
+from mtl_dist.engine.precision import Precision
 from mtl_dist.errors import UserError
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.monitor import MonitorSettings
 from mtl_dist.optim import OptimSettings
-from mtl_dist.step import Precision
 from mtl_dist.tasks.metrics import metric_names
 from mtl_dist.tasks.registry import TaskSettings
 
@@ -96,6 +97,7 @@ class Recipe(Settings):
     balance: BalanceSettings = FixedSettings()
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
+    engine: EngineSettings = EngineSettings()
     monitor: MonitorSettings = MonitorSettings()
 
     @model_validator(mode="after")

@@ -34,7 +34,8 @@ from mtl_dist.config.loading import to_yaml
 from mtl_dist.data.loader import Data, eval_loader, open_data, train_loader
 from mtl_dist.durable import write_text
 from mtl_dist.ema import Ema
-from mtl_dist.engine.accelerated import AccelerateEngine, connect_accelerate
+from mtl_dist.engine.accelerated import connect_accelerate
+from mtl_dist.engine.connect import connect
 from mtl_dist.engine.engine import Engine
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
@@ -57,7 +58,8 @@ def train(recipe: Recipe, run_dir: Path | None = None) -> Outcome:
     Raises:
         UserError: the recipe does not fit its data, the number of ranks, or the run that the folder holds.
     """
-    accelerator, world = connect_accelerate()
+    connection = connect(recipe.engine, recipe.train.precision)
+    world = connection.world
     recipe = absolute_paths(recipe)
     accumulation = recipe.train.accumulation_on(world.size)
     directory = world.broadcast(run_dir or new_run_directory(recipe.name or "run"))
@@ -78,7 +80,9 @@ def train(recipe: Recipe, run_dir: Path | None = None) -> Outcome:
         )
 
         # ---- engine
-        engine = AccelerateEngine(accelerator, world, root.to(world.device), optimizer)
+        summary = f"{recipe.model.backbone}, {sum(p.numel() for p in root.parameters()):,} parameters"
+        parts = [root.task_parameters(task) for task in root.tasks]
+        engine = connection.build(root.to(memory_format=torch.channels_last), optimizer, parts)
 
         # ---- trainer
         tracker = Tracker(folder.directory if world.is_main else None, resumed.step if resumed else 0)
@@ -91,7 +95,7 @@ def train(recipe: Recipe, run_dir: Path | None = None) -> Outcome:
             optim=recipe.optim,
             plan=plan,
             monitor=build_monitor(recipe),
-            ema=Ema(root, recipe.optim.ema) if recipe.optim.ema is not None else None,
+            ema=Ema(engine, recipe.optim.ema) if recipe.optim.ema is not None else None,
             evaluate=(lambda: evaluate_split(root, data, "val", micro_batch, world))
             if "val" in data.splits
             else None,
@@ -104,7 +108,7 @@ def train(recipe: Recipe, run_dir: Path | None = None) -> Outcome:
             trainer.load(resumed)
 
         # ---- run
-        introduce(tracker, recipe, data, trainer, folder)
+        introduce(tracker, recipe, data, trainer, folder, connection.describe(), summary)
         batches = train_loader(
             data,
             seed=recipe.train.seed,
@@ -137,6 +141,7 @@ def train(recipe: Recipe, run_dir: Path | None = None) -> Outcome:
         tracker.draw()
         farewell(tracker, outcome, folder)
         tracker.close()
+    connection.close()
     return outcome
 
 
@@ -227,11 +232,12 @@ def evaluate_at_end(
     world = engine.world
     path = world.on_main(lambda: best_or_newest(folder, tracker.say))
     engine.load_full_state(inference_weights(read_checkpoint(path)), {})
-    evaluations = {
-        split: evaluate_split(root, data, split, batch_size, world)
-        for split in ("val", "test")
-        if split in data.splits
-    }
+    with engine.evaluating():
+        evaluations = {
+            split: evaluate_split(root, data, split, batch_size, world)
+            for split in ("val", "test")
+            if split in data.splits
+        }
     if world.is_main and evaluations:
         for split, evaluation in evaluations.items():
             write_evaluation(folder, split, evaluation, data.infos)
@@ -239,15 +245,23 @@ def evaluate_at_end(
         print_results(evaluations, tracker.console)
 
 
-def introduce(tracker: Tracker, recipe: Recipe, data: Data, trainer: Trainer, folder: RunFolder) -> None:
+def introduce(
+    tracker: Tracker,
+    recipe: Recipe,
+    data: Data,
+    trainer: Trainer,
+    folder: RunFolder,
+    engine: str,
+    model: str,
+) -> None:
     """Say what is about to run, and what is odd about it."""
     plan, world = trainer.plan, trainer.world
-    parameters = sum(p.numel() for p in trainer.root.parameters())
     micro_batch = plan.global_batch // (world.size * plan.accumulation)
     tracker.say(f"run      {folder.directory}")
     tracker.say(f"data     {data.describe()}")
     tracker.say(f"tasks    {', '.join(f'{name} ({info.kind})' for name, info in data.infos.items())}")
-    tracker.say(f"model    {recipe.model.backbone}, {parameters:,} parameters, {recipe.train.precision}")
+    tracker.say(f"model    {model}, {recipe.train.precision}")
+    tracker.say(f"engine   {engine}")
     tracker.say(
         f"batch    {plan.global_batch} = {world.size} ranks x {plan.accumulation} x {micro_batch} "
         f"on {world.device.type}, {plan.total_steps} steps"

@@ -16,7 +16,7 @@ from torch import nn
 from mtl_dist.batch import Batch
 from mtl_dist.checkpoint import Checkpoint, CheckpointWriter
 from mtl_dist.ema import Ema
-from mtl_dist.engine.engine import Engine, host_copy
+from mtl_dist.engine.engine import Engine
 from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation
 from mtl_dist.monitor import Monitor
@@ -116,9 +116,11 @@ class Trainer:
             )
             set_learning_rate(self.engine.optimizer, factor)
             sums_T = torch.zeros_like(totals.counts_T, device=self.world.device, dtype=torch.float32)
-            for number, batch in enumerate(window, start=1):
-                inputs = batch.to(self.world.device)
-                self.engine.forward_backward(inputs, totals, last=number == len(window))
+            inputs = [batch.to(self.world.device) for batch in window]
+            if len(inputs) > 1:
+                self.root.look_at(inputs, totals)
+            for number, batch in enumerate(inputs, start=1):
+                self.engine.forward_backward(batch, totals, last=number == len(inputs))
                 sums_T += self.root.local_sums_T
             result = self.engine.step(self._absent_parameters(totals), self.optim.clip_norm)
 
@@ -200,7 +202,8 @@ class Trainer:
         ended = self.position == self.plan.end_position
         best = None
         if self._evaluate is not None and (round(epoch) % self.plan.evaluate_every == 0 or ended):
-            with self.ema.swapped_in() if self.ema is not None else nullcontext():
+            swapped = self.ema.swapped_in() if self.ema is not None else nullcontext()
+            with swapped, self.engine.evaluating():
                 figures |= self._evaluate().flat("val")
             value = figures.get(self.monitor.metric, math.nan)
             if self.monitor.observe(value, self.step):
@@ -237,13 +240,14 @@ class Trainer:
         if self._saved_step == self.step:
             return
         full = self.engine.full_state()
+        average = self.ema.full() if self.ema is not None else {}
         sums_T = self.world.sum(self._epoch_sums_T.cpu())
         self._saved_step = self.step
         if self.writer is None:
             return
         tensors = {"model": full.model, "optimizer": full.optimizer}
-        if self.ema is not None:
-            tensors["ema"] = {name: host_copy(tensor) for name, tensor in self.ema.average.items()}
+        if average:
+            tensors["ema"] = average
         state = {
             "step": self.step,
             "position": self.position,
@@ -251,6 +255,7 @@ class Trainer:
             "samples_per_epoch": self.plan.samples_per_epoch,
             "world_size": self.world.size,
             "monitor": self.monitor.state_dict(),
+            "scaler": full.scaler,
             "epoch_sums": sums_T.tolist(),
             "epoch_counts": self._epoch_counts_T.tolist(),
         }
@@ -258,10 +263,10 @@ class Trainer:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Collective: go on from `checkpoint`, which every rank has read."""
-        self.engine.load_full_state(checkpoint.tensors["model"], checkpoint.tensors["optimizer"])
+        state, tensors = checkpoint.state, checkpoint.tensors
+        self.engine.load_full_state(tensors["model"], tensors["optimizer"], state["scaler"])
         if self.ema is not None:
-            self.ema.load(checkpoint.tensors["ema"])
-        state = checkpoint.state
+            self.ema.load(tensors["ema"])
         self.step = self._saved_step = state["step"]
         self.position = state["position"]
         self.monitor.load_state_dict(state["monitor"])
