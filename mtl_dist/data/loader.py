@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 _ORDER, _AUGMENT = 1, 2  # what a key made from the seed is for
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_JUDGED_FROM = 1000  # samples after which the share of bad ones means something
+_JUDGED_AT_ONCE = 1000  # a share of fewer samples would end runs by chance
 
 
 # ---------------------------------------------------------------- the datasets
@@ -247,7 +247,8 @@ class BatchLoader:
     def _judge(self, num_bad: int, seen: int) -> None:
         if self._on_bad_sample.kind == "fail" or num_bad == 0:
             return
-        judged = max(seen, min(_JUDGED_FROM, self._batches.num_samples))
+        started = min(_JUDGED_AT_ONCE, self._batches.num_samples)
+        judged = -(-seen // started) * started
         if num_bad > self._on_bad_sample.max_fraction * judged:
             raise UserError(
                 f"data.on_bad_sample.max_fraction: expected at most {self._on_bad_sample.max_fraction:g} of "

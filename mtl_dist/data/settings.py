@@ -93,7 +93,7 @@ class SkipBadSamples(Settings):
     """Samples that cannot be read or decoded are masked and counted, up to a share of those loaded.
 
     They stay in their batch as padding, so that every rank keeps its step. The share is taken of the
-    samples that a rank has loaded, or of the first thousand (of the split, if smaller) until then.
+    samples that a rank has loaded, counted in begun thousands (in begun epochs, of a smaller split).
     """
 
     kind: Literal["skip"] = "skip"

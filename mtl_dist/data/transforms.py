@@ -208,6 +208,9 @@ def _random_box(
 def _resized(image: Tensor, size: tuple[int, int], mode: Literal["bilinear", "nearest-exact"]) -> Tensor:
     if image.shape[-2:] == size:
         return image
+    if mode == "bilinear" and image.dtype == torch.uint8 and size[1] == 1:
+        # torch 2.15's kernel for uint8 returns wrong values, or fails, for a single column.
+        return _resized(image.float(), size, mode).round().to(torch.uint8)
     return F.interpolate(image[None], size, mode=mode, antialias=mode == "bilinear")[0]
 
 
