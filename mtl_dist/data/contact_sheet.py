@@ -54,6 +54,8 @@ def contact_sheet(directory: Path, split: str, out: Path, rows: int = 4, columns
         UserError: no such dataset or split, a sample that cannot be decoded, or `out` cannot be written.
     """
     manifest = read_manifest(directory)
+    if split not in manifest.splits:
+        raise UserError(f"{directory}: expected a split {split!r}, found {', '.join(manifest.splits)}.")
     reader = SplitReader(directory, manifest, split)
     chosen = spread(reader.num_samples, rows * columns)
     colours = _colours(manifest.tasks)

@@ -107,12 +107,9 @@ def _facts(image: Image.Image) -> ImageFacts:
     channels = _CHANNELS.get(image.mode)
     if channels is None:
         raise UnreadableImage(f"a {image.format} image of mode {image.mode!r}, which is not supported")
-    assert isinstance(image, ImageFile.ImageFile)
-    dtype = "uint8"
-    if image.mode == "F":
-        dtype = "float32"
-    elif image.mode.startswith("I;16") or any("16" in str(tile[3]) for tile in image.tile):
-        dtype = "uint16"  # Pillow opens 16-bit colour as 8-bit RGB: only the tile's raw mode tells
+    dtype = "float32" if image.mode == "F" else "uint16" if _is_deep(image) else "uint8"
+    if dtype == "uint16" and (channels > 1 or image.format == "PNG") and not _is_plain_png(image):
+        raise UnreadableImage(f"a {image.format} image of 16 bits per channel; save it as plain PNG or .npy")
 
     oddities = []
     width, height = image.size
@@ -128,6 +125,17 @@ def _facts(image: Image.Image) -> ImageFacts:
     if image.mode == "CMYK":
         oddities.append("cmyk")
     return ImageFacts(_STORED_AS[image.format or ""], width, height, channels, dtype, tuple(oddities))
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether the file holds 16 bits per channel; Pillow opens such colour as 8-bit, only raw modes tell."""
+    assert isinstance(image, ImageFile.ImageFile)
+    raw_modes = [args if isinstance(args, str) else str(args[0]) for *_, args in image.tile if args]
+    return any(";16" in mode and not mode.startswith("BGR") for mode in raw_modes)  # BGR;16 is 5-6-5 bits
+
+
+def _is_plain_png(image: Image.Image) -> bool:
+    return image.format == "PNG" and not image.info.get("interlace")
 
 
 def _examine_npy(data: bytes) -> ImageFacts:

@@ -15,10 +15,11 @@ _IMAGES = "images"
 
 
 class FileFinder:
-    """Finds files of a tree by what a table says of them."""
+    """Finds files of a tree by what a table in its `folder` says of them."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, folder: str) -> None:
         self.tree = tree
+        self._folder = folder
 
     def find(self, path: str, split: str) -> tuple[str, Source] | None:
         """The file at `path`, or the only one whose path ends so; its path in the tree and its source.
@@ -28,9 +29,10 @@ class FileFinder:
         Raises:
             UserError: several files remain.
         """
-        found = self.tree.find(path)
-        if found is not None:
-            return path, found
+        for known in dict.fromkeys((self._folder + path, path)):
+            found = self.tree.find(known)
+            if found is not None:
+                return known, found
         ending = f"/{PurePosixPath(path)}"
         candidates = [name for name in self._by_name[PurePosixPath(path).name] if f"/{name}".endswith(ending)]
         for folder in (_IMAGES, split):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -229,6 +230,7 @@ _ticks: Synchronized[int] | None = None
 def _start_worker(ticks: Synchronized[int]) -> None:
     global _ticks
     _ticks = ticks
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: only the caller's speaks
 
 
 def _tick() -> None:

@@ -72,7 +72,7 @@ def prepare_table(
     table = read_table(file, root)
     request = _Request(classification, multilabel, regression, segmentation, classes, units, separator)
     request.check(table, image)
-    finder = FileFinder(table.tree)
+    finder = FileFinder(table.tree, table.folder)
     notes: list[str] = []
     rows = _without_repeated(_find_images(table, image, finder, options.max_skipped, notes), request, notes)
     tasks, labels, masks = _read_tasks(request, table, finder, rows)

@@ -31,9 +31,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of labels: the files it speaks of, its columns and rows, and class names that came with it."""
+    """A table of labels: the files it speaks of, its columns and rows, and class names that came with it.
+
+    `folder` is where in `tree` the table lies, with a slash at its end, or nothing.
+    """
 
     tree: Tree
+    folder: str
     name: str
     columns: tuple[str, ...]
     rows: Sequence[Row]
@@ -74,8 +78,10 @@ def read_table(path: Path, root: Path | None) -> Table:
     if not rows:
         raise UserError(f"{where}: expected rows, found none.")
     tree = Tree(root) if root is not None else home
+    parent = PurePosixPath(name).parent.as_posix()
+    folder = "" if root is not None or parent == "." else f"{parent}/"
     title = path.resolve().parent.name if path.name in ("labels.json", "labels.csv") else path.resolve().stem
-    return Table(tree, title, tuple(columns), rows, classes)
+    return Table(tree, folder, title, tuple(columns), rows, classes)
 
 
 def _find_table(home: Tree) -> str:
