@@ -17,7 +17,7 @@ from torch import Tensor
 
 RIDGE = 1e-6
 NEGATIVE_TOLERANCE = 1e-9
-SLACK_TOLERANCE = 1e-13
+ROUNDING = 1e-13
 MAX_EXCHANGES = 10
 MAX_INTERIOR_STEPS = 60
 SMALLEST_GAP = 1e-18
@@ -85,7 +85,7 @@ def nonnegative_qp(matrix_TT: Tensor, linear_NT: Tensor, passive_NT: Tensor | No
         x_NT[open_N] = x.clamp_min(0)
         lowest_x = -NEGATIVE_TOLERANCE * x.abs().amax(dim=1, keepdim=True)
         # Much tighter: along directions which only the ridge holds, x moves by a million times the slack.
-        lowest_slack = -SLACK_TOLERANCE * (linear.abs() + x.abs()).amax(dim=1, keepdim=True)
+        lowest_slack = -ROUNDING * (linear.abs() + x.abs()).amax(dim=1, keepdim=True)
         wrong = (x < lowest_x) | (slack < lowest_slack)
         unsolved = wrong.any(dim=1)
         if not unsolved.any():
@@ -105,7 +105,7 @@ def _interior_point(matrix_TT: Tensor, linear_NT: Tensor) -> Tensor:
         residual_NT = x_NT @ matrix_TT + linear_NT - slack_NT
         products_NT = x_NT * slack_NT
         gap_N1 = products_NT.mean(dim=1, keepdim=True)
-        rounding_N1 = SLACK_TOLERANCE * (1 + x_NT.amax(dim=1, keepdim=True))
+        rounding_N1 = ROUNDING * (1 + x_NT.amax(dim=1, keepdim=True))
         if bool((gap_N1 < SMALLEST_GAP).all() and (residual_NT.abs() < rounding_N1).all()):
             return x_NT * sizes_N1
         # Newton's step to where every product is a tenth of today's mean. Mehrotra's corrector would save
@@ -148,7 +148,7 @@ def power_balance(cosines_TT: Tensor, scale_T: Tensor, power: float) -> Tensor:
     for _ in range(MAX_NEWTON_STEPS):
         target_T = scale_T * x_T.pow(-power)
         gradient_T = cosines_TT @ x_T - target_T
-        if bool((gradient_T.abs() <= 1e-8 * target_T).all()):
+        if bool((gradient_T.abs() <= 1e-8 * target_T + ROUNDING * x_T.sum()).all()):
             return x_T
         hessian_TT = cosines_TT + torch.diag(power * target_T / x_T)
         factor_TT = torch.linalg.cholesky(hessian_TT)

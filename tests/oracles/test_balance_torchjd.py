@@ -1,0 +1,222 @@
+"""Every method that TorchJD has too, on random gradients: 2 to 20 tasks, also singular ones.
+
+Some of TorchJD's methods need quadprog or cvxpy; without them those comparisons are skipped (our own
+optimality conditions are tested in tests/unit/test_balance_*.py in any case).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchjd.aggregation import (
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    DualProj,
+    FairGrad,
+    GradDrop,
+    NashMTL,
+    PCGrad,
+    UPGrad,
+)
+
+from mtl_dist.balance import solvers
+from mtl_dist.balance.aligned import AlignedSettings
+from mtl_dist.balance.balancer import generator
+from mtl_dist.balance.cagrad import CAGradSettings
+from mtl_dist.balance.dualproj import DualProjSettings
+from mtl_dist.balance.fairgrad import FairGradSettings
+from mtl_dist.balance.graddrop import GradDropSettings
+from mtl_dist.balance.imtl_g import IMTLGSettings
+from mtl_dist.balance.jacobian import JacobianBalancer
+from mtl_dist.balance.methods import BalanceSettings, build_balancer
+from mtl_dist.balance.mgda import MGDASettings
+from mtl_dist.balance.nash import NashSettings
+from mtl_dist.balance.pcgrad import PCGradSettings
+from mtl_dist.balance.upgrad import UPGradSettings
+
+REGULAR = ("random", "agreeing", "unequal")
+SINGULAR = ("duplicate", "opposite", "zero", "dependent")
+SIZES = (2, 3, 7, 20)
+
+
+def jacobians(kinds: tuple[str, ...]) -> Iterator[Tensor]:
+    for kind in kinds:
+        for num_tasks in SIZES:
+            for seed in range(3):
+                yield jacobian(kind, num_tasks, seed)
+
+
+def jacobian(kind: str, num_tasks: int, seed: int) -> Tensor:
+    draw = torch.Generator().manual_seed(1000 * seed + num_tasks)
+    num_parameters = 2 if kind == "dependent" else 4 * num_tasks
+    jacobian_TP = torch.randn(num_tasks, num_parameters, generator=draw, dtype=torch.float64)
+    if kind == "agreeing":
+        jacobian_TP += 0.7
+    elif kind == "unequal":
+        jacobian_TP *= torch.logspace(-1, 1, num_tasks, dtype=torch.float64)[:, None]
+    elif kind == "duplicate":
+        jacobian_TP[1] = jacobian_TP[0]
+    elif kind == "opposite":
+        jacobian_TP[1] = -jacobian_TP[0]
+    elif kind == "zero":
+        jacobian_TP[0] = 0
+    return jacobian_TP
+
+
+def weights(settings: BalanceSettings, jacobian_TP: Tensor) -> Tensor:
+    names = [f"task{i}" for i in range(len(jacobian_TP))]
+    balancer = build_balancer(
+        settings, names, dict.fromkeys(names, "classification"), dict.fromkeys(names, 1.0)
+    )
+    weights_T = balancer.weights(
+        present_T=torch.ones(len(names), dtype=torch.bool),
+        key=(0, 0),
+        losses_T=torch.ones(len(names)),
+        gramian_TT=jacobian_TP @ jacobian_TP.T,
+    )
+    assert balancer.num_unconverged == 0
+    return weights_T.double()
+
+
+def assert_updates_agree(
+    settings: BalanceSettings, oracle: Callable[[Tensor], Tensor], kinds: tuple[str, ...], tolerance: float
+) -> None:
+    """Updates, not weights: where gradients are dependent many weights give the same update."""
+    for jacobian_TP in jacobians(kinds):
+        found_P = weights(settings, jacobian_TP) @ jacobian_TP
+        error = (found_P - oracle(jacobian_TP)).norm() / jacobian_TP.norm(dim=1).mean()
+        assert error < tolerance, (settings.method, jacobian_TP.shape)
+
+
+@pytest.fixture(autouse=True)
+def _without_cvxpys_advice() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def test_aligned_agrees() -> None:
+    assert_updates_agree(AlignedSettings(), AlignedMTL(), REGULAR + SINGULAR, 1e-4)
+
+
+def test_imtl_g_agrees_where_its_equation_has_a_solution() -> None:
+    assert_updates_agree(IMTLGSettings(), IMTLG(), (*REGULAR, "duplicate", "opposite", "zero"), 1e-4)
+
+
+def test_imtl_g_agrees_on_dependent_gradients_of_one_length() -> None:
+    for jacobian_TP in jacobians(("dependent",)):
+        unit_TP = torch.nn.functional.normalize(jacobian_TP, dim=1)
+        torch.testing.assert_close(
+            weights(IMTLGSettings(), unit_TP) @ unit_TP, IMTLG()(unit_TP), rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+def test_fairgrad_agrees_where_its_equation_has_a_solution(alpha: float) -> None:
+    pytest.importorskip("scipy")
+    assert_updates_agree(FairGradSettings(alpha=alpha), FairGrad(alpha), (*REGULAR, "duplicate"), 1e-4)
+
+
+def test_mgda_is_never_longer_than_frank_wolfes_and_agrees_in_the_limit() -> None:
+    for jacobian_TP in jacobians(REGULAR + SINGULAR):
+        found_P = weights(MGDASettings(), jacobian_TP) @ jacobian_TP
+        length = jacobian_TP.norm(dim=1).mean()
+        assert found_P.norm() <= MGDA(epsilon=1e-3, max_iters=100)(jacobian_TP).norm() + 1e-5 * length
+    for jacobian_TP in jacobians(REGULAR):
+        if len(jacobian_TP) <= 3:
+            expected_P = MGDA(epsilon=1e-7, max_iters=1000)(jacobian_TP)
+            found_P = weights(MGDASettings(), jacobian_TP) @ jacobian_TP
+            torch.testing.assert_close(found_P, expected_P, rtol=1e-3, atol=1e-4 * float(jacobian_TP.norm()))
+
+
+def test_pcgrad_agrees_when_it_takes_the_same_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    def oracle(jacobian_TP: Tensor) -> Tensor:
+        num_tasks = len(jacobian_TP)
+        orders = iter(torch.rand(num_tasks, num_tasks, generator=generator((0, 0), "cpu")).argsort(dim=1))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randperm", lambda _: next(orders))
+            return PCGrad()(jacobian_TP)
+
+    assert_updates_agree(PCGradSettings(), oracle, REGULAR + SINGULAR, 1e-4)
+
+
+def test_graddrop_agrees_when_it_takes_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    for jacobian_TP in jacobians((*REGULAR, "duplicate", "opposite")):
+        names = [f"task{i}" for i in range(len(jacobian_TP))]
+        balancer = build_balancer(
+            GradDropSettings(), names, dict.fromkeys(names, "classification"), dict.fromkeys(names, 1.0)
+        )
+        assert isinstance(balancer, JacobianBalancer)
+        draw_P = torch.rand(jacobian_TP.shape[1:], generator=generator((4, 2), "cpu"))
+        found_P = balancer.aggregate(
+            jacobian_TP,
+            losses_T=torch.ones(len(names)),
+            present_T=torch.ones(len(names), dtype=torch.bool),
+            key=(4, 2),
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *_, draw_P=draw_P, **__: draw_P)
+            expected_P = GradDrop()(jacobian_TP)
+        torch.testing.assert_close(found_P, expected_P)
+
+
+def projector() -> Any:
+    pytest.importorskip("quadprog")
+    from torchjd.linalg import QuadprogProjector
+
+    # TorchJD's own ridge, 1e-4 of the sum of all squares, would be most of what is compared.
+    return QuadprogProjector(norm_eps=0.0, reg_eps=1e-9)
+
+
+PROJECTIONS = [(UPGradSettings(), UPGrad), (DualProjSettings(), DualProj)]
+by_projection = pytest.mark.parametrize(("settings", "oracle"), PROJECTIONS, ids=("upgrad", "dualproj"))
+
+
+@by_projection
+def test_projections_agree(settings: BalanceSettings, oracle: Any) -> None:
+    kinds = (*REGULAR, "duplicate", "opposite", "zero")
+    assert_updates_agree(settings, oracle(projector=projector()), kinds, 1e-4)
+
+
+@by_projection
+def test_projections_onto_the_thin_cones_of_dependent_gradients_differ_by_our_ridge_alone(
+    settings: BalanceSettings, oracle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_updates_agree(settings, oracle(projector=projector()), ("dependent",), 1e-2)
+    monkeypatch.setattr(solvers, "RIDGE", 1e-9)
+    assert_updates_agree(settings, oracle(projector=projector()), ("dependent",), 1e-4)
+
+
+def test_cagrad_agrees_and_helps_the_worst_task_no_less() -> None:
+    pytest.importorskip("clarabel")
+    oracle = CAGrad(c=0.5, norm_eps=0.0)
+    settings = CAGradSettings(c=0.5, rescale=False)
+    assert_updates_agree(settings, oracle, (*REGULAR, "duplicate"), 1e-3)
+    for jacobian_TP in jacobians((*REGULAR, "duplicate", "opposite", "dependent")):
+        found_P = weights(settings, jacobian_TP) @ jacobian_TP
+        lengths_T = jacobian_TP.norm(dim=1)
+        worst, oracles = (jacobian_TP @ found_P).min(), (jacobian_TP @ oracle(jacobian_TP)).min()
+        assert worst >= oracles - 1e-5 * lengths_T.max() ** 2
+
+
+def test_nash_agrees_where_the_oracle_reached_its_own_equation() -> None:
+    pytest.importorskip("ecos")
+    num_compared = 0
+    for kind, num_tasks, seed in product((*REGULAR, "duplicate"), (2, 3), range(2)):
+        jacobian_TP = jacobian(kind, num_tasks, seed)
+        oracle = NashMTL(num_tasks, max_norm=1.0, update_weights_every=1, optim_niter=20)
+        expected_P = oracle(jacobian_TP)
+        shares_T = oracle.weighting(jacobian_TP) * (jacobian_TP @ expected_P)
+        if (shares_T.max() - shares_T.min()) < 1e-4 * shares_T.max():
+            found_P = weights(NashSettings(max_norm=1.0), jacobian_TP) @ jacobian_TP
+            torch.testing.assert_close(found_P, expected_P, rtol=1e-3, atol=1e-4)
+            num_compared += 1
+    assert num_compared > 10
