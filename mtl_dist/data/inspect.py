@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,12 +103,13 @@ def _index_problems(path: Path, expected: np.ndarray) -> Iterator[str]:
 def render(inspection: Inspection) -> RenderableType:
     """The inspection as tables, for a rich console."""
     manifest = inspection.manifest
-    parts: list[RenderableType] = [_headline(manifest), _split_table(inspection)]
-    classified = {name: info for name, info in manifest.tasks.items() if info.classes}
+    tables = [_split_table(inspection), _label_table(manifest)]
     measured = {name: info for name, info in manifest.tasks.items() if info.kind == "regression"}
-    if measured:
-        parts.append(_regression_table(measured))
-    parts += [_class_table(name, info, manifest) for name, info in classified.items()]
+    tables += [_regression_table(measured)] if measured else []
+    tables += [_class_table(name, info, manifest) for name, info in manifest.tasks.items() if info.classes]
+    parts: list[RenderableType] = [_headline(manifest)]
+    for table in tables:
+        parts += [table, Text("")]
     parts += [Text(f"note: {note}", style="yellow") for note in manifest.notes]
     if inspection.problems is not None:
         parts += [Text(problem, style="bold red") for problem in inspection.problems]
@@ -124,21 +125,32 @@ def _headline(manifest: Manifest) -> Text:
     return text.append(f"  {samples:,} {channels} images of {manifest.image_dtype} values", style="not bold")
 
 
-def _split_table(inspection: Inspection) -> Table:
-    """One line per split: samples, shards, bytes, sizes, and the labels of each task."""
-    manifest = inspection.manifest
+def _table(title: str, columns: Iterable[str]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("split")
-    for column in ("samples", "shards", "size", "width x height", *manifest.tasks):
+    table.add_column(title)
+    for column in columns:
         table.add_column(column, justify="right")
-    for name, split in manifest.splits.items():
-        cells = [f"{split.num_samples:,}", f"{len(split.shards)}", _bytes(split)]
-        cells.append(_range(inspection.image_sizes.get(name, [])))
-        for task in manifest.tasks:
-            counts = split.labels[task]
+    return table
+
+
+def _split_table(inspection: Inspection) -> Table:
+    table = _table("split", ("samples", "shards", "size", "width x height"))
+    for name, split in inspection.manifest.splits.items():
+        sizes = _range(inspection.image_sizes.get(name, []))
+        table.add_row(name, f"{split.num_samples:,}", f"{len(split.shards)}", _bytes(split), sizes)
+    return table
+
+
+def _label_table(manifest: Manifest) -> Table:
+    """One line per task: its labels in each split."""
+    table = _table("labels", manifest.splits)
+    for name, info in manifest.tasks.items():
+        cells = []
+        for split in manifest.splits.values():
+            counts = split.labels[name]
             missing = f" ({counts.missing:,} missing)" if counts.missing else ""
             cells.append(f"{counts.present:,}{missing}")
-        table.add_row(name, *cells)
+        table.add_row(f"{name} ({info.kind})", *cells)
     return table
 
 
@@ -162,10 +174,8 @@ def _range(sizes: list[tuple[int, int]]) -> str:
 
 
 def _regression_table(tasks: dict[str, TaskInfo]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(1, 2, 0, 0))
-    table.add_column("regression, in training")
-    for column in ("mean", "std", "min", "max", "unit"):
-        table.add_column(column, justify="right")
+    """One line per regression task: its values in training."""
+    table = _table("values in training", ("mean", "std", "min", "max", "unit"))
     for name, info in tasks.items():
         values = [f"{value:.4g}" for value in (info.mean, info.std, info.minimum, info.maximum)]
         table.add_row(name, *(values if info.num_labelled else ["-"] * 4), info.unit or "-")
@@ -175,10 +185,7 @@ def _regression_table(tasks: dict[str, TaskInfo]) -> Table:
 def _class_table(name: str, info: TaskInfo, manifest: Manifest) -> Table:
     """One line per class: its count in each split, of pixels the share."""
     pixels = info.kind == "segmentation"
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(f"{name} ({'share of pixels' if pixels else info.kind})")
-    for split in manifest.splits:
-        table.add_column(split, justify="right")
+    table = _table(f"{name}, {'share of pixels' if pixels else 'samples'}", manifest.splits)
     for index, class_name in enumerate(info.classes[:_CLASSES_SHOWN]):
         cells = []
         for split_info in manifest.splits.values():

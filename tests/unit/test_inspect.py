@@ -63,7 +63,10 @@ def shown(dataset: Path, verify: bool = False) -> str:
 def test_the_tables_name_counts_missing_labels_sizes_and_notes(dataset: Path) -> None:
     lines = [" ".join(line.split()) for line in shown(dataset).splitlines()]
     assert "little 17 colour images of uint8 values" in lines
-    assert "train 12 2 51.2 kB 16..24 x 16..24 12 12 9 (3 missing) 9 (3 missing)" in lines
+    assert "train 12 2 51.2 kB 16..24 x 16..24" in lines
+    assert "tags (multilabel) 12 5" in lines
+    assert "age (regression) 9 (3 missing) 3 (2 missing)" in lines
+    assert "lesion (segmentation) 9 (3 missing) 4 (1 missing)" in lines
     assert any(line.startswith("val 5 1 ") for line in lines)
     assert "age 6 3.367 1 11 years" in lines
     assert "собака 6 2" in lines
