@@ -56,7 +56,7 @@ def _image_sizes(directory: Path, manifest: Manifest, split: str) -> list[tuple[
     sizes = []
     for row in spread(reader.num_samples, _LOOKED_AT):
         try:
-            facts = examine_image(reader.read(row).image, decode=False)
+            facts = examine_image(bytes(reader.read(row).image), decode=False)
         except UnreadableImage as error:
             raise UserError(f"{reader.where(row)}: expected a readable image, found {error}.") from None
         sizes.append((facts.width, facts.height))
