@@ -33,18 +33,22 @@ _ORIENTATION = 0x0112
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as JPEG has it
 
 
-def decode_image(data: bytes, channels: int, dtype: ImageDtype = "uint8") -> Tensor:
+Bytes = bytes | memoryview
+
+
+def decode_image(data: Bytes, channels: int, dtype: ImageDtype = "uint8") -> Tensor:
     """The image as (channels, H, W), uint8 for a dataset of "uint8" images, else float32.
 
     Raises:
         UnreadableImage: damaged, of an unknown format, not of `dtype`, or of channels that cannot be turned
             into `channels`.
     """
-    if data.startswith(_JPEG):
+    head = bytes(data[: _PNG_BIT_DEPTH + 1])
+    if head.startswith(_JPEG):
         image = _decode_jpeg(data, _MODES.get(channels, ImageReadMode.UNCHANGED))
-    elif data.startswith(_NPY):
+    elif head.startswith(_NPY):
         image = _decode_npy(data)
-    elif data.startswith(_PNG) and data[_PNG_BIT_DEPTH : _PNG_BIT_DEPTH + 1] == b"\x10":
+    elif head.startswith(_PNG) and head[_PNG_BIT_DEPTH:] == b"\x10":
         image = _decode_deep_png(data, _MODES.get(channels, ImageReadMode.UNCHANGED))
     else:
         image = _decode_by_pillow(data)
@@ -53,13 +57,13 @@ def decode_image(data: bytes, channels: int, dtype: ImageDtype = "uint8") -> Ten
     return _with_channels(image if dtype == "uint8" else image.float(), channels)
 
 
-def decode_mask(data: bytes) -> Tensor:
+def decode_mask(data: Bytes) -> Tensor:
     """The mask, an 8-bit grey PNG of class indices, as uint8 (H, W).
 
     Raises:
         UnreadableImage: damaged, or anything else.
     """
-    with open_image(data) as image:
+    with open_image(bytes(data)) as image:
         if image.format != "PNG" or image.mode != "L":
             raise UnreadableImage(
                 f"a {image.format} mask of mode {image.mode}, where an 8-bit grey PNG is expected"
@@ -67,7 +71,7 @@ def decode_mask(data: bytes) -> Tensor:
         return torch.from_numpy(np.array(image))
 
 
-def _decode_jpeg(data: bytes, mode: ImageReadMode) -> Tensor:
+def _decode_jpeg(data: Bytes, mode: ImageReadMode) -> Tensor:
     try:
         image: Tensor = decode_jpeg(_as_tensor(data), mode, apply_exif_orientation=True)
     except RuntimeError as error:
@@ -75,7 +79,7 @@ def _decode_jpeg(data: bytes, mode: ImageReadMode) -> Tensor:
     return image
 
 
-def _decode_npy(data: bytes) -> Tensor:
+def _decode_npy(data: Bytes) -> Tensor:
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
@@ -85,7 +89,7 @@ def _decode_npy(data: bytes) -> Tensor:
     return _channels_first(array)
 
 
-def _decode_deep_png(data: bytes, mode: ImageReadMode) -> Tensor:
+def _decode_deep_png(data: Bytes, mode: ImageReadMode) -> Tensor:
     """A 16-bit PNG. Pillow would halve the depth of a colour image."""
     _check_png(data)
     try:
@@ -95,13 +99,13 @@ def _decode_deep_png(data: bytes, mode: ImageReadMode) -> Tensor:
     return image
 
 
-def _check_png(data: bytes) -> None:
+def _check_png(data: Bytes) -> None:
     """Refuse 16-bit PNG data on which torchvision's decoder would end the process."""
     pixels, position = [], len(_PNG)
     try:
         while position < len(data):
             size = int.from_bytes(data[position : position + 4], "big")
-            kind, end = data[position + 4 : position + 8], position + 8 + size
+            kind, end = bytes(data[position + 4 : position + 8]), position + 8 + size
             if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
                 raise UnreadableImage(f"a damaged PNG (the checksum of {kind!r} is wrong)")
             if kind == b"IDAT":
@@ -116,8 +120,8 @@ def _check_png(data: bytes) -> None:
         raise UnreadableImage("an interlaced or damaged 16-bit PNG")
 
 
-def _decode_by_pillow(data: bytes) -> Tensor:
-    with open_image(data) as opened:
+def _decode_by_pillow(data: Bytes) -> Tensor:
+    with open_image(bytes(data)) as opened:
         image: Image.Image = opened
         if image.getexif().get(_ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
@@ -134,9 +138,10 @@ def _channels_first(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array if array.ndim == 3 else array[:, :, None]).permute(2, 0, 1)
 
 
-def _as_tensor(data: bytes) -> Tensor:
-    # A copy, of a thousandth of the time that decoding takes: torch warns of memory it may not write to.
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+def _as_tensor(data: Bytes) -> Tensor:
+    """The bytes as a tensor; what torch may not write to (it warns of that) is copied."""
+    writable = isinstance(data, memoryview) and not data.readonly
+    return torch.frombuffer(data if writable else bytearray(data), dtype=torch.uint8)
 
 
 def _reason(error: RuntimeError) -> str:

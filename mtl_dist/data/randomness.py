@@ -46,9 +46,8 @@ def hash_array(values: np.ndarray) -> np.ndarray:
 
 def permutation(key: int, size: int) -> np.ndarray:
     """A random permutation of [0, size) as an int64 array: for lists that are short enough to be held."""
-    return np.argsort(
-        hash_array(np.uint64(key) ^ hash_array(np.arange(size, dtype=np.uint64))), kind="stable"
-    )
+    # The hash is a bijection, so no two of the numbers are equal and any sort gives the same answer.
+    return np.argsort(hash_array(np.uint64(key) ^ hash_array(np.arange(size, dtype=np.uint64))))
 
 
 def permute(indices: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Reads the samples of one split from its tars, by row, in one system call each.
 
-The index is memory-mapped and the tars are read by `pread`, which takes its offset as an argument: a forked
+The index is memory-mapped and the tars are read by `preadv`, which takes its offset as an argument: a forked
 worker may use the descriptors that it inherits, and nothing here has a position that could be shared.
 """
 
@@ -29,9 +29,9 @@ class Sample:
     """One sample as it is stored: nothing decoded but the labels."""
 
     key: str
-    image: bytes
+    image: memoryview
     labels: dict[str, Any]
-    masks: dict[str, bytes]
+    masks: dict[str, memoryview]
 
 
 class UnreadableSample(Exception):
@@ -149,18 +149,18 @@ class SplitReader:
                 "Prepare the dataset again."
             )
 
-    def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        try:
-            data = os.pread(self._descriptor(shard), size, offset)
-            while 0 < len(data) < size:  # the kernel reads at most 2 GiB at once
-                more = os.pread(self._descriptor(shard), size - len(data), offset + len(data))
-                if not more:
-                    break
-                data += more
-        except OSError as error:
-            raise UnreadableSample(error.strerror or str(error)) from None
-        if len(data) < size:
-            raise UnreadableSample(f"the file ends {size - len(data)} bytes too early")
+    def _pread(self, shard: int, offset: int, size: int) -> memoryview:
+        """Bytes of a shard, writable because torch wants to wrap them without a copy."""
+        data = memoryview(bytearray(size))
+        filled = 0
+        while filled < size:
+            try:
+                count = os.preadv(self._descriptor(shard), [data[filled:]], offset + filled)
+            except OSError as error:
+                raise UnreadableSample(error.strerror or str(error)) from None
+            if count == 0:
+                raise UnreadableSample(f"its shard ends {size - filled} bytes too early")
+            filled += count
         return data
 
     def _descriptor(self, shard: int) -> int:
@@ -193,9 +193,9 @@ def _check_size(path: Path, expected: int) -> None:
         )
 
 
-def _labels(text: bytes) -> dict[str, Any]:
+def _labels(text: memoryview) -> dict[str, Any]:
     try:
-        labels = json.loads(text)
+        labels = json.loads(bytes(text))
     except (json.JSONDecodeError, UnicodeDecodeError):
         labels = None
     if not isinstance(labels, dict):

@@ -211,7 +211,9 @@ def _resized(image: Tensor, size: tuple[int, int], mode: Literal["bilinear", "ne
     if mode == "bilinear" and image.dtype == torch.uint8 and size[1] == 1:
         # torch 2.15's kernel for uint8 returns wrong values, or fails, for a single column.
         return _resized(image.float(), size, mode).round().to(torch.uint8)
-    return F.interpolate(image[None], size, mode=mode, antialias=mode == "bilinear")[0]
+    # torch resizes contiguous channels-last images fastest, and then returns such: half the time of a view.
+    image = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(image, size, mode=mode, antialias=mode == "bilinear")[0]
 
 
 def _padded(image: Tensor, size: tuple[int, int], value: int) -> Tensor:
