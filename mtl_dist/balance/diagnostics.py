@@ -57,7 +57,7 @@ class GradientDiagnostics:
 
 def diagnose(tasks: Sequence[str], gramian_TT: Tensor, present_T: Tensor) -> GradientDiagnostics:
     """Lengths and cosines from the global Gramian of the tasks' gradients, (T, T)."""
-    gramian_TT, present_T = gramian_TT.detach().double().cpu(), present_T.cpu()
+    gramian_TT, present_T = gramian_TT.detach().cpu().double(), present_T.cpu()
     lengths_T = gramian_TT.diagonal().clamp_min(0).sqrt()
     products_TT = lengths_T[:, None] * lengths_T[None, :]
     cosines_TT = torch.where(products_TT > 0, gramian_TT / products_TT, 0.0).clamp(-1, 1)

@@ -84,8 +84,8 @@ class GradientBalancer(Balancer):
         chosen = present.nonzero()[:, 0]
         proposed_T = torch.full((len(self.tasks),), torch.nan)
         if len(chosen):
-            gramian_TT = gramian_TT.double().cpu()[chosen][:, chosen]
-            problem = Problem(gramian_TT, losses_T.double().cpu()[chosen], present, key)
+            gramian_TT = gramian_TT.cpu().double()[chosen][:, chosen]
+            problem = Problem(gramian_TT, losses_T.cpu().double()[chosen], present, key)
             try:
                 if not gramian_TT.isfinite().all():
                     raise NotConvergedError("the gradients are not finite")

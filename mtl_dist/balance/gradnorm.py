@@ -41,7 +41,7 @@ class GradNorm(GradientBalancer):
 
     def solve(self, problem: Problem) -> Tensor:
         """See the class."""
-        initial_T = self.initial_losses_T.double().cpu()[problem.present_T]
+        initial_T = self.initial_losses_T.cpu().double()[problem.present_T]
         initial_T = torch.where(initial_T.isfinite(), initial_T, problem.losses_T)
         if problem.losses_T.isfinite().all():
             self.initial_losses_T[problem.present_T.to(self.initial_losses_T.device)] = initial_T.float().to(

@@ -36,7 +36,10 @@ class JacobianBalancer(Balancer):
         """
         jacobian_TP = torch.where(present_T[:, None], jacobian_TP, 0.0)
         losses_T = torch.where(present_T, losses_T, 1.0)
-        if not bool(jacobian_TP.isfinite().all() & losses_T.isfinite().all()):
+        if not losses_T.isfinite().all():
+            # Counted by `weights`, which sees the same losses.
+            return torch.full_like(jacobian_TP[0], torch.nan)
+        if not jacobian_TP.isfinite().all():
             self.num_unconverged += 1
             return torch.full_like(jacobian_TP[0], torch.nan)
         return self._aggregate(jacobian_TP, losses_T, present_T, key)

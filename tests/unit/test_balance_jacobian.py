@@ -59,9 +59,14 @@ def test_a_jacobian_that_is_not_finite_gives_nan_is_counted_and_changes_no_state
     bad_TP = jacobian(1)
     bad_TP[0, 3] = math.inf
     assert disturbed.aggregate(bad_TP, losses_T=LOSSES, present_T=ALL, key=(0, 1)).isnan().all()
+    disturbed.weights(present_T=ALL, key=(0, 1), losses_T=LOSSES)
     assert disturbed.num_unconverged == 1
+    bad_T = torch.tensor([0.5, math.nan, 4.0])
+    assert disturbed.aggregate(jacobian(1), losses_T=bad_T, present_T=ALL, key=(0, 2)).isnan().all()
+    disturbed.weights(present_T=ALL, key=(0, 2), losses_T=bad_T)
+    assert disturbed.num_unconverged == 2
     updates = [
-        balancer.aggregate(jacobian(2), losses_T=LOSSES, present_T=ALL, key=(0, 2))
+        balancer.aggregate(jacobian(3), losses_T=LOSSES, present_T=ALL, key=(0, 3))
         for balancer in (disturbed, undisturbed)
     ]
     assert torch.equal(*updates)
