@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,16 @@ class SplitReader:
         self.num_samples = manifest.splits[split].num_samples
         self.shard_sizes = tuple(shard.num_samples for shard in shards)
         self._paths = [directory / shard.path for shard in shards]
-        self._ends = np.cumsum(self.shard_sizes, dtype=np.int64)
+        self._ends = list(accumulate(self.shard_sizes))
         self._bits = {task: np.uint64(1 << bit) for bit, task in enumerate(manifest.tasks)}
         self._segmentation = segmentation_tasks({name: info.kind for name, info in manifest.tasks.items()})
         self._index_path = index_path(directory, split)
+        names = index_dtype(self._segmentation).names or ()
+        self._spans = {
+            name.removesuffix("_offset"): slice(at, at + 2)  # (offset, size)
+            for at, name in enumerate(names)
+            if name.endswith("_offset")
+        }
         self._index: np.ndarray | None = None
         for path, shard in zip(self._paths, shards, strict=True):
             _check_size(path, shard.num_bytes)
@@ -81,11 +89,8 @@ class SplitReader:
             UnreadableSample: a read fails or ends early, a mask is missing, or the labels are not a JSON
                 object.
         """
-        index = self._rows()[row]
-        spans = {
-            name: (int(index[f"{name}_offset"]), int(index[f"{name}_size"]))
-            for name in ("image", "json", *masks)
-        }
+        fields = self._rows()[row].item()
+        spans = {name: fields[self._spans[name]] for name in ("image", "json", *masks)}
         for task in masks:
             if spans[task][1] == 0:
                 raise UnreadableSample(f"it has no mask {task}, which the index says it has")
@@ -122,11 +127,12 @@ class SplitReader:
 
     def shard_of(self, row: int) -> int:
         """The number of the shard that holds the row."""
-        return int(np.searchsorted(self._ends, row, side="right"))
+        return bisect_right(self._ends, row)
 
     def _rows(self) -> np.ndarray:
         if self._index is None:
-            self._index = np.load(self._index_path, mmap_mode="r")
+            # As a plain array: every access to a `memmap` object costs what reading a sample costs.
+            self._index = np.asarray(np.load(self._index_path, mmap_mode="r"))
         return self._index
 
     def _check_index(self) -> None:
@@ -195,7 +201,7 @@ def _check_size(path: Path, expected: int) -> None:
 
 def _labels(text: memoryview) -> dict[str, Any]:
     try:
-        labels = json.loads(bytes(text))
+        labels = json.loads(str(text, "utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         labels = None
     if not isinstance(labels, dict):
