@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ def train(recipe: Recipe, run_dir: Path | None = None) -> Outcome:
         UserError: the recipe does not fit its data, the number of ranks, or the run that the folder holds.
     """
     connection = connect(recipe.engine, recipe.train.precision)
+    atexit.register(connection.close)
     world = connection.world
     recipe = absolute_paths(recipe)
     accumulation = recipe.train.accumulation_on(world.size)
@@ -141,7 +143,6 @@ def train(recipe: Recipe, run_dir: Path | None = None) -> Outcome:
         tracker.draw()
         farewell(tracker, outcome, folder)
         tracker.close()
-    connection.close()
     return outcome
 
 

@@ -1,0 +1,143 @@
+"""Whole runs: resuming equals never stopping, two ranks equal one, missing labels harm nobody."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import RankPool
+from tests.tiny_datasets import write_dataset
+from tests.tiny_runs import rows, tensors_at, train_run, write_recipe
+
+pytestmark = pytest.mark.slow
+
+NUM_STEPS = 12  # 3 epochs of 30 samples, 8 at a time
+EVERY_STEP = "train.checkpoint_every=1"
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    write_dataset(directory / "tiny", {"train": 30, "val": 9, "test": 7})
+    return write_recipe(directory, directory / "tiny")
+
+
+@pytest.fixture(scope="module")
+def whole_runs(recipe: Path, ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A run that never stopped, on one rank and on two, with a checkpoint of every step."""
+    directory = tmp_path_factory.mktemp("whole")
+    runs = {1: directory / "one", 2: directory / "two"}
+    assert train_run(recipe, runs[1], [EVERY_STEP, "optim.ema=0.9"]) == "done"
+    assert ranks.run(train_run, recipe, runs[2], [EVERY_STEP, "optim.ema=0.9"]) == ["done", "done"]
+    return runs
+
+
+def cut_back(run: Path, copy: Path, step: int) -> Path:
+    """A copy of a run as it was when it was killed just after the checkpoint of `step`."""
+    shutil.copytree(run, copy)
+    for path in (copy / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    return copy
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("step", [1, 4, 7, 11])
+def test_resuming_equals_never_stopping_bit_for_bit(
+    recipe: Path, ranks: RankPool, whole_runs: dict[int, Path], tmp_path: Path, num_ranks: int, step: int
+) -> None:
+    whole = whole_runs[num_ranks]
+    resumed = cut_back(whole, tmp_path / "resumed", step)
+    overrides = [EVERY_STEP, "optim.ema=0.9"]
+    if num_ranks == 1:
+        train_run(recipe, resumed, overrides)
+    else:
+        ranks.run(train_run, recipe, resumed, overrides)
+    expected, found = tensors_at(whole, NUM_STEPS), tensors_at(resumed, NUM_STEPS)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert rows(resumed, "step") == rows(whole, "step")
+    for ours, theirs in zip(rows(resumed, "epoch"), rows(whole, "epoch"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9, nan_ok=True)
+
+
+def test_resuming_passes_over_a_damaged_checkpoint(
+    recipe: Path, whole_runs: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resumed = cut_back(whole_runs[1], tmp_path / "resumed", 6)
+    with open(resumed / "checkpoints" / "step_00000006" / "model.safetensors", "r+b") as file:
+        file.seek(400)
+        file.write(b"\x55")
+    train_run(recipe, resumed, [EVERY_STEP, "optim.ema=0.9"])
+    assert "step_00000006" in capsys.readouterr().err
+    expected, found = tensors_at(whole_runs[1], NUM_STEPS), tensors_at(resumed, NUM_STEPS)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_two_ranks_give_one_ranks_losses(recipe: Path, ranks: RankPool, tmp_path: Path) -> None:
+    train_run(recipe, tmp_path / "one", dropout=False)
+    ranks.run(train_run, recipe, tmp_path / "two", (), False)
+    one, two = rows(tmp_path / "one", "step"), rows(tmp_path / "two", "step")
+    assert len(one) == NUM_STEPS
+    for first, second in zip(one, two, strict=True):
+        assert second == pytest.approx(first, rel=1e-5)
+    for first, second in zip(rows(tmp_path / "one", "epoch"), rows(tmp_path / "two", "epoch"), strict=True):
+        assert second == pytest.approx(first, rel=1e-4)
+
+
+def test_accumulation_gives_the_same_updates(recipe: Path, tmp_path: Path) -> None:
+    for accumulation in (1, 2, 4):
+        train_run(recipe, tmp_path / str(accumulation), [f"train.accumulation={accumulation}"], dropout=False)
+    expected = tensors_at(tmp_path / "1", NUM_STEPS)
+    for accumulation in (2, 4):
+        found = tensors_at(tmp_path / str(accumulation), NUM_STEPS)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_going_on_with_another_number_of_ranks_continues_the_same_curve(
+    recipe: Path, ranks: RankPool, tmp_path: Path
+) -> None:
+    train_run(recipe, tmp_path / "one", [EVERY_STEP], dropout=False)
+    resumed = cut_back(tmp_path / "one", tmp_path / "resumed", 5)
+    ranks.run(train_run, recipe, resumed, [EVERY_STEP], False)
+    for first, second in zip(rows(tmp_path / "one", "step"), rows(resumed, "step"), strict=True):
+        assert second == pytest.approx(first, rel=1e-5)
+
+
+def test_a_task_without_any_training_label_trains_the_others_and_is_said(
+    recipe: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "tiny"
+    shutil.copytree(recipe.parent / "tiny", data)
+    manifest = json.loads((data / "dataset.json").read_text())
+    manifest["tasks"]["age"] = manifest["tasks"]["value"] | {"num_labelled": 0}
+    for split in manifest["splits"].values():
+        split["labels"]["age"] = {"present": 0, "missing": split["num_samples"], "class_counts": []}
+    (data / "dataset.json").write_text(json.dumps(manifest))
+    overrides = [f"data.train.0.path={data}", "tasks.age={kind: regression}", EVERY_STEP]
+    assert train_run(recipe, tmp_path / "run", overrides) == "done"
+    assert "task age has no label" in (tmp_path / "run" / "log.txt").read_text()
+    first, last = tensors_at(tmp_path / "run", 1), tensors_at(tmp_path / "run", NUM_STEPS)
+    moved = {name for name in first if name.startswith("model/") and not torch.equal(first[name], last[name])}
+    assert any("heads.digit" in name for name in moved)
+    assert not any("heads.age" in name for name in moved)
+    assert all("train/age/loss" not in row for row in rows(tmp_path / "run", "step"))
+
+
+def test_another_recipe_is_refused_in_the_folder_of_a_run(recipe: Path, whole_runs: dict[int, Path]) -> None:
+    from mtl_dist.errors import UserError
+
+    with pytest.raises(UserError, match=r"train\.seed.*--run-dir"):
+        train_run(recipe, whole_runs[1], ["train.seed=5", "optim.ema=0.9"])
