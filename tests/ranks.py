@@ -9,6 +9,7 @@ paid once. Whatever raises, dies or hangs on one rank ends the whole pool, and t
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -57,13 +59,14 @@ class RankPool:
         deadline = time.monotonic() + self._timeout_s
         while len(results) < self.size and not problems:
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
-            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            ready = set(wait(waiting, timeout=max(0.0, deadline - time.monotonic())))
             if not ready:
                 problems.append(f"no answer within {self._timeout_s:g} s from ranks {self._missing(results)}")
-            for pipe in ready:
-                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+            for rank, pipe in enumerate(self._pipes):
+                if pipe not in ready:
+                    continue
                 try:
-                    failed, results[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+                    failed, results[rank] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     self._processes[rank].join(5)
                     failed, results[rank] = True, f"exit code {self._processes[rank].exitcode}"
@@ -121,6 +124,17 @@ class RankPool:
 
     def _missing(self, results: dict[int, Any]) -> list[int]:
         return [rank for rank in range(self.size) if rank not in results]
+
+
+@cache
+def shared_pool(size: int) -> RankPool:
+    """The pool of `size` ranks that all tests of a session share.
+
+    Only for functions that leave nothing behind but an initialised process group.
+    """
+    pool = RankPool(size)
+    atexit.register(pool.close)
+    return pool
 
 
 def _serve(pipe: Connection, environment: dict[str, str]) -> None:

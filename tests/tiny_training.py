@@ -1,13 +1,14 @@
 """A small multi-task training without data or model rooms: what the engines are compared on.
 
-Three tasks on one body, a trained scale per task (as uncertainty weighting has it), labels that may be missing
-anywhere. Every number is a pure function of the step, so any engine on any number of ranks must get the same.
+Three tasks on one body, a trained scale per task (as uncertainty weighting has it), labels that may be
+missing anywhere. Every number is a pure function of the step, so any engine on any number of ranks must get
+the same.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mtl_dist.engine.connect import EngineSettings, connect
-from mtl_dist.engine.engine import Engine, FullState
+from mtl_dist.engine.engine import Engine, FullState, StepResult
 from mtl_dist.engine.precision import AUTOCAST_DTYPES, Precision
+from mtl_dist.errors import UserError
 
 TASKS = ("alpha", "beta", "gamma")
 GLOBAL_BATCH = 8
@@ -45,6 +47,8 @@ class Setup:
     resume_from: FullState | None = None
     explode_at: tuple[int, ...] = ()
     """Steps whose loss is made infinite, on rank 0 alone."""
+    every_state: bool = False
+    """Whether the state after every step is wanted, and not only the last one."""
 
     def with_(self, **changes: object) -> Setup:
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -58,7 +62,6 @@ class Result:
     grad_norms: list[float] = field(default_factory=list)
     skipped: list[bool] = field(default_factory=list)
     states: list[FullState] = field(default_factory=list)
-    """After every step."""
 
     @property
     def state(self) -> FullState:
@@ -82,6 +85,8 @@ class TinyRoot(nn.Module):
         self.scales = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in TASKS})
         self.precision = precision
         self.explode = False
+        self.local_loss = torch.zeros(())
+        """The sum of this rank's scalars since it was set to 0. Not state."""
 
     def predict(self, inputs: Tensor) -> dict[str, Tensor]:
         dtype = AUTOCAST_DTYPES.get(self.precision)
@@ -102,6 +107,7 @@ class TinyRoot(nn.Module):
             scale = self.scales[name].sum()
             term = torch.exp(-scale) * loss + share * scale / 2
             total = total + torch.where(counts[t] > 0, term, 0.0)
+        self.local_loss = self.local_loss + total.detach()
         return total * float("inf") if self.explode else total
 
     def task_parameters(self, task: str) -> list[nn.Parameter]:
@@ -141,6 +147,15 @@ def label_counts(batch: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([batch[f"{name}/labelled"].sum() for name in TASKS])
 
 
+def problem_of(setup: Setup) -> str:
+    """The message of the UserError that ends a training."""
+    try:
+        train(setup)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("expected a UserError, found none")
+
+
 def build_root(setup: Setup) -> TinyRoot:
     torch.manual_seed(7)
     root = TinyRoot(setup.precision, setup.batch_norm)
@@ -178,6 +193,20 @@ def build_engine(setup: Setup) -> tuple[Engine, TinyRoot]:
     return engine, root
 
 
+def train_step(engine: Engine, root: TinyRoot, setup: Setup, step: int) -> StepResult:
+    """One optimizer step; `root.local_loss` is this rank's part of the loss."""
+    world = engine.world
+    batch = global_batch(step, setup.labels)
+    counts = label_counts(batch)
+    root.local_loss = torch.zeros(())
+    parts = list(micro_batches(batch, world.rank, world.size, setup.accumulation))
+    for number, part in enumerate(parts, start=1):
+        last = number == len(parts)
+        engine.forward_backward(part, counts, world.size, 1 / setup.accumulation, last=last)
+    absent = [p for t, name in enumerate(TASKS) if counts[t] == 0 for p in root.task_parameters(name)]
+    return engine.step(absent, setup.clip_norm)
+
+
 def train(setup: Setup) -> Result:
     """Run on every rank; the losses are of the whole global batch."""
     engine, root = build_engine(setup)
@@ -187,25 +216,20 @@ def train(setup: Setup) -> Result:
     result = Result()
     world = engine.world
     for step in range(setup.first_step, setup.last_step):
-        batch = global_batch(step, setup.labels)
-        counts = label_counts(batch)
         root.explode = step in setup.explode_at and world.is_main
-        losses = []
-        parts = list(micro_batches(batch, world.rank, world.size, setup.accumulation))
-        for number, part in enumerate(parts, start=1):
-            hook = root.register_forward_hook(lambda module, args, output: losses.append(output.detach()))
-            engine.forward_backward(
-                part, counts, world.size, 1 / setup.accumulation, last=number == len(parts)
-            )
-            hook.remove()
-        absent = [p for t, name in enumerate(TASKS) if counts[t] == 0 for p in root.task_parameters(name)]
-        outcome = engine.step(absent, setup.clip_norm)
-        result.losses.append(float(world.sum(torch.stack(losses).sum().double()) / world.size))
+        outcome = train_step(engine, root, setup, step)
+        result.losses.append(float(world.sum(root.local_loss.double()) / world.size))
         result.grad_norms.append(float(outcome.grad_norm))
         result.skipped.append(outcome.skipped)
-        result.states.append(engine.full_state())
+        if setup.every_state or step == setup.last_step - 1:
+            result.states.append(engine.full_state())
     gc.collect()
     return result
+
+
+def train_all(setups: Sequence[Setup]) -> list[Result]:
+    """`train`, one after another, in one call of a pool."""
+    return [train(setup) for setup in setups]
 
 
 def reference(setup: Setup) -> Result:
@@ -237,5 +261,6 @@ def reference(setup: Setup) -> Result:
             if isinstance(value, Tensor)
         }
         model = {name: tensor.clone() for name, tensor in root.state_dict().items()}
-        result.states.append(FullState(model, state))
+        if setup.every_state or step == setup.last_step - 1:
+            result.states.append(FullState(model, state))
     return result

@@ -26,6 +26,7 @@ from mtl_dist.engine.engine import (
     average_buffers,
     host_copy,
     lost_weights,
+    require_same_names,
 )
 from mtl_dist.engine.partitions import gather, interleaved_layout, scatter
 from mtl_dist.engine.precision import LossScaler
@@ -187,6 +188,7 @@ class _Zero(Engine):
         optimizer: Mapping[str, Tensor],
         scaler: Mapping[str, float] | None = None,
     ) -> None:
+        require_same_names(self.root, model)
         self._load_model(model)
         slots: dict[str, dict[str, Tensor]] = {}
         for key, value in optimizer.items():
@@ -283,11 +285,7 @@ class _ShardedZero(_Zero):
     def _load_model(self, model: Mapping[str, Tensor]) -> None:
         self._deepspeed.empty_partition_cache()
         parameters = self._parameters()
-        expected = self.root.state_dict()
-        if expected.keys() != model.keys():
-            odd = ", ".join(sorted(expected.keys() ^ model.keys())[:5])
-            raise UserError(f"checkpoint: expected the weights of this model, found others ({odd}).")
-        for name, tensor in expected.items():
+        for name, tensor in self.root.state_dict().items():
             if name in parameters:
                 layout = self._layout(name, parameters[name].ds_numel)
                 scatter(parameters[name].ds_tensor.data, layout[self.world.rank], model)

@@ -137,6 +137,17 @@ def is_running_statistic(name: str) -> bool:
     return name.endswith(("running_mean", "running_var"))
 
 
+def require_same_names(root: nn.Module, model: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless `model` has exactly the weights and buffers of `root`."""
+    odd = sorted(root.state_dict().keys() ^ model.keys())
+    if odd:
+        listing = ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
+        raise UserError(
+            f"checkpoint: expected the weights of this model, found other ones ({listing}). "
+            "Load it with the recipe that it was trained with."
+        )
+
+
 def host_copy(tensor: Tensor) -> Tensor:
     """A copy in host memory that later steps do not touch."""
     return tensor.detach().to("cpu", copy=True).contiguous()

@@ -15,6 +15,7 @@ from mtl_dist.engine.engine import (
     counter_device,
     host_copy,
     lost_weights,
+    require_same_names,
 )
 from mtl_dist.engine.precision import LossScaler
 from mtl_dist.engine.world import World
@@ -79,6 +80,7 @@ class ReplicatedEngine(Engine):
         optimizer: Mapping[str, Tensor],
         scaler: Mapping[str, float] | None = None,
     ) -> None:
+        require_same_names(self.root, model)
         self.root.load_state_dict(dict(model))
         parameters = {name: parameter for parameter, name in self._names.items()}
         groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
