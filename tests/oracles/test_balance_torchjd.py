@@ -1,7 +1,7 @@
 """Every method that TorchJD has too, on random gradients: 2 to 20 tasks, also singular ones.
 
-Some of TorchJD's methods need quadprog or cvxpy; without them those comparisons are skipped (our own
-optimality conditions are tested in tests/unit/test_balance_*.py in any case).
+Without torchjd (and for some of its methods quadprog, cvxpy with clarabel, ecos) the comparisons are skipped;
+what each method promises by its definition is tested in tests/unit/test_balance_*.py in any case.
 """
 
 from __future__ import annotations
@@ -14,33 +14,29 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchjd.aggregation import (
-    IMTLG,
-    MGDA,
-    AlignedMTL,
-    CAGrad,
-    DualProj,
-    FairGrad,
-    GradDrop,
-    NashMTL,
-    PCGrad,
-    UPGrad,
-)
 
 from mtl_dist.balance import solvers
 from mtl_dist.balance.aligned import AlignedSettings
 from mtl_dist.balance.balancer import generator
 from mtl_dist.balance.cagrad import CAGradSettings
 from mtl_dist.balance.dualproj import DualProjSettings
+from mtl_dist.balance.dwa import DWASettings
 from mtl_dist.balance.fairgrad import FairGradSettings
+from mtl_dist.balance.famo import FAMOSettings
+from mtl_dist.balance.gls import GLSSettings
 from mtl_dist.balance.graddrop import GradDropSettings
 from mtl_dist.balance.imtl_g import IMTLGSettings
+from mtl_dist.balance.imtl_l import IMTLLSettings
 from mtl_dist.balance.jacobian import JacobianBalancer
 from mtl_dist.balance.methods import BalanceSettings, build_balancer
 from mtl_dist.balance.mgda import MGDASettings
 from mtl_dist.balance.nash import NashSettings
 from mtl_dist.balance.pcgrad import PCGradSettings
+from mtl_dist.balance.stch import STCHSettings
 from mtl_dist.balance.upgrad import UPGradSettings
+
+jd = pytest.importorskip("torchjd.aggregation", reason="the oracle, torchjd, is not installed")
+scalarization = pytest.importorskip("torchjd.scalarization")
 
 REGULAR = ("random", "agreeing", "unequal")
 SINGULAR = ("duplicate", "opposite", "zero", "dependent")
@@ -104,35 +100,35 @@ def _without_cvxpys_advice() -> Iterator[None]:
 
 
 def test_aligned_agrees() -> None:
-    assert_updates_agree(AlignedSettings(), AlignedMTL(), REGULAR + SINGULAR, 1e-4)
+    assert_updates_agree(AlignedSettings(), jd.AlignedMTL(), REGULAR + SINGULAR, 1e-4)
 
 
 def test_imtl_g_agrees_where_its_equation_has_a_solution() -> None:
-    assert_updates_agree(IMTLGSettings(), IMTLG(), (*REGULAR, "duplicate", "opposite", "zero"), 1e-4)
+    assert_updates_agree(IMTLGSettings(), jd.IMTLG(), (*REGULAR, "duplicate", "opposite", "zero"), 1e-4)
 
 
 def test_imtl_g_agrees_on_dependent_gradients_of_one_length() -> None:
     for jacobian_TP in jacobians(("dependent",)):
         unit_TP = torch.nn.functional.normalize(jacobian_TP, dim=1)
         torch.testing.assert_close(
-            weights(IMTLGSettings(), unit_TP) @ unit_TP, IMTLG()(unit_TP), rtol=1e-3, atol=1e-4
+            weights(IMTLGSettings(), unit_TP) @ unit_TP, jd.IMTLG()(unit_TP), rtol=1e-3, atol=1e-4
         )
 
 
 @pytest.mark.parametrize("alpha", [1.0, 2.0])
 def test_fairgrad_agrees_where_its_equation_has_a_solution(alpha: float) -> None:
     pytest.importorskip("scipy")
-    assert_updates_agree(FairGradSettings(alpha=alpha), FairGrad(alpha), (*REGULAR, "duplicate"), 1e-4)
+    assert_updates_agree(FairGradSettings(alpha=alpha), jd.FairGrad(alpha), (*REGULAR, "duplicate"), 1e-4)
 
 
 def test_mgda_is_never_longer_than_frank_wolfes_and_agrees_in_the_limit() -> None:
     for jacobian_TP in jacobians(REGULAR + SINGULAR):
         found_P = weights(MGDASettings(), jacobian_TP) @ jacobian_TP
         length = jacobian_TP.norm(dim=1).mean()
-        assert found_P.norm() <= MGDA(epsilon=1e-3, max_iters=100)(jacobian_TP).norm() + 1e-5 * length
+        assert found_P.norm() <= jd.MGDA(epsilon=1e-3, max_iters=100)(jacobian_TP).norm() + 1e-5 * length
     for jacobian_TP in jacobians(REGULAR):
         if len(jacobian_TP) <= 3:
-            expected_P = MGDA(epsilon=1e-7, max_iters=1000)(jacobian_TP)
+            expected_P = jd.MGDA(epsilon=1e-7, max_iters=1000)(jacobian_TP)
             found_P = weights(MGDASettings(), jacobian_TP) @ jacobian_TP
             torch.testing.assert_close(found_P, expected_P, rtol=1e-3, atol=1e-4 * float(jacobian_TP.norm()))
 
@@ -143,7 +139,7 @@ def test_pcgrad_agrees_when_it_takes_the_same_orders(monkeypatch: pytest.MonkeyP
         orders = iter(torch.rand(num_tasks, num_tasks, generator=generator((0, 0), "cpu")).argsort(dim=1))
         with monkeypatch.context() as patch:
             patch.setattr(torch, "randperm", lambda _: next(orders))
-            return PCGrad()(jacobian_TP)
+            return jd.PCGrad()(jacobian_TP)
 
     assert_updates_agree(PCGradSettings(), oracle, REGULAR + SINGULAR, 1e-4)
 
@@ -164,7 +160,7 @@ def test_graddrop_agrees_when_it_takes_the_same_draws(monkeypatch: pytest.Monkey
         )
         with monkeypatch.context() as patch:
             patch.setattr(torch, "rand", lambda *_, draw_P=draw_P, **__: draw_P)
-            expected_P = GradDrop()(jacobian_TP)
+            expected_P = jd.GradDrop()(jacobian_TP)
         torch.testing.assert_close(found_P, expected_P)
 
 
@@ -176,28 +172,28 @@ def projector() -> Any:
     return QuadprogProjector(norm_eps=0.0, reg_eps=1e-9)
 
 
-PROJECTIONS = [(UPGradSettings(), UPGrad), (DualProjSettings(), DualProj)]
+PROJECTIONS = [(UPGradSettings(), "UPGrad"), (DualProjSettings(), "DualProj")]
 by_projection = pytest.mark.parametrize(("settings", "oracle"), PROJECTIONS, ids=("upgrad", "dualproj"))
 
 
 @by_projection
-def test_projections_agree(settings: BalanceSettings, oracle: Any) -> None:
+def test_projections_agree(settings: BalanceSettings, oracle: str) -> None:
     kinds = (*REGULAR, "duplicate", "opposite", "zero")
-    assert_updates_agree(settings, oracle(projector=projector()), kinds, 1e-4)
+    assert_updates_agree(settings, getattr(jd, oracle)(projector=projector()), kinds, 1e-4)
 
 
 @by_projection
 def test_projections_onto_the_thin_cones_of_dependent_gradients_differ_by_our_ridge_alone(
-    settings: BalanceSettings, oracle: Any, monkeypatch: pytest.MonkeyPatch
+    settings: BalanceSettings, oracle: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_updates_agree(settings, oracle(projector=projector()), ("dependent",), 1e-2)
+    assert_updates_agree(settings, getattr(jd, oracle)(projector=projector()), ("dependent",), 1e-2)
     monkeypatch.setattr(solvers, "RIDGE", 1e-9)
-    assert_updates_agree(settings, oracle(projector=projector()), ("dependent",), 1e-4)
+    assert_updates_agree(settings, getattr(jd, oracle)(projector=projector()), ("dependent",), 1e-4)
 
 
 def test_cagrad_agrees_and_helps_the_worst_task_no_less() -> None:
     pytest.importorskip("clarabel")
-    oracle = CAGrad(c=0.5, norm_eps=0.0)
+    oracle = jd.CAGrad(c=0.5, norm_eps=0.0)
     settings = CAGradSettings(c=0.5, rescale=False)
     assert_updates_agree(settings, oracle, (*REGULAR, "duplicate"), 1e-3)
     for jacobian_TP in jacobians((*REGULAR, "duplicate", "opposite", "dependent")):
@@ -212,7 +208,7 @@ def test_nash_agrees_where_the_oracle_reached_its_own_equation() -> None:
     num_compared = 0
     for kind, num_tasks, seed in product((*REGULAR, "duplicate"), (2, 3), range(2)):
         jacobian_TP = jacobian(kind, num_tasks, seed)
-        oracle = NashMTL(num_tasks, max_norm=1.0, update_weights_every=1, optim_niter=20)
+        oracle = jd.NashMTL(num_tasks, max_norm=1.0, update_weights_every=1, optim_niter=20)
         expected_P = oracle(jacobian_TP)
         shares_T = oracle.weighting(jacobian_TP) * (jacobian_TP @ expected_P)
         if (shares_T.max() - shares_T.min()) < 1e-4 * shares_T.max():
@@ -220,3 +216,36 @@ def test_nash_agrees_where_the_oracle_reached_its_own_equation() -> None:
             torch.testing.assert_close(found_P, expected_P, rtol=1e-3, atol=1e-4)
             num_compared += 1
     assert num_compared > 10
+
+
+# --- methods on losses ----------------------------------------------------------------------------------
+
+
+def test_the_methods_on_losses_agree_along_a_falling_path() -> None:
+    names = ("a", "b", "c")
+    pairs = [
+        (GLSSettings(), scalarization.GeometricMean()),
+        (STCHSettings(mu=0.3), scalarization.STCH(0.3, weights=torch.ones(3))),
+        (DWASettings(), scalarization.DWA(2.0)),
+        (FAMOSettings(), scalarization.FAMO(3, weight_decay=FAMOSettings().weight_decay)),
+        (IMTLLSettings(), scalarization.IMTLL(3)),
+    ]
+    present_T = torch.ones(3, dtype=torch.bool)
+    for settings, oracle in pairs:
+        balancer = build_balancer(
+            settings, names, dict.fromkeys(names, "classification"), dict.fromkeys(names, 1.0)
+        )
+        draw = torch.Generator().manual_seed(0)
+        losses_T = torch.rand(3, generator=draw) + 0.5
+        for step in range(40):
+            weights_T = balancer.weights(present_T=present_T, key=(0, step), losses_T=losses_T)
+            differentiable_T = losses_T.clone().requires_grad_()
+            (expected_T,) = torch.autograd.grad(oracle(differentiable_T), differentiable_T)
+            torch.testing.assert_close(weights_T, expected_T, rtol=1e-4, atol=1e-6, msg=settings.method)
+            balancer.observe(losses_T, present_T)
+            losses_T = losses_T * (0.9 + 0.1 * torch.rand(3, generator=draw))
+            if settings.method == "famo":
+                oracle.update(losses_T)
+            if settings.method == "dwa" and step % 10 == 9:
+                balancer.end_epoch()
+                oracle.step()

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from torchjd.scalarization import DWA as OracleDWA
-from torchjd.scalarization import FAMO as OracleFAMO
-from torchjd.scalarization import IMTLL as OracleIMTLL
-from torchjd.scalarization import STCH as OracleSTCH
-from torchjd.scalarization import GeometricMean as OracleGLS
 
 from mtl_dist.balance.balancer import Balancer
 from mtl_dist.balance.dwa import DWA, DWASettings
@@ -39,11 +35,13 @@ def gradient(scalar: Tensor, losses_T: Tensor) -> Tensor:
     return torch.autograd.grad(scalar, losses_T)[0]
 
 
-def assert_gradient_is_the_oracles(balancer: Balancer, oracle: torch.nn.Module, losses_T: Tensor) -> None:
-    losses_T = losses_T.clone().requires_grad_()
-    expected_T = gradient(oracle(losses_T), losses_T)
-    weights_T = balancer.weights(present_T=ALL, key=(0, 0), losses_T=losses_T.detach())
-    found_T = gradient(balancer.combine(losses_T, weights_T, ALL), losses_T)
+def assert_weights_are_the_gradient(
+    balancer: Balancer, scalarisation: Callable[[Tensor], Tensor], losses_T: Tensor
+) -> None:
+    weights_T = balancer.weights(present_T=ALL, key=(0, 0), losses_T=losses_T)
+    differentiable_T = losses_T.clone().requires_grad_()
+    expected_T = gradient(scalarisation(differentiable_T), differentiable_T)
+    found_T = gradient(balancer.combine(differentiable_T, weights_T, ALL), differentiable_T)
     torch.testing.assert_close(found_T, expected_T, rtol=1e-5, atol=1e-7)
 
 
@@ -158,7 +156,10 @@ def test_rlw_draws_the_same_ratios_whether_or_not_another_task_is_absent() -> No
 
 
 def test_gls_is_the_gradient_of_the_geometric_mean() -> None:
-    assert_gradient_is_the_oracles(build(GLSSettings()), OracleGLS(), torch.tensor([0.3, 2.0, 7.0]))
+    losses_T = torch.tensor([0.3, 2.0, 7.0])
+    assert_weights_are_the_gradient(
+        build(GLSSettings()), lambda values_T: values_T.prod() ** (1 / 3), losses_T
+    )
 
 
 def test_gls_weighted_losses_sum_to_the_geometric_mean() -> None:
@@ -176,27 +177,33 @@ def test_gls_of_a_loss_that_reached_zero_is_finite() -> None:
 
 @pytest.mark.parametrize("mu", [0.05, 1.0, 10.0])
 def test_stch_is_the_gradient_of_the_smooth_maximum_with_the_recipes_weights(mu: float) -> None:
-    weights = (0.5, 1.0, 2.0)
-    oracle = OracleSTCH(mu, weights=torch.tensor(weights))
-    assert_gradient_is_the_oracles(build(STCHSettings(mu=mu), weights), oracle, torch.tensor([0.3, 2.0, 1.1]))
+    preference_T = torch.tensor([0.5, 1.0, 2.0])
+
+    def smooth_maximum(values_T: Tensor) -> Tensor:
+        return mu * torch.logsumexp(preference_T * values_T / mu, dim=0)
+
+    balancer = build(STCHSettings(mu=mu), (0.5, 1.0, 2.0))
+    assert_weights_are_the_gradient(balancer, smooth_maximum, torch.tensor([0.3, 2.0, 1.1]))
 
 
 # --- dwa --------------------------------------------------------------------------------------------
 
 
 def test_dwa_weighs_by_the_ratio_of_the_last_two_epochs() -> None:
-    balancer, oracle = build(DWASettings()), OracleDWA()
+    balancer = build(DWASettings(temperature=1.5))
     generator = torch.Generator().manual_seed(0)
+    means: list[Tensor] = []
     for epoch in range(4):
-        for window in range(5):
-            losses_T = torch.rand(3, generator=generator) + 0.1
-            weights_T = balancer.weights(present_T=ALL, key=(0, 5 * epoch + window))
-            differentiable_T = losses_T.clone().requires_grad_()
-            expected_T = gradient(oracle(differentiable_T), differentiable_T)
-            torch.testing.assert_close(weights_T, expected_T, rtol=1e-5, atol=1e-6)
+        windows = torch.rand(5, 3, generator=generator) + 0.1
+        rates_T = means[-1] / means[-2] if epoch >= 2 else torch.ones(3)
+        for losses_T in windows:
+            weights_T = balancer.weights(present_T=ALL, key=(0, 0))
+            torch.testing.assert_close(
+                weights_T, 3 * torch.softmax(rates_T / 1.5, dim=0), rtol=1e-5, atol=1e-6
+            )
             balancer.observe(losses_T, ALL)
         balancer.end_epoch()
-        oracle.step()
+        means.append(windows.mean(dim=0))
 
 
 def test_dwa_keeps_the_history_of_a_task_that_was_absent_for_an_epoch() -> None:
@@ -218,22 +225,23 @@ def test_dwa_keeps_the_history_of_a_task_that_was_absent_for_an_epoch() -> None:
 # --- famo -------------------------------------------------------------------------------------------
 
 
-def test_famo_takes_the_official_steps_when_the_losses_move_by_themselves() -> None:
+def test_famo_takes_the_steps_of_its_algorithm() -> None:
     settings = FAMOSettings()
     balancer = build(settings)
-    assert isinstance(balancer, FAMO)
-    oracle = OracleFAMO(3, lr=settings.lr, weight_decay=settings.weight_decay)
+    logits_T = torch.zeros(3, requires_grad=True)
+    adam = torch.optim.Adam([logits_T], lr=settings.lr, weight_decay=settings.weight_decay)
     generator = torch.Generator().manual_seed(0)
     losses_T = torch.rand(3, generator=generator) + 0.5
     for step in range(50):
         weights_T = balancer.weights(present_T=ALL, key=(0, step), losses_T=losses_T)
-        differentiable_T = losses_T.clone().requires_grad_()
-        expected_T = gradient(oracle(differentiable_T), differentiable_T)
-        torch.testing.assert_close(weights_T, expected_T, rtol=1e-4, atol=1e-6)
-        assert weights_T.sum().item() == pytest.approx(1.0, abs=1e-6)
+        shares_T = torch.softmax(logits_T.detach(), dim=0) / losses_T
+        torch.testing.assert_close(weights_T, shares_T / shares_T.sum(), rtol=1e-4, atol=1e-6)
         # What a second forward after the step would see is here what the next window sees.
-        losses_T = losses_T * (0.9 + 0.1 * torch.rand(3, generator=generator))
-        oracle.update(losses_T)
+        after_T = losses_T * (0.9 + 0.1 * torch.rand(3, generator=generator))
+        adam.zero_grad()
+        torch.softmax(logits_T, dim=0).backward(losses_T.log() - after_T.log())
+        adam.step()
+        losses_T = after_T
 
 
 def test_famo_leaves_logits_and_moments_of_an_absent_task_as_they_were() -> None:
@@ -283,14 +291,14 @@ def test_uncertainty_halves_the_factor_of_regression_alone() -> None:
     )
 
 
-def test_imtl_l_is_the_oracles_scalar() -> None:
-    balancer, oracle = build(IMTLLSettings()), OracleIMTLL(3)
+def test_imtl_l_is_its_formula() -> None:
+    balancer = build(IMTLLSettings())
     set_scales(balancer, (0.2, -0.4, 0.6))
-    with torch.no_grad():
-        oracle.log_scale.copy_(torch.tensor([0.2, -0.4, 0.6]))
-    losses_T = torch.tensor([0.7, 1.5, 3.0])
+    losses_T, scales_T = torch.tensor([0.7, 1.5, 3.0]), torch.tensor([0.2, -0.4, 0.6])
     weights_T = balancer.weights(present_T=ALL, key=(0, 0))
-    torch.testing.assert_close(balancer.combine(losses_T, weights_T, ALL), oracle(losses_T))
+    torch.testing.assert_close(weights_T, scales_T.exp())
+    expected = (scales_T.exp() * losses_T - scales_T).sum()
+    torch.testing.assert_close(balancer.combine(losses_T, weights_T, ALL), expected)
 
 
 @by_learned
