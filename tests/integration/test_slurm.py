@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -236,7 +237,10 @@ def evict(mode: str) -> Callable[[Callable[..., str], str], None]:
 def lose_a_node(slurm: Callable[..., str], job: str) -> None:
     slurm("scontrol", "update", "nodename=mtl-node2", "state=down", "reason=test")
     wait_for("the requeue", lambda: live_jobs()[job].state == "PENDING")
-    slurm("scontrol", "update", "nodename=mtl-node2", "state=resume")
+    # It is alive and returns by itself as soon as it registers (ReturnToService).
+    wait_for(
+        "the node", lambda: "down" not in slurm("sinfo", "--noheader", "--nodes=mtl-node2", "--format=%T")
+    )
 
 
 def kill_a_rank(slurm: Callable[..., str], job: str) -> None:
@@ -263,7 +267,7 @@ def disturbed(cluster: Callable[..., str], work: Path) -> Path:
         wait_for(f"steps before {name}", in_training(run))
         number = len(read_attempts(run))
         disturbance.happen(cluster, job)
-        wait_for(f"the end after {name}", lambda n=number: has_closed(run, n), 30.0)
+        wait_for(f"the end after {name}", partial(has_closed, run, number), 30.0)
         following = list(DISTURBANCES.values())[number:]
         wait_for("the requeue", lambda: live_jobs()[job].state == "PENDING")
         for later in following[:1]:

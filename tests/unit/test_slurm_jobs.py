@@ -1,0 +1,280 @@
+"""Where a run stands, from its folder and from what Slurm still knows; with and without accounting."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mtl_dist.commands.cluster import status_table
+from mtl_dist.errors import UserError
+from mtl_dist.launch.attempts import Attempt, Budget, begin_attempt
+from mtl_dist.launch.jobs import cancel, find_runs, follow, log_path, view_runs
+from mtl_dist.launch.records import JobRecord, read_jobs, write_jobs
+from mtl_dist.status import State, Status, write_status
+
+Programs = Callable[..., None]
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
+    """Replaces Slurm's programs by ones that print what the test says; those it doesn't name are absent."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def install(**programs: str) -> None:
+        for name, printed in programs.items():
+            path = folder / name
+            path.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n{printed}\n')
+            path.chmod(0o755)
+
+    monkeypatch.setattr("shutil.which", lambda name: str(folder / name) if (folder / name).exists() else None)
+    return install
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run that was submitted as job 7."""
+    folder = tmp_path / "runs" / "a"
+    (folder / "submissions" / "001" / "jobs").mkdir(parents=True)
+    (folder / "recipe.yaml").touch()
+    (folder / "submissions" / "001" / "submission.json").write_text('{"nodes": 2, "tasks_per_node": 2}')
+    write_jobs(folder, [JobRecord("7", "train", "submissions/001")])
+    return folder
+
+
+def says(line: str) -> str:
+    return f"echo '{line}'"
+
+
+def state_of(run: Path) -> tuple[str, str]:
+    (view,) = view_runs([run])
+    return view.state, view.detail
+
+
+def begin(run: Path, job: str = "7") -> None:
+    attempt = Attempt(job, nodes=2, ranks=4, started=time.time(), first_step=0)
+    begin_attempt(run, attempt, Budget(crashes=9, node_failures=9))
+
+
+# -- on a cluster -----------------------------------------------------------------------------------------
+
+
+def test_a_queued_run_says_what_it_waits_for(run: Path, slurm: Programs) -> None:
+    slurm(squeue=says("7|PENDING|Priority|2026-01-01T10:00:00|"))
+    assert state_of(run) == ("queued", "Priority, expected 2026-01-01T10:00:00")
+
+
+def test_a_job_whose_ranks_have_not_spoken_yet_is_starting(run: Path, slurm: Programs) -> None:
+    slurm(squeue=says("7|RUNNING|None|now|node[1-2]"))
+    write_status(run, Status("stopped", step=5, updated=time.time() - 60))
+    begin(run)
+    assert state_of(run) == ("starting", "on node[1-2]")
+    write_status(run, Status("running", step=6))
+    assert state_of(run) == ("running", "on node[1-2]")
+
+
+def test_requeues_are_counted_by_cause_and_only_those_of_this_job(run: Path, slurm: Programs) -> None:
+    slurm(squeue=says("7|PENDING|BeginTime|N/A|"))
+    for job in ("3", "7", "7", "7"):
+        begin(run, job)
+    (view,) = view_runs([run])
+    assert view.requeues == {"node failure": 2}
+    slurm(squeue=says("7|RUNNING|None|N/A|node1"))
+    assert view_runs([run])[0].requeues == {"node failure": 2}
+
+
+@pytest.mark.parametrize("state", ["done", "failed", "stopped"])
+def test_a_run_whose_job_is_gone_is_what_it_said_last(run: Path, slurm: Programs, state: State) -> None:
+    slurm(squeue="true", scontrol="exit 1")
+    write_status(run, replace(Status("done"), state=state, reason="because\nof this"))
+    assert state_of(run) == (state, "of this")
+
+
+@pytest.mark.parametrize(
+    "programs",
+    [
+        {"sacct": says("TIMEOUT"), "scontrol": says("JobId=7 JobState=COMPLETED Reason=None")},
+        {
+            "sacct": "echo 'Slurm accounting storage is disabled' >&2; exit 1",
+            "scontrol": says("JobState=TIMEOUT"),
+        },
+        {"scontrol": says("JobId=7 JobName=x JobState=TIMEOUT Reason=TimeLimit")},
+    ],
+    ids=["with accounting", "with accounting switched off", "without sacct"],
+)
+def test_a_run_that_vanished_failed_as_slurm_says(
+    run: Path, slurm: Programs, programs: dict[str, str]
+) -> None:
+    slurm(squeue="true", **programs)
+    write_status(run, Status("running", step=5))
+    state, detail = state_of(run)
+    assert state == "failed"
+    assert "TIMEOUT" in detail
+
+
+def test_a_vanished_run_that_slurm_has_forgotten_failed_all_the_same(run: Path, slurm: Programs) -> None:
+    slurm(squeue="true", scontrol="exit 1")
+    write_status(run, Status("running", step=5))
+    assert state_of(run)[0] == "failed"
+
+
+def test_a_job_that_was_cancelled_by_hand_is_cancelled(run: Path, slurm: Programs) -> None:
+    slurm(squeue="true", sacct=says("CANCELLED by 1000"))
+    write_status(run, Status("stopped", step=5, reason="signal SIGTERM"))
+    assert state_of(run)[0] == "cancelled"
+
+
+@pytest.mark.parametrize("programs", [{}, {"squeue": "echo 'squeue: error: no route' >&2; exit 1"}])
+def test_where_slurm_does_not_answer_the_folder_does_and_says_so(
+    run: Path, slurm: Programs, programs: dict[str, str]
+) -> None:
+    slurm(**programs)
+    write_status(run, Status("running", step=5, updated=time.time() - 300))
+    state, detail = state_of(run)
+    assert state == "running"
+    assert "as it said 5 min ago; squeue: " in detail
+
+
+def test_cancelling_ends_every_job_of_the_run_and_is_remembered(
+    run: Path, slurm: Programs, tmp_path: Path
+) -> None:
+    evaluation = JobRecord("8", "evaluate", "submissions/001")
+    write_jobs(run, [JobRecord("3", "train", "submissions/001"), *read_jobs(run), evaluation])
+    slurm(squeue="echo '7|RUNNING|None|now|n1'; echo '8|PENDING|Dependency|N/A|'", scancel="true")
+    assert cancel(run) == "cancelled job 7, 8"
+    assert "7 8" in (tmp_path / "calls").read_text().splitlines()
+    assert [job.id for job in read_jobs(run) if job.cancelled is not None] == ["7", "8"]
+    slurm(squeue="true")
+    write_status(run, Status("stopped", step=5, reason="signal SIGTERM"))
+    assert state_of(run)[0] == "cancelled"
+
+
+def test_nothing_to_cancel_is_said(run: Path, slurm: Programs) -> None:
+    slurm(squeue="true")
+    with pytest.raises(UserError, match="expected a job that waits or runs"):
+        cancel(run)
+
+
+def test_each_rank_has_a_log_and_a_rank_that_does_not_exist_is_refused(run: Path) -> None:
+    jobs = run / "submissions" / "001" / "jobs"
+    with pytest.raises(UserError, match="nothing has been printed yet"):
+        log_path(run, None)
+    for rank in range(4):
+        (jobs / f"7_{rank}_log.out").touch()
+    assert log_path(run, None) == jobs / "7_0_log.out"
+    assert log_path(run, 3) == jobs / "7_3_log.out"
+    with pytest.raises(UserError, match="expected 0 to 3, found 4"):
+        log_path(run, 4)
+
+
+# -- on this machine --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    code = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(7)); print('up', flush=True)"
+    process = subprocess.Popen([sys.executable, "-c", f"{code}\ntime.sleep(60)"], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"up\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "b"
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").touch()
+    return folder
+
+
+def test_a_local_run_is_running_while_its_process_lives(
+    local: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    write_status(local, Status("running", pid=sleeper.pid))
+    assert state_of(local) == ("running", f"process {sleeper.pid}")
+    sleeper.send_signal(signal.SIGKILL)
+    sleeper.wait()
+    assert state_of(local) == ("failed", "its process is gone")
+
+
+def test_a_later_process_of_the_same_number_is_not_the_run(local: Path) -> None:
+    write_status(local, Status("running", pid=os.getpid(), updated=1.0))
+    assert state_of(local)[0] == "failed"
+
+
+def test_a_run_on_another_machine_is_believed_for_what_it_said(local: Path) -> None:
+    write_status(local, Status("running", host="elsewhere", updated=time.time() - 10))
+    assert state_of(local) == ("running", "on elsewhere, as it said 10 s ago")
+    with pytest.raises(UserError, match="it runs on elsewhere"):
+        cancel(local)
+
+
+def test_cancelling_a_local_run_asks_it_to_save_and_stop(
+    local: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    write_status(local, Status("running", pid=sleeper.pid))
+    cancel(local)
+    assert sleeper.wait(timeout=10) == 7
+
+
+def test_a_local_run_has_one_log_for_all_ranks(local: Path) -> None:
+    (local / "log.txt").write_text("hello")
+    assert log_path(local, None) == local / "log.txt"
+    with pytest.raises(UserError, match="--rank"):
+        log_path(local, 0)
+
+
+# -- finding and following --------------------------------------------------------------------------------
+
+
+def test_runs_are_found_below_any_folder_but_not_inside_of_one_another(run: Path, local: Path) -> None:
+    (run / "checkpoints" / "step_1").mkdir(parents=True)
+    (run / "checkpoints" / "step_1" / "recipe.yaml").touch()
+    assert find_runs(run.parent) == [run, local]
+    assert find_runs(local) == [local]
+    assert find_runs(local / "nowhere") == []
+
+
+def test_following_a_log_misses_nothing_that_was_written_before_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("one ")
+    writes = iter(["two ", "three "])
+
+    def ended() -> bool:
+        text = next(writes, None)
+        if text is not None:
+            with path.open("a") as file:
+                file.write(text)
+        return text is None
+
+    assert "".join(follow(path, ended, poll_s=0.0)) == "one two three "
+
+
+def test_the_table_shows_the_speed_only_of_what_runs(local: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    going = Status("running", step=5, total_steps=10, position=50, end_position=100, images_per_s=25.0)
+    write_status(local, replace(going, pid=sleeper.pid, host=platform.node(), metric="val/loss", best=0.25))
+    cells = [list(column.cells) for column in status_table(view_runs([local]), local.parent).columns]
+    assert [cell for (cell,) in cells] == [
+        "b",
+        "",
+        "running",
+        "5/10",
+        "0.00",
+        "25",
+        "0:00:02",
+        "val/loss 0.2500",
+    ]
+    write_status(local, replace(going, state="stopped"))
+    cells = [list(column.cells) for column in status_table(view_runs([local]), local.parent).columns]
+    assert [cell for (cell,) in cells] == ["b", "", "stopped", "5/10", "0.00", "", "", ""]
