@@ -35,7 +35,7 @@ class _Gate(torch.autograd.Function):
         return feature.view_as(feature)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.gate.to(gradient.dtype), None  # type: ignore[attr-defined]
 
 
@@ -49,16 +49,18 @@ def as_if_unseen(module: nn.Module, device: torch.device) -> Iterator[None]:
     """A forward in here leaves no trace: random state and BatchNorm's running statistics stay."""
     layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [layer.momentum for layer in layers]
-    counts = [layer.num_batches_tracked.clone() for layer in layers]
+    counters = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
+    counts = [counter.clone() for counter in counters]
     for layer in layers:
         layer.momentum = 0.0
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
-        for layer, momentum, count in zip(layers, momenta, counts, strict=True):
+        for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-            layer.num_batches_tracked.copy_(count)
+        for counter, count in zip(counters, counts, strict=True):
+            counter.copy_(count)
 
 
 class WindowGradients:

@@ -21,8 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 from mtl_dist.assemble import load_root
-from mtl_dist.data.decode import DecodeError, decode_image
-from mtl_dist.data.transforms import evaluation_transform
+from mtl_dist.data.decode import decode_image
+from mtl_dist.data.images import UnreadableImage
+from mtl_dist.data.randomness import Draws
+from mtl_dist.data.transforms import PRESETS, Transform
 from mtl_dist.engine.accelerated import connect_accelerate
 from mtl_dist.errors import UserError
 from mtl_dist.recipe import load_recipe
@@ -49,7 +51,7 @@ class Predictor:
         _, self._world = connect_accelerate()
         self._root = load_root(folder, recipe, self._world, lambda line: print(line, file=sys.stderr))
         self._facts = folder.read_data()
-        self._transform = evaluation_transform(recipe.data)
+        self._transform = Transform(self._facts.image_size, recipe.data.resize, PRESETS["none"])
         self.tasks = tuple(self._root.tasks)
 
     def predict(self, image: ImageLike, threshold: float = 0.5) -> dict[str, dict[str, Any]]:
@@ -73,7 +75,7 @@ class Predictor:
         results: list[dict[str, dict[str, Any]]] = []
         for start in range(0, len(images), BATCH_SIZE):
             originals = [self._decoded(image) for image in images[start : start + BATCH_SIZE]]
-            inputs = torch.stack([self._transform(image, {}, None)[0] for image in originals])
+            inputs = torch.stack([self._transform(image, {}, Draws(0))[0] for image in originals])
             outputs = self._root.predict(inputs.to(self._world.device))
             for row, original in enumerate(originals):
                 size = (original.shape[1], original.shape[2])
@@ -96,7 +98,7 @@ class Predictor:
         name = str(image) if isinstance(image, str | Path) else type(image).__name__
         try:
             return decode_image(_encoded(image), self._facts.channels, self._facts.image_dtype)
-        except (DecodeError, OSError) as error:
+        except (UnreadableImage, OSError) as error:
             raise UserError(f"{name}: expected a readable image, found: {error}") from None
 
 

@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
@@ -53,7 +54,7 @@ class DataFacts:
 
     infos: dict[str, TaskInfo]
     channels: int
-    image_dtype: str
+    image_dtype: ImageDtype
     image_size: tuple[int, int]
 
 
@@ -117,10 +118,10 @@ class RunFolder:
 
     def read_data(self) -> DataFacts:
         facts = json.loads((self.directory / "data.json").read_text(encoding="utf-8"))
-        infos = {
-            name: TaskInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in info.items()})
-            for name, info in facts["infos"].items()
-        }
+        infos: dict[str, TaskInfo] = {}
+        for name, raw in facts["infos"].items():
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+            infos[name] = TaskInfo(**values)
         height, width = facts["image_size"]
         return DataFacts(infos, facts["channels"], facts["image_dtype"], (height, width))
 

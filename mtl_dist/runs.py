@@ -51,14 +51,15 @@ from mtl_dist.tracking import Tracker
 from mtl_dist.trainer import Outcome, Trainer
 
 
-def train(recipe: Recipe, run_dir: Path | None = None) -> Outcome:
+def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None = None) -> Outcome:
     """Train `recipe` in `run_dir`, from its newest good checkpoint if the folder has one.
 
-    Called by every rank of the group that the launcher started.
+    Called by every rank of the group that the launcher started. `stop` knows a deadline besides the signals.
 
     Raises:
         UserError: the recipe does not fit its data, the number of ranks, or the run that the folder holds.
     """
+    stop = stop or StopSignal()
     connection = connect(recipe.engine, recipe.train.precision)
     atexit.register(connection.close)
     world = connection.world
@@ -88,7 +89,6 @@ def train(recipe: Recipe, run_dir: Path | None = None) -> Outcome:
 
         # ---- trainer
         tracker = Tracker(folder.directory if world.is_main else None, resumed.step if resumed else 0)
-        stop = StopSignal()
         plan = plan_of(recipe, data, accumulation)
         micro_batch = recipe.train.global_batch // (world.size * accumulation)
         trainer = Trainer(
@@ -234,7 +234,7 @@ def evaluate_at_end(
     path = world.on_main(lambda: best_or_newest(folder, tracker.say))
     engine.load_full_state(inference_weights(read_checkpoint(path)), {})
     with engine.evaluating():
-        evaluations = {
+        evaluations: dict[str, Evaluation] = {
             split: evaluate_split(root, data, split, batch_size, world)
             for split in ("val", "test")
             if split in data.splits

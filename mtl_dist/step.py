@@ -88,7 +88,7 @@ class RootModule(nn.Module):
         self._aggregate_P: Tensor | None = None
         self._weighed_step = -1
         self.gathered_heads: Callable[[], AbstractContextManager[None]] | None = None
-        """Set where the engine divides the weights over the ranks: a context in which the heads' are whole."""
+        """Set where the engine divides the weights over the ranks: a context in which the heads are whole."""
         self.local_sums_T = torch.zeros(len(tasks))
         """Each task's loss sum over this rank's last micro-batch, for the log. Not a buffer: not state."""
 

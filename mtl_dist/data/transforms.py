@@ -131,6 +131,30 @@ class Transform:
         image_CHW = self._erased(self._recoloured(image_CHW, draws), draws)
         return image_CHW, {name: mask[0] for name, mask in views.items()}
 
+    def restored(self, maps_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+        """Maps of an image that was not augmented, back at the image's own `size` (height, width).
+
+        Padding is cut off again; where the image was cropped, the border's values go on to its edge.
+        """
+        height, width = size
+        source = self._source(height, width, Draws(0))
+        inner_height, inner_width = self._inner(source)
+        scale_y, scale_x = maps_BCHW.shape[-2] / self.size[0], maps_BCHW.shape[-1] / self.size[1]
+        shown = _Box(
+            round((self.size[0] - inner_height) // 2 * scale_y),
+            round((self.size[1] - inner_width) // 2 * scale_x),
+            max(1, round(inner_height * scale_y)),
+            max(1, round(inner_width * scale_x)),
+        )
+        maps_BCHW = F.interpolate(shown.of(maps_BCHW), (source.height, source.width), mode="bilinear")
+        rest = (
+            source.left,
+            width - source.left - source.width,
+            source.top,
+            height - source.top - source.height,
+        )
+        return F.pad(maps_BCHW, rest, mode="replicate") if any(rest) else maps_BCHW
+
     def _source(self, height: int, width: int, draws: Draws) -> _Box:
         """The part of the image to show."""
         if self.augment.crop_scale != (1.0, 1.0):
