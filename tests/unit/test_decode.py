@@ -214,6 +214,8 @@ def test_a_deep_png_of_too_few_rows_is_an_error() -> None:
         ),
         (b"\xff\xd8\xff" + bytes(300), "a damaged JPEG"),
         (npy(COLOUR)[:200], r"a damaged \.npy"),
+        (npy(COLOUR)[:50], r"a damaged \.npy"),
+        (npy(COLOUR)[:7], r"a damaged \.npy"),
         (npy(np.zeros((3, 4, 5, 6), np.uint8)), "an array of uint8"),
         (npy(np.zeros((3, 4))), "an array of float64"),
         (npy(np.zeros((4, 5, 3), np.float32)), "float32 values, where uint8"),

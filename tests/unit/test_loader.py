@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import random
 import signal
 from collections.abc import Iterator
@@ -670,6 +671,14 @@ def test_workers_go_on_when_signals_reach_every_process(datasets: Path) -> None:
                 os.kill(worker, number)
     found |= contents(batches)
     assert sorted(found) == list(range(TRAIN))
+
+
+def test_batches_can_be_built_by_a_process_that_was_not_forked(datasets: Path) -> None:
+    loader = training(augmented(datasets), global_batch=8)
+    batches = pickle.loads(pickle.dumps(loader._batches))
+    ours, theirs = next(iter(loader)), batches[0].batch()
+    assert theirs.keys == ours.keys
+    assert torch.equal(theirs.images_BCHW, ours.images_BCHW)
 
 
 def test_a_worker_builds_its_batch_in_shared_memory(datasets: Path) -> None:
