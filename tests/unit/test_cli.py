@@ -100,7 +100,7 @@ def test_a_wrong_use_of_the_options_is_exit_code_2(arguments: list[str]) -> None
 DOCTOR = """
 import sys, types
 
-def run_doctor(cluster):
+def run_doctor(cluster, **size):
     raise {exception}
 
 sys.modules["mtl_dist.report.doctor"] = types.SimpleNamespace(run_doctor=run_doctor)
