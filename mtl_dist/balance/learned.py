@@ -21,7 +21,8 @@ class LearnedBalancer(Balancer):
 
     def __init__(self, tasks: BalancedTasks) -> None:
         super().__init__(tasks)
-        self.scales = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in tasks.names})
+        # Of shape (1,): DeepSpeed cannot broadcast a parameter without dimensions.
+        self.scales = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in tasks.names})
 
     @abstractmethod
     def factors(self, scales_T: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ class LearnedBalancer(Balancer):
         return [self.scales[task]]
 
     def _scales_T(self) -> Tensor:
-        return torch.stack([self.scales[name] for name in self.tasks.names]).float()
+        return torch.cat([self.scales[name] for name in self.tasks.names]).float()
 
     def _propose(
         self, *, present_T: Tensor, key: Key, losses_T: Tensor | None, gramian_TT: Tensor | None
