@@ -10,12 +10,11 @@ taking the pending draw with the earliest deadline never misses one (Baruah, Coh
 Proportionate progress, 1996; the chairman assignment problem of Tijdeman, 1980). After W positions every
 source has had exactly w_s draws, and the schedule repeats.
 
-That rule is a loop over positions; we need to begin anywhere. Let `pending(t)` be the draws released
-before t beyond the t that were made, sum_s ceil(t w_s / W) - t. A work-conserving server has finished
-min over t <= p of (jobs released before t + p - t) of the jobs of any priority class by time p, and for
-the class "the i sources with the earliest deadlines" that minimum lies between p and the oldest release
-among the other sources' current draws. So the state at p costs a scan over about W / min(w_s) positions,
-vectorised, at worst, and no table: see `_state_at`.
+That rule is a loop over positions, but we need to begin anywhere. A server that is never idle has finished,
+of the jobs of a priority class, min over t <= p of (those released before t) + p - t by time p. Applied to
+the classes "the i draws due first" this tells which draws in progress are done at p, from positions back to
+the oldest release among them: a vectorised look at up to W / min(w_s) positions, usually a few, and no
+table (`Schedule._state_at`).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _FIRST_SCAN, _LONGEST_SCAN = 64, 16384  # positions looked at in one go
 
 
 @dataclass(frozen=True)
-class Draws:
+class SourceDraws:
     """Consecutive positions of a stream: the source of each, and which draw of that source it is."""
 
     sources: np.ndarray
@@ -80,10 +79,10 @@ class Schedule:
                 f"{self.period:,}. Use `mixing: {{kind: weights}}`."
             )
 
-    def draws(self, start: int, stop: int) -> Draws:
+    def draws(self, start: int, stop: int) -> SourceDraws:
         """The draws at positions [start, stop)."""
         if len(self.weights) == 1:
-            return Draws(np.zeros(stop - start, dtype=np.int64), np.arange(start, stop))
+            return SourceDraws(np.zeros(stop - start, dtype=np.int64), np.arange(start, stop))
         sources, numbers = np.empty((2, stop - start), dtype=np.int64)
         rounds = start // self.period
         done = [n - rounds * weight for n, weight in zip(self.counts(start), self.weights, strict=True)]
@@ -95,7 +94,7 @@ class Schedule:
             numbers[index] = done[source] + rounds * self.weights[source]
             done[source] += 1
             release[source], deadline[source] = self._window(source, done[source])
-        return Draws(sources, numbers)
+        return SourceDraws(sources, numbers)
 
     def counts(self, position: int) -> tuple[int, ...]:
         """How many of the draws before `position` come from each source."""
