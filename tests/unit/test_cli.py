@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs" / "digits.yaml"
 
 COMMANDS = ["prepare digits", "prepare folders", "prepare table", "inspect", "train", "launch"]
-COMMANDS += ["evaluate", "predict", "verify", "doctor"]
+COMMANDS += ["evaluate", "predict", "verify", "submit", "status", "logs", "cancel", "doctor"]
 
 
 def mtl(*arguments: str | Path) -> Result:
