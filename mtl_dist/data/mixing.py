@@ -120,8 +120,9 @@ class Schedule:
         # Draws in progress are released before `offset` and due after it: one per source at most, and
         # `extra` of them are done. Of the i that are due first, extra + lowest[i] are done, where
         #     lowest[i] = min over t <= offset of (pending(t) - those due after the i, released before t)
-        # which is 0 at t = 0. Between two releases only pending(t) varies, and it is at least 1: a stretch
-        # that cannot lower anything is not scanned.
+        #     pending(t) = the draws of all sources released before t, less t
+        # and the minimum is 0 at t = 0. Between two releases only pending(t) varies, and it is at least 1:
+        # a stretch that cannot lower anything is not scanned.
         release, deadline = self._windows(done)
         current = sorted((s for s in range(len(done)) if release[s] < offset), key=lambda s: (deadline[s], s))
         lowest = [0] * (len(current) + 1)
@@ -137,7 +138,7 @@ class Schedule:
         return done
 
     def _least_pending(self, begin: int, end: int, least: int) -> int:
-        """The minimum of `least` and of pending(t) over begin <= t < end, inside a period."""
+        """The minimum of `least` and of pending(t) over begin <= t < end (see `_state_at`)."""
         weights = np.array(self.weights)
         length = _FIRST_SCAN
         while end > begin and least > 1:
