@@ -118,11 +118,11 @@ class WindowGradients:
         """Collective: G = J J^T of the global losses, (T, T)."""
         if level == "features":
             # Each rank's losses carry the factor W that DDP's mean takes out again; G has it twice.
-            upper_TT = self._sum(self._gramian_TT) / self._world.size**2
+            upper_TT = self._world.device_sum(self._gramian_TT) / self._world.size**2
             return upper_TT.triu() + upper_TT.triu(1).T
         assert self._jacobian_TP is not None
         shard_TS = self._averaged_shard(self._jacobian_TP)
-        return self._sum(shard_TS @ shard_TS.T)
+        return self._world.device_sum(shard_TS @ shard_TS.T)
 
     def global_jacobian(self) -> Tensor:
         """Collective: J (T, P), averaged over the ranks."""
@@ -144,10 +144,4 @@ class WindowGradients:
         return torch.stack(shards)
 
     def _mean(self, values: Tensor) -> Tensor:
-        return self._sum(values) / self._world.size
-
-    def _sum(self, values: Tensor) -> Tensor:
-        if self._world.size > 1:
-            values = values.clone()
-            dist.all_reduce(values)
-        return values
+        return self._world.device_sum(values) / self._world.size

@@ -138,6 +138,15 @@ class RootModule(nn.Module):
             scalar = scalar + share * torch.stack(products).sum()
         return scalar
 
+    def observe(self, local_sums_T: Tensor, totals: WindowTotals) -> None:
+        """Let the balancer learn a finished window's global losses, where it wants them.
+
+        `local_sums_T` are this rank's loss sums over the window's micro-batches.
+        """
+        if self.balancer.observes:
+            losses_T = self._world.device_sum(local_sums_T) / totals.counts_T.to(local_sums_T)
+            self.balancer.observe(losses_T, totals.present_T.to(losses_T.device))
+
     # ------------------------------------------------------------------ losses
     def _losses(self, batch: Batch, totals: WindowTotals) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """The tasks' losses (T,), and the features that each task's head read.

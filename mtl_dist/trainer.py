@@ -128,6 +128,7 @@ class Trainer:
             self.position = min(self.position + self.plan.global_batch, self.plan.end_position)
             if self.ema is not None:
                 self.ema.update(self.step)
+            self.root.observe(sums_T, totals)
             self._epoch_sums_T += sums_T
             self._epoch_counts_T += totals.counts_T
             advance(self.plan.global_batch)
@@ -138,6 +139,7 @@ class Trainer:
                 self.position // self.plan.samples_per_epoch > epoch
                 or self.position == self.plan.end_position
             ):
+                self.root.balancer.end_epoch()
                 self._finish_epoch()
                 if self.monitor.exhausted:
                     self._save()

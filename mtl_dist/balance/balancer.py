@@ -61,6 +61,8 @@ class Balancer(nn.Module, ABC):
     needs: ClassVar[Needs]
     uses_task_weights: ClassVar[bool] = False
     """Whether `tasks.<name>.weight` means something to the method; otherwise it must be 1."""
+    observes: ClassVar[bool] = False
+    """Whether `observe` learns anything: it costs a sum over the ranks in every window."""
 
     last_weights_T: Tensor
     num_unconverged: Tensor

@@ -34,6 +34,7 @@ class DWA(Balancer):
     """
 
     needs = "nothing"
+    observes = True
 
     epoch_means_2T: Tensor
     num_epochs_T: Tensor

@@ -46,6 +46,14 @@ class World:
         """The element-wise maximum of a host tensor over all ranks."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
+    def device_sum(self, values: Tensor) -> Tensor:
+        """The element-wise sum of a tensor on the ranks' devices."""
+        if self.size == 1:
+            return values
+        result = values.clone()
+        dist.all_reduce(result)
+        return result
+
     def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if self.control is None:
             return values

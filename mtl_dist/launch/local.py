@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from mtl_dist.config.yaml_text import YamlError, parse
 from mtl_dist.errors import UserError
