@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,3 +117,38 @@ def test_nothing_of_the_work_is_left_in_the_dataset(tmp_path: Path) -> None:
     names = ["dataset.json", "train-000000.tar", "train.index.npy", "val-000000.tar", "val.index.npy"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "src"]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from mtl_dist.data.importers.folders import prepare_folders
+from mtl_dist.data.importers.packing import PackOptions
+options = PackOptions(workers=2, shard_samples=20)
+prepare_folders(Path(sys.argv[1]), Path(sys.argv[2]), "breed", options=options)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_preparation_ends_whole_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    files = {f"{breed}/{number}.jpg": picture(number) for breed in "ab" for number in range(2000)}
+    src, out, partial = fill(tmp_path / "src", files), tmp_path / "out", tmp_path / ".out.partial"
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(src), str(out)])
+    deadline = time.monotonic() + 120
+    while not list(partial.glob(".finished/*3.tar.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert partial.is_dir() and not out.exists()
+    time.sleep(0.5)
+    before = contents_below(partial)
+    time.sleep(0.5)
+    assert contents_below(partial) == before  # the workers have ended with their caller
+    options = PackOptions(workers=1, shard_samples=20)
+    prepare_folders(src, out, "breed", options=options)
+    prepare_folders(src, tmp_path / "whole", "breed", options=options)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def contents_below(directory: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}

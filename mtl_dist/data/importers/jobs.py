@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -231,6 +233,15 @@ def _start_worker(ticks: Synchronized[int]) -> None:
     global _ticks
     _ticks = ticks
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: only the caller's speaks
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
+
+
+def _end_with_the_caller() -> None:
+    """End this process when the caller is killed: it would write on, beside the next run."""
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+    multiprocessing.connection.wait([caller.sentinel])
+    os._exit(1)
 
 
 def _tick() -> None:
