@@ -20,6 +20,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import asdict, dataclass, field
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -30,6 +31,9 @@ from mtl_dist.data.masks import MaskValueError, read_mask
 from mtl_dist.data.shards import Label, TarShard, scan_shard, shard_name
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskKind
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 DIGEST_SIZE = 16
 FINISHED = ".finished"
@@ -250,14 +254,17 @@ def _tick() -> None:
         _ticks.value += 1
 
 
-def _run_in_worker(job: ShardJob) -> ShardResult:
-    return pack_shard(job, _tick)
+def _run_in_worker(work: Callable[[Job, Callable[[], None]], Result], job: Job) -> Result:
+    return work(job, _tick)
 
 
 def run_jobs(
-    jobs: Sequence[ShardJob], workers: int, progress: Callable[[int], None]
-) -> Iterator[ShardResult]:
-    """The results of all jobs, in order; `progress` hears the number of records done so far."""
+    work: Callable[[Job, Callable[[], None]], Result],
+    jobs: Sequence[Job],
+    workers: int,
+    progress: Callable[[int], None],
+) -> Iterator[Result]:
+    """The results of `work(job, tick)` for all jobs, in order; `progress` hears how many ticks so far."""
     if workers <= 1 or len(jobs) <= 1:
         done = 0
 
@@ -267,7 +274,7 @@ def run_jobs(
             progress(done)
 
         for job in jobs:
-            yield pack_shard(job, tick)
+            yield work(job, tick)
         return
 
     # Not plain fork, which copies the caller's threads (progress bars, torch) in the midst of their work.
@@ -275,7 +282,7 @@ def run_jobs(
     context.set_forkserver_preload([__name__, "webdataset.writer"])
     ticks = context.Value("Q", 0)
     with ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (ticks,)) as pool:
-        futures = [pool.submit(_run_in_worker, job) for job in jobs]
+        futures = [pool.submit(_run_in_worker, work, job) for job in jobs]
         try:
             for future in futures:
                 yield _await(future, lambda: progress(ticks.value))
@@ -283,7 +290,7 @@ def run_jobs(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _await(future: Future[ShardResult], report: Callable[[], None]) -> ShardResult:
+def _await(future: Future[Result], report: Callable[[], None]) -> Result:
     while True:
         try:
             result = future.result(timeout=0.2)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mtl_dist.data.columns import label_columns, labels_path
 from mtl_dist.data.importers.jobs import (
     FINISHED,
     Record,
@@ -30,6 +31,7 @@ from mtl_dist.data.importers.jobs import (
     TaskSource,
     check_skipped,
     finished_result,
+    pack_shard,
     run_jobs,
 )
 from mtl_dist.data.importers.splitting import SPLIT_NAMES, shuffled
@@ -225,7 +227,7 @@ def _run(jobs: Sequence[ShardJob], options: PackOptions, progress: Progress) -> 
     todo = [job for job in jobs if job not in results]
     skipped = [reason for result in results.values() for reason in result.skipped.values()]
     workers = options.workers or _workers_for(todo)
-    new_results = run_jobs(todo, workers, lambda done: progress(before + done, total))
+    new_results = run_jobs(pack_shard, todo, workers, lambda done: progress(before + done, total))
     for job, result in zip(todo, new_results, strict=True):
         results[job] = result
         skipped += result.skipped.values()
@@ -292,6 +294,10 @@ def _finish(
     )
     for split, content in packed.items():
         save_index(index_path(directory, split), np.concatenate([result.rows for result in content.results]))
+        columns = {task: [record.labels.get(task) for record in content.records] for task in tasks}
+        save_index(
+            labels_path(directory, split), label_columns(manifest.tasks, columns, len(content.records))
+        )
     write_manifest(directory, manifest)
     return manifest
 
