@@ -56,13 +56,16 @@ def build_deepspeed_engine(
     deepspeed = import_deepspeed()
     separate_groups(optimizer, parts)
     names = {parameter: name for name, parameter in root.named_parameters()}
+    config = deepspeed_config(root, stage, offload_optimizer, offload_parameters, world.device)
+    # It sends the weights of rank 0 to all, and can send contiguous ones of some dimension only.
     scalars = [name for parameter, name in names.items() if parameter.ndim == 0]
     if scalars:
         raise UserError(
             f"engine: DeepSpeed expects parameters of at least one dimension, found {', '.join(scalars)} "
             "without. Make them vectors of one element."
         )
-    config = deepspeed_config(root, stage, offload_optimizer, offload_parameters, world.device)
+    for parameter in root.parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     wrapped, zero, _, _ = deepspeed.initialize(
         model=root, optimizer=optimizer, config=config, dist_init_required=False
     )
@@ -245,6 +248,8 @@ class _PartitionedZero(_Zero):
 class _ShardedZero(_Zero):
     """ZeRO 3: every rank holds an equal part of every weight, and whole ones only while a module runs."""
 
+    _all_whole = False
+
     def shares(self) -> dict[str, Tensor]:
         return {name: p.ds_tensor.data for name, p in self._parameters().items() if p.requires_grad}
 
@@ -259,17 +264,22 @@ class _ShardedZero(_Zero):
             whole |= self._gathered(name, share)
         return whole
 
-    def evaluating(self) -> AbstractContextManager[None]:
-        return self._whole_weights()
-
     @contextmanager
-    def _whole_weights(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
         # Small weights stay whole between steps; after a change of the shares they would be old.
         self._deepspeed.empty_partition_cache()
         with unwrap_model_for_generation(self._deepspeed):
+            self._all_whole = True
             yield
+            self._all_whole = False
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        from deepspeed.zero import GatheredParameters
+
+        gathered: AbstractContextManager[None] = GatheredParameters(parameters, enabled=not self._all_whole)
+        return gathered
 
     def _whole_model(self) -> dict[str, Tensor]:
         parameters = self._parameters()

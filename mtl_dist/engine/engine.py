@@ -11,7 +11,7 @@ step does so inside `evaluating()`, or works on the shares.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from mtl_dist.errors import UserError
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did: the gradient norm before clipping, and whether the step was skipped
-    because a gradient was not finite (fp16 only)."""
+    because a gradient was not finite (fp16 only; the norm is then infinite)."""
 
     grad_norm: Tensor
     skipped: bool = False
@@ -97,6 +97,10 @@ class Engine(ABC):
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Collective: inside, every rank's `root` holds all its weights and may be called directly."""
+        return nullcontext()
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Collective: inside, these parameters hold all their weights, also within the root's forward."""
         return nullcontext()
 
     def shares(self) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class ReplicatedEngine(Engine):
         else:
             finite = bool(grad_norm.isfinite())
             torch._foreach_mul_(gradients, 1 / self.scaler.scale)
-            grad_norm = grad_norm / self.scaler.scale
+            grad_norm = grad_norm / self.scaler.scale if finite else torch.full_like(grad_norm, torch.inf)
             self.scaler.update(finite)
         if finite:
             if clip_norm is not None:
@@ -74,6 +74,7 @@ class ReplicatedEngine(Engine):
         model = {name: host_copy(tensor) for name, tensor in self.root.state_dict().items()}
         return FullState(model=model, optimizer=optimizer, scaler=scaler)
 
+    @torch.no_grad()
     def load_full_state(
         self,
         model: Mapping[str, Tensor],
@@ -88,8 +89,12 @@ class ReplicatedEngine(Engine):
         for key, value in optimizer.items():
             slot, name = key.split("/", 1)
             parameter = parameters[name]
-            device = counter_device(groups[parameter], parameter) if slot == "step" else parameter.device
-            self.optimizer.state[parameter][slot] = value.to(device, copy=True)
+            if value.ndim == 0:
+                own = value.to(counter_device(groups[parameter], parameter), copy=True)
+            else:
+                # In the weight's own memory format (channels-last), as the optimizer made it.
+                own = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            self.optimizer.state[parameter][slot] = own
         if scaler and self.scaler is not None:
             self.scaler.load_state_dict(scaler)
         self._all_finite.fill_(True)
