@@ -36,7 +36,10 @@ def train_run(recipe: Path, run_dir: Path, overrides: Sequence[str] = (), dropou
     from mtl_dist.runs import train
 
     if not dropout:
-        torch.nn.functional.dropout, kept = (lambda input, *args, **kwargs: input), torch.nn.functional.dropout
+        torch.nn.functional.dropout, kept = (
+            (lambda input, *args, **kwargs: input),
+            torch.nn.functional.dropout,
+        )
     try:
         return train(load_recipe(recipe, overrides), run_dir).state
     finally:
@@ -54,4 +57,6 @@ def rows(run: Path, kind: str) -> list[dict[str, Any]]:
 def tensors_at(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Everything that the checkpoint of `step` holds."""
     checkpoint = read_checkpoint(step_directory(run / "checkpoints", step))
-    return {f"{file}/{name}": t for file, tensors in checkpoint.tensors.items() for name, t in tensors.items()}
+    return {
+        f"{file}/{name}": t for file, tensors in checkpoint.tensors.items() for name, t in tensors.items()
+    }

@@ -223,8 +223,7 @@ def table(
 def _options(seed: int, workers: int | None, max_skipped: int = 0, verify: bool = True) -> PackOptions:
     from mtl_dist.data.importers.packing import PackOptions
 
-    cores = len(os.sched_getaffinity(0))
-    return PackOptions(verify=verify, max_skipped=max_skipped, workers=workers or cores, seed=seed)
+    return PackOptions(verify=verify, max_skipped=max_skipped, workers=workers, seed=seed)
 
 
 def _summary(out: Path, manifest: Manifest) -> None:

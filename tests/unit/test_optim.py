@@ -45,7 +45,9 @@ def test_parts_have_their_own_rates_and_one_factor_scales_them_all(model: Multit
 
 def test_biases_are_not_decayed_unless_asked(model: MultitaskModel) -> None:
     for decay_norms in (False, True):
-        optimizer = build_optimizer(OptimSettings(weight_decay=0.1, decay_norms=decay_norms), model, TASKS, [])
+        optimizer = build_optimizer(
+            OptimSettings(weight_decay=0.1, decay_norms=decay_norms), model, TASKS, []
+        )
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 assert (group["weight_decay"] > 0) == (parameter.ndim > 1 or decay_norms)

@@ -19,8 +19,8 @@ from mtl_dist.optim import OptimSettings, build_optimizer
 from mtl_dist.specs import TaskInfo
 from mtl_dist.step import RootModule, WindowTotals, count_labels
 from mtl_dist.tasks.classification import ClassificationSettings
-from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.registry import build_tasks
+from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
 
 SIZE = 8

@@ -19,7 +19,9 @@ def fill(tracker: Tracker, steps: range) -> None:
 
 
 def without_times(path: Path) -> list[dict[str, object]]:
-    return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in path.read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "time"} for line in path.read_text().splitlines()
+    ]
 
 
 def test_a_resumed_record_equals_one_that_never_stopped(tmp_path: Path) -> None:
@@ -30,7 +32,9 @@ def test_a_resumed_record_equals_one_that_never_stopped(tmp_path: Path) -> None:
     fill(Tracker(parts, 0), range(1, 7))  # killed after step 6, the last checkpoint is of step 4
     fill(Tracker(parts, 4), range(5, 9))
     assert without_times(parts / "metrics.jsonl") == without_times(whole / "metrics.jsonl")
-    assert json.loads((parts / "history.json").read_text()) == json.loads((whole / "history.json").read_text())
+    assert json.loads((parts / "history.json").read_text()) == json.loads(
+        (whole / "history.json").read_text()
+    )
     assert (parts / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
