@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +18,9 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="Th
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Decides the split and the stored order.")]
 Workers = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", show_default=False, help="Processes; without it one per core."),
+    typer.Option(
+        min=1, metavar="N", show_default=False, help="Processes; without it as many as the data is worth."
+    ),
 ]
 MaxSkipped = Annotated[
     int,
