@@ -52,6 +52,7 @@ def label_columns(
         if info.kind == "multilabel":
             flags = np.zeros((num_samples, 8 * _num_bytes(info)), np.uint8)
             for flag, positives in zip(flags, labels[name], strict=True):
+                assert positives is None or isinstance(positives, list)
                 flag[positives or []] = 1
             rows[name] = np.packbits(flags, axis=1, bitorder="little")
         else:

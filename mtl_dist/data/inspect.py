@@ -81,9 +81,9 @@ def _problems(directory: Path, manifest: Manifest) -> Iterator[str]:
                 yield f"{path}: expected {shard.num_bytes} bytes, found {path.stat().st_size}"
             elif sha256_of(path) != shard.sha256:
                 yield f"{path}: its content has changed since it was written (another SHA-256)"
-            else:
+            elif manifest.labels == "json":
                 rows.append(scan_shard(path, kinds))
-        if len(rows) == len(info.shards):
+        if rows and len(rows) == len(info.shards):
             yield from _index_problems(index_path(directory, split), np.concatenate(rows))
 
 

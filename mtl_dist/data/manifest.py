@@ -25,10 +25,13 @@ MANIFEST_NAME = "dataset.json"
 ImageDtype = Literal["uint8", "uint16", "float32"]
 """The values of a dataset's images."""
 
+LabelPlace = Literal["json", "columns"]
+"""In each sample's `<key>.json`, or in `<split>.labels.npy` (tars of others have forms of their own)."""
+
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar: its file name beside the manifest, its samples, its size in bytes and its SHA-256."""
+    """One tar: its path (absolute, or from the manifest on), samples, size in bytes and SHA-256."""
 
     path: str
     num_samples: int
@@ -64,7 +67,8 @@ class Manifest:
     `channels` and `image_dtype` hold for every image (grey ones among colour ones are expanded when they
     are read). `tasks` carries the statistics of the training split (of the first split where there is none
     called "train").
-    `notes` are lines the preparation had to say (skipped rows, duplicates across splits).
+    `notes` are lines the preparation had to say (skipped rows, duplicates across splits). `labels` says
+    where a reader finds the labels that are not masks.
     """
 
     channels: int
@@ -73,6 +77,7 @@ class Manifest:
     splits: dict[str, SplitInfo]
     name: str = ""
     notes: tuple[str, ...] = field(default=())
+    labels: LabelPlace = "json"
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -121,6 +126,8 @@ def read_manifest(directory: Path) -> Manifest:
 def _parse(raw: dict[str, Any]) -> Manifest:
     if raw["image_dtype"] not in get_args(ImageDtype):
         raise TypeError(f"image_dtype {raw['image_dtype']!r}")
+    if raw.get("labels", "json") not in get_args(LabelPlace):
+        raise TypeError(f"labels {raw['labels']!r}")
 
     def tuples(values: dict[str, Any]) -> dict[str, Any]:
         return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
@@ -139,4 +146,5 @@ def _parse(raw: dict[str, Any]) -> Manifest:
             for name, split in raw["splits"].items()
         },
         notes=tuple(raw["notes"]),
+        labels=raw.get("labels", "json"),
     )

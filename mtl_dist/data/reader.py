@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mtl_dist.data.columns import columns_dtype, labels_at, labels_path
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.data.shards import index_dtype, index_path, read_key, segmentation_tasks
 from mtl_dist.errors import UserError
@@ -57,6 +58,8 @@ class SplitReader:
         self._bits = {task: np.uint64(1 << bit) for bit, task in enumerate(manifest.tasks)}
         self._segmentation = segmentation_tasks({name: info.kind for name, info in manifest.tasks.items()})
         self._index_path = index_path(directory, split)
+        self._columns_path = labels_path(directory, split) if manifest.labels == "columns" else None
+        self._infos = manifest.tasks
         names = index_dtype(self._segmentation).names or ()
         self._spans = {
             name.removesuffix("_offset"): slice(at, at + 2)  # (offset, size)
@@ -64,16 +67,19 @@ class SplitReader:
             if name.endswith("_offset")
         }
         self._index: np.ndarray | None = None
+        self._columns: np.ndarray | None = None
         for path, shard in zip(self._paths, shards, strict=True):
             _check_size(path, shard.num_bytes)
-        self._check_index()
+        self._rows()
+        if self._columns_path:
+            self._column_rows()
 
     def __del__(self) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         # For workers that are not forked: neither descriptors nor a mapping can be sent to them.
-        return self.__dict__ | {"_index": None, "_files": OrderedDict()}
+        return self.__dict__ | {"_index": None, "_columns": None, "_files": OrderedDict()}
 
     def labelled(self, task: str, rows: np.ndarray) -> np.ndarray:
         """Which of the rows have a label for the task, bool (N,); none where the dataset lacks the task."""
@@ -90,7 +96,8 @@ class SplitReader:
                 object.
         """
         fields = self._rows()[row].item()
-        spans = {name: fields[self._spans[name]] for name in ("image", "json", *masks)}
+        stored = ("image", *masks) if self._columns_path else ("image", "json", *masks)
+        spans = {name: fields[self._spans[name]] for name in stored}
         for task in masks:
             if spans[task][1] == 0:
                 raise UnreadableSample(f"it has no mask {task}, which the index says it has")
@@ -108,7 +115,7 @@ class SplitReader:
         return Sample(
             key=key,
             image=parts.pop("image"),
-            labels=_labels(parts.pop("json")),
+            labels=_labels(parts.pop("json")) if "json" in parts else self._column_labels(row),
             masks=parts,
         )
 
@@ -131,29 +138,20 @@ class SplitReader:
 
     def _rows(self) -> np.ndarray:
         if self._index is None:
-            # As a plain array: every access to a `memmap` object costs what reading a sample costs.
-            self._index = np.asarray(np.load(self._index_path, mmap_mode="r"))
+            self._index = _mapped(self._index_path, index_dtype(self._segmentation), self.num_samples)
         return self._index
 
-    def _check_index(self) -> None:
-        expected = index_dtype(self._segmentation)
-        try:
-            found = self._rows()
-        except FileNotFoundError:
-            raise UserError(
-                f"{self._index_path}: expected the index of the split, found no such file. "
-                "Prepare the dataset again."
-            ) from None
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(
-                f"{self._index_path}: expected an index, found: {error}. Prepare the dataset again."
-            ) from None
-        if found.dtype != expected or found.shape != (self.num_samples,):
-            raise UserError(
-                f"{self._index_path}: expected {self.num_samples} rows of the tasks in dataset.json, found "
-                f"{len(found)} of {', '.join(found.dtype.names or ('another kind',))}. "
-                "Prepare the dataset again."
-            )
+    def _column_rows(self) -> np.ndarray:
+        if self._columns is None:
+            assert self._columns_path is not None
+            self._columns = _mapped(self._columns_path, columns_dtype(self._infos), self.num_samples)
+        return self._columns
+
+    def _column_labels(self, row: int) -> dict[str, Any]:
+        labelled = self._rows()["labelled"][row]
+        return labels_at(
+            self._column_rows(), row, [name for name, bit in self._bits.items() if labelled & bit]
+        )
 
     def _pread(self, shard: int, offset: int, size: int) -> memoryview:
         """Bytes of a shard, writable because torch wants to wrap them without a copy."""
@@ -197,6 +195,25 @@ def _check_size(path: Path, expected: int) -> None:
             f"{path}: expected a shard of {expected:,} bytes, found {found:,}. "
             "Copy it again, or prepare the dataset again."
         )
+
+
+def _mapped(path: Path, dtype: np.dtype[np.void], num_rows: int) -> np.ndarray:
+    """The rows of an index or of label columns, memory-mapped."""
+    try:
+        # As a plain array: every access to a `memmap` object costs what reading a sample costs.
+        rows = np.asarray(np.load(path, mmap_mode="r"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: expected the index of the split, found no such file. Prepare the dataset again."
+        ) from None
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path}: expected an index, found: {error}. Prepare the dataset again.") from None
+    if rows.dtype != dtype or rows.shape != (num_rows,):
+        raise UserError(
+            f"{path}: expected {num_rows} rows of the tasks in dataset.json, found {len(rows)} of "
+            f"{', '.join(rows.dtype.names or ('another kind',))}. Prepare the dataset again."
+        )
+    return rows
 
 
 def _labels(text: memoryview) -> dict[str, Any]:

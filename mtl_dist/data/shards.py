@@ -302,8 +302,9 @@ def read_name(shard: Path | bytes | memoryview | mmap.mmap, offset: int) -> str:
 
 
 def read_key(shard: Path | bytes | memoryview | mmap.mmap, offset: int) -> str:
-    """The key of the sample one of whose members begins at `offset`."""
-    return read_name(shard, offset).partition(".")[0]
+    """The key of the sample one of whose members begins at `offset`: its name up to the file's first dot."""
+    folder, slash, name = read_name(shard, offset).rpartition("/")
+    return folder + slash + name.partition(".")[0]
 
 
 def _members(path: Path, tar: mmap.mmap) -> Iterator[tuple[str, int, int]]:

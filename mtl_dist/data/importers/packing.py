@@ -268,7 +268,8 @@ def _finish(
         for split, content in packed.items()
     }
     training = "train" if "train" in packed else next(iter(packed))
-    channels, dtype = image_format(results)
+    channels, dtype = image_format([result.image_kinds for result in results])
+    skipped = [reason for result in results for reason in result.skipped.values()]
     manifest = Manifest(
         name=name,
         channels=channels,
@@ -287,7 +288,7 @@ def _finish(
         },
         notes=(
             *notes,
-            *image_notes(results),
+            *image_notes([result.oddities for result in results], skipped),
             *label_notes(tasks, labels, training),
             *duplicate_notes(packed),
         ),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
 
 from mtl_dist.data.importers.jobs import DIGEST_SIZE, Record, ShardResult, TaskSource
 from mtl_dist.data.manifest import ImageDtype, LabelCounts
+from mtl_dist.data.shards import Label
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 
@@ -56,32 +57,37 @@ def label_counts(name: str, task: TaskSource, split: PackedSplit) -> LabelCounts
 
 def task_info(name: str, task: TaskSource, split: PackedSplit, counts: LabelCounts) -> TaskInfo:
     """A task's facts from the labels of the training split."""
-    values = np.array([0.0])
-    if task.kind == "regression" and counts.present:
-        values = np.array([record.labels[name] for record in split.records if name in record.labels], float)
-    spread = float(values.std())
-    return TaskInfo(
-        kind=task.kind,
-        classes=task.classes,
+    values = [record.labels[name] for record in split.records if name in record.labels]
+    info = TaskInfo(task.kind, task.classes, unit=task.unit)
+    return with_facts(info, counts, values if task.kind == "regression" else [])
+
+
+def with_facts(info: TaskInfo, counts: LabelCounts, values: Sequence[Label]) -> TaskInfo:
+    """The task with what its training labels say; `values` are those of a regression."""
+    numbers = np.array(values if values else [0.0], float)
+    spread = float(numbers.std())
+    return replace(
+        info,
         num_labelled=counts.present,
         class_counts=counts.class_counts,
-        mean=float(values.mean()),
+        mean=float(numbers.mean()),
         std=spread if spread > 0 else 1.0,  # a target that never varies must not be divided by 0
-        minimum=float(values.min()),
-        maximum=float(values.max()),
-        unit=task.unit,
+        minimum=float(numbers.min()),
+        maximum=float(numbers.max()),
     )
 
 
-def image_format(results: Sequence[ShardResult]) -> tuple[int, ImageDtype]:
+def image_format(kinds: Sequence[Mapping[str, str]]) -> tuple[int, ImageDtype]:
     """The channels and the type that hold for every image; grey images among colour ones count as colour.
+
+    `kinds` map "channels dtype" to an example, for each shard.
 
     Raises:
         UserError: the images differ in type, or in channels otherwise.
     """
     examples: dict[str, str] = {}
-    for result in results:
-        examples = {**result.image_kinds, **examples}
+    for kind in kinds:
+        examples = {**kind, **examples}
     channels = {int(kind.split()[0]) for kind in examples}
     dtypes = {kind.split()[1] for kind in examples}
     if len(dtypes) > 1 or (len(channels) > 1 and channels != {1, 3}):
@@ -109,21 +115,22 @@ def check_conventions(name: str, results: Sequence[ShardResult]) -> None:
         )
 
 
-def image_notes(results: Sequence[ShardResult]) -> Iterator[str]:
-    """What the readers of the images have to know."""
-    oddities: Counter[str] = Counter()
-    for result in results:
-        oddities.update(result.oddities)
+def image_notes(oddities: Sequence[Mapping[str, int]], skipped: Sequence[str]) -> Iterator[str]:
+    """What the readers of the images have to know: what is odd, by shard, and why some were left out."""
+    total: Counter[str] = Counter()
+    for counts in oddities:
+        total.update(counts)
     for word, meaning in _ODDITIES.items():
-        if oddities[word]:
-            yield f"images {meaning}: {oddities[word]}"
-    skipped = [reason for result in results for reason in result.skipped.values()]
+        if total[word]:
+            yield f"images {meaning}: {total[word]}"
     if skipped:
         yield f"unreadable, left out: {len(skipped)} ({listed(skipped)})"
 
 
 def label_notes(
-    tasks: Mapping[str, TaskSource], labels: Mapping[str, Mapping[str, LabelCounts]], training: str
+    tasks: Mapping[str, TaskSource | TaskInfo],
+    labels: Mapping[str, Mapping[str, LabelCounts]],
+    training: str,
 ) -> Iterator[str]:
     """What the labels of the training split lack; `labels` are the counts by split and task."""
     for name, task in tasks.items():

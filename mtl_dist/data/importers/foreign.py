@@ -1,0 +1,328 @@
+"""Index and manifest over WebDataset tars that someone else wrote; the tars stay where and as they are.
+
+The manifest names the tars by path. Labels stand in them in any form (`.cls`, a value in `.json`, `.txt`),
+so they are read once, now, and kept as label columns.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from mtl_dist.data.columns import label_columns, labels_path
+from mtl_dist.data.importers.jobs import check_skipped, run_jobs
+from mtl_dist.data.importers.labels import (
+    ClassNames,
+    classification_labels,
+    multilabel_labels,
+    names_of,
+    regression_labels,
+)
+from mtl_dist.data.importers.packing import STANDARD, PackOptions, Progress, silent
+from mtl_dist.data.importers.splitting import SPLIT_NAMES, split_name
+from mtl_dist.data.importers.summary import image_format, image_notes, label_notes, with_facts
+from mtl_dist.data.importers.tables import Row
+from mtl_dist.data.importers.tar_scan import LabelField, TarFacts, TarScan, image_extensions, scan_tar
+from mtl_dist.data.manifest import MANIFEST_NAME, LabelCounts, Manifest, ShardInfo, SplitInfo, write_manifest
+from mtl_dist.data.shards import Label, check_task_names, index_path, save_index
+from mtl_dist.errors import UserError
+from mtl_dist.specs import TaskInfo
+
+_SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)(?![a-z])", re.I)
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class FieldMapping:
+    """Which fields of a sample are which tasks: `cls`, `txt`, `json:age`; a mask by its extension.
+
+    `image` is the image's extension, or several with commas; the usual ones without it. `classes` names the
+    classes of a task; without it they are those that are found. `separator` stands between the classes in
+    the text of a multilabel task.
+    """
+
+    image: str | None = None
+    classification: Mapping[str, str] = field(default_factory=dict)
+    multilabel: Mapping[str, str] = field(default_factory=dict)
+    regression: Mapping[str, str] = field(default_factory=dict)
+    segmentation: Mapping[str, str] = field(default_factory=dict)
+    classes: Mapping[str, ClassNames] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)
+    separator: str = "|"
+
+    @property
+    def tasks(self) -> dict[str, TaskInfo]:
+        """The tasks, by name, with the classes that are known beforehand."""
+        tasks: dict[str, TaskInfo] = {}
+        kinds = (
+            ("classification", self.classification),
+            ("multilabel", self.multilabel),
+            ("regression", self.regression),
+            ("segmentation", self.segmentation),
+        )
+        for kind, fields in kinds:
+            for task in fields:
+                if task in tasks:
+                    raise UserError(f"tasks: expected each name once, found {task!r} twice.")
+                default = ("background", task) if kind == "segmentation" else ()
+                classes = names_of(self.classes[task]) if task in self.classes else default
+                tasks[task] = TaskInfo(kind, classes, unit=self.units.get(task, ""))  # type: ignore[arg-type]
+        return tasks
+
+    def checked_tasks(self) -> dict[str, TaskInfo]:
+        """The tasks.
+
+        Raises:
+            UserError: none, a bad or repeated name, or classes or a unit of no task.
+        """
+        tasks = self.tasks
+        if not tasks:
+            raise UserError(
+                "tasks: expected at least one task, found none. Example: --classification label=cls"
+            )
+        check_task_names({name: info.kind for name, info in tasks.items()})
+        for option, given in (("--classes", self.classes), ("--unit", self.units)):
+            for task in given:
+                if task not in tasks:
+                    raise UserError(
+                        f"{option}: expected one of the tasks {', '.join(tasks)}, found {task!r}."
+                    )
+        return tasks
+
+
+def index_tars(
+    tars: Sequence[str],
+    out: Path,
+    mapping: FieldMapping,
+    *,
+    split: str | None = None,
+    options: PackOptions = STANDARD,
+    progress: Progress = silent,
+) -> Manifest:
+    """Write index, label columns and manifest for `tars` into the directory `out`; return the manifest.
+
+    `tars` are files, directories of them, or names with {000..099}. All are of `split`, or of the split that
+    their folder or file name names, or of "train". `progress` counts tars.
+
+    Raises:
+        UserError: a tar, field or label that is not there or not understood, or `out` holds a dataset.
+    """
+    tasks = mapping.checked_tasks()
+    if (out / MANIFEST_NAME).exists():
+        raise UserError(f"{out}: expected a directory without a dataset, found one. Choose another.")
+    splits = _splits(_tars(tars), split)
+    scans = [_scan(path, mapping, tasks, options.verify) for paths in splits.values() for path in paths]
+    progress(0, len(scans))
+    workers = options.workers or len(os.sched_getaffinity(0))
+    found: list[TarFacts] = []
+    for facts in run_jobs(scan_tar, scans, workers, lambda done: progress(done, len(scans))):
+        found.append(facts)
+        check_skipped([reason for each in found for reason in each.skipped], options.max_skipped)
+    return _write(out, mapping, tasks, splits, found)
+
+
+# ---------------------------------------------------------------- which tars
+def _tars(arguments: Sequence[str]) -> list[Path]:
+    """The tars that the arguments name, in order, as absolute paths."""
+    paths: list[Path] = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            inside = sorted(path.glob("*.tar")) or sorted(path.glob("*/*.tar"))
+            if not inside:
+                raise UserError(f"{path}: expected tars in the directory, found none.")
+            paths += inside
+        else:
+            paths += [Path(name) for name in _expanded(argument)]
+    paths = [path.absolute() for path in paths]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: expected a tar, found no such file.")
+    twice = [str(path) for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise UserError(f"{twice[0]}: expected each tar once, found it twice.")
+    return paths
+
+
+def _expanded(name: str) -> list[str]:
+    """The names that a name with {000..099} stands for."""
+    match = _BRACES.search(name)
+    if match is None:
+        return [name]
+    first, last = match.groups()
+    numbers = range(int(first), int(last) + 1)
+    names = [f"{name[: match.start()]}{n:0{len(first)}d}{name[match.end() :]}" for n in numbers]
+    return [full for name in names for full in _expanded(name)]
+
+
+def _splits(paths: Sequence[Path], split: str | None) -> dict[str, list[Path]]:
+    """The tars of each split, the usual splits first."""
+    names: list[str | None]
+    if split is not None:
+        names = [split] * len(paths)
+    else:
+        names = [_split_of(path) for path in paths]
+        if not any(names):
+            names = [SPLIT_NAMES[0]] * len(paths)
+    splits: dict[str, list[Path]] = {}
+    for path, name in zip(paths, names, strict=True):
+        if name is None:
+            raise UserError(
+                f"{path}: expected a split in its name as others have, found none. Say --split NAME."
+            )
+        splits.setdefault(name, []).append(path)
+    usual = [name for name in SPLIT_NAMES if name in splits]
+    return {name: splits[name] for name in usual + sorted(set(splits) - set(usual))}
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a tar's name names, or else its folder's."""
+    for text in (path.stem, path.parent.name):
+        match = _SPLIT_IN_NAME.search(text)
+        if match:
+            return split_name(match[1])
+    return None
+
+
+def _scan(path: Path, mapping: FieldMapping, tasks: Mapping[str, TaskInfo], verify: bool) -> TarScan:
+    scalar = {**mapping.classification, **mapping.multilabel, **mapping.regression}
+    return TarScan(
+        path=path,
+        images=image_extensions(mapping.image),
+        labels={task: LabelField.parse(text) for task, text in scalar.items()},
+        masks={task: text.lower().lstrip(".") for task, text in mapping.segmentation.items()},
+        mask_classes={task: len(tasks[task].classes) for task in mapping.segmentation},
+        verify=verify,
+    )
+
+
+# ---------------------------------------------------------------- what is in them
+def _write(
+    out: Path,
+    mapping: FieldMapping,
+    tasks: Mapping[str, TaskInfo],
+    splits: Mapping[str, Sequence[Path]],
+    found: Sequence[TarFacts],
+) -> Manifest:
+    """Write everything that the scans found, the manifest last."""
+    labels, tasks = _labels(mapping, tasks, found)
+    by_path = {Path(facts.info.path): facts for facts in found}
+    infos: dict[str, SplitInfo] = {}
+    values: dict[str, dict[str, list[Label | None]]] = {}
+    files: dict[Path, np.ndarray] = {}
+    start = 0
+    for split, paths in splits.items():
+        of_split = [by_path[path] for path in paths]
+        rows = np.concatenate([facts.rows for facts in of_split])
+        if len(rows) == 0:
+            raise UserError(f"split {split!r}: expected samples, found none in its {len(paths)} tars.")
+        columns = {task: column[start : start + len(rows)] for task, column in labels.items()}
+        start += len(rows)
+        for bit, task in enumerate(tasks):
+            rows["labelled"] |= _labelled(task, rows, columns).astype(np.uint64) << np.uint64(bit)
+        files[index_path(out, split)] = rows
+        files[labels_path(out, split)] = label_columns(tasks, columns, len(rows))
+        counts = {task: _counts(task, info, rows, columns, of_split) for task, info in tasks.items()}
+        shards = tuple(_beside(out, facts.info) for facts in of_split if facts.info.num_samples)
+        infos[split] = SplitInfo(len(rows), shards, counts)
+        values[split] = columns
+    for task in tasks:
+        if not any(info.labels[task].present for info in infos.values()):
+            raise UserError(f"task {task!r}: expected labels, found none in {start} samples.")
+    training = "train" if "train" in infos else next(iter(infos))
+    channels, dtype = image_format([facts.image_kinds for facts in found])
+    skipped = [reason for facts in found for reason in facts.skipped]
+    manifest = Manifest(
+        name=out.absolute().name,
+        channels=channels,
+        image_dtype=dtype,
+        tasks={
+            task: with_facts(
+                info,
+                infos[training].labels[task],
+                [v for v in values[training][task] if v is not None] if info.kind == "regression" else [],
+            )
+            for task, info in tasks.items()
+        },
+        splits=infos,
+        notes=(
+            *image_notes([facts.oddities for facts in found], skipped),
+            *label_notes(tasks, {name: info.labels for name, info in infos.items()}, training),
+        ),
+        labels="columns",
+    )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path, array in files.items():
+            save_index(path, array)
+        write_manifest(out, manifest)
+    except OSError as error:
+        raise UserError(f"{out}: expected a place that can be written, found: {error.strerror}.") from None
+    return manifest
+
+
+def _labels(
+    mapping: FieldMapping, tasks: Mapping[str, TaskInfo], found: Sequence[TarFacts]
+) -> tuple[dict[str, list[Label | None]], dict[str, TaskInfo]]:
+    """Each task's labels over all tars in the order of the scans, and the tasks with their classes."""
+    labels: dict[str, list[Label | None]] = {}
+    classes: dict[str, tuple[str, ...]] = {}
+    for task, text in {**mapping.classification, **mapping.multilabel, **mapping.regression}.items():
+        rows = [
+            Row(f"{facts.info.path}, sample {key}", {text: cell})
+            for facts in found
+            for key, cell in zip(facts.keys, facts.cells[task], strict=True)
+        ]
+        given = mapping.classes.get(task)
+        if task in mapping.classification:
+            classes[task], column = classification_labels(text, rows, given)
+            labels[task] = list(column)
+        elif task in mapping.multilabel:
+            classes[task], lists = multilabel_labels(text, rows, given, mapping.separator)
+            labels[task] = list(lists)
+        else:
+            labels[task] = list(regression_labels(text, rows))
+    return labels, {
+        task: replace(info, classes=classes.get(task, info.classes)) for task, info in tasks.items()
+    }
+
+
+def _labelled(task: str, rows: np.ndarray, columns: Mapping[str, Sequence[Label | None]]) -> np.ndarray:
+    if task in columns:
+        return np.array([label is not None for label in columns[task]], dtype=bool)
+    has: np.ndarray = rows[f"{task}_size"] > 0
+    return has
+
+
+def _counts(
+    task: str,
+    info: TaskInfo,
+    rows: np.ndarray,
+    columns: Mapping[str, Sequence[Label | None]],
+    found: Sequence[TarFacts],
+) -> LabelCounts:
+    """The labels of one task in one split."""
+    present = int(_labelled(task, rows, columns).sum())
+    missing = len(rows) - present
+    if info.kind == "regression":
+        return LabelCounts(present, missing)
+    if info.kind == "segmentation":
+        counts = np.sum([facts.mask_pixels[task] for facts in found], axis=0)
+    else:
+        values = [label for label in columns[task] if label is not None]
+        indices = [index for value in values for index in (value if isinstance(value, list) else [value])]
+        counts = np.bincount(np.array(indices, np.int64), minlength=len(info.classes))
+    return LabelCounts(present, missing, tuple(int(count) for count in counts))
+
+
+def _beside(out: Path, shard: ShardInfo) -> ShardInfo:
+    """The shard by its path below `out`, if it lies there: a folder that moves as a whole stays a dataset."""
+    path = Path(shard.path)
+    root = out.absolute()
+    return replace(shard, path=str(path.relative_to(root))) if path.is_relative_to(root) else shard

@@ -1,0 +1,272 @@
+"""One pass over a WebDataset tar that someone else wrote: where its images are, and what its labels say.
+
+The tar is read once, from its beginning to its end, hashed on the way; nothing is written. What counts as a
+sample is WebDataset's rule: members that follow one another and whose names are the same up to the first
+dot of the file name ("a/b.1/0001.left.jpg": key "a/b.1/0001", extension "left.jpg").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mtl_dist.data.images import IMAGE_EXTENSIONS, UnreadableImage, examine_image
+from mtl_dist.data.importers.tables import Cell
+from mtl_dist.data.manifest import ShardInfo
+from mtl_dist.data.masks import MaskValueError, read_mask
+from mtl_dist.data.shards import index_dtype
+from mtl_dist.errors import UserError
+
+_NAME = re.compile(r"^((?:.*/)?[^.]+)\.([^/]*)$")
+_CHUNK = 1 << 20
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
+
+
+@dataclass(frozen=True)
+class LabelField:
+    """Where a label stands in a sample: the member with an extension, or a value inside its JSON.
+
+    Written `cls`, `txt`, `json:age` or `meta.json:person.age`.
+    """
+
+    extension: str
+    path: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ":".join((self.extension, ".".join(self.path))) if self.path else self.extension
+
+    @staticmethod
+    def parse(text: str) -> LabelField:
+        """The field of a text; extensions are compared in lower case, as WebDataset does."""
+        extension, _, path = text.partition(":")
+        return LabelField(extension.lower().lstrip("."), tuple(path.split(".")) if path else ())
+
+    def cell(self, members: Mapping[str, bytes]) -> Cell:
+        """The value in a sample as text, "" where it has none; a list where JSON has one.
+
+        Raises:
+            ValueError: the member is no text, no JSON, or its value is an object.
+        """
+        data = members.get(self.extension)
+        if data is None:
+            return ""
+        if not self.path and not self.extension.endswith("json"):
+            return data.decode("utf-8").strip()
+        value = json.loads(data)
+        for name in self.path:
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, list):
+            return [_text(item) for item in value]
+        return _text(value)
+
+
+@dataclass(frozen=True)
+class TarScan:
+    """What to look for in a tar.
+
+    `images` are the extensions that may be the image; `labels` and `masks` the field of each task, and
+    `mask_classes` the number of its classes. With `verify` every image is decoded.
+    """
+
+    path: Path
+    images: tuple[str, ...]
+    labels: Mapping[str, LabelField]
+    masks: Mapping[str, str]
+    mask_classes: Mapping[str, int]
+    verify: bool
+
+
+@dataclass
+class TarFacts:
+    """What a scan found: the shard, offsets and sizes of images and masks, and the labels as text.
+
+    `rows` are index rows whose `labelled` is still 0. `skipped` are the samples left out, and why.
+    """
+
+    info: ShardInfo
+    rows: np.ndarray
+    keys: list[str]
+    cells: dict[str, list[Cell]]
+    mask_pixels: dict[str, np.ndarray]
+    image_kinds: dict[str, str] = field(default_factory=dict)
+    oddities: dict[str, int] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Member:
+    offset: int
+    data: bytes
+
+
+class _Skipped(Exception):
+    """A sample that cannot be used; the message says why."""
+
+
+def scan_tar(scan: TarScan, tick: Callable[[], None]) -> TarFacts:
+    """Read the tar of `scan`, then call `tick`.
+
+    Raises:
+        UserError: no whole, uncompressed tar, or a sample that does not fit what was asked for.
+    """
+    dtype = index_dtype(tuple(scan.masks))
+    facts = TarFacts(
+        ShardInfo(str(scan.path), 0, 0, ""),
+        np.empty(0, dtype),
+        [],
+        {task: [] for task in scan.labels},
+        {task: np.zeros(count, np.int64) for task, count in scan.mask_classes.items()},
+    )
+    rows: list[tuple[int, ...]] = []
+    oddities: Counter[str] = Counter()
+    with open(scan.path, "rb") as file:
+        stream = _HashingReader(file)
+        for key, members in _samples(scan, stream):
+            where = f"{scan.path}, sample {key}"
+            try:
+                rows.append(_row(scan, key, members, facts, oddities))
+            except _Skipped as reason:
+                facts.skipped.append(f"{where}: {reason}.")
+                continue
+            facts.keys.append(key)
+            contents = {extension: member.data for extension, member in members.items()}
+            for task, label in scan.labels.items():
+                try:
+                    facts.cells[task].append(label.cell(contents))
+                except ValueError as error:
+                    raise UserError(
+                        f"{where}: task {task!r}: expected a label in {label}: {error}."
+                    ) from None
+        stream.drain()
+    facts.rows = np.array(rows, dtype)
+    facts.oddities = dict(oddities)
+    facts.info = ShardInfo(str(scan.path), len(rows), stream.num_bytes, stream.hash.hexdigest())
+    tick()
+    return facts
+
+
+def _row(
+    scan: TarScan, key: str, members: Mapping[str, _Member], facts: TarFacts, oddities: Counter[str]
+) -> tuple[int, ...]:
+    """A sample's row in the index; what its image and its masks are is added to `facts`."""
+    where = f"{scan.path}, sample {key}"
+    found = [extension for extension in scan.images if extension in members]
+    if len(found) > 1:
+        raise UserError(f"{where}: expected one image, found {', '.join(found)}. Choose one with --image.")
+    if not found:
+        raise _Skipped(f"expected an image ({', '.join(scan.images)}), found {', '.join(sorted(members))}")
+    image = members[found[0]]
+    try:
+        picture = examine_image(image.data, decode=scan.verify)
+    except UnreadableImage as error:
+        raise _Skipped(f"expected a readable image, found {error}") from None
+    row = [image.offset, len(image.data), 0, 0, 0]
+    for task, extension in scan.masks.items():
+        member = members.get(extension)
+        if member is None:
+            row += [0, 0]
+            continue
+        try:
+            mask = read_mask(member.data, scan.mask_classes[task], {})
+        except (MaskValueError, UnreadableImage) as error:
+            raise UserError(f"{where}: task {task!r}: {error}.") from None
+        if (mask.width, mask.height) != (picture.width, picture.height):
+            raise UserError(
+                f"{where}: task {task!r}: expected the size of its image, {picture.width}x{picture.height}, "
+                f"found {mask.width}x{mask.height}."
+            )
+        if mask.png is not member.data:
+            raise UserError(
+                f"{where}: task {task!r}: expected an 8-bit grey PNG of class indices, found another kind of "
+                "mask. Tars are not rewritten here: unpack them and use `mtl prepare table`."
+            )
+        facts.mask_pixels[task] += mask.class_pixels
+        row += [member.offset, len(member.data)]
+    facts.image_kinds.setdefault(f"{picture.channels} {picture.dtype}", where)
+    oddities.update(picture.oddities)
+    return tuple(row)
+
+
+def _samples(scan: TarScan, stream: _HashingReader) -> Iterator[tuple[str, dict[str, _Member]]]:
+    """(key, members by extension) of each sample; only the members that are asked for are kept."""
+    wanted = {*scan.images, *scan.masks.values(), *(label.extension for label in scan.labels.values())}
+    last, members = "", dict[str, _Member]()
+    with _opened(scan.path, stream) as tar:
+        for member in tar:
+            tar.members = []  # type: ignore[attr-defined]  # (it keeps every header otherwise)
+            parts = _NAME.match(member.name.removeprefix("./"))
+            if not member.isfile() or parts is None:
+                continue
+            key, extension = parts[1], parts[2].lower()
+            if key != last:
+                if members:
+                    yield last, members
+                last, members = key, {}
+            if extension in members:
+                raise UserError(f"{scan.path}, sample {key}: expected one member .{extension}, found two.")
+            content = tar.extractfile(member) if extension in wanted else None
+            members[extension] = _Member(member.offset_data, content.read() if content else b"")
+    if members:
+        yield last, members
+
+
+@contextmanager
+def _opened(path: Path, stream: _HashingReader) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(fileobj=stream, mode="r|", errorlevel=1) as tar:  # type: ignore[call-overload]
+            yield tar
+    except tarfile.TarError as error:
+        kind = next((name for head, name in _COMPRESSED.items() if stream.head.startswith(head)), None)
+        if kind is not None:
+            raise UserError(
+                f"{path}: expected an uncompressed tar, in which a sample can be found by its offset, found "
+                f"one compressed by {kind}. Decompress it."
+            ) from None
+        raise UserError(f"{path}: expected a whole tar, found: {error}.") from None
+
+
+class _HashingReader:
+    """A file that is read once, hashed on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.hash = hashlib.sha256()
+        self.num_bytes = 0
+        self.head = b""
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.hash.update(data)
+        self.num_bytes += len(data)
+        self.head = self.head or data[:8]
+        return data
+
+    def drain(self) -> None:
+        """Read what follows the end of the archive."""
+        while self.read(_CHUNK):
+            pass
+
+
+def image_extensions(text: str | None) -> tuple[str, ...]:
+    """The extensions of an image that a text such as "jpg,png" names; all usual ones without it."""
+    if text is None:
+        return tuple(sorted(IMAGE_EXTENSIONS))
+    return tuple(part.strip().lower().lstrip(".") for part in text.split(","))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict | list):
+        raise ValueError(f"found {type(value).__name__} where one value is expected")
+    return value.strip() if isinstance(value, str) else json.dumps(value)
