@@ -1,4 +1,4 @@
-"""The commands about datasets: prepare digits, folders and table; inspect."""
+"""The commands about datasets: prepare digits, folders and table; index; inspect."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def _prepare() -> None:
 
 def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel="Data")(inspect)
+    app.command(rich_help_panel="Data")(index)
     app.add_typer(prepare, name="prepare", rich_help_panel="Data")
 
 
@@ -87,6 +88,78 @@ def inspect(
     if sheet is not None:
         contact_sheet(dataset, split, sheet)
         print(f"{sheet}: samples of {split}")
+
+
+def index(
+    tars: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARS...", show_default=False, help="Tars, names with {000..099}, or folders of tars."
+        ),
+    ],
+    out: Out,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EXT,...", show_default=False, help="What is the image, such as jpg or left.png."
+        ),
+    ] = None,
+    classification: Annotated[
+        Pairs, typer.Option(metavar="TASK=FIELD", help="A class: cls, txt, json:breed, meta.json:dog.breed.")
+    ] = None,
+    multilabel: Annotated[
+        Pairs, typer.Option(metavar="TASK=FIELD", help="Any number of classes: a list in JSON, or a|b.")
+    ] = None,
+    regression: Annotated[Pairs, typer.Option(metavar="TASK=FIELD", help="A number.")] = None,
+    segmentation: Annotated[
+        Pairs, typer.Option(metavar="TASK=EXT", help="A mask: an 8-bit grey PNG of class indices.")
+    ] = None,
+    classes: Annotated[
+        Pairs,
+        typer.Option(metavar="TASK=NAME,...", help="Class names by index; without it those that are found."),
+    ] = None,
+    unit: Annotated[
+        Pairs, typer.Option(metavar="TASK=UNIT", help="The unit of a number, such as years.")
+    ] = None,
+    separator: Annotated[
+        str, typer.Option(metavar="TEXT", help="What stands between classes in a text.")
+    ] = "|",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            show_default=False,
+            help="The split of all tars; without it their names tell it, or it is train.",
+        ),
+    ] = None,
+    workers: Workers = None,
+    max_skipped: MaxSkipped = 0,
+    verify: Verify = True,
+) -> None:
+    """Index WebDataset tars that others wrote: they stay where they are, and OUT says what is in them.
+
+    A sample is what WebDataset takes for one: members with the same name up to the first dot.
+
+    \b
+      mtl index 'in1k/train-{000..146}.tar' data/in1k --image jpg --classification label=cls
+      mtl index laion/ data/laion --multilabel tags=json:tags --regression score=json:meta.score
+    """
+    from mtl_dist.data.importers.foreign import FieldMapping, index_tars
+
+    mapping = FieldMapping(
+        image=image,
+        classification=named("--classification", classification, "FIELD"),
+        multilabel=named("--multilabel", multilabel, "FIELD"),
+        regression=named("--regression", regression, "FIELD"),
+        segmentation=named("--segmentation", segmentation, "EXT"),
+        classes=class_names("--classes", classes),
+        units=named("--unit", unit, "UNIT"),
+        separator=separator,
+    )
+    options = _options(0, workers, max_skipped, verify)
+    with progress_bar("tars") as show:
+        manifest = index_tars(tars, out, mapping, split=split, options=options, progress=show)
+    _summary(out, manifest)
 
 
 @prepare.command()

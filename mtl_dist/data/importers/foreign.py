@@ -182,12 +182,12 @@ def _splits(paths: Sequence[Path], split: str | None) -> dict[str, list[Path]]:
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a tar's name names, or else its folder's."""
-    for text in (path.stem, path.parent.name):
-        match = _SPLIT_IN_NAME.search(text)
-        if match:
-            return split_name(match[1])
-    return None
+    """The split that a part of the tar's name names, or else the whole of its folder's name."""
+    match = _SPLIT_IN_NAME.search(path.stem)
+    if match:
+        return split_name(match[1])
+    folder = split_name(path.parent.name)
+    return folder if folder in SPLIT_NAMES else None
 
 
 def _scan(path: Path, mapping: FieldMapping, tasks: Mapping[str, TaskInfo], verify: bool) -> TarScan:

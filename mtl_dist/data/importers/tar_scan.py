@@ -164,7 +164,8 @@ def _row(
     if len(found) > 1:
         raise UserError(f"{where}: expected one image, found {', '.join(found)}. Choose one with --image.")
     if not found:
-        raise _Skipped(f"expected an image ({', '.join(scan.images)}), found {', '.join(sorted(members))}")
+        there = ", ".join(f".{extension}" for extension in sorted(members))
+        raise _Skipped(f"expected an image (--image {','.join(scan.images)}), found {there}")
     image = members[found[0]]
     try:
         picture = examine_image(image.data, decode=scan.verify)
