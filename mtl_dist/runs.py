@@ -16,6 +16,7 @@ from mtl_dist.assemble import (
     best_or_newest,
     build_monitor,
     build_root,
+    check_balancing,
     check_labels,
     facts_of,
     inference_weights,
@@ -78,6 +79,7 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
         # ---- tasks, model, balancing: one root module
         torch.manual_seed(recipe.train.seed)
         root = build_root(recipe, facts_of(data), world)
+        check_balancing(recipe, root, data, connection.choice)
         optimizer = build_optimizer(
             recipe.optim, root.model, list(root.tasks), list(root.balancer.parameters())
         )
@@ -86,6 +88,7 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
         summary = f"{recipe.model.backbone}, {sum(p.numel() for p in root.parameters()):,} parameters"
         parts = [root.task_parameters(task) for task in root.tasks]
         engine = connection.build(root.to(memory_format=torch.channels_last), optimizer, parts)
+        root.served_by(engine)
 
         # ---- trainer
         tracker = Tracker(folder.directory if world.is_main else None, resumed.step if resumed else 0)

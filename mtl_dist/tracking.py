@@ -19,6 +19,8 @@ from rich.console import Console
 from mtl_dist.durable import write_text
 from mtl_dist.status import Status, write_status
 
+SECONDS_BETWEEN_PICTURES = 60.0
+
 
 class Tracker:
     """Rank 0's records; on the other ranks (`directory` None) every call does nothing."""
@@ -27,6 +29,7 @@ class Tracker:
         self.directory = directory
         self.console = console or Console()
         self._rows: list[dict[str, Any]] = []
+        self._drawn = time.monotonic()
         if directory is None:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -63,17 +66,25 @@ class Tracker:
         if self.directory is not None:
             write_status(self.directory, status)
 
-    def draw(self) -> None:
-        """Write history.json and learning_curves.png anew from the evaluations so far."""
+    def update_history(self) -> None:
+        """Write history.json anew, and the picture of it if the last one is old: drawing takes a second."""
         if self.directory is None:
             return
         os.fsync(self._metrics.fileno())
+        write_text(self.directory / "history.json", json.dumps(history_of(self._rows), indent=1))
+        if time.monotonic() - self._drawn > SECONDS_BETWEEN_PICTURES:
+            self.draw()
+
+    def draw(self) -> None:
+        """Write learning_curves.png anew."""
+        if self.directory is None:
+            return
         history = history_of(self._rows)
-        write_text(self.directory / "history.json", json.dumps(history, indent=1))
         if history["step"]:
             from mtl_dist.curves import draw_learning_curves
 
             draw_learning_curves(history, self.directory / "learning_curves.png")
+        self._drawn = time.monotonic()
 
     def close(self) -> None:
         if self.directory is None:

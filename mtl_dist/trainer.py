@@ -100,6 +100,8 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
     def run(self, batches: Iterable[Batch], advance: Callable[[int], None] = lambda samples: None) -> Outcome:
         """Train on this rank's micro-batches, which start at `self.position`."""
+        if self.monitor.exhausted:
+            return self._stopped_early()
         self.root.train()
         clock = _Clock()
         for window in windows(batches, self.plan.accumulation):
@@ -129,6 +131,7 @@ class Trainer:
             if self.ema is not None:
                 self.ema.update(self.step)
             self.root.observe(sums_T, totals)
+            self._diagnose(totals)
             self._epoch_sums_T += sums_T
             self._epoch_counts_T += totals.counts_T
             advance(self.plan.global_batch)
@@ -140,15 +143,17 @@ class Trainer:
                 or self.position == self.plan.end_position
             ):
                 self.root.balancer.end_epoch()
-                self._finish_epoch()
+                self._finish_epoch(epoch)
                 if self.monitor.exhausted:
-                    self._save()
-                    return Outcome("done", self.step, f"{self.monitor.metric} stopped improving")
+                    return self._stopped_early()
             if self.plan.checkpoint_every and self.step % self.plan.checkpoint_every == 0:
                 self._save()
             clock.skip()
         self._save()
         return Outcome("done", self.step)
+
+    def _stopped_early(self) -> Outcome:
+        return Outcome("done", self.step, f"{self.monitor.metric} stopped improving")
 
     # ------------------------------------------------------------------ its parts
     def _agree(self, window: list[Batch]) -> tuple[WindowTotals, str]:
@@ -195,15 +200,20 @@ class Trainer:
         self.tracker.record("step", self.step, self.position / self.plan.samples_per_epoch, figures)
         self.tracker.status(self.status("running", images_per_s=figures["images_per_s"]))
 
-    def _finish_epoch(self) -> None:
-        """Evaluate, write the epoch's row, remember the best, save."""
+    def _finish_epoch(self, before: int) -> None:
+        """Evaluate if it is time to, write the epoch's row, remember the best, save.
+
+        `before` is the epoch in which the step began: a large batch may finish several at once.
+        """
         epoch = self.position / self.plan.samples_per_epoch
+        ended = self.position == self.plan.end_position
+        every = self.plan.evaluate_every
+        due = ended or int(epoch) // every > before // every
         figures = self._mean_losses(self._epoch_sums_T, self._epoch_counts_T)
         self._epoch_sums_T.zero_()
         self._epoch_counts_T.zero_()
-        ended = self.position == self.plan.end_position
         best = None
-        if self._evaluate is not None and (round(epoch) % self.plan.evaluate_every == 0 or ended):
+        if self._evaluate is not None and due:
             swapped = self.ema.swapped_in() if self.ema is not None else nullcontext()
             with swapped, self.engine.evaluating():
                 figures |= self._evaluate().flat("val")
@@ -212,7 +222,7 @@ class Trainer:
                 best = (self.monitor.metric, value)
         self.tracker.record("epoch", self.step, epoch, figures)
         self.tracker.say(self._epoch_line(epoch, figures, best is not None))
-        self.tracker.draw()
+        self.tracker.update_history()
         self._save(best)
 
     def _epoch_line(self, epoch: float, figures: Mapping[str, float], is_best: bool) -> str:

@@ -141,3 +141,17 @@ def test_another_recipe_is_refused_in_the_folder_of_a_run(recipe: Path, whole_ru
 
     with pytest.raises(UserError, match=r"train\.seed.*--run-dir"):
         train_run(recipe, whole_runs[1], ["train.seed=5", "optim.ema=0.9"])
+
+
+def test_a_run_that_ran_out_of_patience_stays_ended(recipe: Path, tmp_path: Path) -> None:
+    overrides = ["monitor.patience=1", "monitor.min_delta=1e9", "train.epochs=9"]
+    assert train_run(recipe, tmp_path / "run", overrides) == "done"
+    ended = rows(tmp_path / "run", "step")
+    assert len(ended) == 8  # the second epoch's evaluation is the first without improvement
+    assert train_run(recipe, tmp_path / "run", overrides) == "done"
+    assert rows(tmp_path / "run", "step") == ended
+
+
+def test_evaluations_come_every_so_many_epochs_and_at_the_end(recipe: Path, tmp_path: Path) -> None:
+    train_run(recipe, tmp_path / "run", ["train.evaluate_every=2"])
+    assert ["val/loss" in row for row in rows(tmp_path / "run", "epoch")] == [False, True, True]

@@ -14,6 +14,7 @@ def fill(tracker: Tracker, steps: range) -> None:
         tracker.record("step", step, step / 2, {"train/loss": 1 / step})
         if step % 2 == 0:
             tracker.record("epoch", step, step / 2, {"train/loss": 1 / step, "val/digit/accuracy": step / 10})
+    tracker.update_history()
     tracker.draw()
     tracker.close()
 
