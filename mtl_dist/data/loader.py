@@ -12,7 +12,7 @@ import atexit
 import logging
 import multiprocessing
 import signal
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mtl_dist.batch import Batch
+from mtl_dist.data.balanced import BalancedStream
 from mtl_dist.data.batches import BatchBuilder, Loaded
 from mtl_dist.data.cuts import EvaluationCut, TrainingCut
 from mtl_dist.data.infos import SourceFacts, disagreements, merge_infos, source_facts
@@ -30,7 +31,12 @@ from mtl_dist.data.mixing import Concatenation, Samples, Schedule, Stream
 from mtl_dist.data.order import Order
 from mtl_dist.data.randomness import derive_key
 from mtl_dist.data.reader import SplitReader
-from mtl_dist.data.settings import BadSampleSettings, DataSettings, EvaluationSourceSettings
+from mtl_dist.data.settings import (
+    BadSampleSettings,
+    DataSettings,
+    EvaluationSourceSettings,
+    SamplingSettings,
+)
 from mtl_dist.data.transforms import PRESETS, AugmentSettings, Transform
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
@@ -84,7 +90,11 @@ class Data:
     def describe(self) -> str:
         """The data in one line: samples per split, and how several training sources are mixed."""
         parts = [f"{split} {self.num_samples(split):,}" for split in self.splits]
-        if len(self.sources["train"]) > 1:
+        sampling = self.settings.sampling
+        if sampling.kind == "class_balanced":
+            num_classes = sum(count > 0 for count in self.infos[sampling.task].class_counts)
+            parts[0] += f", balanced over {num_classes} classes of {sampling.task}"
+        elif len(self.sources["train"]) > 1:
             shares = [
                 f"{source.facts.path.name} {weight / self.schedule.period:.1%}"
                 for source, weight in zip(self.sources["train"], self.schedule.weights, strict=True)
@@ -118,9 +128,26 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
         for split, group in facts.items()
         if group
     }
+    _check_sampling(settings.sampling, infos, sources["train"])
     lengths = [source.info.num_samples for source in training]
     schedule = Schedule(settings.mixing.weights(settings.train, lengths))
     return Data(settings, infos, channels, image_dtype, sources, schedule)
+
+
+def _check_sampling(
+    sampling: SamplingSettings, infos: Mapping[str, TaskInfo], sources: Sequence[Source]
+) -> None:
+    """Refuse to balance what has no classes."""
+    if sampling.kind == "uniform":
+        return
+    suitable = [name for name, info in infos.items() if info.kind == "classification"]
+    if sampling.task not in suitable:
+        raise UserError(
+            f"data.sampling.task: expected a classification task of the recipe ({', '.join(suitable)}), "
+            f"found {sampling.task!r}."
+        )
+    if not any((source.reader.classes(sampling.task) >= 0).any() for source in sources):
+        raise UserError(f"data.sampling.task: expected labels of {sampling.task} in training, found none.")
 
 
 def _evaluation_facts(
@@ -180,14 +207,23 @@ def train_loader(
         UserError: the global batch does not divide into the ranks' micro-batches.
     """
     cut = TrainingCut(global_batch, accumulation, rank, world_size, start_position, end_position)
-    orders = [
-        Order(source.reader.shard_sizes, data.settings.shuffle_window, derive_key(seed, _ORDER, number))
-        for number, source in enumerate(data.sources["train"])
-    ]
     augmentation = data.settings.augmentation
     builder = _builder(data, "train", augmentation, derive_key(seed, _AUGMENT))
-    batches = _Batches(cut, Stream(orders, data.schedule), builder)
+    batches = _Batches(cut, _stream(data, seed), builder)
     return BatchLoader(batches, workers, pin_memory, data.settings.on_bad_sample)
+
+
+def _stream(data: Data, seed: int) -> Stream | BalancedStream:
+    """The order of the training samples."""
+    sources, settings = data.sources["train"], data.settings
+    if settings.sampling.kind == "class_balanced":
+        classes = [source.reader.classes(settings.sampling.task) for source in sources]
+        return BalancedStream(classes, derive_key(seed, _ORDER))
+    orders = [
+        Order(source.reader.shard_sizes, settings.shuffle_window, derive_key(seed, _ORDER, number))
+        for number, source in enumerate(sources)
+    ]
+    return Stream(orders, data.schedule)
 
 
 def eval_loader(

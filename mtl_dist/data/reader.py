@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mtl_dist.data.columns import columns_dtype, labels_at, labels_path
+from mtl_dist.data.columns import NO_CLASS, columns_dtype, labels_at, labels_path
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.data.shards import index_dtype, index_path, read_key, segmentation_tasks
 from mtl_dist.errors import UserError
@@ -58,7 +58,8 @@ class SplitReader:
         self._bits = {task: np.uint64(1 << bit) for bit, task in enumerate(manifest.tasks)}
         self._segmentation = segmentation_tasks({name: info.kind for name, info in manifest.tasks.items()})
         self._index_path = index_path(directory, split)
-        self._columns_path = labels_path(directory, split) if manifest.labels == "columns" else None
+        self._columns_path = labels_path(directory, split)
+        self._labels_in_json = manifest.labels == "json"
         self._infos = manifest.tasks
         names = index_dtype(self._segmentation).names or ()
         self._spans = {
@@ -71,7 +72,7 @@ class SplitReader:
         for path, shard in zip(self._paths, shards, strict=True):
             _check_size(path, shard.num_bytes)
         self._rows()
-        if self._columns_path:
+        if not self._labels_in_json:
             self._column_rows()
 
     def __del__(self) -> None:
@@ -88,6 +89,22 @@ class SplitReader:
         bits: np.ndarray = self._rows()["labelled"][rows] & self._bits[task]
         return bits != 0
 
+    def classes(self, task: str) -> np.ndarray:
+        """The class of each row, -1 where it has no label for the task, int32 (num_samples,).
+
+        Raises:
+            UserError: the dataset has no label columns.
+        """
+        if task not in self._bits:
+            return np.full(self.num_samples, NO_CLASS, dtype=np.int32)
+        if not self._columns_path.is_file():
+            raise UserError(
+                f"{self._columns_path}: expected the label columns of the split, found no such file. "
+                "Prepare the dataset again."
+            )
+        column: np.ndarray = self._column_rows()[task]
+        return column
+
     def read(self, row: int, masks: tuple[str, ...] = ()) -> Sample:
         """The sample at `row`, with its masks of the tasks named.
 
@@ -96,7 +113,7 @@ class SplitReader:
                 object.
         """
         fields = self._rows()[row].item()
-        stored = ("image", *masks) if self._columns_path else ("image", "json", *masks)
+        stored = ("image", "json", *masks) if self._labels_in_json else ("image", *masks)
         spans = {name: fields[self._spans[name]] for name in stored}
         for task in masks:
             if spans[task][1] == 0:
@@ -143,7 +160,6 @@ class SplitReader:
 
     def _column_rows(self) -> np.ndarray:
         if self._columns is None:
-            assert self._columns_path is not None
             self._columns = _mapped(self._columns_path, columns_dtype(self._infos), self.num_samples)
         return self._columns
 

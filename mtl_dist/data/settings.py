@@ -83,6 +83,28 @@ MixingSettings = Annotated[
 ]
 
 
+class UniformSampling(Settings):
+    """Every sample as often as its dataset's mixing says."""
+
+    kind: Literal["uniform"] = "uniform"
+
+
+class ClassBalancedSampling(Settings):
+    """Every class of a task equally often: rare classes repeat their samples, frequent ones take turns.
+
+    Samples without a label of the task are not drawn. An epoch is still as many samples as the training
+    data has. The samples of a class come in a random order over the whole data: `shuffle_window` has no
+    say in it, and reading is not sequential.
+    """
+
+    kind: Literal["class_balanced"] = "class_balanced"
+    task: str
+    """A classification task of the recipe."""
+
+
+SamplingSettings = Annotated[UniformSampling | ClassBalancedSampling, Field(discriminator="kind")]
+
+
 class FailOnBadSample(Settings):
     """The first sample that cannot be read or decoded ends the run."""
 
@@ -121,6 +143,7 @@ class DataSettings(Settings):
     """Shards whose samples are shuffled together: more mixes better, fewer keeps reading nearer to
     sequential. `full` is all of them, `off` keeps the stored order."""
     mixing: MixingSettings = ProportionalMixing()
+    sampling: SamplingSettings = UniformSampling()
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes per rank that load data; 0 loads in the training process."""
     on_bad_sample: BadSampleSettings = FailOnBadSample()
@@ -139,6 +162,15 @@ class DataSettings(Settings):
             raise ValueError(
                 f"train.{number}.weight: expected none with `mixing: {{kind: {self.mixing.kind}}}`, found "
                 f"{self.train[number].weight:g}. Use `mixing: {{kind: weights}}`, or remove it."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _balancing_is_not_mixing(self) -> DataSettings:
+        if self.sampling.kind == "class_balanced" and self.mixing.kind != "proportional":
+            raise ValueError(
+                f"mixing: expected proportional with class-balanced sampling, found {self.mixing.kind}. "
+                "Balancing takes the samples of a class from all sources alike: remove one of the two."
             )
         return self
 
