@@ -7,9 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mtl_dist.balance.checks import check_balance
 from mtl_dist.balance.methods import build_balancer
 from mtl_dist.checkpoint import Checkpoint, best_checkpoint, newest_good, problems_of, read_checkpoint
 from mtl_dist.data.loader import Data
+from mtl_dist.data.strangers import strangers
+from mtl_dist.engine.connect import EngineChoice
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 from mtl_dist.models.multitask import build_model
@@ -38,7 +41,15 @@ def build_root(recipe: Recipe, facts: DataFacts, world: World) -> RootModule:
     kinds = {name: info.kind for name, info in facts.infos.items()}
     weights = {name: settings.weight for name, settings in recipe.tasks.items()}
     balancer = build_balancer(recipe.balance, list(tasks), kinds, weights)
-    return RootModule(model, tasks, balancer, world, recipe.train.precision, recipe.train.seed)
+    return RootModule(
+        model,
+        tasks,
+        balancer,
+        world,
+        recipe.train.precision,
+        recipe.train.seed,
+        recipe.balance.diagnose_every,
+    )
 
 
 def build_monitor(recipe: Recipe) -> Monitor:
@@ -70,6 +81,19 @@ def check_labels(data: Data, recipe: Recipe) -> None:
         raise UserError(
             f"tasks: expected training labels for at least one of {names}, found none in data.train."
         )
+
+
+def check_balancing(recipe: Recipe, root: RootModule, data: Data, choice: EngineChoice) -> None:
+    """Refuse a method of balancing that does not fit the engine, the model or the labels."""
+    check_balance(
+        root.balancer,
+        recipe.balance.method,
+        deepspeed=choice.kind == "deepspeed",
+        zero_stage=choice.zero_stage,
+        num_shared=len(root.shared),
+        features={name: root.model.feature_names(name) for name in root.tasks},
+        strangers=strangers(data) if root.balancer.level == "features" else [],
+    )
 
 
 def inference_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:

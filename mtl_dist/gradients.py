@@ -9,7 +9,7 @@ ZeRO's hooks notice. Across ranks (W of them):
   them, and the products of these shards are summed. (The mean of local Gramians would be wrong: noise
   inflates its diagonal.)
 
-Shapes: T tasks, P shared parameters.
+Shapes: T tasks, B samples, P shared parameters.
 """
 
 from __future__ import annotations
@@ -26,22 +26,70 @@ from mtl_dist.balance.balancer import Level
 from mtl_dist.engine.world import World
 
 
+class Gates:
+    """What the gradients of the shared part are multiplied by, one number per task; may change until the
+    backward.
+
+    Where they are `closed`, nothing comes through, and autograd does not even compute the shared part's
+    backward.
+    """
+
+    def __init__(self, num_tasks: int, device: torch.device) -> None:
+        self.factors_T = torch.ones(num_tasks, device=device)
+        self.closed = False
+
+    def open(self, factors_T: Tensor) -> None:
+        self.factors_T.copy_(factors_T)
+        self.closed = False
+
+    def gated(self, features: Mapping[str, Tensor], task: int) -> dict[str, Tensor]:
+        """The same features, behind the task's gate."""
+        return {name: _Gate.apply(feature, self, task) for name, feature in features.items()}
+
+
 class _Gate(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number that may still change before the backward."""
+    """The identity, whose gradient passes a gate."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, feature: Tensor, gate: Tensor) -> Tensor:
-        ctx.gate = gate  # type: ignore[attr-defined]
+    def forward(ctx: torch.autograd.function.FunctionCtx, feature: Tensor, gates: Gates, task: int) -> Tensor:
+        ctx.gates, ctx.task = gates, task  # type: ignore[attr-defined]
         return feature.view_as(feature)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.gate.to(gradient.dtype), None  # type: ignore[attr-defined]
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+    ) -> tuple[Tensor | None, None, None]:
+        gates, task = ctx.gates, ctx.task  # type: ignore[attr-defined]
+        if gates.closed:
+            return None, None, None
+        # The product in float32: a factor rounded to bfloat16 would be off by 2^-9.
+        return (gradient.float() * gates.factors_T[task]).to(gradient.dtype), None, None
 
 
-def gated(features: Mapping[str, Tensor], gate: Tensor) -> dict[str, Tensor]:
-    """`features` whose gradients will be multiplied by the scalar tensor `gate`, as it is in the backward."""
-    return {name: _Gate.apply(feature, gate) for name, feature in features.items()}
+class _Injection(torch.autograd.Function):
+    """The scalar as it is; in the backward its gradient, times the given ones, goes to the parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        scalar: Tensor,
+        gradients: Sequence[Tensor],
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.gradients = gradients  # type: ignore[attr-defined]
+        return scalar.view_as(scalar)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, None, *(gradient * own for own in ctx.gradients)  # type: ignore[attr-defined]
+
+
+def with_gradient(scalar: Tensor, parameters: Sequence[nn.Parameter], gradient_P: Tensor) -> Tensor:
+    """`scalar`, whose backward also adds `gradient_P` (times its own gradient) to the parameters'."""
+    parts = gradient_P.split([p.numel() for p in parameters])
+    shaped = [part.view_as(p).to(p.dtype) for p, part in zip(parameters, parts, strict=True)]
+    injected: Tensor = _Injection.apply(scalar, shaped, *parameters)
+    return injected
 
 
 @contextmanager
@@ -63,37 +111,60 @@ def as_if_unseen(module: nn.Module, device: torch.device) -> Iterator[None]:
             counter.copy_(count)
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32: its 10 bits cannot tell a cosine of 0.999 from 1, and the solvers work on such differences."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 class WindowGradients:
     """Gathers the losses and gradients of a window's micro-batches, then speaks for all ranks.
 
-    `losses_T` given to `add` are this rank's share, scaled so that their mean over ranks is the global loss
-    (see step.py). Rows of absent tasks stay 0.
+    `losses_T` given to `add_...` are this rank's share, scaled so that their mean over ranks is the global
+    loss (see step.py). Rows of absent tasks stay 0. The backward runs on losses times `scale` (fp16's
+    smallest gradients would be 0 otherwise); all results are without it.
     """
 
-    def __init__(self, num_tasks: int, world: World) -> None:
+    def __init__(self, num_tasks: int, world: World, scale: float = 1.0) -> None:
         self._world = world
+        self._scale = scale
         self._losses_T = torch.zeros(num_tasks, device=world.device)
         self._gramian_TT = torch.zeros(num_tasks, num_tasks, device=world.device)
+        self._common_TT = torch.zeros(num_tasks, num_tasks, device=world.device)
         self._jacobian_TP: Tensor | None = None
 
     def add_losses(self, losses_T: Tensor) -> None:
         self._losses_T += losses_T.detach()
 
     def add_at_features(
-        self, losses_T: Tensor, features: Sequence[Mapping[str, Tensor]], present_T: Sequence[bool]
+        self,
+        losses_T: Tensor,
+        features: Sequence[Mapping[str, Tensor]],
+        present_T: Sequence[bool],
+        labelled_TB: Tensor,
     ) -> None:
         """Add the products of the tasks' gradients at the features, `features[k]` those that task k reads."""
-        gradients: dict[int, dict[str, Tensor]] = {}
+        rows: dict[str, dict[int, Tensor]] = {}
         for k, present in enumerate(present_T):
             if present:
-                found = torch.autograd.grad(losses_T[k], list(features[k].values()), retain_graph=True)
-                gradients[k] = dict(zip(features[k], (g.float().flatten() for g in found), strict=True))
-        for j, first in gradients.items():
-            for k, second in gradients.items():
-                if j <= k:
-                    common = [first[name] @ second[name] for name in first if name in second]
-                    if common:
-                        self._gramian_TT[j, k] += torch.stack(common).sum()
+                found = torch.autograd.grad(
+                    losses_T[k] * self._scale, list(features[k].values()), retain_graph=True
+                )
+                for name, gradient in zip(features[k], found, strict=True):
+                    rows.setdefault(name, {})[k] = gradient.float().flatten()
+        with full_float32():
+            for gradients in rows.values():
+                tasks = torch.tensor(list(gradients), device=self._world.device)
+                rows_TN = torch.stack(list(gradients.values())).div_(self._scale)
+                at = (tasks[:, None], tasks[None, :])
+                self._gramian_TT[at] += rows_TN @ rows_TN.T
+                labelled = labelled_TB[tasks].float()
+                self._common_TT[at] += labelled @ labelled.T
 
     def add_at_parameters(
         self, losses_T: Tensor, parameters: Sequence[nn.Parameter], present_T: Sequence[bool]
@@ -102,13 +173,13 @@ class WindowGradients:
         if self._jacobian_TP is None:
             size = sum(p.numel() for p in parameters)
             self._jacobian_TP = torch.zeros(len(present_T), size, device=self._world.device)
-        for k, present in enumerate(present_T):
+        for row_P, loss, present in zip(self._jacobian_TP, losses_T, present_T, strict=True):
             if not present:
                 continue
             found = torch.autograd.grad(
-                losses_T[k], parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+                loss * self._scale, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            self._jacobian_TP[k] += torch.cat([g.float().flatten() for g in found])
+            row_P.add_(torch.cat([g.float().flatten() for g in found]), alpha=1 / self._scale)
 
     def global_losses(self) -> Tensor:
         """Collective: the mean of each task's loss over the labels of the whole window, (T,)."""
@@ -118,16 +189,27 @@ class WindowGradients:
         """Collective: G = J J^T of the global losses, (T, T)."""
         if level == "features":
             # Each rank's losses carry the factor W that DDP's mean takes out again; G has it twice.
-            upper_TT = self._world.device_sum(self._gramian_TT) / self._world.size**2
-            return upper_TT.triu() + upper_TT.triu(1).T
+            return self._world.device_sum(self._gramian_TT) / self._world.size**2
+        shard_TS = self._averaged_shard(self.local_jacobian)
+        with full_float32():
+            return self._world.device_sum(shard_TS @ shard_TS.T)
+
+    def comparable(self) -> Tensor:
+        """Collective: which tasks have a sample of the window and a feature in common, bool (T, T).
+
+        At the features, the gradients of any other two are at right angles, whatever the tasks want.
+        """
+        return self._world.device_sum(self._common_TT) > 0
+
+    @property
+    def local_jacobian(self) -> Tensor:
+        """This rank's gradients (T, P), whose mean over the ranks is J."""
         assert self._jacobian_TP is not None
-        shard_TS = self._averaged_shard(self._jacobian_TP)
-        return self._world.device_sum(shard_TS @ shard_TS.T)
+        return self._jacobian_TP
 
     def global_jacobian(self) -> Tensor:
         """Collective: J (T, P), averaged over the ranks."""
-        assert self._jacobian_TP is not None
-        return self._mean(self._jacobian_TP)
+        return self._mean(self.local_jacobian)
 
     def _averaged_shard(self, jacobian_TP: Tensor) -> Tensor:
         """This rank's columns of the averaged J: each row travels once, in W pieces."""
@@ -135,11 +217,11 @@ class WindowGradients:
         if size == 1:
             return jacobian_TP
         padding = -jacobian_TP.shape[1] % size
-        padded_TP = nn.functional.pad(jacobian_TP, (0, padding))
         shards = []
-        for row_P in padded_TP:
-            shard_S = row_P.new_empty(row_P.numel() // size)
-            dist.reduce_scatter_tensor(shard_S, row_P)
+        for row_P in jacobian_TP:
+            padded_P = nn.functional.pad(row_P, (0, padding))
+            shard_S = padded_P.new_empty(padded_P.numel() // size)
+            dist.reduce_scatter_tensor(shard_S, padded_P)
             shards.append(shard_S / size)
         return torch.stack(shards)
 

@@ -180,7 +180,7 @@ def refuse_other_run(kept: Recipe, given: Recipe, directory: Path) -> None:
         for key in sorted({*before, *after})
         if before.get(key) != after.get(key)
         and any(key == prefix or key.startswith(prefix + ".") for prefix in ORDER_AND_STATE)
-        and key != "model.checkpointing"
+        and key not in ("model.checkpointing", "balance.diagnose_every")
     ]
     if problems:
         raise UserError("\n".join(problems))

@@ -60,93 +60,36 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
     Raises:
         UserError: the recipe does not fit its data, the number of ranks, or the run that the folder holds.
     """
-    stop = stop or StopSignal()
     connection = connect(recipe.engine, recipe.train.precision)
     atexit.register(connection.close)
     world = connection.world
     recipe = absolute_paths(recipe)
     accumulation = recipe.train.accumulation_on(world.size)
+
+    # ---- data
+    data = open_data(recipe.data, recipe.tasks)
+    check_labels(data, recipe)
+
+    # ---- tasks, model, balancing: one root module
+    torch.manual_seed(recipe.train.seed)
+    root = build_root(recipe, facts_of(data), world)
+    check_balancing(recipe, root, data, connection.choice)
+    num_parameters = sum(p.numel() for p in root.parameters())
+
+    # ---- engine
+    optimizer = build_optimizer(recipe.optim, root.model, list(root.tasks), list(root.balancer.parameters()))
+    parts = [root.task_parameters(task) for task in root.tasks]
+    engine = connection.build(root.to(memory_format=torch.channels_last), optimizer, parts)
+    root.served_by(engine)
+
+    # ---- run folder, trainer
     directory = world.broadcast(run_dir or new_run_directory(recipe.name or "run"))
     with training_folder(directory, recipe, world) as folder:
-        resumed = newest_checkpoint(folder, world)
-
-        # ---- data
-        data = open_data(recipe.data, recipe.tasks)
-        check_labels(data, recipe)
         if world.is_main:
             folder.write_data(facts_of(data))
-
-        # ---- tasks, model, balancing: one root module
-        torch.manual_seed(recipe.train.seed)
-        root = build_root(recipe, facts_of(data), world)
-        check_balancing(recipe, root, data, connection.choice)
-        optimizer = build_optimizer(
-            recipe.optim, root.model, list(root.tasks), list(root.balancer.parameters())
-        )
-
-        # ---- engine
-        summary = f"{recipe.model.backbone}, {sum(p.numel() for p in root.parameters()):,} parameters"
-        parts = [root.task_parameters(task) for task in root.tasks]
-        engine = connection.build(root.to(memory_format=torch.channels_last), optimizer, parts)
-        root.served_by(engine)
-
-        # ---- trainer
-        tracker = Tracker(folder.directory if world.is_main else None, resumed.step if resumed else 0)
-        plan = plan_of(recipe, data, accumulation)
-        micro_batch = recipe.train.global_batch // (world.size * accumulation)
-        trainer = Trainer(
-            engine=engine,
-            root=root,
-            optim=recipe.optim,
-            plan=plan,
-            monitor=build_monitor(recipe),
-            ema=Ema(engine, recipe.optim.ema) if recipe.optim.ema is not None else None,
-            evaluate=(lambda: evaluate_split(root, data, "val", micro_batch, world))
-            if "val" in data.splits
-            else None,
-            writer=CheckpointWriter(folder.checkpoints, recipe.train.keep_last) if world.is_main else None,
-            tracker=tracker,
-            stop=stop,
-            recipe_text=to_yaml(recipe),
-        )
-        if resumed is not None:
-            trainer.load(resumed)
-
-        # ---- run
-        introduce(tracker, recipe, data, trainer, folder, connection.describe(), summary)
-        batches = train_loader(
-            data,
-            seed=recipe.train.seed,
-            global_batch=plan.global_batch,
-            accumulation=accumulation,
-            rank=world.rank,
-            world_size=world.size,
-            start_position=trainer.position,
-            end_position=plan.end_position,
-            workers=recipe.data.workers,
-            pin_memory=world.device.type == "cuda",
-        )
-        stop.install()
-        try:
-            with progress_bar(tracker, plan.end_position, trainer.position) as advance:
-                outcome = trainer.run(batches, advance)
-            if trainer.writer is not None:
-                trainer.writer.finish()
-            world.barrier()
-            if outcome.state == "done" and recipe.train.evaluate_at_end:
-                evaluate_at_end(engine, root, data, micro_batch, folder, tracker)
-        except BaseException as error:
-            tracker.status(
-                replace(trainer.status("failed", last_line(error)), retry=not isinstance(error, UserError))
-            )
-            raise
-        finally:
-            stop.restore()
-        tracker.status(trainer.status(outcome.state, outcome.reason))
-        tracker.draw()
-        farewell(tracker, outcome, folder)
-        tracker.close()
-    return outcome
+        trainer = build_trainer(recipe, data, engine, root, folder, accumulation, stop or StopSignal())
+        introduce(trainer, recipe, data, folder, connection.describe(), num_parameters)
+        return run_to_the_end(trainer, recipe, data, folder)
 
 
 def evaluate_run(run: Path, split: str) -> None:
@@ -163,8 +106,8 @@ def evaluate_run(run: Path, split: str) -> None:
         raise UserError(f"--split: expected one of {', '.join(data.splits)}, found {split!r}.")
     root = load_root(folder, recipe, world, warn)
     accumulation = recipe.train.accumulation_on(world.size)
-    micro_batch = recipe.train.global_batch // (world.size * accumulation)
-    evaluation = evaluate_split(root, data, split, micro_batch, world)
+    batch_size = recipe.train.global_batch // (world.size * accumulation)
+    evaluation = evaluate_split(root, data, split, batch_size, world)
     if world.is_main:
         write_evaluation(folder, split, evaluation, data.infos)
         print_results({split: evaluation})
@@ -185,6 +128,78 @@ def verify(run: Path) -> tuple[list[str], list[str]]:
 
 
 # ---------------------------------------------------------------- parts of train
+def build_trainer(
+    recipe: Recipe,
+    data: Data,
+    engine: Engine,
+    root: RootModule,
+    folder: RunFolder,
+    accumulation: int,
+    stop: StopSignal,
+) -> Trainer:
+    """The trainer, in the state of the folder's newest good checkpoint."""
+    world = engine.world
+    resumed = newest_checkpoint(folder, world)
+    plan = plan_of(recipe, data, accumulation)
+
+    def evaluate_val() -> Evaluation:
+        return evaluate_split(root, data, "val", plan.micro_batch_on(world.size), world)
+
+    trainer = Trainer(
+        engine=engine,
+        root=root,
+        optim=recipe.optim,
+        plan=plan,
+        monitor=build_monitor(recipe),
+        ema=Ema(engine, recipe.optim.ema) if recipe.optim.ema is not None else None,
+        evaluate=evaluate_val if "val" in data.splits else None,
+        writer=CheckpointWriter(folder.checkpoints, recipe.train.keep_last) if world.is_main else None,
+        tracker=Tracker(folder.directory if world.is_main else None, resumed.step if resumed else 0),
+        stop=stop,
+        recipe_text=to_yaml(recipe),
+    )
+    if resumed is not None:
+        trainer.load(resumed)
+    return trainer
+
+
+def run_to_the_end(trainer: Trainer, recipe: Recipe, data: Data, folder: RunFolder) -> Outcome:
+    """Train, evaluate the best weights, and leave the folder complete, however it ends."""
+    world, plan, tracker = trainer.world, trainer.plan, trainer.tracker
+    batches = train_loader(
+        data,
+        seed=plan.seed,
+        global_batch=plan.global_batch,
+        accumulation=plan.accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        start_position=trainer.position,
+        end_position=plan.end_position,
+        workers=recipe.data.workers,
+        pin_memory=world.device.type == "cuda",
+    )
+    trainer.stop.install()
+    try:
+        with progress_bar(tracker, plan.end_position, trainer.position) as advance:
+            outcome = trainer.run(batches, advance)
+        if trainer.writer is not None:
+            trainer.writer.finish()
+        world.barrier()
+        if outcome.state == "done" and recipe.train.evaluate_at_end:
+            evaluate_at_end(trainer, data, folder)
+    except BaseException as error:
+        failed = trainer.status("failed", last_line(error))
+        tracker.status(replace(failed, retry=not isinstance(error, UserError)))
+        raise
+    finally:
+        trainer.stop.restore()
+    tracker.status(trainer.status(outcome.state, outcome.reason))
+    tracker.draw()
+    farewell(tracker, outcome, folder)
+    tracker.close()
+    return outcome
+
+
 @contextmanager
 def training_folder(directory: Path, recipe: Recipe, world: World) -> Iterator[RunFolder]:
     """The run folder, made or taken up again by rank 0, and locked while training.
@@ -229,11 +244,10 @@ def evaluate_split(root: RootModule, data: Data, split: str, batch_size: int, wo
     return evaluate(root, loader, world)
 
 
-def evaluate_at_end(
-    engine: Engine, root: RootModule, data: Data, batch_size: int, folder: RunFolder, tracker: Tracker
-) -> None:
+def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> None:
     """Evaluate the best weights on every split but the training one; write and print the figures."""
-    world = engine.world
+    engine, root, tracker, world = trainer.engine, trainer.root, trainer.tracker, trainer.world
+    batch_size = trainer.plan.micro_batch_on(world.size)
     path = world.on_main(lambda: best_or_newest(folder, tracker.say))
     engine.load_full_state(inference_weights(read_checkpoint(path)), {})
     with engine.evaluating():
@@ -250,20 +264,15 @@ def evaluate_at_end(
 
 
 def introduce(
-    tracker: Tracker,
-    recipe: Recipe,
-    data: Data,
-    trainer: Trainer,
-    folder: RunFolder,
-    engine: str,
-    model: str,
+    trainer: Trainer, recipe: Recipe, data: Data, folder: RunFolder, engine: str, num_parameters: int
 ) -> None:
     """Say what is about to run, and what is odd about it."""
-    plan, world = trainer.plan, trainer.world
-    micro_batch = plan.global_batch // (world.size * plan.accumulation)
+    plan, world, tracker = trainer.plan, trainer.world, trainer.tracker
+    micro_batch = plan.micro_batch_on(world.size)
     tracker.say(f"run      {folder.directory}")
     tracker.say(f"data     {data.describe()}")
     tracker.say(f"tasks    {', '.join(f'{name} ({info.kind})' for name, info in data.infos.items())}")
+    model = f"{recipe.model.backbone}, {num_parameters:,} parameters"
     tracker.say(f"model    {model}, {recipe.train.precision}")
     tracker.say(f"engine   {engine}")
     tracker.say(
@@ -273,6 +282,9 @@ def introduce(
     for name, info in data.infos.items():
         if info.num_labelled == 0:
             tracker.say(f"warning  task {name} has no label in the training data: its head stays as it is.")
+    why_not = trainer.root.why_no_diagnosis
+    if recipe.balance.diagnose_every and why_not and len(recipe.tasks) > 1:
+        tracker.say(f"balance  the tasks' gradients are not compared: {why_not}.")
     if "val" not in data.splits:
         tracker.say(
             "warning  the data has no val split: nothing is evaluated, the newest checkpoint is the best."

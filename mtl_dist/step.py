@@ -14,21 +14,25 @@ NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mtl_dist.balance.balancer import Balancer, Needs
+from mtl_dist.balance.balancer import Balancer, Level, Needs
+from mtl_dist.balance.diagnostics import GradientDiagnostics, diagnose
 from mtl_dist.balance.jacobian import JacobianBalancer
 from mtl_dist.batch import Batch
-from mtl_dist.engine.precision import AUTOCAST_DTYPES, Precision
+from mtl_dist.engine.engine import Engine
+from mtl_dist.engine.precision import AUTOCAST_DTYPES, LossScaler, Precision
 from mtl_dist.engine.world import World
-from mtl_dist.gradients import WindowGradients, as_if_unseen, gated
+from mtl_dist.gradients import Gates, WindowGradients, as_if_unseen, with_gradient
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.tasks.task import Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,15 @@ class RootModule(nn.Module):
     Balancing happens in the forward of a window's first micro-batch, where the method asks for it: the tasks'
     gradients are read by `autograd.grad`, the weights found, and one scalar returned whose single backward
     applies them. A window of several micro-batches is looked at beforehand, by `look_at`.
+
+    How the weights w reach the shared part:
+
+        level features      w multiplies each task's gradient where it leaves the features (a gate), or the
+                            task's loss where the heads are to be weighted too (`scale_heads`)
+        level parameters    the gradients are there already: sum_k w_k g_k is handed to the parameters, the
+                            gates are closed, and the shared part's backward is not run once more
+
+    Every `diagnose_every` steps (0: never) the tasks' gradients are compared, whatever the method.
     """
 
     def __init__(
@@ -73,6 +86,7 @@ class RootModule(nn.Module):
         world: World,
         precision: Precision,
         seed: int,
+        diagnose_every: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -81,21 +95,42 @@ class RootModule(nn.Module):
         self._world = world
         self._dtype = AUTOCAST_DTYPES.get(precision)
         self._seed = seed
-        self._shared = [p for p in model.shared_parameters() if p.requires_grad]
-        self._weights_T = torch.ones(len(tasks))
-        # Read in the backward, written before it; None where heads and shared part get the same weights.
-        self._gates_T = None if balancer.scale_heads else torch.ones(len(tasks), device=world.device)
-        self._aggregate_P: Tensor | None = None
+        self.shared = [p for p in model.shared_parameters() if p.requires_grad]
+        self._scaler: LossScaler | None = None
+        self._engine: Engine | None = None
+        self._diagnose_every = diagnose_every if self.why_no_diagnosis is None else 0
+        # ---- of the window under way
         self._weighed_step = -1
-        self.gathered_heads: Callable[[], AbstractContextManager[None]] | None = None
-        """Set where the engine divides the weights over the ranks: a context in which the heads are whole."""
+        self._weights_T = torch.ones(len(tasks))
+        self._gates = None if balancer.level is None else Gates(len(tasks), world.device)
+        self._gradient_P: Tensor | None = None
+        self._diagnosed: WindowGradients | None = None
+        self._found: tuple[Tensor, Tensor] | None = None
+        self._told_of_strangers = False
         self.local_sums_T = torch.zeros(len(tasks))
         """Each task's loss sum over this rank's last micro-batch, for the log. Not a buffer: not state."""
+
+    def served_by(self, engine: Engine) -> None:
+        """Learn which engine runs this module: its loss scale, and how it makes divided weights whole."""
+        self._scaler = engine.scaler
+        self._engine = engine if engine.zero_stage == 3 else None
 
     @property
     def task_weights(self) -> dict[str, float]:
         """The recipe's weight of each task."""
         return {name: task.settings.weight for name, task in self.tasks.items()}
+
+    @property
+    def why_no_diagnosis(self) -> str | None:
+        """Why the tasks' gradients cannot be compared at the features; None where they can."""
+        if len(self.tasks) < 2:
+            return "there is one task alone"
+        if not self.shared:
+            return "the tasks share no weights that are trained"
+        names = [name for task in self.tasks for name in self.model.feature_names(task)]
+        if len(names) == len(set(names)):
+            return "no two heads read the same features"
+        return None
 
     def task_parameters(self, task: str) -> list[nn.Parameter]:
         """The parameters that no other task's loss reaches: head, own backbone, balancing state."""
@@ -118,24 +153,22 @@ class RootModule(nn.Module):
 
     def forward(self, batch: Batch, totals: WindowTotals) -> Tensor:
         """The scalar of one micro-batch, whose gradient the engine averages over ranks."""
-        weigh = self._weighed_step != totals.step
-        needs = self.balancer.needs_at(totals.step) if weigh else "nothing"
-        if needs != "nothing" and self._gates_T is not None:
-            self._gates_T.fill_(1.0)
-        losses_T, features = self._losses(batch, totals)
-        if weigh:
-            looked = None
-            if needs != "nothing":
-                looked = WindowGradients(len(self.tasks), self._world)
-                self._add(looked, needs, losses_T, features, batch, totals)
+        step = totals.step
+        looked: WindowGradients | None = None
+        needs: Needs = "nothing"
+        if self._weighed_step != step:
+            looked, needs = self._begin_look(), self.balancer.needs_at(step)
+        level = self._level_of(needs)
+        at_features = looked if level == "features" else self._diagnosed_at(step)
+        losses_T = self._losses(batch, totals, at_features, looked if level == "parameters" else None)
+        if looked is not None:
+            looked.add_losses(losses_T)
             self._weigh(looked, needs, totals)
         share = 1 / totals.num_micro_batches
         present_T = totals.present_T.to(losses_T.device)
         scalar = self.balancer.combine(losses_T, self._weights_T, present_T, share)
-        if self._aggregate_P is not None:
-            parts = self._aggregate_P.split([p.numel() for p in self._shared])
-            products = [(p * part.view_as(p)).sum() for p, part in zip(self._shared, parts, strict=True)]
-            scalar = scalar + share * torch.stack(products).sum()
+        if self._gradient_P is not None:
+            scalar = with_gradient(scalar, self.shared, share * self._gradient_P)
         return scalar
 
     def observe(self, local_sums_T: Tensor, totals: WindowTotals) -> None:
@@ -147,20 +180,52 @@ class RootModule(nn.Module):
             losses_T = self._world.device_sum(local_sums_T) / totals.counts_T.to(local_sums_T)
             self.balancer.observe(losses_T, totals.present_T.to(losses_T.device))
 
+    def diagnosis(self, totals: WindowTotals) -> GradientDiagnostics | None:
+        """Collective: how the tasks' gradients stood to one another in the window just finished.
+
+        None where this was no step to look.
+        """
+        if not self._diagnoses_at(totals.step):
+            return None
+        if self._diagnosed is not None:
+            self._found = self._diagnosed.global_gramian("features"), self._diagnosed.comparable()
+            self._diagnosed = None
+        assert self._found is not None
+        gramian_TT, comparable_TT = self._found
+        return diagnose(list(self.tasks), gramian_TT, totals.present_T, comparable_TT)
+
     # ------------------------------------------------------------------ losses
-    def _losses(self, batch: Batch, totals: WindowTotals) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """The tasks' losses (T,), and the features that each task's head read.
+    def _losses(
+        self,
+        batch: Batch,
+        totals: WindowTotals,
+        at_features: WindowGradients | None,
+        at_parameters: WindowGradients | None,
+    ) -> Tensor:
+        """The tasks' losses (T,), whose gradients are taken into what is given.
 
         The losses are scaled such that their mean over ranks, summed over the window's micro-batches, is the
         global loss.
         """
+        features = self._features(batch)
+        present = totals.present_T.tolist()
+        if at_features is not None and self._engine is not None:
+            self._look_apart(at_features, features, batch, totals)
+        losses_T = self._head_losses(features, batch, totals)
+        if at_features is not None and self._engine is None:
+            at_features.add_at_features(losses_T, features, present, self._labelled(batch))
+        if at_parameters is not None:
+            at_parameters.add_at_parameters(losses_T, self.shared, present)
+        return losses_T
+
+    def _features(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """The features that each task's head reads, behind its gate."""
         with self._autocast():
             shared = self.model.features(batch.images_BCHW)
         features = [{name: shared[name] for name in self.model.feature_names(task)} for task in self.tasks]
-        if self._gates_T is not None:
-            gates = self._gates_T.unbind()
-            features = [gated(own, gate) for own, gate in zip(features, gates, strict=True)]
-        return self._head_losses(features, batch, totals), features
+        if self._gates is None:
+            return features
+        return [self._gates.gated(own, t) for t, own in enumerate(features)]
 
     def _head_losses(
         self, features: Sequence[Mapping[str, Tensor]], batch: Batch, totals: WindowTotals
@@ -176,10 +241,13 @@ class RootModule(nn.Module):
         share_T = torch.where(totals.present_T, self._world.size / totals.counts_T, 0.0)
         return sums_T * share_T.to(sums_T)
 
+    def _labelled(self, batch: Batch) -> Tensor:
+        return torch.stack([batch.labelled[name] for name in self.tasks])
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._world.device.type, self._dtype, enabled=self._dtype is not None)
 
-    # ------------------------------------------------------------------ balancing
+    # ------------------------------------------------------------------ looking at gradients
     def look_at(self, window: Sequence[Batch], totals: WindowTotals) -> None:
         """Find the weights of a window of several micro-batches, before its first forward.
 
@@ -188,63 +256,121 @@ class RootModule(nn.Module):
         needs = self.balancer.needs_at(totals.step)
         if needs == "nothing":
             return
-        looked = WindowGradients(len(self.tasks), self._world)
+        level = self._level_of(needs)
+        looked = self._begin_look()
         with as_if_unseen(self, self._world.device):
             for batch in window:
-                losses_T, features = self._losses(batch, totals)
-                self._add(looked, needs, losses_T, features, batch, totals)
+                if level == "features" and self._engine is not None:
+                    with torch.no_grad():
+                        features = self._features(batch)
+                    losses_T = self._look_apart(looked, features, batch, totals)
+                else:
+                    with torch.set_grad_enabled(level is not None):
+                        losses_T = self._losses(
+                            batch,
+                            totals,
+                            looked if level == "features" else None,
+                            looked if level == "parameters" else None,
+                        )
+                looked.add_losses(losses_T)
         self._weigh(looked, needs, totals)
 
-    def _add(
+    def _begin_look(self) -> WindowGradients:
+        """An empty record of gradients, read with all gates open."""
+        if self._gates is not None:
+            self._gates.open(torch.ones_like(self._gates.factors_T))
+        return self._new_record()
+
+    def _new_record(self) -> WindowGradients:
+        scale = 1.0 if self._scaler is None else self._scaler.scale
+        return WindowGradients(len(self.tasks), self._world, scale)
+
+    def _level_of(self, needs: Needs) -> Level | None:
+        return self.balancer.level if needs in ("gramian", "jacobian") else None
+
+    def _look_apart(
         self,
-        looked: WindowGradients,
-        needs: Needs,
-        losses_T: Tensor,
+        record: WindowGradients,
         features: Sequence[Mapping[str, Tensor]],
         batch: Batch,
         totals: WindowTotals,
-    ) -> None:
-        """Take one micro-batch into what is looked at."""
-        present = totals.present_T.tolist()
-        looked.add_losses(losses_T)
-        if needs == "jacobian" or (needs == "gramian" and self.balancer.level == "parameters"):
-            looked.add_at_parameters(losses_T, self._shared, present)
-        elif needs == "gramian":
-            if self.gathered_heads is not None:
-                # The heads' weights are divided over the ranks: they are gathered, and the heads run once
-                # more on features of their own, so that no hook of the engine sees this backward.
-                features = [
-                    {name: feature.detach().requires_grad_() for name, feature in own.items()}
-                    for own in features
-                ]
-                with self.gathered_heads():
-                    losses_T = self._head_losses(features, batch, totals)
-                    looked.add_at_features(losses_T, features, present)
-            else:
-                looked.add_at_features(losses_T, features, present)
+    ) -> Tensor:
+        """Take the gradients at the features where the weights are divided over the ranks; the losses (T,).
 
-    def _weigh(self, looked: WindowGradients | None, needs: Needs, totals: WindowTotals) -> None:
-        """Find this window's weights."""
+        The heads are made whole and run once more, on features of their own, so that no hook of the engine
+        sees this backward.
+        """
+        assert self._engine is not None
+        leaves = [
+            {name: feature.detach().requires_grad_() for name, feature in own.items()} for own in features
+        ]
+        weights = [parameter for task in self.tasks for parameter in self.model.task_parameters(task)]
+        with as_if_unseen(self, self._world.device), torch.enable_grad(), self._engine.whole(weights):
+            losses_T = self._head_losses(leaves, batch, totals)
+            record.add_at_features(losses_T, leaves, totals.present_T.tolist(), self._labelled(batch))
+        return losses_T.detach()
+
+    def _weigh(self, looked: WindowGradients, needs: Needs, totals: WindowTotals) -> None:
+        """Collective where the method needs anything: find this window's weights, and set them up."""
         key = (self._seed, totals.step)
         present_T = totals.present_T.to(self._world.device)
-        losses_T = looked.global_losses() if looked is not None else None
-        gramian_TT = None
-        self._aggregate_P = None
-        if looked is not None and needs == "gramian":
-            assert self.balancer.level is not None
-            gramian_TT = looked.global_gramian(self.balancer.level)
-        if looked is not None and needs == "jacobian":
-            assert isinstance(self.balancer, JacobianBalancer) and losses_T is not None
-            self._aggregate_P = self.balancer.aggregate(
-                looked.global_jacobian(), losses_T=losses_T, present_T=present_T, key=key
-            )
+        level = self._level_of(needs)
+        losses_T = looked.global_losses() if needs != "nothing" else None
+        gramian_TT = looked.global_gramian(level) if needs == "gramian" and level is not None else None
         weights_T = self.balancer.weights(
             present_T=present_T, key=key, losses_T=losses_T, gramian_TT=gramian_TT
         )
-        if self._gates_T is not None:
-            # The shared part gets weighted gradients (or none: the aggregate takes their place), the heads
-            # plain ones.
-            self._gates_T.copy_(weights_T if self._aggregate_P is None else torch.zeros_like(weights_T))
-            weights_T = present_T.float()
+        self._gradient_P = None
+        self._found = None
+        if gramian_TT is not None:
+            comparable_TT = (
+                looked.comparable() if level == "features" else torch.ones_like(gramian_TT, dtype=torch.bool)
+            )
+            self._found = gramian_TT, comparable_TT
+            self._tell_of_strangers(present_T, comparable_TT)
+            if level == "parameters":
+                self._gradient_P = weights_T @ looked.local_jacobian
+        elif needs == "jacobian":
+            assert isinstance(self.balancer, JacobianBalancer) and losses_T is not None
+            jacobian_TP = looked.global_jacobian()
+            self._gradient_P = self.balancer.aggregate(
+                jacobian_TP, losses_T=losses_T, present_T=present_T, key=key
+            )
+            if self._diagnoses_at(totals.step):
+                gramian_TT = jacobian_TP @ jacobian_TP.T
+                self._found = gramian_TT, torch.ones_like(gramian_TT, dtype=torch.bool)
+        if self._gates is not None:
+            self._gates.closed = self._gradient_P is not None
+            if not self.balancer.scale_heads:
+                # The heads get the plain gradients of their own losses.
+                self._gates.factors_T.copy_(weights_T)
+                weights_T = present_T.float()
         self._weights_T = weights_T
         self._weighed_step = totals.step
+
+    def _tell_of_strangers(self, present_T: Tensor, comparable_TT: Tensor) -> None:
+        """Say once that a window held tasks between which the features can show no conflict."""
+        strangers_TT = present_T[:, None] & present_T[None, :] & ~comparable_TT
+        if self._told_of_strangers or not self._world.is_main or not strangers_TT.any():
+            return
+        first, second = strangers_TT.nonzero()[0].tolist()
+        names = list(self.tasks)
+        logger.warning(
+            "balance: a window held no sample with labels of both %s and %s: at the features no conflict "
+            "between them can be seen. If this is common, set balance.level to parameters.",
+            names[first],
+            names[second],
+        )
+        self._told_of_strangers = True
+
+    # ------------------------------------------------------------------ diagnosis
+    def _diagnoses_at(self, step: int) -> bool:
+        return self._diagnose_every > 0 and step % self._diagnose_every == 0
+
+    def _diagnosed_at(self, step: int) -> WindowGradients | None:
+        """Where the gradients at the features go in a step which compares them though the method does not."""
+        if not self._diagnoses_at(step) or self._level_of(self.balancer.needs_at(step)) is not None:
+            return None
+        if self._diagnosed is None:
+            self._diagnosed = self._new_record()
+        return self._diagnosed

@@ -48,6 +48,10 @@ class Plan:
     def total_steps(self) -> int:
         return -(-self.end_position // self.global_batch)
 
+    def micro_batch_on(self, num_ranks: int) -> int:
+        """The samples of one forward on one of `num_ranks` ranks."""
+        return self.global_batch // (num_ranks * self.accumulation)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -199,6 +203,20 @@ class Trainer:
         figures |= clock.figures(self.plan.global_batch)
         self.tracker.record("step", self.step, self.position / self.plan.samples_per_epoch, figures)
         self.tracker.status(self.status("running", images_per_s=figures["images_per_s"]))
+
+    def _diagnose(self, totals: WindowTotals) -> None:
+        """In the steps that compare the tasks' gradients: write down what was found, and say who fights."""
+        found = self.root.diagnosis(totals)
+        if found is None:
+            return
+        balancer = self.root.balancer
+        figures = {f"balance/{name}": value for name, value in found.scalars().items()}
+        weights = zip(self.root.tasks, balancer.last_weights_T.tolist(), strict=True)
+        figures |= {f"balance/weight/{name}": weight for name, weight in weights}
+        figures["balance/num_unconverged"] = float(balancer.num_unconverged)
+        self.tracker.record("balance", self.step, self.position / self.plan.samples_per_epoch, figures)
+        for sentence in found.sentences():
+            self.tracker.say(f"step {self.step}: {sentence}")
 
     def _finish_epoch(self, before: int) -> None:
         """Evaluate if it is time to, write the epoch's row, remember the best, save.

@@ -24,8 +24,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from mtl_dist.config.settings import Settings
 from mtl_dist.specs import TaskKind
 
 Needs = Literal["nothing", "losses", "gramian", "jacobian"]
@@ -35,6 +37,17 @@ Key: TypeAlias = tuple[int, int]
 
 SMALLEST_LOSS = 1e-8
 """Keeps a loss of 0 out of logarithms and denominators."""
+
+
+class MethodSettings(Settings):
+    """What all methods have in common.
+
+    diagnose_every  compare the tasks' gradients every so many steps, and write down their lengths, the
+                    cosines between them and the weights; 0: never. Methods on gradients know them anyway;
+                    the others read them at the features in that step.
+    """
+
+    diagnose_every: int = Field(default=100, ge=0)
 
 
 @dataclass(frozen=True)

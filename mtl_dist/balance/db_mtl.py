@@ -8,12 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mtl_dist.balance.balancer import SMALLEST_LOSS, BalancedTasks, Key
+from mtl_dist.balance.balancer import SMALLEST_LOSS, BalancedTasks, Key, MethodSettings
 from mtl_dist.balance.jacobian import JacobianBalancer
-from mtl_dist.config.settings import Settings
 
 
-class DBMTLSettings(Settings):
+class DBMTLSettings(MethodSettings):
     """`balance: {method: db-mtl, beta: 0.9, beta_decay: 0.0}`; the average forgets at beta / t^beta_decay."""
 
     method: Literal["db-mtl"] = "db-mtl"

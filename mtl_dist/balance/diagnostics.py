@@ -16,7 +16,8 @@ DOMINANCE = 10.0
 
 @dataclass(frozen=True)
 class GradientDiagnostics:
-    """Lengths of the tasks' gradients and the cosines between them; NaN where a task is absent.
+    """Lengths of the tasks' gradients and the cosines between them; NaN where a task is absent
+    or two cannot be compared.
 
     Cosines with a gradient of length 0 are 0.
     """
@@ -55,13 +56,20 @@ class GradientDiagnostics:
         return text + "."
 
 
-def diagnose(tasks: Sequence[str], gramian_TT: Tensor, present_T: Tensor) -> GradientDiagnostics:
-    """Lengths and cosines from the global Gramian of the tasks' gradients, (T, T)."""
+def diagnose(
+    tasks: Sequence[str], gramian_TT: Tensor, present_T: Tensor, comparable_TT: Tensor | None = None
+) -> GradientDiagnostics:
+    """Lengths and cosines from the global Gramian of the tasks' gradients, (T, T).
+
+    Of pairs that are not comparable (None: all are) there is no cosine.
+    """
     gramian_TT, present_T = gramian_TT.detach().cpu().double(), present_T.cpu()
     lengths_T = gramian_TT.diagonal().clamp_min(0).sqrt()
     products_TT = lengths_T[:, None] * lengths_T[None, :]
     cosines_TT = torch.where(products_TT > 0, gramian_TT / products_TT, 0.0).clamp(-1, 1)
     both_TT = present_T[:, None] & present_T[None, :]
+    if comparable_TT is not None:
+        both_TT = both_TT & comparable_TT.cpu()
     return GradientDiagnostics(
         tasks=tuple(tasks),
         lengths_T=torch.where(present_T, lengths_T, torch.nan),

@@ -8,11 +8,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mtl_dist.balance.balancer import SMALLEST_LOSS, BalancedTasks, Balancer, Key, masked_softmax
-from mtl_dist.config.settings import Settings
+from mtl_dist.balance.balancer import (
+    SMALLEST_LOSS,
+    BalancedTasks,
+    Balancer,
+    Key,
+    MethodSettings,
+    masked_softmax,
+)
 
 
-class DWASettings(Settings):
+class DWASettings(MethodSettings):
     """`balance: {method: dwa, temperature: 2.0}`; a higher temperature is nearer to equal weights."""
 
     method: Literal["dwa"] = "dwa"

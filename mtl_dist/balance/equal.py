@@ -7,11 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtl_dist.balance.balancer import BalancedTasks, Balancer, Key
-from mtl_dist.config.settings import Settings
+from mtl_dist.balance.balancer import BalancedTasks, Balancer, Key, MethodSettings
 
 
-class EqualSettings(Settings):
+class EqualSettings(MethodSettings):
     """`balance: {method: equal}`"""
 
     method: Literal["equal"] = "equal"

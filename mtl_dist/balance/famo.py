@@ -8,14 +8,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mtl_dist.balance.balancer import SMALLEST_LOSS, BalancedTasks, Balancer, Key, masked_softmax
-from mtl_dist.config.settings import Settings
+from mtl_dist.balance.balancer import (
+    SMALLEST_LOSS,
+    BalancedTasks,
+    Balancer,
+    Key,
+    MethodSettings,
+    masked_softmax,
+)
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 
 
-class FAMOSettings(Settings):
+class FAMOSettings(MethodSettings):
     """`balance: {method: famo, lr: 0.025, weight_decay: 0.001}`; both are of the logits, not of the model."""
 
     method: Literal["famo"] = "famo"

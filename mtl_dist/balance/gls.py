@@ -7,11 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtl_dist.balance.balancer import SMALLEST_LOSS, BalancedTasks, Balancer, Key
-from mtl_dist.config.settings import Settings
+from mtl_dist.balance.balancer import SMALLEST_LOSS, BalancedTasks, Balancer, Key, MethodSettings
 
 
-class GLSSettings(Settings):
+class GLSSettings(MethodSettings):
     """`balance: {method: gls}`"""
 
     method: Literal["gls"] = "gls"

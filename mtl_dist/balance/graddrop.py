@@ -8,12 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mtl_dist.balance.balancer import BalancedTasks, Key, generator
+from mtl_dist.balance.balancer import BalancedTasks, Key, MethodSettings, generator
 from mtl_dist.balance.jacobian import JacobianBalancer
-from mtl_dist.config.settings import Settings
 
 
-class GradDropSettings(Settings):
+class GradDropSettings(MethodSettings):
     """`balance: {method: graddrop, leak: 0.0}`; `leak` is the part of each gradient that is never dropped."""
 
     method: Literal["graddrop"] = "graddrop"

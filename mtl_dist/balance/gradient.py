@@ -10,14 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mtl_dist.balance.balancer import BalancedTasks, Balancer, Key, Level
+from mtl_dist.balance.balancer import BalancedTasks, Balancer, Key, Level, MethodSettings
 from mtl_dist.balance.solvers import NotConvergedError
-from mtl_dist.config.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 
-class GradientSettings(Settings):
+class GradientSettings(MethodSettings):
     """What all methods on gradients have in common.
 
     level        where the gradients are taken: at the shared "parameters", as the papers define the methods,

@@ -8,7 +8,7 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from mtl_dist.balance.aligned import Aligned, AlignedSettings
-from mtl_dist.balance.balancer import BalancedTasks, Balancer, BalancerFactory
+from mtl_dist.balance.balancer import BalancedTasks, Balancer, BalancerFactory, MethodSettings
 from mtl_dist.balance.cagrad import CAGrad, CAGradSettings
 from mtl_dist.balance.db_mtl import DBMTL, DBMTLSettings
 from mtl_dist.balance.dualproj import DualProj, DualProjSettings
@@ -29,7 +29,6 @@ from mtl_dist.balance.rlw import RLW, RLWSettings
 from mtl_dist.balance.stch import STCH, STCHSettings
 from mtl_dist.balance.uncertainty import Uncertainty, UncertaintySettings
 from mtl_dist.balance.upgrad import UPGrad, UPGradSettings
-from mtl_dist.config.settings import Settings
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskKind
 
@@ -58,7 +57,7 @@ BalanceSettings: TypeAlias = Annotated[
     Field(discriminator="method"),
 ]
 
-METHODS: dict[type[Settings], BalancerFactory] = {
+METHODS: dict[type[MethodSettings], BalancerFactory] = {
     AlignedSettings: Aligned,
     CAGradSettings: CAGrad,
     DBMTLSettings: DBMTL,

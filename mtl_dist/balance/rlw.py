@@ -7,11 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtl_dist.balance.balancer import BalancedTasks, Balancer, Key, generator, masked_softmax
-from mtl_dist.config.settings import Settings
+from mtl_dist.balance.balancer import BalancedTasks, Balancer, Key, MethodSettings, generator, masked_softmax
 
 
-class RLWSettings(Settings):
+class RLWSettings(MethodSettings):
     """`balance: {method: rlw}`"""
 
     method: Literal["rlw"] = "rlw"

@@ -8,11 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mtl_dist.balance.balancer import BalancedTasks, Balancer, Key, masked_softmax
-from mtl_dist.config.settings import Settings
+from mtl_dist.balance.balancer import BalancedTasks, Balancer, Key, MethodSettings, masked_softmax
 
 
-class STCHSettings(Settings):
+class STCHSettings(MethodSettings):
     """`balance: {method: stch, mu: 1.0}`; a smaller `mu` looks more at the worst task alone."""
 
     method: Literal["stch"] = "stch"

@@ -7,12 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtl_dist.balance.balancer import BalancedTasks
+from mtl_dist.balance.balancer import BalancedTasks, MethodSettings
 from mtl_dist.balance.learned import LearnedBalancer
-from mtl_dist.config.settings import Settings
 
 
-class UncertaintySettings(Settings):
+class UncertaintySettings(MethodSettings):
     """`balance: {method: uncertainty}`"""
 
     method: Literal["uncertainty"] = "uncertainty"

@@ -1,0 +1,281 @@
+"""A small multi-task training through the root module, for every method of balancing.
+
+Three tasks on a small network without dropout. The global batches are pure functions of (labels, step), so
+any engine, on any number of ranks and with any accumulation, must get the same weights of the tasks and the
+same weights of the model.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from mtl_dist.balance.checks import check_balance
+from mtl_dist.balance.gradient import GradientSettings
+from mtl_dist.balance.methods import METHODS, BalanceSettings, build_balancer
+from mtl_dist.batch import Batch
+from mtl_dist.engine.connect import Connection, EngineSettings, connect
+from mtl_dist.engine.engine import Engine
+from mtl_dist.engine.precision import Precision
+from mtl_dist.errors import UserError
+from mtl_dist.models.multitask import build_model
+from mtl_dist.models.settings import Checkpointing, ModelSettings
+from mtl_dist.optim import OptimSettings, build_optimizer
+from mtl_dist.specs import TaskInfo
+from mtl_dist.step import RootModule, WindowTotals, count_labels
+from mtl_dist.tasks.classification import ClassificationSettings
+from mtl_dist.tasks.multilabel import MultilabelSettings
+from mtl_dist.tasks.registry import TaskSettings, build_tasks
+from mtl_dist.tasks.regression import RegressionSettings
+
+SIZE = 8
+GLOBAL_BATCH = 8
+INFOS = {
+    "kind": TaskInfo("classification", classes=("a", "b", "c"), num_labelled=9, class_counts=(3, 3, 3)),
+    "age": TaskInfo("regression", num_labelled=9, mean=40.0, std=10.0),
+    "tags": TaskInfo("multilabel", classes=("p", "q"), num_labelled=9, class_counts=(4, 5)),
+}
+SETTINGS: dict[str, TaskSettings] = {
+    "kind": ClassificationSettings(),
+    "age": RegressionSettings(),
+    "tags": MultilabelSettings(),
+}
+
+Labels = Literal["full", "partial", "disjoint"]
+"""partial: 40% missing, and none at all of `tags` in every second window; disjoint: one label a sample."""
+EngineName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+
+LOSS_METHODS = ("equal", "fixed", "uncertainty", "dwa", "rlw", "gls", "stch", "famo", "imtl-l")
+JACOBIAN_METHODS = ("graddrop", "db-mtl")
+GRAMIAN_METHODS = tuple(
+    sorted(
+        settings.model_fields["method"].default
+        for settings in METHODS
+        if issubclass(settings, GradientSettings)
+    )
+)
+
+
+@dataclass(frozen=True)
+class Balance:
+    """What stands under `balance:` in a recipe."""
+
+    method: str
+    level: Literal["features", "parameters"] | None = None
+    every: int = 1
+    scale_heads: bool = False
+
+    def settings(self) -> BalanceSettings:
+        stated: dict[str, Any] = {"method": self.method}
+        if self.level is not None:
+            stated |= {"level": self.level, "every": self.every, "scale_heads": self.scale_heads}
+        adapter: TypeAdapter[BalanceSettings] = TypeAdapter(BalanceSettings)
+        return adapter.validate_python(stated)
+
+    def __str__(self) -> str:
+        return self.method if self.level is None else f"{self.method} at {self.level}"
+
+
+BALANCES = (
+    *(Balance(method) for method in LOSS_METHODS),
+    *(Balance(method, level) for method in GRAMIAN_METHODS for level in ("features", "parameters")),
+    *(Balance(method) for method in JACOBIAN_METHODS),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training of a few steps."""
+
+    balance: Balance
+    labels: Labels = "full"
+    accumulation: int = 1
+    precision: Precision = "fp32"
+    checkpointing: Checkpointing = "off"
+    num_steps: int = 3
+    explode_at: tuple[int, ...] = ()
+    """Steps in which rank 0 sees infinite pixels."""
+    diagnose_every: int = 0
+    map_task: bool = False
+    """Whether there is a segmentation task as well, whose head reads other features."""
+    frozen: bool = False
+    shared: bool = True
+
+    def with_(self, **changes: object) -> Case:
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass
+class Result:
+    """What came out: the tasks' weights after each step, and on rank 0 the model and what it was at first.
+
+    `refusal` is the line that ended it before it began.
+    """
+
+    refusal: str = ""
+    weights: list[Tensor] = field(default_factory=list)
+    start: dict[str, Tensor] = field(default_factory=dict)
+    model: dict[str, Tensor] = field(default_factory=dict)
+    skipped: list[bool] = field(default_factory=list)
+    diagnoses: list[dict[str, float]] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+
+    @property
+    def num_unconverged(self) -> int:
+        return int(self.model["balancer.num_unconverged"])
+
+
+def global_batch(labels: Labels, step: int) -> Batch:
+    generator = torch.Generator().manual_seed(100 + step)
+    num = GLOBAL_BATCH
+
+    def labelled(number: int) -> Tensor:
+        if labels == "disjoint":
+            return torch.arange(num) % len(INFOS) == number
+        if labels == "full":
+            return torch.ones(num, dtype=torch.bool)
+        if number == 2 and step % 2:
+            return torch.zeros(num, dtype=torch.bool)
+        return torch.rand(num, generator=generator) >= 0.4
+
+    has = {name: labelled(number) for number, name in enumerate(INFOS)}
+    return Batch(
+        images_BCHW=torch.rand(num, 1, SIZE, SIZE, generator=generator) * 255,
+        targets={
+            "kind": torch.randint(0, 3, (num,), generator=generator) * has["kind"],
+            "age": torch.randn(num, generator=generator) * 10 + 40,
+            "tags": torch.randint(0, 2, (num, 2), generator=generator).float(),
+        },
+        labelled=has,
+        valid_B=torch.ones(num, dtype=torch.bool),
+        positions_B=torch.arange(num),
+        keys=[str(number) for number in range(num)],
+    )
+
+
+def micro_batches(batch: Batch, rank: int, size: int, accumulation: int) -> list[Batch]:
+    """This rank's part, as the loader cuts it."""
+    length = len(batch) // (size * accumulation)
+    pieces = []
+    for number in range(accumulation):
+        start = (rank * accumulation + number) * length
+        rows = slice(start, start + length)
+        piece = batch._map(lambda tensor, rows=rows: tensor[rows])
+        pieces.append(replace(piece, keys=batch.keys[rows]))
+    return pieces
+
+
+def connection_of(engine: EngineName, precision: Precision) -> Connection:
+    deepspeed = engine.startswith("zero")
+    settings = EngineSettings(
+        kind="deepspeed" if deepspeed else "accelerate",
+        zero_stage=int(engine[4]) if deepspeed else None,  # type: ignore[arg-type]
+    )
+    return connect(settings, precision)
+
+
+def build(case: Case, connection: Connection) -> tuple[Engine, RootModule]:
+    torch.manual_seed(7)
+    tasks = build_tasks(SETTINGS, INFOS)
+    model_settings = ModelSettings(
+        backbone="simple_cnn",
+        norm="group",
+        checkpointing=case.checkpointing,
+        frozen=case.frozen,
+        shared=case.shared,
+    )
+    heads = [task.head for task in tasks.values()]
+    model = build_model(model_settings, heads, 1, (SIZE, SIZE))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    kinds = {name: info.kind for name, info in INFOS.items()}
+    settings = case.balance.settings()
+    balancer = build_balancer(settings, list(tasks), kinds, dict.fromkeys(tasks, 1.0))
+    root = RootModule(model, tasks, balancer, connection.world, case.precision, 5, case.diagnose_every)
+    check_balance(
+        balancer,
+        case.balance.method,
+        deepspeed=connection.choice.kind == "deepspeed",
+        zero_stage=connection.choice.zero_stage,
+        num_shared=len(root.shared),
+        features={name: model.feature_names(name) for name in tasks},
+        strangers=[("kind", "age")] if case.labels == "disjoint" else [],
+    )
+    # One step of plain SGD moves every weight by a known part of its gradient.
+    optim = OptimSettings(kind="sgd", lr=0.05, momentum=0.0, weight_decay=0.0)
+    optimizer = build_optimizer(optim, root.model, list(tasks), list(balancer.parameters()))
+    parts = [root.task_parameters(name) for name in tasks]
+    engine = connection.build(root, optimizer, parts)
+    root.served_by(engine)
+    return engine, root
+
+
+def train(engine_name: EngineName, case: Case) -> Result:
+    """Run on every rank."""
+    result = Result()
+    try:
+        engine, root = build(case, connection_of(engine_name, case.precision))
+    except UserError as error:
+        return Result(refusal=str(error))
+    heard = _Heard(result.log)
+    logging.getLogger("mtl_dist").addHandler(heard)
+    result.start = engine.full_state().model
+    world = engine.world
+    for step in range(case.num_steps):
+        whole = global_batch(case.labels, step)
+        window = micro_batches(whole, world.rank, world.size, case.accumulation)
+        totals = WindowTotals(world.sum(count_labels(root.tasks, window)), len(window), step)
+        if step in case.explode_at and world.is_main:
+            window[0].images_BCHW[0] = 1e30
+        if len(window) > 1:
+            root.look_at(window, totals)
+        sums_T = torch.zeros(len(root.tasks))
+        for number, batch in enumerate(window, start=1):
+            engine.forward_backward(batch, totals, last=number == len(window))
+            sums_T += root.local_sums_T
+        away = [
+            p
+            for name, here in zip(root.tasks, totals.present_T, strict=True)
+            if not here
+            for p in root.task_parameters(name)
+        ]
+        result.skipped.append(engine.step(away, None).skipped)
+        root.observe(sums_T, totals)
+        root.balancer.end_epoch()
+        found = root.diagnosis(totals)
+        result.diagnoses.append({} if found is None else found.scalars())
+        result.weights.append(root.balancer.last_weights_T.clone())
+    result.model = engine.full_state().model
+    logging.getLogger("mtl_dist").removeHandler(heard)
+    return result
+
+
+def train_all(engine: EngineName, cases: Sequence[Case]) -> list[Result]:
+    """`train`, one after another, in one call of a pool."""
+    results = [train(engine, case) for case in cases]
+    gc.collect()
+    return results
+
+
+@cache
+def reference(case: Case) -> Result:
+    """The same training in this process, with whole windows."""
+    return train("single", case.with_(accumulation=1))
+
+
+class _Heard(logging.Handler):
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(record.getMessage())
