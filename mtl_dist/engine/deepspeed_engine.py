@@ -276,7 +276,7 @@ class _ShardedZero(_Zero):
             self._all_whole = False
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         gathered: AbstractContextManager[None] = GatheredParameters(parameters, enabled=not self._all_whole)
         return gathered
