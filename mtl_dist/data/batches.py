@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from mtl_dist.batch import Batch
-from mtl_dist.data.decode import decode_image, decode_mask
+from mtl_dist.data.decode import decode_mask, open_picture
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.mixing import Samples
@@ -154,13 +154,13 @@ class BatchBuilder:
 
     def _pixels(self, sample: Sample, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """The image and the masks as the batch wants them."""
-        image_CHW = decode_image(sample.image, self.channels, self.image_dtype)
+        picture = open_picture(sample.image, self.channels, self.image_dtype)
         masks = {name: decode_mask(data) for name, data in sample.masks.items()}
         for name, mask in masks.items():
-            if mask.shape != image_CHW.shape[-2:]:
-                sizes = [f"{picture.shape[-1]}x{picture.shape[-2]}" for picture in (mask, image_CHW)]
+            if mask.shape != picture.size:
+                sizes = [f"{width}x{height}" for height, width in (mask.shape, picture.size)]
                 raise UnreadableSample(f"its mask {name} is {sizes[0]}, its image {sizes[1]}")
-        image_CHW, masks = self.transform(image_CHW, masks, draws)
+        image_CHW, masks = self.transform.view(picture, masks, draws)
         for name, mask in masks.items():
             _check_classes(name, mask, self.infos[name])
         return image_CHW, masks

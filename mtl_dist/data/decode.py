@@ -4,7 +4,8 @@ The format is told by the bytes, never by a name. An image comes upright (EXIF o
 without alpha (it is dropped, the colours below stay as they are), and in the number of channels asked for:
 grey is repeated to three channels, colour is weighed to grey.
 
-torchvision decodes JPEG, faster than Pillow does. It does not decode 8-bit PNG here, although it can: on
+torchvision decodes JPEG, faster than Pillow does; where TurboJPEG 3 is found, that decodes the part that is
+shown, see turbojpeg.py. torchvision does not decode 8-bit PNG here, although it can: on
 damaged data its PNG decoder ends the process with a segmentation fault (seen with torchvision 0.29).
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import io
 import math
 import zlib
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +26,8 @@ from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from mtl_dist.data.images import UnreadableImage, open_image
 from mtl_dist.data.manifest import ImageDtype
+from mtl_dist.data.pictures import Box, DecodedPicture, Picture
+from mtl_dist.data.turbojpeg import Jpeg, find_turbojpeg, open_jpeg, version_of
 
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -58,6 +62,40 @@ def decode_image(data: Bytes, channels: int, dtype: ImageDtype = "uint8") -> Ten
     if _DEPTHS[image.dtype] != dtype:
         raise UnreadableImage(f"an image of {_DEPTHS[image.dtype]} values, where {dtype} is expected")
     return _with_channels(image if dtype == "uint8" else image.float(), channels)
+
+
+def open_picture(data: memoryview, channels: int, dtype: ImageDtype = "uint8") -> Picture:
+    """The image as a picture, which decodes no more of a JPEG than it shows, where TurboJPEG 3 is found.
+
+    Raises:
+        UnreadableImage: as `decode_image`.
+    """
+    if dtype == "uint8" and data[:3] == _JPEG:
+        jpeg = open_jpeg(data, channels)
+        if jpeg is not None:
+            return _JpegPicture(jpeg)
+    return DecodedPicture(decode_image(data, channels, dtype))
+
+
+@dataclass(frozen=True)
+class _JpegPicture(Picture):
+    jpeg: Jpeg
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.jpeg.size
+
+    def show(self, box: Box, size: tuple[int, int]) -> Tensor:
+        shown = self.jpeg.show(box, size)
+        if shown is None:
+            return DecodedPicture(decode_image(self.jpeg.data, self.jpeg.channels)).show(box, size)
+        return shown
+
+
+def decoder_name() -> str:
+    """What decodes the JPEGs of this process, for the record of a run: its pictures may depend on it."""
+    turbojpeg = find_turbojpeg()
+    return "torchvision" if turbojpeg is None else f"TurboJPEG {version_of(turbojpeg)}"
 
 
 def decode_mask(data: Bytes) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
 from mtl_dist.config.settings import Settings
+from mtl_dist.data.pictures import Box, DecodedPicture, Picture, resized
 from mtl_dist.data.randomness import Draws
 from mtl_dist.specs import IGNORE
 
@@ -88,20 +89,6 @@ PRESETS: dict[Preset, AugmentSettings] = {
 
 
 @dataclass(frozen=True)
-class _Box:
-    """A rectangle of pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-    def of(self, image: Tensor) -> Tensor:
-        """The part of an image (..., H, W) inside the box, as a view."""
-        return image[..., self.top : self.top + self.height, self.left : self.left + self.width]
-
-
-@dataclass(frozen=True)
 class Transform:
     """The way from a decoded image and its masks to `size` (height, width)."""
 
@@ -113,12 +100,20 @@ class Transform:
         self, image_CHW: Tensor, masks: Mapping[str, Tensor], draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The image (C, H, W) and the masks (H, W, uint8) in their new size, and of unchanged dtype."""
-        source = self._source(image_CHW.shape[-2], image_CHW.shape[-1], draws)
+        return self.view(DecodedPicture(image_CHW), masks, draws)
+
+    def view(
+        self, picture: Picture, masks: Mapping[str, Tensor], draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same for an image that need not be decoded yet.
+
+        Raises:
+            UnreadableImage: the image is damaged.
+        """
+        source = self._source(*picture.size, draws)
         inner = self._inner(source)
-        image_CHW = _resized(source.of(image_CHW), inner, "bilinear")
-        views = {
-            name: _resized(source.of(mask)[None], inner, "nearest-exact") for name, mask in masks.items()
-        }
+        image_CHW = picture.show(source, inner)
+        views = {name: resized(source.of(mask)[None], inner, "nearest-exact") for name, mask in masks.items()}
         if inner != self.size:
             image_CHW = _padded(image_CHW, self.size, 0)
             views = {name: _padded(mask, self.size, IGNORE) for name, mask in views.items()}
@@ -140,7 +135,7 @@ class Transform:
         source = self._source(height, width, Draws(0))
         inner_height, inner_width = self._inner(source)
         scale_y, scale_x = maps_BCHW.shape[-2] / self.size[0], maps_BCHW.shape[-1] / self.size[1]
-        shown = _Box(
+        shown = Box(
             round((self.size[0] - inner_height) // 2 * scale_y),
             round((self.size[1] - inner_width) // 2 * scale_x),
             max(1, round(inner_height * scale_y)),
@@ -155,17 +150,17 @@ class Transform:
         )
         return F.pad(maps_BCHW, rest, mode="replicate") if any(rest) else maps_BCHW
 
-    def _source(self, height: int, width: int, draws: Draws) -> _Box:
+    def _source(self, height: int, width: int, draws: Draws) -> Box:
         """The part of the image to show."""
         if self.augment.crop_scale != (1.0, 1.0):
             return _random_box(height, width, self.augment.crop_scale, self.augment.crop_ratio, draws)
         if self.resize != "crop":
-            return _Box(0, 0, height, width)
+            return Box(0, 0, height, width)
         scale = min(height / self.size[0], width / self.size[1])
         box_height, box_width = max(1, round(self.size[0] * scale)), max(1, round(self.size[1] * scale))
-        return _Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+        return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
-    def _inner(self, source: _Box) -> tuple[int, int]:
+    def _inner(self, source: Box) -> tuple[int, int]:
         """The size of the shown part; smaller than `size` where it is to be padded."""
         if self.resize != "pad" or self.augment.crop_scale != (1.0, 1.0):
             return self.size
@@ -214,7 +209,7 @@ class Transform:
 
 def _random_box(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], draws: Draws
-) -> _Box:
+) -> Box:
     """A box of random area and shape inside an image; the largest central one if ten tries don't fit."""
     for _ in range(_CROP_TRIES):
         area = height * width * draws.uniform(*scale)
@@ -223,21 +218,10 @@ def _random_box(
         if 0 < box_height <= height and 0 < box_width <= width:
             top = int(draws.uniform(0, height - box_height + 1))
             left = int(draws.uniform(0, width - box_width + 1))
-            return _Box(top, left, box_height, box_width)
+            return Box(top, left, box_height, box_width)
     shape = min(max(width / height, ratio[0]), ratio[1])
     box_height, box_width = min(height, round(width / shape)), min(width, round(height * shape))
-    return _Box((height - box_height) // 2, (width - box_width) // 2, max(1, box_height), max(1, box_width))
-
-
-def _resized(image: Tensor, size: tuple[int, int], mode: Literal["bilinear", "nearest-exact"]) -> Tensor:
-    if image.shape[-2:] == size:
-        return image
-    if mode == "bilinear" and image.dtype == torch.uint8 and size[1] == 1:
-        # torch 2.15's kernel for uint8 returns wrong values, or fails, for a single column.
-        return _resized(image.float(), size, mode).round().to(torch.uint8)
-    # torch resizes contiguous channels-last images fastest, and then returns such: half the time of a view.
-    image = image[None].contiguous(memory_format=torch.channels_last)
-    return F.interpolate(image, size, mode=mode, antialias=mode == "bilinear")[0]
+    return Box((height - box_height) // 2, (width - box_width) // 2, max(1, box_height), max(1, box_width))
 
 
 def _padded(image: Tensor, size: tuple[int, int], value: int) -> Tensor:
