@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST_FLAGS ?=
+# A module's tests share their ranks and their cluster, so they stay on one worker.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 
 .PHONY: demo test lint install clean
 
