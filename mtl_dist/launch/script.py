@@ -98,7 +98,7 @@ def slurm_parameters(folder: Path, name: str, profile: ClusterProfile, shape: Sh
         "time": -(-profile.time_limit_s // 60),
         "signal_delay_s": profile.signal_lead_s,
         "stderr_to_stdout": True,
-        "setup": setup_lines(folder, profile),
+        "setup": setup_lines(folder, profile, shape),
         "teardown": teardown_lines(folder, profile),
         # srun has ignored sbatch's --cpus-per-task since Slurm 22.05 and would give each rank one CPU.
         "srun_args": [
@@ -111,7 +111,7 @@ def slurm_parameters(folder: Path, name: str, profile: ClusterProfile, shape: Sh
     }
 
 
-def setup_lines(folder: Path, profile: ClusterProfile) -> list[str]:
+def setup_lines(folder: Path, profile: ClusterProfile, shape: Shape) -> list[str]:
     """What the script does before it starts the ranks."""
     lines = [
         KEEP_THE_SHELL,
@@ -125,6 +125,10 @@ def setup_lines(folder: Path, profile: ClusterProfile) -> list[str]:
         interface = shlex.quote(profile.network_interface)
         lines.append(f"export NCCL_SOCKET_IFNAME={interface} GLOO_SOCKET_IFNAME={interface}")
     lines += [
+        # Whoever gave the waiting job other nodes (scontrol update NumNodes=1 NumTasks=4) did not change what
+        # Slurm tells srun: still the number of tasks at submission.
+        f"export SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * {shape.tasks_per_node}))",
+        "export SLURM_NPROCS=$SLURM_NTASKS",
         'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         CHOOSE_PORT,
         f"export MTL_END_TIME=${{SLURM_JOB_END_TIME:-$({END_TIME})}} MTL_SAVE_MARGIN={profile.save_margin_s}",
