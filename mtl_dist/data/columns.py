@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mtl_dist.data.remote import Place
 from mtl_dist.data.shards import Label
 from mtl_dist.specs import TaskInfo
 
 NO_CLASS = -1
 
 
-def labels_path(directory: Path, split: str) -> Path:
+def labels_path(directory: Place, split: str) -> Place:
     """Where the label columns of a split lie."""
     return directory / f"{split}.labels.npy"
 

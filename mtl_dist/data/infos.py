@@ -6,9 +6,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from pathlib import Path
 
 from mtl_dist.data.manifest import Manifest, SplitInfo, read_manifest
+from mtl_dist.data.remote import Location
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 
@@ -17,7 +17,7 @@ from mtl_dist.specs import TaskInfo
 class SourceFacts:
     """One split of one dataset: where it lies and what its manifest says."""
 
-    path: Path
+    path: Location
     manifest: Manifest
     split: str
 
@@ -27,7 +27,7 @@ class SourceFacts:
         return self.manifest.splits[self.split]
 
 
-def source_facts(path: Path, split: str) -> SourceFacts:
+def source_facts(path: Location, split: str) -> SourceFacts:
     """The facts of a split of the dataset at `path`.
 
     Raises:

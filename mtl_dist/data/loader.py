@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from mtl_dist.batch import Batch
 from mtl_dist.data.balanced import BalancedStream
 from mtl_dist.data.batches import BatchBuilder, Loaded
+from mtl_dist.data.cache import Cache
 from mtl_dist.data.cuts import EvaluationCut, TrainingCut
 from mtl_dist.data.infos import SourceFacts, disagreements, merge_infos, source_facts
 from mtl_dist.data.manifest import ImageDtype
@@ -123,8 +124,9 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
         if problems:
             raise UserError("\n".join(problems))
     channels, image_dtype = _image_kind([source for group in facts.values() for source in group])
+    cache = None if settings.cache is None else Cache(settings.cache)
     sources = {
-        split: tuple(Source(s, SplitReader(s.path, s.manifest, s.split)) for s in group)
+        split: tuple(Source(s, SplitReader(s.path, s.manifest, s.split, cache)) for s in group)
         for split, group in facts.items()
         if group
     }

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mtl_dist.data.remote import Location
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 
@@ -31,7 +32,7 @@ LabelPlace = Literal["json", "columns"]
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar: its path (absolute, or from the manifest on), samples, size in bytes and SHA-256."""
+    """One tar: its path (a URL, absolute, or from the manifest on), samples, size in bytes and SHA-256."""
 
     path: str
     num_samples: int
@@ -91,20 +92,22 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     os.replace(temporary, directory / MANIFEST_NAME)
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Location) -> Manifest:
     """The manifest of the dataset in `directory`.
 
     Raises:
         UserError: no such directory or manifest, not a manifest, or one of a newer version.
     """
     path = directory / MANIFEST_NAME
-    if not path.is_file():
+    if isinstance(directory, Path) and isinstance(path, Path) and not path.is_file():
         what = "no dataset.json in it" if directory.is_dir() else "no such directory"
         raise UserError(
             f"{directory}: expected a prepared dataset, found {what}. Make one with `mtl prepare`."
         )
     try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = json.loads(
+            (path.read_bytes() if isinstance(path, Path) else path.read_all()).decode("utf-8")
+        )
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected JSON, found: {error}. Prepare the dataset again.") from None
     version = raw.get("version") if isinstance(raw, dict) else None

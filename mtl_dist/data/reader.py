@@ -6,7 +6,10 @@ worker may use the descriptors that it inherits, and nothing here has a position
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import mmap
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -17,13 +20,16 @@ from typing import Any
 
 import numpy as np
 
+from mtl_dist.data.cache import Cache
 from mtl_dist.data.columns import NO_CLASS, columns_dtype, labels_at, labels_path
 from mtl_dist.data.manifest import Manifest
+from mtl_dist.data.remote import Location, Url, beside
 from mtl_dist.data.shards import index_dtype, index_path, read_key, segmentation_tasks
 from mtl_dist.errors import UserError
 
 _HEADER = 512
 _MAX_OPEN = 128  # more than a window of shards has, far fewer than a process may open
+_MAX_OPEN_CACHED = 16  # a file that is open takes disk space although the cache has removed it
 _MAX_GAP = 1 << 16  # unwanted bytes between two members that are cheaper to read than to skip
 
 
@@ -48,12 +54,16 @@ class SplitReader:
         UserError: the index or a shard is missing, or is not the one in the manifest.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, split: str) -> None:
+    def __init__(
+        self, directory: Location, manifest: Manifest, split: str, cache: Cache | None = None
+    ) -> None:
         self._files: OrderedDict[int, int] = OrderedDict()
         shards = manifest.splits[split].shards
         self.num_samples = manifest.splits[split].num_samples
         self.shard_sizes = tuple(shard.num_samples for shard in shards)
-        self._paths = [directory / shard.path for shard in shards]
+        self._shards = shards
+        self._paths = [beside(directory, shard.path) for shard in shards]
+        self._cache = cache
         self._ends = list(accumulate(self.shard_sizes))
         self._bits = {task: np.uint64(1 << bit) for bit, task in enumerate(manifest.tasks)}
         self._segmentation = segmentation_tasks({name: info.kind for name, info in manifest.tasks.items()})
@@ -61,6 +71,8 @@ class SplitReader:
         self._columns_path = labels_path(directory, split)
         self._labels_in_json = manifest.labels == "json"
         self._infos = manifest.tasks
+        described = repr((manifest.tasks, manifest.splits[split])).encode()
+        self._version = hashlib.sha256(described).hexdigest()
         names = index_dtype(self._segmentation).names or ()
         self._spans = {
             name.removesuffix("_offset"): slice(at, at + 2)  # (offset, size)
@@ -70,7 +82,8 @@ class SplitReader:
         self._index: np.ndarray | None = None
         self._columns: np.ndarray | None = None
         for path, shard in zip(self._paths, shards, strict=True):
-            _check_size(path, shard.num_bytes)
+            if isinstance(path, Path):  # of a URL it would be a request each; reading will tell
+                _check_size(path, shard.num_bytes)
         self._rows()
         if not self._labels_in_json:
             self._column_rows()
@@ -97,7 +110,7 @@ class SplitReader:
         """
         if task not in self._bits:
             return np.full(self.num_samples, NO_CLASS, dtype=np.int32)
-        if not self._columns_path.is_file():
+        if isinstance(self._columns_path, Path) and not self._columns_path.is_file():
             raise UserError(
                 f"{self._columns_path}: expected the label columns of the split, found no such file. "
                 "Prepare the dataset again."
@@ -155,12 +168,12 @@ class SplitReader:
 
     def _rows(self) -> np.ndarray:
         if self._index is None:
-            self._index = _mapped(self._index_path, index_dtype(self._segmentation), self.num_samples)
+            self._index = self._table(self._index_path, index_dtype(self._segmentation))
         return self._index
 
     def _column_rows(self) -> np.ndarray:
         if self._columns is None:
-            self._columns = _mapped(self._columns_path, columns_dtype(self._infos), self.num_samples)
+            self._columns = self._table(self._columns_path, columns_dtype(self._infos))
         return self._columns
 
     def _column_labels(self, row: int) -> dict[str, Any]:
@@ -169,8 +182,39 @@ class SplitReader:
             self._column_rows(), row, [name for name, bit in self._bits.items() if labelled & bit]
         )
 
+    def _table(self, location: Location, dtype: np.dtype[np.void]) -> np.ndarray:
+        """The rows of an index or of label columns, memory-mapped."""
+        try:
+            if isinstance(location, Path):
+                # As a plain array: every access to a `memmap` object costs what reading a sample costs.
+                rows = np.asarray(np.load(location, mmap_mode="r"))
+            elif self._cache is None:
+                rows = np.load(io.BytesIO(location.read_all()))
+            else:
+                rows = _mapped(self._cache.open(location, version=self._version))
+        except FileNotFoundError:
+            raise UserError(
+                f"{location}: expected the index of the split, found no such file. Prepare the dataset again."
+            ) from None
+        except UserError:
+            raise
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(
+                f"{location}: expected an index, found: {error}. Prepare the dataset again."
+            ) from None
+        if rows.dtype != dtype or rows.shape != (self.num_samples,):
+            raise UserError(
+                f"{location}: expected {self.num_samples} rows of the tasks in dataset.json, found "
+                f"{len(rows)} of {', '.join(rows.dtype.names or ('another kind',))}. "
+                "Prepare the dataset again."
+            )
+        return rows
+
     def _pread(self, shard: int, offset: int, size: int) -> memoryview:
         """Bytes of a shard, writable because torch wants to wrap them without a copy."""
+        location = self._paths[shard]
+        if isinstance(location, Url) and self._cache is None:
+            return memoryview(bytearray(location.read(offset, size)))
         data = memoryview(bytearray(size))
         filled = 0
         while filled < size:
@@ -187,9 +231,15 @@ class SplitReader:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        if len(self._files) >= _MAX_OPEN:
+        if len(self._files) >= (_MAX_OPEN if self._cache is None else _MAX_OPEN_CACHED):
             os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        location = self._paths[shard]
+        if isinstance(location, Path):
+            self._files[shard] = os.open(location, os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            assert self._cache is not None
+            info = self._shards[shard]
+            self._files[shard] = self._cache.open(location, info.num_bytes, info.sha256)
         return self._files[shard]
 
     def close(self) -> None:
@@ -213,23 +263,16 @@ def _check_size(path: Path, expected: int) -> None:
         )
 
 
-def _mapped(path: Path, dtype: np.dtype[np.void], num_rows: int) -> np.ndarray:
-    """The rows of an index or of label columns, memory-mapped."""
-    try:
-        # As a plain array: every access to a `memmap` object costs what reading a sample costs.
-        rows = np.asarray(np.load(path, mmap_mode="r"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: expected the index of the split, found no such file. Prepare the dataset again."
-        ) from None
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: expected an index, found: {error}. Prepare the dataset again.") from None
-    if rows.dtype != dtype or rows.shape != (num_rows,):
-        raise UserError(
-            f"{path}: expected {num_rows} rows of the tasks in dataset.json, found {len(rows)} of "
-            f"{', '.join(rows.dtype.names or ('another kind',))}. Prepare the dataset again."
-        )
-    return rows
+def _mapped(descriptor: int) -> np.ndarray:
+    """The array of an open .npy file, memory-mapped: its name may vanish from a cache at any time."""
+    with os.fdopen(descriptor, "rb") as file:
+        read = (np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0)
+        shape, _, dtype = read[np.lib.format.read_magic(file)[0] - 1](file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        start = file.tell()
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(content, dtype, offset=start).reshape(shape)
 
 
 def _labels(text: memoryview) -> dict[str, Any]:

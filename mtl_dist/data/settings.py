@@ -10,16 +10,18 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mtl_dist.config.settings import Settings
+from mtl_dist.data.cache import CacheSettings
 from mtl_dist.data.mixing import integer_weights
 from mtl_dist.data.order import ShuffleWindow
+from mtl_dist.data.remote import LocationSetting
 from mtl_dist.data.transforms import PRESETS, AugmentSettings, Preset, Resize
 
 
 class SourceSettings(Settings):
     """One dataset to train on."""
 
-    path: Path
-    """The dataset's directory, which holds dataset.json."""
+    path: LocationSetting
+    """The dataset's directory, which holds dataset.json: a path, or a URL such as s3://bucket/cats."""
     split: str = "train"
     weight: Annotated[float, Field(gt=0)] | None = None
     """Its share of the stream, relative to the others', where `data.mixing.kind` is weights."""
@@ -28,7 +30,7 @@ class SourceSettings(Settings):
 class EvaluationSourceSettings(Settings):
     """One split of a dataset to evaluate on."""
 
-    path: Path
+    path: LocationSetting
     split: str
     """Which of its splits."""
 
@@ -146,6 +148,8 @@ class DataSettings(Settings):
     sampling: SamplingSettings = UniformSampling()
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes per rank that load data; 0 loads in the training process."""
+    cache: CacheSettings | None = None
+    """Keep what comes from URLs on the node's own disk; without it every sample is a request."""
     on_bad_sample: BadSampleSettings = FailOnBadSample()
 
     @model_validator(mode="after")
@@ -196,7 +200,10 @@ class DataSettings(Settings):
         ) -> tuple[Settings, ...] | None:
             if sources is None:
                 return None
-            return tuple(s.model_copy(update={"path": (base / s.path).absolute()}) for s in sources)
+            return tuple(
+                s.model_copy(update={"path": (base / s.path).absolute()}) if isinstance(s.path, Path) else s
+                for s in sources
+            )
 
         return self.model_copy(
             update={name: absolute(getattr(self, name)) for name in ("train", "val", "test")}

@@ -32,6 +32,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from mtl_dist.data.manifest import ShardInfo
+from mtl_dist.data.remote import Place
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskKind
 
@@ -82,7 +83,7 @@ def index_dtype(segmentation_tasks: Sequence[str]) -> np.dtype[np.void]:
     return np.dtype(fields)
 
 
-def index_path(directory: Path, split: str) -> Path:
+def index_path(directory: Place, split: str) -> Place:
     """Where the index of a split lies."""
     return directory / f"{split}.index.npy"
 
