@@ -55,7 +55,8 @@ def add_to(app: typer.Typer) -> None:
 
 def inspect(
     dataset: Annotated[
-        Path, typer.Argument(metavar="DATASET", show_default=False, help="A prepared dataset's directory.")
+        str,
+        typer.Argument(metavar="DATASET", show_default=False, help="A prepared dataset's directory or URL."),
     ],
     verify: Annotated[
         bool,
@@ -80,13 +81,15 @@ def inspect(
 
     from mtl_dist.data.contact_sheet import contact_sheet
     from mtl_dist.data.inspect import inspect_dataset, render
+    from mtl_dist.data.remote import location
 
-    inspection = inspect_dataset(dataset, verify)
+    place = location(dataset)
+    inspection = inspect_dataset(place, verify)
     Console().print(render(inspection))
     if inspection.problems:
         raise typer.Exit(1)
     if sheet is not None:
-        contact_sheet(dataset, split, sheet)
+        contact_sheet(place, split, sheet)
         print(f"{sheet}: samples of {split}")
 
 
@@ -94,7 +97,9 @@ def index(
     tars: Annotated[
         list[str],
         typer.Argument(
-            metavar="TARS...", show_default=False, help="Tars, names with {000..099}, or folders of tars."
+            metavar="TARS...",
+            show_default=False,
+            help="Tars, names with {000..099}, folders; also as URLs.",
         ),
     ],
     out: Out,

@@ -15,6 +15,7 @@ from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.inspect import spread
 from mtl_dist.data.manifest import Manifest, read_manifest
 from mtl_dist.data.reader import Sample, SplitReader, UnreadableSample
+from mtl_dist.data.remote import Location
 from mtl_dist.errors import UserError
 from mtl_dist.specs import IGNORE, TaskInfo
 
@@ -44,7 +45,7 @@ _PALETTE: tuple[Colour, ...] = (
 )
 
 
-def contact_sheet(directory: Path, split: str, out: Path, rows: int = 4, columns: int = 6) -> None:
+def contact_sheet(directory: Location, split: str, out: Path, rows: int = 4, columns: int = 6) -> None:
     """Save a PNG of up to `rows` x `columns` samples, spread evenly over the split.
 
     Under each picture stand its key and its labels; masks lie over it, a colour per class except

@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mtl_dist.data.images import UnreadableImage, examine_image
-from mtl_dist.data.manifest import Manifest, SplitInfo, read_manifest
+from mtl_dist.data.manifest import Manifest, ShardInfo, SplitInfo, read_manifest
 from mtl_dist.data.reader import SplitReader
+from mtl_dist.data.remote import Location, beside, sha256_at
 from mtl_dist.data.shards import index_path, scan_shard, sha256_of
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
@@ -30,13 +31,13 @@ class Inspection:
     lines of what `verify` found wrong, empty where all is well, None where it did not look.
     """
 
-    directory: Path
+    directory: Location
     manifest: Manifest
     image_sizes: dict[str, list[tuple[int, int]]]
     problems: tuple[str, ...] | None
 
 
-def inspect_dataset(directory: Path, verify: bool = False) -> Inspection:
+def inspect_dataset(directory: Location, verify: bool = False) -> Inspection:
     """Look into the dataset; with `verify` compare every shard with its hash, and the indexes with the tars.
 
     Raises:
@@ -51,7 +52,7 @@ def inspect_dataset(directory: Path, verify: bool = False) -> Inspection:
     return Inspection(directory, manifest, sizes, problems)
 
 
-def _image_sizes(directory: Path, manifest: Manifest, split: str) -> list[tuple[int, int]]:
+def _image_sizes(directory: Location, manifest: Manifest, split: str) -> list[tuple[int, int]]:
     reader = SplitReader(directory, manifest, split)
     sizes = []
     for row in spread(reader.num_samples, _LOOKED_AT):
@@ -68,23 +69,32 @@ def spread(num_samples: int, wanted: int) -> list[int]:
     return np.unique(np.linspace(0, num_samples - 1, min(wanted, num_samples)).astype(int)).tolist()
 
 
-def _problems(directory: Path, manifest: Manifest) -> Iterator[str]:
+def _problems(directory: Location, manifest: Manifest) -> Iterator[str]:
     """What is wrong with the files, one line each."""
     kinds = {name: info.kind for name, info in manifest.tasks.items()}
     for split, info in manifest.splits.items():
         rows = []
         for shard in info.shards:
-            path = directory / shard.path
-            if not path.is_file():
-                yield f"{path}: missing"
-            elif path.stat().st_size != shard.num_bytes:
-                yield f"{path}: expected {shard.num_bytes} bytes, found {path.stat().st_size}"
-            elif sha256_of(path) != shard.sha256:
-                yield f"{path}: its content has changed since it was written (another SHA-256)"
-            elif manifest.labels == "json":
+            path = beside(directory, shard.path)
+            problem = _problem_of(path, shard)
+            if problem is not None:
+                yield f"{path}: {problem}"
+            elif manifest.labels == "json" and isinstance(path, Path):
                 rows.append(scan_shard(path, kinds))
-        if rows and len(rows) == len(info.shards):
+        if rows and len(rows) == len(info.shards) and isinstance(directory, Path):
             yield from _index_problems(index_path(directory, split), np.concatenate(rows))
+
+
+def _problem_of(path: Location, shard: ShardInfo) -> str | None:
+    """What is wrong with a shard."""
+    if isinstance(path, Path) and not path.is_file():
+        return "missing"
+    found = path.stat().st_size if isinstance(path, Path) else path.size()
+    if found != shard.num_bytes:
+        return f"expected {shard.num_bytes} bytes, found {found}"
+    if (sha256_of(path) if isinstance(path, Path) else sha256_at(path)) != shard.sha256:
+        return "its content has changed since it was written (another SHA-256)"
+    return None
 
 
 def _index_problems(path: Path, expected: np.ndarray) -> Iterator[str]:

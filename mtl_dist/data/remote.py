@@ -8,6 +8,7 @@ proxies come from where the libraries look for them: the environment, AWS and Go
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -154,6 +155,14 @@ class UrlReader:
             self._buffer = self._buffer[size:]
             size -= len(pieces[-1])
         return b"".join(pieces)
+
+
+def sha256_at(url: Url) -> str:
+    """The SHA-256 of what is at a URL, in hexadecimal."""
+    digest, reader = hashlib.sha256(), UrlReader(url)
+    while data := reader.read(PART):
+        digest.update(data)
+    return digest.hexdigest()
 
 
 Location = Path | Url

@@ -19,7 +19,11 @@ import mtl_dist.data.remote as remote
 from mtl_dist.batch import Batch
 from mtl_dist.config.loading import load_settings, to_yaml
 from mtl_dist.data.cache import Cache, CacheSettings
+from mtl_dist.data.importers.foreign import FieldMapping, index_tars
+from mtl_dist.data.importers.packing import PackOptions
+from mtl_dist.data.inspect import inspect_dataset
 from mtl_dist.data.loader import open_data, train_loader
+from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.remote import Url, UrlReader, beside, location
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
@@ -353,6 +357,26 @@ def test_urls_are_stated_in_a_recipe_and_written_back(tmp_path: Path) -> None:
     assert load_settings(DataSettings, path) == read
 
 
+def test_tars_at_urls_are_indexed_where_they_are(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "served", {"train": 23})
+    mapping = FieldMapping(classification={"digit": "json:digit"}, classes={"digit": ("a", "b", "c")})
+    options = PackOptions(workers=1)
+    with serving(tmp_path / "served") as server:
+        server.faults = ["500", "cut"]
+        tars = f"{server.url}/train-{{000000..000004}}.tar"
+        manifest = index_tars([tars], tmp_path / "there", mapping, options=options)
+        index_tars([str(tmp_path / "served")], tmp_path / "here", mapping, options=options)
+        for name in ("train.index.npy", "train.labels.npy"):
+            assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+        assert manifest.splits["train"].shards[4].path == f"{server.url}/train-000004.tar"
+        assert inspect_dataset(tmp_path / "there", verify=True).problems == ()
+        reader = SplitReader(tmp_path / "there", manifest, "train")
+        assert reader.read(22).key == "sample00022"
+        (tmp_path / "served" / "train-000004.tar").write_bytes(b"")
+        (problem,) = inspect_dataset(tmp_path / "there", verify=True).problems or ()
+        assert "train-000004.tar: expected " in problem
+
+
 # ---------------------------------------------------------------- S3
 def test_a_run_over_s3_sees_what_it_would_see_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("s3fs", reason="needs s3fs")
@@ -373,6 +397,11 @@ def test_a_run_over_s3_sees_what_it_would_see_here(tmp_path: Path, monkeypatch: 
             client.upload_file(str(path), "bucket", f"sets/tiny/{path.name}")
         expected = batches_of("tiny", tmp_path)
         assert_same(batches_of("s3://bucket/sets/tiny", tmp_path, workers=1), expected)
+        mapping = FieldMapping(classification={"digit": "json:digit"})
+        one = PackOptions(workers=1)
+        index = index_tars(["s3://bucket/sets/tiny/"], tmp_path / "index", mapping, options=one)
+        paths = [shard.path for shard in index.splits["train"].shards]
+        assert paths == [f"s3://bucket/sets/tiny/train-00000{i}.tar" for i in range(5)]
         cache = {"dir": str(tmp_path / "cache"), "max_gb": 1}
         assert_same(batches_of("s3://bucket/sets/tiny", tmp_path, cache=cache), expected)
         client.delete_object(Bucket="bucket", Key="sets/tiny/train-000000.tar")

@@ -30,6 +30,7 @@ from mtl_dist.data.importers.summary import image_format, image_notes, label_not
 from mtl_dist.data.importers.tables import Row
 from mtl_dist.data.importers.tar_scan import LabelField, TarFacts, TarScan, image_extensions, scan_tar
 from mtl_dist.data.manifest import MANIFEST_NAME, LabelCounts, Manifest, ShardInfo, SplitInfo, write_manifest
+from mtl_dist.data.remote import Location, Place, Url, location
 from mtl_dist.data.shards import Label, check_task_names, index_path, save_index
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
@@ -107,8 +108,8 @@ def index_tars(
 ) -> Manifest:
     """Write index, label columns and manifest for `tars` into the directory `out`; return the manifest.
 
-    `tars` are files, directories of them, or names with {000..099}. All are of `split`, or of the split that
-    their folder or file name names, or of "train". `progress` counts tars.
+    `tars` are files, directories of them, names with {000..099}, or URLs of these. All are of `split`, or
+    of the split that their folder or file name names, or of "train". `progress` counts tars.
 
     Raises:
         UserError: a tar, field or label that is not there or not understood, or `out` holds a dataset.
@@ -128,26 +129,33 @@ def index_tars(
 
 
 # ---------------------------------------------------------------- which tars
-def _tars(arguments: Sequence[str]) -> list[Path]:
-    """The tars that the arguments name, in order, as absolute paths."""
-    paths: list[Path] = []
+def _tars(arguments: Sequence[str]) -> list[Location]:
+    """The tars that the arguments name, in order, as absolute paths or URLs."""
+    places: list[Location] = []
     for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            inside = sorted(path.glob("*.tar")) or sorted(path.glob("*/*.tar"))
-            if not inside:
-                raise UserError(f"{path}: expected tars in the directory, found none.")
-            paths += inside
+        place = location(argument)
+        if isinstance(place, Url):
+            names = _expanded(argument)
+            is_folder = names == [argument] and not argument.endswith(".tar")
+            places += _inside(place, place.matching("*.tar")) if is_folder else map(Url, names)
+        elif place.is_dir():
+            places += _inside(place, sorted(place.glob("*.tar")) or sorted(place.glob("*/*.tar")))
         else:
-            paths += [Path(name) for name in _expanded(argument)]
-    paths = [path.absolute() for path in paths]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: expected a tar, found no such file.")
-    twice = [str(path) for path, count in Counter(paths).items() if count > 1]
+            places += [Path(name) for name in _expanded(argument)]
+    places = [place.absolute() if isinstance(place, Path) else place for place in places]
+    for place in places:
+        if isinstance(place, Path) and not place.is_file():
+            raise UserError(f"{place}: expected a tar, found no such file.")
+    twice = [str(place) for place, count in Counter(places).items() if count > 1]
     if twice:
         raise UserError(f"{twice[0]}: expected each tar once, found it twice.")
-    return paths
+    return places
+
+
+def _inside(folder: Location, tars: Sequence[Place]) -> Sequence[Place]:
+    if not tars:
+        raise UserError(f"{folder}: expected tars in the directory, found none.")
+    return tars
 
 
 def _expanded(name: str) -> list[str]:
@@ -161,7 +169,7 @@ def _expanded(name: str) -> list[str]:
     return [full for name in names for full in _expanded(name)]
 
 
-def _splits(paths: Sequence[Path], split: str | None) -> dict[str, list[Path]]:
+def _splits(paths: Sequence[Location], split: str | None) -> dict[str, list[Location]]:
     """The tars of each split, the usual splits first."""
     names: list[str | None]
     if split is not None:
@@ -170,7 +178,7 @@ def _splits(paths: Sequence[Path], split: str | None) -> dict[str, list[Path]]:
         names = [_split_of(path) for path in paths]
         if not any(names):
             names = [SPLIT_NAMES[0]] * len(paths)
-    splits: dict[str, list[Path]] = {}
+    splits: dict[str, list[Location]] = {}
     for path, name in zip(paths, names, strict=True):
         if name is None:
             raise UserError(
@@ -181,16 +189,17 @@ def _splits(paths: Sequence[Path], split: str | None) -> dict[str, list[Path]]:
     return {name: splits[name] for name in usual + sorted(set(splits) - set(usual))}
 
 
-def _split_of(path: Path) -> str | None:
+def _split_of(path: Location) -> str | None:
     """The split that a part of the tar's name names, or else the whole of its folder's name."""
-    match = _SPLIT_IN_NAME.search(path.stem)
+    parts = str(path).split("/")
+    match = _SPLIT_IN_NAME.search(parts[-1].removesuffix(".tar"))
     if match:
         return split_name(match[1])
-    folder = split_name(path.parent.name)
+    folder = split_name(parts[-2])
     return folder if folder in SPLIT_NAMES else None
 
 
-def _scan(path: Path, mapping: FieldMapping, tasks: Mapping[str, TaskInfo], verify: bool) -> TarScan:
+def _scan(path: Location, mapping: FieldMapping, tasks: Mapping[str, TaskInfo], verify: bool) -> TarScan:
     scalar = {**mapping.classification, **mapping.multilabel, **mapping.regression}
     return TarScan(
         path=path,
@@ -207,18 +216,18 @@ def _write(
     out: Path,
     mapping: FieldMapping,
     tasks: Mapping[str, TaskInfo],
-    splits: Mapping[str, Sequence[Path]],
+    splits: Mapping[str, Sequence[Location]],
     found: Sequence[TarFacts],
 ) -> Manifest:
     """Write everything that the scans found, the manifest last."""
     labels, tasks = _labels(mapping, tasks, found)
-    by_path = {Path(facts.info.path): facts for facts in found}
+    by_path = {facts.info.path: facts for facts in found}
     infos: dict[str, SplitInfo] = {}
     values: dict[str, dict[str, list[Label | None]]] = {}
     files: dict[Path, np.ndarray] = {}
     start = 0
     for split, paths in splits.items():
-        of_split = [by_path[path] for path in paths]
+        of_split = [by_path[str(path)] for path in paths]
         rows = np.concatenate([facts.rows for facts in of_split])
         if len(rows) == 0:
             raise UserError(f"split {split!r}: expected samples, found none in its {len(paths)} tars.")
@@ -323,6 +332,8 @@ def _counts(
 
 def _beside(out: Path, shard: ShardInfo) -> ShardInfo:
     """The shard by its path below `out`, if it lies there: a folder that moves as a whole stays a dataset."""
+    if "://" in shard.path:
+        return shard
     path = Path(shard.path)
     root = out.absolute()
     return replace(shard, path=str(path.relative_to(root))) if path.is_relative_to(root) else shard

@@ -15,8 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from mtl_dist.data.images import IMAGE_EXTENSIONS, UnreadableImage, examine_imag
 from mtl_dist.data.importers.tables import Cell
 from mtl_dist.data.manifest import ShardInfo
 from mtl_dist.data.masks import MaskValueError, read_mask
+from mtl_dist.data.remote import Location, Url, UrlReader
 from mtl_dist.data.shards import index_dtype
 from mtl_dist.errors import UserError
 
@@ -78,7 +78,7 @@ class TarScan:
     `mask_classes` the number of its classes. With `verify` every image is decoded.
     """
 
-    path: Path
+    path: Location
     images: tuple[str, ...]
     labels: Mapping[str, LabelField]
     masks: Mapping[str, str]
@@ -129,7 +129,7 @@ def scan_tar(scan: TarScan, tick: Callable[[], None]) -> TarFacts:
     )
     rows: list[tuple[int, ...]] = []
     oddities: Counter[str] = Counter()
-    with open(scan.path, "rb") as file:
+    with _opened_file(scan.path) as file:
         stream = _HashingReader(file)
         for key, members in _samples(scan, stream):
             where = f"{scan.path}, sample {key}"
@@ -222,7 +222,16 @@ def _samples(scan: TarScan, stream: _HashingReader) -> Iterator[tuple[str, dict[
 
 
 @contextmanager
-def _opened(path: Path, stream: _HashingReader) -> Iterator[tarfile.TarFile]:
+def _opened_file(path: Location) -> Iterator[_Readable]:
+    if isinstance(path, Url):
+        yield UrlReader(path)
+        return
+    with open(path, "rb") as file:
+        yield file
+
+
+@contextmanager
+def _opened(path: Location, stream: _HashingReader) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(fileobj=stream, mode="r|", errorlevel=1) as tar:  # type: ignore[call-overload]
             yield tar
@@ -236,10 +245,14 @@ def _opened(path: Path, stream: _HashingReader) -> Iterator[tarfile.TarFile]:
         raise UserError(f"{path}: expected a whole tar, found: {error}.") from None
 
 
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
 class _HashingReader:
     """A file that is read once, hashed on the way."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: _Readable) -> None:
         self.hash = hashlib.sha256()
         self.num_bytes = 0
         self.head = b""
