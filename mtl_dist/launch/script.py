@@ -33,8 +33,13 @@ while MASTER_PORT=$((20000 + RANDOM % 10000))
       (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do :; done
 export MASTER_PORT"""
 
-JOB_STATE = 'squeue --noheader --job "$SLURM_JOB_ID" --format %T'
-END_TIME = 'date +%s -d "$(squeue --noheader --job "$SLURM_JOB_ID" --format %e)"'
+# The last task of an array has the array's own number as SLURM_JOB_ID, which means all of its tasks.
+NAME_THE_JOB = (
+    "JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; JOB=${JOB:-$SLURM_JOB_ID}"
+)
+
+JOB_STATE = 'squeue --noheader --job "$JOB" --format %T'
+END_TIME = 'date +%s -d "$(squeue --noheader --job "$JOB" --format %e)"'
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ def setup_lines(folder: Path, profile: ClusterProfile, shape: Shape) -> list[str
     """What the script does before it starts the ranks."""
     lines = [
         KEEP_THE_SHELL,
+        NAME_THE_JOB,
         # The snapshot comes before what is installed and before the working directory.
         f'export PYTHONPATH={shlex.quote(str(folder / "code"))}:"$PWD":"$PYTHONPATH" PYTHONSAFEPATH=1',
         *(f"module load {shlex.quote(module)}" for module in profile.modules),
@@ -133,7 +139,7 @@ def setup_lines(folder: Path, profile: ClusterProfile, shape: Shape) -> list[str
         CHOOSE_PORT,
         f"export MTL_END_TIME=${{SLURM_JOB_END_TIME:-$({END_TIME})}} MTL_SAVE_MARGIN={profile.save_margin_s}",
         *profile.setup,
-        f'echo "$(date -Is) {STARTED}: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"',
+        f'echo "$(date -Is) {STARTED}: job $JOB on $SLURM_JOB_NODELIST"',
     ]
     return lines
 
@@ -147,7 +153,7 @@ def teardown_lines(folder: Path, profile: ClusterProfile) -> list[str]:
     return [
         "code=$?",
         f"state=$({JOB_STATE})",
-        f'{verdict} --exit-code $code --job-state "$state" && scontrol requeue "$SLURM_JOB_ID"',
+        f'{verdict} --exit-code $code --job-state "$state" && scontrol requeue "$JOB"',
         "exit $code",
         "",
     ]

@@ -351,7 +351,7 @@ def test_a_sweep_is_one_array_of_runs_and_a_chained_job_follows_each(
         Path("recipe.yaml"),
         Path("profile.yaml"),
         Shape(1, 1),
-        overrides=["train.max_steps=4"],
+        overrides=["train.max_steps=40"],
         sweeps=["optim.lr=1e-3,1e-4", "train.seed=1,2"],
         parallel=2,
         then="evaluate",
@@ -359,7 +359,12 @@ def test_a_sweep_is_one_array_of_runs_and_a_chained_job_follows_each(
     )
     assert len({job.split("_")[0] for job in submitted.job_ids}) == 1
     assert "%2" in submitted.script
-    wait_for("the sweep", lambda: not live_jobs(), 300.0)
+    # The last task shares its number with the whole array: only it may be requeued.
+    wait_for("steps of the last task", in_training(submitted.runs[3]))
+    cluster("scancel", "--signal=USR2", submitted.job_ids[3])
+    wait_for("the sweep", lambda: not live_jobs())
+    causes = [[attempt.cause for attempt in read_attempts(run)] for run in submitted.runs]
+    assert causes == [["done"], ["done"], ["done"], ["preemption", "done"]]
     for run in submitted.runs:
         assert view_runs([run])[0].state == "done"
         assert "test" in json.loads((run / "evaluation" / "metrics.json").read_text())

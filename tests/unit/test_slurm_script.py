@@ -95,7 +95,7 @@ def test_a_container_of_pyxis_holds_the_ranks_and_the_verdict_but_not_scontrol()
     assert "--container-mounts=/data:/data:ro,/runs:/runs" in srun
     (verdict,) = [line for line in text.splitlines() if "launch.attempts" in line]
     assert verdict.startswith("srun --nodes=1 --ntasks=1 '--container-image")
-    assert verdict.endswith('&& scontrol requeue "$SLURM_JOB_ID"')
+    assert verdict.endswith('&& scontrol requeue "$JOB"')
 
 
 def test_a_prefix_command_comes_before_python() -> None:
@@ -125,12 +125,21 @@ def test_the_port_is_free_and_not_one_that_connections_are_given() -> None:
     assert 20000 <= int(result.stdout) < 32768
 
 
+ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+
+
 @pytest.mark.parametrize(
-    ("code", "verdict", "calls"),
-    [(0, 0, "requeue 7"), (1, 0, "requeue 7"), (0, 1, ""), (9, 1, "")],
+    ("code", "verdict", "array", "calls"),
+    [
+        (0, 0, {}, "requeue 7"),
+        (1, 0, {}, "requeue 7"),
+        (0, 0, ARRAY, "requeue 7_3"),
+        (0, 1, {}, ""),
+        (9, 1, {}, ""),
+    ],
 )
 def test_the_verdict_alone_decides_about_the_requeue(
-    tmp_path: Path, code: int, verdict: int, calls: str
+    tmp_path: Path, code: int, verdict: int, array: dict[str, str], calls: str
 ) -> None:
     profile = ClusterProfile(python=str(tmp_path / "python"))
     text = script_text(build_executor(tmp_path, "x", profile, Shape(1, 1), dry_run=True))
@@ -144,7 +153,7 @@ def test_the_verdict_alone_decides_about_the_requeue(
         path = tmp_path / name
         path.write_text(f"#!/bin/bash\n{body}\n")
         path.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **array}
     environment |= {"MASTER_ADDR": "127.0.0.1", "SLURM_JOB_NODELIST": "localhost"}
     result = subprocess.run(
         ["bash", "-c", text], env=environment, capture_output=True, text=True, check=False
