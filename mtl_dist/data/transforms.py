@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import InterpolationMode
 
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.pictures import Box, DecodedPicture, Picture, resized
+from mtl_dist.data.rand_augment import RandAugmentSettings, rand_augment
 from mtl_dist.data.randomness import Draws
 from mtl_dist.specs import IGNORE
 
@@ -61,6 +62,8 @@ class AugmentSettings(Settings):
     """Multiply the distance from the mean by 1 plus or minus up to this."""
     saturation: Strength = 0.0
     """Multiply the distance from grey by 1 plus or minus up to this; images of three channels only."""
+    rand_augment: RandAugmentSettings | None = None
+    """Operations drawn at random, such as turning, shearing, sharpening, equalising; masks move along."""
     erase: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability of painting a rectangle of the image in its mean colour; masks stay."""
 
@@ -79,10 +82,7 @@ PRESETS: dict[Preset, AugmentSettings] = {
     "strong": AugmentSettings(
         crop_scale=(0.25, 1.0),
         flip=True,
-        rotate=15.0,
-        brightness=0.3,
-        contrast=0.3,
-        saturation=0.3,
+        rand_augment=RandAugmentSettings(),
         erase=0.25,
     ),
 }
@@ -101,6 +101,10 @@ class Transform:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The image (C, H, W) and the masks (H, W, uint8) in their new size, and of unchanged dtype."""
         return self.view(DecodedPicture(image_CHW), masks, draws)
+
+    def keeps(self, size: tuple[int, int]) -> bool:
+        """Whether every image of this size stays as it is."""
+        return size == self.size and self.augment == PRESETS["none"]
 
     def view(
         self, picture: Picture, masks: Mapping[str, Tensor], draws: Draws
@@ -123,7 +127,10 @@ class Transform:
                 image_CHW = image_CHW.flip(axis)
                 views = {name: mask.flip(axis) for name, mask in views.items()}
         image_CHW, views = self._turned(image_CHW, views, draws)
-        image_CHW = self._erased(self._recoloured(image_CHW, draws), draws)
+        image_CHW = self._recoloured(image_CHW, draws)
+        if self.augment.rand_augment is not None:
+            image_CHW, views = rand_augment(image_CHW, views, self.augment.rand_augment, draws)
+        image_CHW = self._erased(image_CHW, draws)
         return image_CHW, {name: mask[0] for name, mask in views.items()}
 
     def restored(self, maps_BCHW: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,88 @@
+"""RandAugment on an image and its masks together.
+
+Cubuk et al., RandAugment: practical automated data augmentation with a reduced search space, 2020
+(https://arxiv.org/abs/1909.13719): some operations, each drawn from fourteen with equal chances, all of one
+magnitude. The operations and their ranges are torchvision's. Where we differ: torchvision 0.29 refuses masks,
+here shearing, shifting and turning move them too; pixels are interpolated bilinearly; everything random comes
+from the sample's own `Draws`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import torchvision.transforms.v2.functional as vision
+from pydantic import Field
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+
+from mtl_dist.config.settings import Settings
+from mtl_dist.data.randomness import Draws
+from mtl_dist.specs import IGNORE
+
+_LARGEST = 30
+_SHEAR, _SHIFT, _TURN, _CHANGE, _BITS = 0.3, 150 / 331, 30.0, 0.9, 4  # at the largest magnitude
+
+
+class RandAugmentSettings(Settings):
+    """RandAugment: so many operations, so strong."""
+
+    operations: Annotated[int, Field(ge=1, le=14)] = 2
+    magnitude: Annotated[int, Field(ge=0, le=_LARGEST)] = 9
+
+
+def rand_augment(
+    image_CHW: Tensor, masks: dict[str, Tensor], settings: RandAugmentSettings, draws: Draws
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The image (C, H, W) and the masks (1, H, W), varied.
+
+    Images that are not 8-bit, or neither grey nor of three colours, have no defined brightness or colour: of
+    the fourteen operations those that would change it leave them alone.
+    """
+    coloured = image_CHW.dtype == torch.uint8 and len(image_CHW) in (1, 3)
+    for _ in range(settings.operations):
+        operation = int(draws.uniform(0, 1 + len(_MOVES) + len(_CHANGES)))
+        strength = settings.magnitude / _LARGEST
+        sign = 1 if draws.uniform() < 0.5 else -1
+        if operation < len(_MOVES):
+            move = _MOVES[operation](strength * sign, image_CHW.shape[-2], image_CHW.shape[-1])
+            image_CHW = _moved(image_CHW, *move, InterpolationMode.BILINEAR, 0)
+            masks = {
+                name: _moved(mask, *move, InterpolationMode.NEAREST, IGNORE) for name, mask in masks.items()
+            }
+        elif operation < len(_MOVES) + len(_CHANGES) and coloured:
+            image_CHW = _CHANGES[operation - len(_MOVES)](image_CHW, strength, sign)
+    return image_CHW, masks
+
+
+_Move = tuple[float, list[int], list[float]]  # degrees, shift (x, y) in pixels, shear (x, y) in degrees
+_MOVES: tuple[Callable[[float, int, int], _Move], ...] = (
+    lambda strength, height, width: (_TURN * strength, [0, 0], [0.0, 0.0]),
+    lambda strength, height, width: (0.0, [0, 0], [math.degrees(math.atan(_SHEAR * strength)), 0.0]),
+    lambda strength, height, width: (0.0, [0, 0], [0.0, math.degrees(math.atan(_SHEAR * strength))]),
+    lambda strength, height, width: (0.0, [round(_SHIFT * strength * width), 0], [0.0, 0.0]),
+    lambda strength, height, width: (0.0, [0, round(_SHIFT * strength * height)], [0.0, 0.0]),
+)
+
+
+def _moved(
+    pixels: Tensor, angle: float, shift: list[int], shear: list[float], mode: InterpolationMode, fill: int
+) -> Tensor:
+    moved: Tensor = vision.affine(pixels, angle, shift, 1.0, shear, mode, [fill])
+    return moved
+
+
+# Each takes the image, a strength from 0 to 1, and a sign for those that have one.
+_CHANGES: tuple[Callable[[Tensor, float, int], Tensor], ...] = (
+    lambda image, strength, sign: vision.adjust_brightness(image, 1 + sign * _CHANGE * strength),
+    lambda image, strength, sign: vision.adjust_saturation(image, 1 + sign * _CHANGE * strength),
+    lambda image, strength, sign: vision.adjust_contrast(image, 1 + sign * _CHANGE * strength),
+    lambda image, strength, sign: vision.adjust_sharpness(image, 1 + sign * _CHANGE * strength),
+    lambda image, strength, sign: vision.posterize(image, 8 - round(_BITS * strength)),
+    lambda image, strength, sign: vision.solarize(image, 255 * (1 - strength)),
+    lambda image, strength, sign: vision.autocontrast(image),
+    lambda image, strength, sign: vision.equalize(image),
+)
