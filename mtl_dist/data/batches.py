@@ -24,6 +24,7 @@ from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.mixing import Samples
 from mtl_dist.data.randomness import Draws, derive_key
 from mtl_dist.data.reader import Sample, SplitReader, UnreadableSample
+from mtl_dist.data.small import read_small
 from mtl_dist.data.transforms import Transform
 from mtl_dist.errors import UserError
 from mtl_dist.specs import IGNORE, TaskInfo
@@ -124,13 +125,16 @@ class BatchBuilder:
         targets = self._targets(len(positions))
         labelled = self._labelled(samples)
         valid, keys, bad = real.copy(), [""] * len(positions), []
+        done = self._build_small(samples, images_BHWC, labelled, targets, keys)
         for i, (source, epoch, row) in enumerate(samples):
+            if done[i]:
+                continue
             try:
                 tasks = [name for name, has in labelled.items() if has[i]]
                 sample = self.readers[source].read(row, tuple(name for name in tasks if name in masks_BHW))
                 draws = Draws(derive_key(self.key, source, epoch, row))
                 image_CHW, masks = self._pixels(sample, draws)
-                labels = {name: _label(name, self.infos[name], sample) for name in tasks if name in targets}
+                labels = self._labels(sample.labels, [name for name in tasks if name in targets])
             except (UnreadableSample, UnreadableImage) as error:
                 problem = f"{self.readers[source].where(row)}: {error}."
                 if self.fail_on_bad:
@@ -151,6 +155,43 @@ class BatchBuilder:
                 targets[name][i] = value
         labelled = {name: mask & valid for name, mask in labelled.items()}
         return Loaded(layout, block, targets, labelled, valid, positions, keys, tuple(bad))
+
+    def _build_small(
+        self,
+        samples: Samples,
+        images_BHWC: Tensor,
+        labelled: dict[str, np.ndarray],
+        targets: dict[str, np.ndarray],
+        keys: list[str],
+    ) -> np.ndarray:
+        """Fill in the small samples that need no transform, bool (B,): which of them are done."""
+        done = np.zeros(len(keys), dtype=bool)
+        has_masks = len(targets) < len(self.infos)
+        if has_masks or self.image_dtype != "uint8" or not self.transform.keeps(self.transform.size):
+            return done
+        for source in np.unique(samples.sources).tolist():
+            mine = np.flatnonzero(samples.sources == source)
+            small = read_small(
+                self.readers[source], samples.rows[mine], (*self.transform.size, self.channels)
+            )
+            if small is None:
+                continue
+            for i, read, key, found in zip(
+                mine.tolist(), small.read.tolist(), small.keys, small.labels, strict=True
+            ):
+                if read:
+                    try:
+                        labels = self._labels(found, [name for name, has in labelled.items() if has[i]])
+                    except UnreadableSample:
+                        continue  # it is read again, and judged
+                    for name, value in labels.items():
+                        targets[name][i] = value
+                    keys[i], done[i] = key, True
+            images_BHWC[torch.from_numpy(mine)] = torch.from_numpy(small.images_BHWC)
+        return done
+
+    def _labels(self, labels: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, int | float | np.ndarray]:
+        return {name: _label(name, self.infos[name], labels) for name in tasks}
 
     def _pixels(self, sample: Sample, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """The image and the masks as the batch wants them."""
@@ -199,11 +240,11 @@ def _allocate(num_bytes: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
-def _label(name: str, info: TaskInfo, sample: Sample) -> int | float | np.ndarray:
+def _label(name: str, info: TaskInfo, labels: Mapping[str, Any]) -> int | float | np.ndarray:
     """A target from the sample's labels: a class, a value, or a row of zeros and ones."""
-    if name not in sample.labels:
+    if name not in labels:
         raise UnreadableSample(f"its labels lack {name}, which the index says it has")
-    value = sample.labels[name]
+    value = labels[name]
     if info.kind == "regression":
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UnreadableSample(f"its label {name} is {value!r}, where a number is expected")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import math
+import tokenize
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -125,11 +126,11 @@ def _decode_npy(data: Bytes) -> Tensor:
         # The header's length is 2 bytes in version 1 of the format, 4 bytes in the later ones.
         begin = 10 if data[6] == 1 else 12
         begin += int.from_bytes(data[8:begin], "little")
-        shape, transposed, dtype = _npy_header(bytes(data[:begin]))
+        shape, transposed, dtype = npy_header(bytes(data[:begin]))
         array = np.frombuffer(data, dtype, math.prod(shape), begin).reshape(
             shape, order="F" if transposed else "C"
         )
-    except (ValueError, EOFError, IndexError) as error:
+    except (ValueError, EOFError, IndexError, OverflowError) as error:
         raise UnreadableImage(f"a damaged .npy file ({error})") from None
     if array.dtype.name not in _DEPTHS.values() or array.ndim not in (2, 3):
         raise UnreadableImage(f"an array of {array.dtype.name} {array.shape}, where an image is expected")
@@ -137,12 +138,15 @@ def _decode_npy(data: Bytes) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, whether it is transposed, and dtype: cached, because to parse it takes 20 times reading it."""
     file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, transposed, dtype = read(file)
+    try:
+        shape, transposed, dtype = read(file)
+    except (SyntaxError, tokenize.TokenError) as error:  # numpy tries to mend headers of Python 2
+        raise ValueError(str(error)) from None
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
     return shape, transposed, dtype

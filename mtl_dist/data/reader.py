@@ -30,6 +30,7 @@ from mtl_dist.errors import UserError
 _HEADER = 512
 _MAX_OPEN = 128  # more than a window of shards has, far fewer than a process may open
 _MAX_OPEN_CACHED = 16  # a file that is open takes disk space although the cache has removed it
+_MAX_MAPPED = 32  # shards; two windows of them
 _MAX_GAP = 1 << 16  # unwanted bytes between two members that are cheaper to read than to skip
 
 
@@ -81,6 +82,7 @@ class SplitReader:
         }
         self._index: np.ndarray | None = None
         self._columns: np.ndarray | None = None
+        self._maps: dict[int, mmap.mmap | None] = {}
         for path, shard in zip(self._paths, shards, strict=True):
             if isinstance(path, Path):  # of a URL it would be a request each; reading will tell
                 _check_size(path, shard.num_bytes)
@@ -93,7 +95,7 @@ class SplitReader:
 
     def __getstate__(self) -> dict[str, Any]:
         # For workers that are not forked: neither descriptors nor a mapping can be sent to them.
-        return self.__dict__ | {"_index": None, "_columns": None, "_files": OrderedDict()}
+        return self.__dict__ | {"_index": None, "_columns": None, "_files": OrderedDict(), "_maps": {}}
 
     def labelled(self, task: str, rows: np.ndarray) -> np.ndarray:
         """Which of the rows have a label for the task, bool (N,); none where the dataset lacks the task."""
@@ -148,6 +150,36 @@ class SplitReader:
             labels=_labels(parts.pop("json")) if "json" in parts else self._column_labels(row),
             masks=parts,
         )
+
+    def spans(self, part: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the part ("image", "json" or a mask's task) of each row lies in its shard: offsets, sizes."""
+        index = self._rows()[rows]
+        return index[f"{part}_offset"], index[f"{part}_size"]
+
+    def content(self, shard: int) -> mmap.mmap | None:
+        """All of a shard, memory-mapped; nothing where it is not a whole local file with labels of ours.
+
+        For small samples: a system call for each would cost more than decoding it does. The file is read
+        ahead, because samples of it are going to be asked for in any order.
+        """
+        if shard not in self._maps:
+            if len(self._maps) >= _MAX_MAPPED:
+                del self._maps[next(iter(self._maps))]
+            self._maps[shard] = self._mapped_shard(shard)
+        return self._maps[shard]
+
+    def _mapped_shard(self, shard: int) -> mmap.mmap | None:
+        if not self._labels_in_json or (self._cache is None and isinstance(self._paths[shard], Url)):
+            return None
+        try:
+            content = mmap.mmap(self._descriptor(shard), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError):
+            return None  # `read` says what is wrong
+        if len(content) != self._shards[shard].num_bytes:
+            return None
+        if hasattr(mmap, "MADV_WILLNEED"):
+            content.madvise(mmap.MADV_WILLNEED)
+        return content
 
     def key(self, row: int) -> str:
         """The sample's key, from its tar header."""
@@ -244,6 +276,7 @@ class SplitReader:
 
     def close(self) -> None:
         """Close the tars; they open again when they are read."""
+        self._maps.clear()
         while self._files:
             os.close(self._files.popitem()[1])
 
