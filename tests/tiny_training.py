@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mtl_dist.engine import deepspeed_setup
 from mtl_dist.engine.connect import EngineSettings, connect
 from mtl_dist.engine.engine import Engine, FullState, StepResult
 from mtl_dist.engine.precision import AUTOCAST_DTYPES, Precision
@@ -47,6 +48,8 @@ class Setup:
     resume_from: FullState | None = None
     explode_at: tuple[int, ...] = ()
     """Steps whose loss is made infinite, on rank 0 alone."""
+    small_weight: int = 0
+    """Elements up to which ZeRO 3 keeps a weight whole."""
     every_state: bool = False
     """Whether the state after every step is wanted, and not only the last one."""
 
@@ -82,6 +85,8 @@ class TinyRoot(nn.Module):
                 "gamma": nn.Sequential(nn.Linear(16, 7), nn.Tanh(), nn.Linear(7, 3)),
             }
         )
+        self.token = nn.Parameter(torch.full((16,), 0.1))
+        """Read here, outside of any module of its own."""
         self.scales = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in TASKS})
         self.precision = precision
         self.explode = False
@@ -91,7 +96,7 @@ class TinyRoot(nn.Module):
     def predict(self, inputs: Tensor) -> dict[str, Tensor]:
         dtype = AUTOCAST_DTYPES.get(self.precision)
         with torch.autocast(inputs.device.type, dtype, enabled=dtype is not None):
-            features = self.body(inputs)
+            features = self.body(inputs) + self.token
             outputs = {name: head(features) for name, head in self.heads.items()}
         return {name: output.float() for name, output in outputs.items()}
 
@@ -164,9 +169,9 @@ def build_root(setup: Setup) -> TinyRoot:
 
 
 def build_optimizer(setup: Setup, root: TinyRoot) -> torch.optim.Optimizer:
-    body = [{"params": list(root.body.parameters()), "name": "body", "lr": 1e-2}]
+    body = [root.token, *(root.body.parameters() if not setup.frozen_body else ())]
     groups = [
-        *(body if not setup.frozen_body else []),
+        {"params": body, "name": "body", "lr": 1e-2},
         *({"params": list(root.heads[name].parameters()), "name": name, "lr": 3e-2} for name in TASKS),
         {"params": list(root.scales.parameters()), "name": "balance", "lr": 1e-2, "weight_decay": 0.0},
     ]
@@ -178,6 +183,8 @@ def build_optimizer(setup: Setup, root: TinyRoot) -> torch.optim.Optimizer:
 
 
 def build_engine(setup: Setup) -> tuple[Engine, TinyRoot]:
+    # Small weights are divided like large ones, so that ZeRO 3 is seen at work.
+    deepspeed_setup.SMALL_WEIGHT = setup.small_weight
     deepspeed = setup.engine.startswith("zero")
     settings = EngineSettings(
         kind="deepspeed" if deepspeed else "accelerate",

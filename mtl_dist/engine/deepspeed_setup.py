@@ -19,6 +19,9 @@ LARGEST_BUCKET = 2**25
 """Elements whose gradients travel together: 128 MB. DeepSpeed allocates the buffer whole, so a small model
 gets a smaller one."""
 
+SMALL_WEIGHT = 100_000
+"""Elements up to which ZeRO 3 keeps a weight whole between steps: gathering it costs more than it saves."""
+
 
 def connect_deepspeed() -> World:
     """Join the group that the launcher started; without a launcher, a group of this process alone."""
@@ -63,6 +66,7 @@ def deepspeed_config(
         "stage": stage,
         "reduce_bucket_size": min(size, LARGEST_BUCKET),
         "round_robin_gradients": False,
+        "stage3_param_persistence_threshold": SMALL_WEIGHT,
     }
     if offload_optimizer:
         zero["offload_optimizer"] = on_host

@@ -98,6 +98,18 @@ def test_every_rank_evaluates_whole_weights_and_training_goes_on(
             torch.testing.assert_close(ranks[0].end.model[name], weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("small_weight", [50, 100_000])
+def test_weights_that_stay_whole_are_never_old(small_weight: int) -> None:
+    setup = SETUP.with_(engine="zero3")
+    every_weight_divided = shared_pool(2).run(train_and_look, setup)[0]
+    some_whole = shared_pool(2).run(train_and_look, setup.with_(small_weight=small_weight))[0]
+    for seen in ("predictions", "averaged_predictions", "average"):
+        for name, expected in getattr(every_weight_divided, seen).items():
+            torch.testing.assert_close(getattr(some_whole, seen)[name], expected, rtol=1e-6, atol=1e-6)
+    for name, weight in every_weight_divided.end.model.items():
+        torch.testing.assert_close(some_whole.end.model[name], weight, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("engine", "size"), RUNS)
 def test_an_average_of_the_shares_is_the_average_of_the_weights(engine: EngineName, size: int) -> None:
     ranks = shared_pool(size).run(train_and_look, SETUP.with_(engine=engine))

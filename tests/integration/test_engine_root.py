@@ -1,0 +1,211 @@
+"""The real root module (model, losses, balancing) under every engine: the numbers of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtl_dist.balance.cagrad import CAGradSettings
+from mtl_dist.balance.famo import FAMOSettings
+from mtl_dist.balance.fixed import FixedSettings
+from mtl_dist.balance.methods import build_balancer
+from mtl_dist.balance.mgda import MGDASettings
+from mtl_dist.balance.pcgrad import PCGradSettings
+from mtl_dist.balance.uncertainty import UncertaintySettings
+from mtl_dist.batch import Batch
+from mtl_dist.config.settings import Settings
+from mtl_dist.engine import deepspeed_setup
+from mtl_dist.engine.connect import EngineSettings, connect
+from mtl_dist.engine.precision import Precision
+from mtl_dist.models.multitask import build_model
+from mtl_dist.models.settings import Checkpointing, ModelSettings
+from mtl_dist.optim import OptimSettings, build_optimizer
+from mtl_dist.specs import TaskInfo
+from mtl_dist.step import RootModule, WindowTotals, count_labels
+from mtl_dist.tasks.classification import ClassificationSettings
+from mtl_dist.tasks.registry import build_tasks
+from mtl_dist.tasks.regression import RegressionSettings
+from mtl_dist.tasks.segmentation import SegmentationSettings
+from tests.ranks import shared_pool
+
+pytestmark = pytest.mark.slow
+
+GLOBAL_BATCH = 8
+NUM_STEPS = 3
+INFOS = {
+    "kind": TaskInfo("classification", classes=("a", "b", "c"), num_labelled=9, class_counts=(3, 3, 3)),
+    "age": TaskInfo("regression", num_labelled=9, mean=40.0, std=10.0),
+    "mask": TaskInfo("segmentation", classes=("no", "yes"), num_labelled=9, class_counts=(9, 9)),
+}
+TASKS = {"kind": ClassificationSettings(), "age": RegressionSettings(), "mask": SegmentationSettings()}
+
+METHODS: dict[str, Settings] = {
+    "fixed": FixedSettings(),
+    "uncertainty": UncertaintySettings(),
+    "famo": FAMOSettings(),
+    "mgda at features": MGDASettings(level="features"),
+    "cagrad at features": CAGradSettings(level="features"),
+    "pcgrad at parameters": PCGradSettings(level="parameters"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training of NUM_STEPS steps."""
+
+    method: str = "fixed"
+    zero_stage: int | None = None
+    """None: accelerate."""
+    accumulation: int = 1
+    backbone: str = "simple_cnn"
+    checkpointing: Checkpointing = "off"
+    precision: Precision = "fp32"
+    size: int = 8
+    """Height and width of the images."""
+
+
+@dataclass
+class Trained:
+    """Each step's loss sums over the whole global batch, and on rank 0 the weights at the end."""
+
+    sums: list[list[float]]
+    model: dict[str, Tensor]
+
+
+def global_batch(step: int, size: int) -> Batch:
+    """Random images, a third of the labels missing; age has none in the second step."""
+    generator = torch.Generator().manual_seed(step)
+
+    def labelled() -> Tensor:
+        return torch.rand(GLOBAL_BATCH, generator=generator) > 1 / 3
+
+    present = {name: labelled() & (name != "age" or step != 1) for name in INFOS}
+    mask = torch.randint(0, 2, (GLOBAL_BATCH, size, size), generator=generator).to(torch.uint8)
+    mask[~present["mask"]] = 255
+    return Batch(
+        images_BCHW=torch.randint(0, 256, (GLOBAL_BATCH, 3, size, size), generator=generator).to(torch.uint8),
+        targets={
+            "kind": torch.randint(0, 3, (GLOBAL_BATCH,), generator=generator) * present["kind"],
+            "age": torch.randn(GLOBAL_BATCH, generator=generator) * 10 + 40,
+            "mask": mask,
+        },
+        labelled=present,
+        valid_B=torch.ones(GLOBAL_BATCH, dtype=torch.bool),
+        positions_B=torch.arange(GLOBAL_BATCH),
+        keys=[""] * GLOBAL_BATCH,
+    )
+
+
+def window_of(batch: Batch, rank: int, num_ranks: int, accumulation: int) -> list[Batch]:
+    size = GLOBAL_BATCH // num_ranks // accumulation
+    starts = [(rank * accumulation + number) * size for number in range(accumulation)]
+    return [batch._map(lambda tensor, at=start: tensor[at : at + size]) for start in starts]
+
+
+def train_root(case: Case) -> Trained:
+    """Run on every rank."""
+    # Small weights are divided like large ones, so that ZeRO 3 is seen at work.
+    deepspeed_setup.SMALL_WEIGHT = 0
+    connection = connect(EngineSettings(zero_stage=case.zero_stage), case.precision)  # type: ignore[arg-type]
+    world = connection.world
+    torch.manual_seed(0)
+    tasks = build_tasks(TASKS, INFOS)
+    model_settings = ModelSettings(backbone=case.backbone, norm="group", checkpointing=case.checkpointing)
+    model = build_model(model_settings, [task.head for task in tasks.values()], 3, (case.size, case.size))
+    balancer = build_balancer(
+        METHODS[case.method],  # type: ignore[arg-type]
+        list(tasks),
+        {name: info.kind for name, info in INFOS.items()},
+        dict.fromkeys(tasks, 1.0),
+    )
+    root = RootModule(model, tasks, balancer, world, case.precision, seed=0)
+    for module in root.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    optimizer = build_optimizer(
+        OptimSettings(kind="sgd", lr=1e-2), model, list(tasks), list(balancer.parameters())
+    )
+    engine = connection.build(root, optimizer, [root.task_parameters(name) for name in tasks])
+    root.served_by(engine)
+    sums = []
+    for step in range(NUM_STEPS):
+        window = window_of(global_batch(step, case.size), world.rank, world.size, case.accumulation)
+        counts_T = world.sum(count_labels(tasks, window))
+        totals = WindowTotals(counts_T, len(window), step)
+        if len(window) > 1:
+            with engine.evaluating():
+                root.look_at(window, totals)
+        local_sums_T = torch.zeros(len(tasks))
+        for number, batch in enumerate(window, start=1):
+            engine.forward_backward(batch, totals, last=number == len(window))
+            local_sums_T += root.local_sums_T
+        absent = [
+            p
+            for name, here in zip(tasks, totals.present_T, strict=True)
+            if not here
+            for p in root.task_parameters(name)
+        ]
+        engine.step(absent, clip_norm=1.0)
+        root.observe(local_sums_T, totals)
+        sums.append(world.sum(local_sums_T.double()).tolist())
+    return Trained(sums, engine.full_state().model)
+
+
+def train_cases(cases: Sequence[Case]) -> list[Trained]:
+    return [train_root(case) for case in cases]
+
+
+@cache
+def alone(case: Case) -> Trained:
+    return shared_pool(1).run(train_root, case)[0]
+
+
+def assert_same(found: Trained, expected: Trained, note: Any) -> None:
+    for step, (ours, theirs) in enumerate(zip(found.sums, expected.sums, strict=True)):
+        assert ours == pytest.approx(theirs, rel=1e-5), (note, step)
+    assert found.model.keys() == expected.model.keys()
+    for name, weight in expected.model.items():
+        torch.testing.assert_close(
+            found.model[name], weight, rtol=1e-5, atol=2e-6, msg=lambda text, n=name: f"{note} {n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("zero_stage", [None, 0, 1, 2, 3])
+def test_two_ranks_of_any_engine_train_like_one_process(zero_stage: int | None) -> None:
+    cases = [
+        Case(method, zero_stage, accumulation)
+        for method in METHODS
+        for accumulation in (1, 2)
+        # The gradients of whole shared weights, which ZeRO 3 does not have.
+        if not (zero_stage == 3 and "parameters" in method)
+    ]
+    for case, found in zip(cases, shared_pool(2).run(train_cases, cases)[0], strict=True):
+        assert_same(found, alone(replace(case, zero_stage=None, accumulation=1)), case)
+
+
+@pytest.mark.parametrize("zero_stage", [None, 1, 2, 3])
+def test_gradient_checkpointing_changes_nothing_under_any_engine(zero_stage: int | None) -> None:
+    plain = Case("mgda at features", zero_stage, backbone="shufflenet_v2_x0_5", size=32)
+    cases = [plain, replace(plain, checkpointing="stage"), replace(plain, checkpointing="block")]
+    expected, *others = shared_pool(2).run(train_cases, cases)[0]
+    for case, found in zip(cases[1:], others, strict=True):
+        assert found.sums == expected.sums, case
+        for name, weight in expected.model.items():
+            assert torch.equal(found.model[name], weight), (case, name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_is_the_same_under_every_engine(precision: Precision) -> None:
+    cases = [Case(zero_stage=stage, precision=precision) for stage in (None, 0, 1, 2, 3)]
+    expected, *others = shared_pool(2).run(train_cases, cases)[0]
+    for case, found in zip(cases[1:], others, strict=True):
+        assert found.sums[0] == expected.sums[0], case
+        for ours, theirs in zip(found.sums, expected.sums, strict=True):
+            # Weights that differ in their last float32 bit may round to another neighbour.
+            assert ours == pytest.approx(theirs, rel=2**-7), case

@@ -1,0 +1,102 @@
+"""Whole runs (`mtl train`) under DeepSpeed: the figures of DDP, and a run that changes engines half-way."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtl_dist.engine import deepspeed_setup
+from tests.ranks import RankPool
+from tests.tiny_datasets import write_dataset
+from tests.tiny_runs import rows, tensors_at, train_run, write_recipe
+
+pytestmark = pytest.mark.slow
+
+NUM_STEPS = 12  # 3 epochs of 30 samples, 8 at a time
+OVERRIDES = ["train.checkpoint_every=1", "optim.ema=0.9"]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    write_dataset(directory / "tiny", {"train": 30, "val": 9, "test": 7})
+    return write_recipe(directory, directory / "tiny")
+
+
+@pytest.fixture(scope="module")
+def ddp(recipe: Path, ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of DDP on two ranks, with a checkpoint of every step."""
+    run = tmp_path_factory.mktemp("ddp") / "run"
+    ranks.run(train_divided, recipe, run, OVERRIDES)
+    return run
+
+
+def train_divided(recipe: Path, run: Path, overrides: Sequence[str]) -> str:
+    """Without dropout, so that ranks and engines can be compared; small weights are divided as well."""
+    deepspeed_setup.SMALL_WEIGHT = 0
+    return train_run(recipe, run, overrides, dropout=False)
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        scale = float(tensor.abs().max()) if tensor.numel() else 0.0
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-5, atol=1e-5 * scale + 2e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_run_has_the_figures_of_ddp(
+    recipe: Path, ranks: RankPool, ddp: Path, tmp_path: Path, zero_stage: int
+) -> None:
+    run = tmp_path / "run"
+    overrides = [*OVERRIDES, f"engine.zero_stage={zero_stage}", "train.evaluate_at_end=true"]
+    assert ranks.run(train_divided, recipe, run, overrides) == ["done", "done"]
+    assert_close(tensors_at(run, NUM_STEPS), tensors_at(ddp, NUM_STEPS))
+    for kind in ("step", "epoch"):
+        for ours, theirs in zip(rows(run, kind), rows(ddp, kind), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, nan_ok=True)
+    assert (run / "evaluation").is_dir()
+
+
+def test_a_run_goes_from_ddp_to_zero_3_to_one_process_to_zero_2(
+    recipe: Path, ranks: RankPool, ddp: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(ddp, run)
+    for path in (run / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > 3:
+            shutil.rmtree(path)
+    for step, pool_size, engine in (
+        (6, 2, ["engine.zero_stage=3"]),
+        (9, 1, []),
+        (12, 2, ["engine.zero_stage=2"]),
+    ):
+        overrides = [*OVERRIDES, *engine, f"train.max_steps={step}"]
+        if pool_size == 1:
+            train_divided(recipe, run, overrides)
+        else:
+            ranks.run(train_divided, recipe, run, overrides)
+    assert_close(tensors_at(run, NUM_STEPS), tensors_at(ddp, NUM_STEPS))
+
+
+def test_fp16_keeps_its_loss_scale_in_the_checkpoint(recipe: Path, ranks: RankPool, tmp_path: Path) -> None:
+    from mtl_dist.checkpoint import read_checkpoint, step_directory
+
+    overrides = [*OVERRIDES, "engine.zero_stage=2", "train.precision=fp16"]
+    assert ranks.run(train_divided, recipe, tmp_path / "run", overrides) == ["done", "done"]
+    checkpoint = read_checkpoint(step_directory(tmp_path / "run" / "checkpoints", NUM_STEPS))
+    scaler = checkpoint.state["scaler"]
+    assert scaler["scale"] == 2 ** (16 - scaler["num_skipped"])
