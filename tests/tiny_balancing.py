@@ -25,6 +25,7 @@ from mtl_dist.batch import Batch
 from mtl_dist.engine.connect import Connection, EngineSettings, connect
 from mtl_dist.engine.engine import Engine
 from mtl_dist.engine.precision import Precision
+from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 from mtl_dist.models.multitask import build_model
 from mtl_dist.models.settings import Checkpointing, ModelSettings
@@ -104,8 +105,6 @@ class Case:
     explode_at: tuple[int, ...] = ()
     """Steps in which rank 0 sees infinite pixels."""
     diagnose_every: int = 0
-    map_task: bool = False
-    """Whether there is a segmentation task as well, whose head reads other features."""
     frozen: bool = False
     shared: bool = True
 
@@ -182,7 +181,7 @@ def connection_of(engine: EngineName, precision: Precision) -> Connection:
     return connect(settings, precision)
 
 
-def build(case: Case, connection: Connection) -> tuple[Engine, RootModule]:
+def build_root(case: Case, world: World) -> RootModule:
     torch.manual_seed(7)
     tasks = build_tasks(SETTINGS, INFOS)
     model_settings = ModelSettings(
@@ -198,41 +197,87 @@ def build(case: Case, connection: Connection) -> tuple[Engine, RootModule]:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     kinds = {name: info.kind for name, info in INFOS.items()}
-    settings = case.balance.settings()
-    balancer = build_balancer(settings, list(tasks), kinds, dict.fromkeys(tasks, 1.0))
-    root = RootModule(model, tasks, balancer, connection.world, case.precision, 5, case.diagnose_every)
-    check_balance(
-        balancer,
-        case.balance.method,
-        deepspeed=connection.choice.kind == "deepspeed",
-        zero_stage=connection.choice.zero_stage,
-        num_shared=len(root.shared),
-        features={name: model.feature_names(name) for name in tasks},
-        strangers=[("kind", "age")] if case.labels == "disjoint" else [],
-    )
+    balancer = build_balancer(case.balance.settings(), list(tasks), kinds, dict.fromkeys(tasks, 1.0))
+    return RootModule(model, tasks, balancer, world, case.precision, 5, case.diagnose_every)
+
+
+def refusal(case: Case, connection: Connection) -> str:
+    """What a run would say at its start; nothing where it may begin."""
+    root = build_root(case, connection.world)
+    try:
+        check_balance(
+            root.balancer,
+            case.balance.method,
+            deepspeed=connection.choice.kind == "deepspeed",
+            zero_stage=connection.choice.zero_stage,
+            num_shared=len(root.shared),
+            features={name: root.model.feature_names(name) for name in root.tasks},
+            strangers=[("kind", "age")] if case.labels == "disjoint" else [],
+        )
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def build(case: Case, connection: Connection) -> tuple[Engine, RootModule]:
+    root = build_root(case, connection.world)
     # One step of plain SGD moves every weight by a known part of its gradient.
     optim = OptimSettings(kind="sgd", lr=0.05, momentum=0.0, weight_decay=0.0)
-    optimizer = build_optimizer(optim, root.model, list(tasks), list(balancer.parameters()))
-    parts = [root.task_parameters(name) for name in tasks]
+    optimizer = build_optimizer(optim, root.model, list(root.tasks), list(root.balancer.parameters()))
+    parts = [root.task_parameters(name) for name in root.tasks]
     engine = connection.build(root, optimizer, parts)
     root.served_by(engine)
     return engine, root
 
 
-def train(engine_name: EngineName, case: Case) -> Result:
+def train(engine: EngineName, case: Case) -> Result:
     """Run on every rank."""
-    result = Result()
-    try:
-        engine, root = build(case, connection_of(engine_name, case.precision))
-    except UserError as error:
-        return Result(refusal=str(error))
+    return train_all(engine, [case])[0]
+
+
+def train_all(engine: EngineName, cases: Sequence[Case]) -> list[Result]:
+    """`train`, one after another, in one call of a pool; what is built alike is built once."""
+    # DeepSpeed collects garbage at every turn, which is slow among all that its import leaves.
+    gc.freeze()
+    results: dict[Case, Result] = {}
+    for case in cases:
+        if case not in results:
+            alike = [other for other in cases if _built(other) == _built(case)]
+            results |= zip(alike, _train_alike(engine, alike), strict=True)
+    gc.collect()
+    return [results[case] for case in cases]
+
+
+def _built(case: Case) -> Case:
+    """What decides how a case is built (labels alone decide whether it is refused)."""
+    return case.with_(labels="full", accumulation=1, num_steps=1, explode_at=())
+
+
+def _train_alike(engine_name: EngineName, cases: Sequence[Case]) -> list[Result]:
+    connection = connection_of(engine_name, cases[0].precision)
+    refusals = [refusal(case, connection) for case in cases]
+    if all(refusals):
+        return [Result(refusal=line) for line in refusals]
+    engine, root = build(cases[0], connection)
+    whole = engine.full_state()
+    start = connection.world.broadcast(whole)
+    results = []
+    for case, line in zip(cases, refusals, strict=True):
+        if line:
+            results.append(Result(refusal=line))
+            continue
+        engine.load_full_state(start.model, start.optimizer, start.scaler)
+        results.append(_train(engine, root, case, start.model))
+    return results
+
+
+def _train(engine: Engine, root: RootModule, case: Case, start: dict[str, Tensor]) -> Result:
+    result = Result(start=start)
     heard = _Heard(result.log)
     logging.getLogger("mtl_dist").addHandler(heard)
-    result.start = engine.full_state().model
     world = engine.world
     for step in range(case.num_steps):
-        whole = global_batch(case.labels, step)
-        window = micro_batches(whole, world.rank, world.size, case.accumulation)
+        window = micro_batches(global_batch(case.labels, step), world.rank, world.size, case.accumulation)
         totals = WindowTotals(world.sum(count_labels(root.tasks, window)), len(window), step)
         if step in case.explode_at and world.is_main:
             window[0].images_BCHW[0] = 1e30
@@ -242,13 +287,9 @@ def train(engine_name: EngineName, case: Case) -> Result:
         for number, batch in enumerate(window, start=1):
             engine.forward_backward(batch, totals, last=number == len(window))
             sums_T += root.local_sums_T
-        away = [
-            p
-            for name, here in zip(root.tasks, totals.present_T, strict=True)
-            if not here
-            for p in root.task_parameters(name)
-        ]
-        result.skipped.append(engine.step(away, None).skipped)
+        absent = [name for name, here in zip(root.tasks, totals.present_T, strict=True) if not here]
+        parameters = [p for name in absent for p in root.task_parameters(name)]
+        result.skipped.append(engine.step(parameters, None).skipped)
         root.observe(sums_T, totals)
         root.balancer.end_epoch()
         found = root.diagnosis(totals)
@@ -259,17 +300,24 @@ def train(engine_name: EngineName, case: Case) -> Result:
     return result
 
 
-def train_all(engine: EngineName, cases: Sequence[Case]) -> list[Result]:
-    """`train`, one after another, in one call of a pool."""
-    results = [train(engine, case) for case in cases]
-    gc.collect()
-    return results
-
-
 @cache
 def reference(case: Case) -> Result:
     """The same training in this process, with whole windows."""
     return train("single", case.with_(accumulation=1))
+
+
+def difference(found: Result, expected: Result) -> float:
+    """The largest difference between two trainings: of a task's weight, in parts of the largest weight of the
+    step; of an entry of the model, in parts of the largest change that the training made to any entry."""
+    parts = [
+        float((ours - theirs).abs().max() / theirs.abs().max())
+        for ours, theirs in zip(found.weights, expected.weights, strict=True)
+    ]
+    names = [name for name in expected.model if not name.startswith("balancer.")]
+    change = max(float((expected.model[name] - expected.start[name]).abs().max()) for name in names)
+    parts += [float((found.model[name] - expected.model[name]).abs().max()) / change for name in names]
+    # max() would pass over a NaN.
+    return max(parts) if all(part == part for part in parts) else float("nan")
 
 
 class _Heard(logging.Handler):

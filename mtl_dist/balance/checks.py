@@ -35,7 +35,7 @@ def check_balance(
     problems = [
         *_sharing_problems(balancer, method, num_shared),
         *_engine_problems(balancer, method, deepspeed, zero_stage),
-        *_feature_problems(balancer, method, zero_stage, features, strangers),
+        *_feature_problems(balancer, zero_stage, features, strangers),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -66,7 +66,6 @@ def _engine_problems(balancer: Balancer, method: str, deepspeed: bool, zero_stag
 
 def _feature_problems(
     balancer: Balancer,
-    method: str,
     zero_stage: int,
     features: Mapping[str, Sequence[str]],
     strangers: Sequence[tuple[str, str]],
@@ -80,12 +79,12 @@ def _feature_problems(
         if not set(features[first]) & set(features[second]):
             return [
                 f"balance.level: expected tasks whose heads read the same features, found none for {first} "
-                f"and {second}: {method} would see no conflict between them. {way_out}."
+                f"and {second}: no conflict between them would be seen. {way_out}."
             ]
     if not strangers:
         return []
     first, second = strangers[0]
     return [
         "balance.level: expected training samples labelled for both tasks of each pair, found none for "
-        f"{first} and {second}: at the features {method} would see no conflict between them. {way_out}."
+        f"{first} and {second}: at the features no conflict between them would be seen. {way_out}."
     ]

@@ -1,0 +1,97 @@
+"""Balancing is the same on any number of ranks, under any engine, however a window is cut, or is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ranks import shared_pool
+from tests.support_matrix import (
+    DOCUMENT,
+    ENGINES,
+    LARGEST_DIFFERENCE,
+    exact_outcomes,
+    low_precision_outcomes,
+    render,
+    size_of,
+)
+from tests.tiny_balancing import Balance, Case, EngineName, Result, difference, train, train_all
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+RANKS: tuple[EngineName, ...] = ("ddp", "zero1", "zero2", "zero3")
+
+
+def run(engine: EngineName, cases: list[Case]) -> list[Result]:
+    return shared_pool(size_of(engine)).run(train_all, engine, cases)[0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_method_gives_the_weights_and_the_update_of_one_process_or_is_refused(
+    engine: EngineName,
+) -> None:
+    wrong = {str(case): said for case, said in exact_outcomes(engine).items() if said.startswith("wrong")}
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_method_works_in_low_precision(engine: EngineName) -> None:
+    outcomes = low_precision_outcomes(engine)
+    wrong = {str(case): said for case, said in outcomes.items() if said.startswith("wrong")}
+    assert wrong == {}
+
+
+def test_the_support_matrix_says_what_these_tests_found() -> None:
+    assert DOCUMENT.read_text() == render(), "write it anew with `python -m tests.support_matrix`"
+
+
+@pytest.mark.parametrize("engine", ["single", "ddp"])
+@pytest.mark.parametrize("checkpointing", ["stage", "block"])
+def test_gradient_checkpointing_changes_nothing(engine: EngineName, checkpointing: str) -> None:
+    chosen = [Balance("nash", "parameters"), Balance("cagrad", "features"), Balance("graddrop")]
+    plain = [Case(balance, "partial", a) for balance in chosen for a in (1, 2)]
+    found = run(engine, [case.with_(checkpointing=checkpointing) for case in plain])
+    for ours, theirs in zip(found, run(engine, plain), strict=True):
+        assert difference(ours, theirs) < LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_solved_every_so_often_are_kept_in_between(engine: EngineName) -> None:
+    level = "features" if engine == "zero3" else "parameters"
+    cases = [
+        Case(Balance("mgda", level, every=2, scale_heads=scale), accumulation=a)
+        for scale in (False, True)
+        for a in (1, 2)
+    ]
+    for case, result in zip(cases, run(engine, cases), strict=True):
+        assert torch.equal(result.weights[0], result.weights[1])
+        assert not torch.equal(result.weights[1], result.weights[2])
+        assert difference(result, train("single", case.with_(accumulation=1))) < LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("method", ["nash", "stch"])
+def test_an_infinite_value_on_one_rank_is_agreed_on_by_all(engine: EngineName, method: str) -> None:
+    level = None if method == "stch" else "features"
+    case = Case(Balance(method, level), precision="fp16", num_steps=3, explode_at=(1,))
+    results = shared_pool(2).run(train, engine, case)
+    for result in results:
+        assert result.skipped == [False, True, False]
+        # No solution: the weights of before are used again, on every rank.
+        assert torch.equal(result.weights[0], result.weights[1])
+        assert all(torch.equal(a, b) for a, b in zip(result.weights, results[0].weights, strict=True))
+    assert results[0].num_unconverged == 1
+    assert all(tensor.isfinite().all() for name, tensor in results[0].model.items() if "model." in name)
+
+
+@pytest.mark.parametrize("engine", RANKS)
+def test_diagnosis_changes_nothing_and_is_the_same_on_any_number_of_ranks(engine: EngineName) -> None:
+    chosen = [Balance("equal"), Balance("stch"), Balance("cagrad", "features")]
+    plain = [Case(balance, "partial", a) for balance in chosen for a in (1, 2)]
+    watched = [case.with_(diagnose_every=2) for case in plain]
+    for case, ours, theirs in zip(plain, run(engine, watched), run(engine, plain), strict=True):
+        assert all(torch.equal(ours.model[name], theirs.model[name]) for name in ours.model)
+        assert [bool(found) for found in ours.diagnoses] == [True, False, True]
+        expected = train("single", case.with_(accumulation=1, diagnose_every=2)).diagnoses
+        for found, wanted in zip(ours.diagnoses, expected, strict=True):
+            assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)

@@ -1,0 +1,208 @@
+"""The root module's balancing on one process: who gets which gradient, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtl_dist.balance.checks import check_balance
+from mtl_dist.balance.methods import build_balancer
+from mtl_dist.engine.world import World
+from mtl_dist.errors import UserError
+from mtl_dist.gradients import as_if_unseen, with_gradient
+from mtl_dist.step import RootModule, WindowTotals, count_labels
+from mtl_dist.tasks.registry import build_tasks
+from tests.tiny_balancing import (
+    INFOS,
+    SETTINGS,
+    Balance,
+    Case,
+    Labels,
+    build_root,
+    global_batch,
+    micro_batches,
+)
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def gradients(root: RootModule, labels: Labels = "full", accumulation: int = 1) -> dict[str, Tensor]:
+    """Those of one window, by parameter."""
+    window = micro_batches(global_batch(labels, 0), 0, 1, accumulation)
+    totals = WindowTotals(count_labels(root.tasks, window), len(window), 0)
+    if len(window) > 1:
+        root.look_at(window, totals)
+    for batch in window:
+        root(batch, totals).backward()
+    return {name: p.grad.clone() for name, p in root.named_parameters() if p.grad is not None}
+
+
+def task_gradients(labels: Labels = "full") -> list[dict[str, Tensor]]:
+    """Each task's own gradient, from a window in which only it is labelled."""
+    found = []
+    for name in INFOS:
+        root = build_root(Case(Balance("equal")), ALONE)
+        batch = global_batch(labels, 0)
+        only = {task: batch.labelled[task] & (task == name) for task in INFOS}
+        batch = replace(batch, labelled=only)
+        root(batch, WindowTotals(count_labels(root.tasks, [batch]), 1, 0)).backward()
+        found.append({n: p.grad.clone() for n, p in root.named_parameters() if p.grad is not None})
+    return found
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("scale_heads", [False, True])
+@pytest.mark.parametrize("level", ["features", "parameters"])
+def test_the_shared_part_gets_the_weighted_sum_and_each_head_its_own_gradient(
+    level: str, scale_heads: bool, accumulation: int
+) -> None:
+    root = build_root(Case(Balance("nash", level, scale_heads=scale_heads)), ALONE)  # type: ignore[arg-type]
+    found = gradients(root, accumulation=accumulation)
+    weights = root.balancer.last_weights_T
+    assert weights.std() > 0.1
+    own = task_gradients()
+    for name in found:
+        if name.startswith("model.backbone."):
+            assert_same(found[name], sum(w * g[name] for w, g in zip(weights, own, strict=True)))
+        for t, task in enumerate(INFOS):
+            if name.startswith(f"model.heads.{task}."):
+                assert_same(found[name], own[t][name] * (weights[t] if scale_heads else 1.0))
+
+
+@pytest.mark.parametrize("level", ["features", "parameters"])
+def test_the_gramian_is_that_of_the_tasks_own_gradients(level: str) -> None:
+    root = build_root(Case(Balance("nash", level), diagnose_every=1), ALONE)  # type: ignore[arg-type]
+    gradients(root)
+    window = [global_batch("full", 0)]
+    found = root.diagnosis(WindowTotals(count_labels(root.tasks, window), 1, 0))
+    assert found is not None
+    if level == "parameters":
+        rows = [
+            torch.cat([g.flatten() for name, g in own.items() if name.startswith("model.backbone.")])
+            for own in task_gradients()
+        ]
+        assert_same(found.lengths_T.float(), torch.stack([row.norm() for row in rows]))
+        cosine = torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=0)
+        assert_same(found.cosines_TT[0, 1].float(), cosine)
+    else:
+        assert found.cosines_TT.isfinite().all() and (found.lengths_T > 0).all()
+
+
+def test_pairs_without_a_common_sample_have_no_cosine_and_are_told_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    root = build_root(Case(Balance("cagrad", "features"), diagnose_every=1), ALONE)
+    batch = global_batch("disjoint", 0)
+    for step in range(3):
+        totals = WindowTotals(count_labels(root.tasks, [batch]), 1, step)
+        root(batch, totals).backward()
+        found = root.diagnosis(totals)
+        assert found is not None
+        assert {name.split("/")[0] for name in found.scalars()} == {"gradient_norm"}
+    assert sum("no conflict" in line for line in caplog.messages) == 1
+
+
+def test_an_absent_task_is_in_no_diagnosis_and_gets_no_weight() -> None:
+    root = build_root(Case(Balance("mgda", "parameters"), diagnose_every=1), ALONE)
+    batch = global_batch("partial", 1)
+    totals = WindowTotals(count_labels(root.tasks, [batch]), 1, 0)
+    assert totals.present_T.tolist() == [True, True, False]
+    root(batch, totals).backward()
+    found = root.diagnosis(totals)
+    assert found is not None and not any("tags" in name for name in found.scalars())
+    assert all(p.grad is None or not p.grad.any() for p in root.task_parameters("tags"))
+
+
+@pytest.mark.parametrize("changes", [{"frozen": True}, {"shared": False}], ids=str)
+def test_without_trained_shared_weights_there_is_nothing_to_compare(changes: dict[str, bool]) -> None:
+    root = build_root(Case(Balance("equal"), diagnose_every=1).with_(**changes), ALONE)
+    assert root.why_no_diagnosis is not None
+    gradients(root)
+    window = [global_batch("full", 0)]
+    assert root.diagnosis(WindowTotals(count_labels(root.tasks, window), 1, 0)) is None
+
+
+def test_a_look_leaves_random_state_and_batch_statistics_as_they_were() -> None:
+    norm = nn.BatchNorm1d(3)
+    norm(torch.randn(8, 3))
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    state = torch.get_rng_state()
+    with as_if_unseen(norm, torch.device("cpu")):
+        norm(torch.randn(8, 3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+    norm(torch.randn(8, 3))
+    assert not torch.equal(norm.running_mean, before["running_mean"])
+
+
+def test_a_gradient_handed_over_joins_the_scalars_own() -> None:
+    first, second = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))
+    scalar = with_gradient((2 * first).sum(), [first, second], torch.arange(7.0))
+    (3 * scalar).backward()
+    assert torch.equal(first.grad, 6 + 3 * torch.arange(4.0).view(2, 2))
+    assert torch.equal(second.grad, 3 * torch.arange(4.0, 7.0))
+
+
+# ------------------------------------------------------------------ refusals
+SHARED = {name: ("vector",) for name in INFOS}
+
+
+@pytest.mark.parametrize(
+    ("balance", "facts", "said"),
+    [
+        (Balance("nash", "parameters"), {"zero_stage": 3}, "expected features under ZeRO 3"),
+        (Balance("graddrop"), {"zero_stage": 1}, "expected one process or DDP"),
+        (Balance("db-mtl"), {"zero_stage": 0}, "expected one process or DDP"),
+        (Balance("mgda", "features"), {"strangers": [("kind", "tags")]}, "for kind and tags"),
+        (
+            Balance("mgda", "features"),
+            {"features": SHARED | {"age": ("stride_1",)}},
+            "none for kind and age",
+        ),
+        (Balance("cagrad", "features"), {"num_shared": 0}, "expected weights that the tasks share"),
+        (Balance("graddrop"), {"num_shared": 0, "deepspeed": False}, "expected weights that the tasks share"),
+    ],
+    ids=str,
+)
+def test_what_would_be_wrong_is_refused_in_one_line(
+    balance: Balance, facts: dict[str, object], said: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check(balance, facts)
+    line = str(caught.value)
+    assert said in line and line.startswith("balance.") and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("balance", "facts"),
+    [
+        (Balance("stch"), {"zero_stage": 3, "num_shared": 0, "strangers": [("kind", "tags")]}),
+        (Balance("nash", "parameters"), {"zero_stage": 2, "strangers": [("kind", "tags")]}),
+        (Balance("nash", "features"), {"zero_stage": 3}),
+        (Balance("graddrop"), {"deepspeed": False}),
+    ],
+    ids=str,
+)
+def test_what_is_right_is_not_refused(balance: Balance, facts: dict[str, object]) -> None:
+    check(balance, facts)
+
+
+def check(balance: Balance, changes: dict[str, object]) -> None:
+    kinds = {name: info.kind for name, info in INFOS.items()}
+    tasks = build_tasks(SETTINGS, INFOS)
+    balancer = build_balancer(balance.settings(), list(tasks), kinds, dict.fromkeys(tasks, 1.0))
+    facts: dict[str, object] = {
+        "deepspeed": True,
+        "zero_stage": 0,
+        "num_shared": 4,
+        "features": SHARED,
+        "strangers": [],
+    }
+    check_balance(balancer, balance.method, **(facts | changes))  # type: ignore[arg-type]
