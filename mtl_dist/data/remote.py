@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import PlainSerializer, PlainValidator
 
 from mtl_dist.data.randomness import Draws, derive_key
 from mtl_dist.errors import UserError
@@ -183,9 +183,15 @@ def beside(directory: Location, name: str) -> Location:
     return directory / name
 
 
+def _validated(value: object) -> Location:
+    if not isinstance(value, str | Path | Url):
+        raise ValueError(f"expected a path or a URL, found {value!r}.")
+    return location(value)
+
+
 LocationSetting = Annotated[
     Path | Url,
-    BeforeValidator(location),
+    PlainValidator(_validated),
     PlainSerializer(str, return_type=str),
 ]
 """A setting that is a path or a URL."""
