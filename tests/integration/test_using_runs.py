@@ -1,0 +1,147 @@
+"""What a finished run leaves behind, and what can be done with it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+import mtl_dist
+from mtl_dist.errors import UserError
+from tests.tiny_datasets import HEIGHT, WIDTH, image_of, write_dataset
+from tests.tiny_runs import train_run, write_recipe
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    write_dataset(directory / "tiny", {"train": 30, "val": 9, "test": 7})
+    return write_recipe(directory, directory / "tiny")
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    train_run(recipe, path, ["train.evaluate_at_end=true", "train.epochs=2"])
+    return path
+
+
+def test_a_finished_run_holds_what_the_design_names(run: Path) -> None:
+    for name in (
+        "recipe.yaml environment.json data.json class_names.json log.txt metrics.jsonl history.json status.json "
+        "tensorboard checkpoints/best.json evaluation/metrics.json learning_curves.png"
+    ).split():
+        assert (run / name).exists(), name
+    assert not [path for path in run.rglob("*.tmp")]
+    classes = json.loads((run / "class_names.json").read_text())
+    assert classes["digit"] == ["a", "b", "c"]
+    history = json.loads((run / "history.json").read_text())
+    assert len(history["epoch"]) == 2
+    assert {"loss", "digit/loss", "shape/loss"} <= history["train"].keys()
+    assert {"loss", "digit/accuracy", "value/mae", "tags/f1", "shape/dice"} <= history["val"].keys()
+
+
+def test_every_labelled_sample_of_a_split_is_counted_once(run: Path, recipe: Path) -> None:
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    manifest = json.loads((recipe.parent / "tiny" / "dataset.json").read_text())
+    for split in ("val", "test"):
+        for task, facts in manifest["splits"][split]["labels"].items():
+            assert metrics[split][task]["num_samples"] == facts["present"], (split, task)
+
+
+def test_evaluating_again_gives_the_same_figures(run: Path) -> None:
+    from mtl_dist.runs import evaluate_run
+
+    before = json.loads((run / "evaluation" / "metrics.json").read_text())
+    (run / "evaluation" / "metrics.json").unlink()
+    evaluate_run(run, "test")
+    again = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert again["test"].keys() == before["test"].keys()
+    for task, figures in before["test"].items():
+        defined = {name: value for name, value in figures.items() if value is not None}
+        assert {name: again["test"][task][name] for name in defined} == pytest.approx(defined, rel=1e-4)
+    with pytest.raises(UserError, match="--split"):
+        evaluate_run(run, "holdout")
+
+
+def test_a_picture_is_the_same_as_path_bytes_image_and_array(run: Path, tmp_path: Path) -> None:
+    array = image_of(5)
+    path = tmp_path / "five.png"
+    Image.fromarray(array).save(path)
+    predictor = mtl_dist.load(run)
+    answers = predictor.predict_many([path, str(path), path.read_bytes(), Image.fromarray(array), array])
+    for answer in answers:
+        assert answer["digit"]["class_name"] == answers[0]["digit"]["class_name"]
+        assert answer["digit"]["probabilities"] == pytest.approx(
+            answers[0]["digit"]["probabilities"], rel=1e-5
+        )
+        assert answer["value"]["unit"] == "mm"
+        assert sum(answer["digit"]["probabilities"].values()) == pytest.approx(1)
+        assert np.array_equal(answer["shape"]["mask"], answers[0]["shape"]["mask"])
+        assert answer["shape"]["mask"].shape == (HEIGHT, WIDTH)
+    assert predictor.predict(path)["value"]["value"] == pytest.approx(answers[0]["value"]["value"], rel=1e-5)
+
+
+@pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
+def test_masks_come_back_at_the_image_s_own_size_whatever_the_resizing(
+    recipe: Path, tmp_path: Path, resize: str
+) -> None:
+    train_run(recipe, tmp_path / "run", [f"data.resize={resize}", "train.max_steps=1"])
+    predictor = mtl_dist.load(tmp_path / "run")
+    for height, width in ((8, 8), (5, 17), (40, 9)):
+        mask = predictor.predict(np.zeros((height, width, 3), np.uint8))["shape"]["mask"]
+        assert mask.shape == (height, width)
+
+
+def test_an_image_that_cannot_be_read_is_one_line(run: Path, tmp_path: Path) -> None:
+    from mtl_dist.predictor import predict_files
+
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"broken\.jpg: expected a readable image"):
+        list(predict_files(run, [broken], None, 0.5))
+    with pytest.raises(UserError, match="no such file"):
+        list(predict_files(run, [tmp_path / "absent.png"], None, 0.5))
+
+
+def test_files_are_answered_in_json_with_masks_and_overlays_beside(run: Path, tmp_path: Path) -> None:
+    from mtl_dist.predictor import predict_files, to_json
+
+    path = tmp_path / "five.png"
+    Image.fromarray(image_of(5)).save(path)
+    (record,) = predict_files(run, [path], tmp_path / "masks", 0.5)
+    assert json.loads(to_json(record))["image"] == str(path)
+    with Image.open(record["shape"]["mask"]) as mask:
+        assert mask.size == (WIDTH, HEIGHT)
+    assert (tmp_path / "masks" / "five_shape_overlay.png").is_file()
+
+
+def test_debug_overfits_one_batch_and_says_so(recipe: Path) -> None:
+    from mtl_dist.debug import overfit_one_batch
+    from mtl_dist.recipe import load_recipe
+
+    said = io.StringIO()
+    loaded = load_recipe(recipe, ["tasks.tags=null", "optim.lr=1e-2"])
+    assert overfit_one_batch(loaded, Console(file=said, width=200))
+    assert said.getvalue().count("overfitted") == 3
+    assert "images: (8, 3, 8, 8) uint8" in said.getvalue()
+
+
+def test_debug_names_the_shapes_when_something_breaks(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtl_dist import debug
+    from mtl_dist.recipe import load_recipe
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("a head of the wrong size")
+
+    monkeypatch.setattr(debug, "_overfit", broken)
+    with pytest.raises(RuntimeError) as caught:
+        debug.overfit_one_batch(load_recipe(recipe), Console(file=io.StringIO()))
+    assert "digit: (8,) int64" in caught.value.__notes__[0]
