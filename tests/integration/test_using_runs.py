@@ -34,10 +34,20 @@ def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_finished_run_holds_what_the_design_names(run: Path) -> None:
-    for name in (
-        "recipe.yaml environment.json data.json class_names.json log.txt metrics.jsonl history.json status.json "
-        "tensorboard checkpoints/best.json evaluation/metrics.json learning_curves.png"
-    ).split():
+    for name in [
+        "recipe.yaml",
+        "environment.json",
+        "data.json",
+        "class_names.json",
+        "log.txt",
+        "metrics.jsonl",
+        "history.json",
+        "status.json",
+        "tensorboard",
+        "checkpoints/best.json",
+        "evaluation/metrics.json",
+        "learning_curves.png",
+    ]:
         assert (run / name).exists(), name
     assert not [path for path in run.rglob("*.tmp")]
     classes = json.loads((run / "class_names.json").read_text())
