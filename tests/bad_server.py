@@ -18,7 +18,8 @@ class BadServer(ThreadingHTTPServer):
 
     `faults` are taken one per GET: "ok", "500", "403", "stall" (nothing comes), "cut" (half of the bytes
     come), "short" (half of the bytes, said to be all); afterwards all is well. `ranges` is whether it
-    understands ranges. `requests` counts GETs by path.
+    understands ranges. `requests` counts GETs by path. `delay` makes every answer take so many seconds, and
+    `most_at_once` is how many were under way at a time.
     """
 
     daemon_threads = True
@@ -30,6 +31,8 @@ class BadServer(ThreadingHTTPServer):
         self.faults: list[str] = []
         self.requests: Counter[str] = Counter()
         self.bytes_sent = 0
+        self.delay = 0.0
+        self.most_at_once = self.at_once = 0
         self.closing = threading.Event()
         self.lock = threading.Lock()
 
@@ -53,6 +56,16 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests[self.path] += 1
             fault = self.server.faults.pop(0) if self.server.faults else "ok"
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        self.server.closing.wait(self.server.delay)
+        try:
+            self._respond(fault)
+        finally:
+            with self.server.lock:
+                self.server.at_once -= 1
+
+    def _respond(self, fault: str) -> None:
         if fault == "stall":
             self.server.closing.wait(LONGEST_STALL)
             self.close_connection = True

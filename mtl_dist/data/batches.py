@@ -126,6 +126,7 @@ class BatchBuilder:
         labelled = self._labelled(samples)
         valid, keys, bad = real.copy(), [""] * len(positions), []
         done = self._build_small(samples, images_BHWC, labelled, targets, keys)
+        self._fetch_ahead(samples, labelled, ~done)
         for i, (source, epoch, row) in enumerate(samples):
             if done[i]:
                 continue
@@ -205,6 +206,15 @@ class BatchBuilder:
         for name, mask in masks.items():
             _check_classes(name, mask, self.infos[name])
         return image_CHW, masks
+
+    def _fetch_ahead(self, samples: Samples, labelled: Mapping[str, np.ndarray], wanted: np.ndarray) -> None:
+        """Let each reader ask for what it will be asked for, all at once where that is worth it."""
+        masks = [name for name in labelled if self.infos[name].kind == "segmentation"]
+        for source, reader in enumerate(self.readers):
+            if reader.is_remote:
+                mine = np.flatnonzero((samples.sources == source) & wanted)
+                rows = samples.rows[mine].tolist()
+                reader.fetch_ahead(rows, [tuple(name for name in masks if labelled[name][i]) for i in mine])
 
     def _layout(self, batch_size: int) -> Layout:
         dtype = torch.uint8 if self.image_dtype == "uint8" else torch.float32

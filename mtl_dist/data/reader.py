@@ -13,6 +13,7 @@ import mmap
 import os
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.columns import NO_CLASS, columns_dtype, labels_at, labels_path
 from mtl_dist.data.manifest import Manifest
-from mtl_dist.data.remote import Location, Url, beside
+from mtl_dist.data.remote import Location, Url, beside, read_together
 from mtl_dist.data.shards import index_dtype, index_path, read_key, segmentation_tasks
 from mtl_dist.errors import UserError
 
@@ -65,6 +66,8 @@ class SplitReader:
         self._shards = shards
         self._paths = [beside(directory, shard.path) for shard in shards]
         self._cache = cache
+        self.is_remote = cache is None and any(isinstance(path, Url) for path in self._paths)
+        """Whether samples are read by requests over the network."""
         self._ends = list(accumulate(self.shard_sizes))
         self._bits = {task: np.uint64(1 << bit) for bit, task in enumerate(manifest.tasks)}
         self._segmentation = segmentation_tasks({name: info.kind for name, info in manifest.tasks.items()})
@@ -82,6 +85,7 @@ class SplitReader:
         }
         self._index: np.ndarray | None = None
         self._columns: np.ndarray | None = None
+        self._ahead: dict[tuple[int, int, int], bytes] = {}
         self._maps: dict[int, mmap.mmap | None] = {}
         for path, shard in zip(self._paths, shards, strict=True):
             if isinstance(path, Path):  # of a URL it would be a request each; reading will tell
@@ -95,7 +99,13 @@ class SplitReader:
 
     def __getstate__(self) -> dict[str, Any]:
         # For workers that are not forked: neither descriptors nor a mapping can be sent to them.
-        return self.__dict__ | {"_index": None, "_columns": None, "_files": OrderedDict(), "_maps": {}}
+        return self.__dict__ | {
+            "_index": None,
+            "_columns": None,
+            "_files": OrderedDict(),
+            "_maps": {},
+            "_ahead": {},
+        }
 
     def labelled(self, task: str, rows: np.ndarray) -> np.ndarray:
         """Which of the rows have a label for the task, bool (N,); none where the dataset lacks the task."""
@@ -127,17 +137,13 @@ class SplitReader:
             UnreadableSample: a read fails or ends early, a mask is missing, or the labels are not a JSON
                 object.
         """
-        fields = self._rows()[row].item()
-        stored = ("image", "json", *masks) if self._labels_in_json else ("image", *masks)
-        spans = {name: fields[self._spans[name]] for name in stored}
+        spans = self._spans_at(row, masks)
         for task in masks:
             if spans[task][1] == 0:
                 raise UnreadableSample(f"it has no mask {task}, which the index says it has")
-        header = spans["image"][0] - _HEADER
-        begin = min(header, *(offset for offset, _ in spans.values()))
-        end = max(offset + size for offset, size in spans.values())
+        begin, end, wanted = _extent(spans)
         shard = self.shard_of(row)
-        if end - begin <= sum(size for _, size in spans.values()) + _MAX_GAP:
+        if end - begin <= wanted + _MAX_GAP:
             block = self._pread(shard, begin, end - begin)
             parts = {name: block[at - begin : at - begin + size] for name, (at, size) in spans.items()}
             key = read_key(block, spans["image"][0] - begin)
@@ -150,6 +156,30 @@ class SplitReader:
             labels=_labels(parts.pop("json")) if "json" in parts else self._column_labels(row),
             masks=parts,
         )
+
+    def fetch_ahead(self, rows: Sequence[int], masks: Sequence[tuple[str, ...]]) -> None:
+        """Ask for all of these samples at once, if each is going to be a request; `read` then finds them.
+
+        What does not come is asked for again by `read`, which also says what is wrong.
+        """
+        self._ahead.clear()
+        ranges: dict[tuple[int, int, int], None] = {}  # a set in order: padding repeats samples
+        for row, of_row in zip(rows, masks, strict=True):
+            begin, end, wanted = _extent(self._spans_at(row, of_row))
+            shard = self.shard_of(row)
+            if isinstance(self._paths[shard], Url) and end - begin <= wanted + _MAX_GAP:
+                ranges[shard, begin, end - begin] = None
+        urls = [
+            (url, begin, size) for shard, begin, size in ranges if isinstance(url := self._paths[shard], Url)
+        ]
+        if urls:
+            self._ahead = {r: d for r, d in zip(ranges, read_together(urls), strict=True) if d is not None}
+
+    def _spans_at(self, row: int, masks: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+        """(offset, size) of each part of the sample at `row`."""
+        fields = self._rows()[row].item()
+        stored = ("image", "json", *masks) if self._labels_in_json else ("image", *masks)
+        return {name: fields[self._spans[name]] for name in stored}
 
     def spans(self, part: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the part ("image", "json" or a mask's task) of each row lies in its shard: offsets, sizes."""
@@ -246,7 +276,8 @@ class SplitReader:
         """Bytes of a shard, writable because torch wants to wrap them without a copy."""
         location = self._paths[shard]
         if isinstance(location, Url) and self._cache is None:
-            return memoryview(bytearray(location.read(offset, size)))
+            ahead = self._ahead.get((shard, offset, size))
+            return memoryview(bytearray(location.read(offset, size) if ahead is None else ahead))
         data = memoryview(bytearray(size))
         filled = 0
         while filled < size:
@@ -294,6 +325,13 @@ def _check_size(path: Path, expected: int) -> None:
             f"{path}: expected a shard of {expected:,} bytes, found {found:,}. "
             "Copy it again, or prepare the dataset again."
         )
+
+
+def _extent(spans: Mapping[str, tuple[int, int]]) -> tuple[int, int, int]:
+    """Where the parts of a sample begin (the image with its header) and end, and how many bytes they are."""
+    begin = min(spans["image"][0] - _HEADER, *(offset for offset, _ in spans.values()))
+    end = max(offset + size for offset, size in spans.values())
+    return begin, end, sum(size for _, size in spans.values())
 
 
 def _mapped(descriptor: int) -> np.ndarray:

@@ -319,6 +319,18 @@ def test_a_run_over_http_sees_what_it_would_see_here(tmp_path: Path, workers: in
             assert server.requests.total() == before + 1  # the manifest, which tells whether all is as it was
 
 
+def test_the_samples_of_a_batch_are_asked_for_at_once(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "served" / "tiny", {"train": 23})
+    with serving(tmp_path / "served") as server:
+        server.delay = 0.1
+        server.faults = ["ok"] * 2 + ["500", "short", "cut"]
+        ours = batches_of(f"{server.url}/tiny", tmp_path)
+        assert server.most_at_once == 6
+        tars = sum(count for path, count in server.requests.items() if path.endswith(".tar"))
+        assert tars == 46 + 3  # one for each sample and for each fault
+    assert_same(ours, batches_of("served/tiny", tmp_path))
+
+
 def test_a_shared_disk_is_cached_as_a_file_url(tmp_path: Path) -> None:
     write_dataset(tmp_path / "tiny", {"train": 23})
     cache = {"dir": str(tmp_path / "cache"), "max_gb": 1}
