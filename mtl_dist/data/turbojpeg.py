@@ -215,7 +215,7 @@ class Jpeg:
 def open_jpeg(data: memoryview, channels: int) -> Jpeg | None:
     """The JPEG in `data`; nothing where the ordinary decoder is to decide."""
     turbojpeg = find_turbojpeg()
-    if turbojpeg is None or channels not in _PIXEL_FORMATS or _is_turned(data):
+    if turbojpeg is None or channels not in _PIXEL_FORMATS or is_turned(data):
         return None
     library, instance = turbojpeg.library, turbojpeg.instance
     address = _address(data)
@@ -239,7 +239,7 @@ def _address(data: memoryview) -> int:
     return address
 
 
-def _is_turned(data: memoryview) -> bool:
+def is_turned(data: memoryview) -> bool:
     """Whether EXIF data says, or may say, that the image is not upright."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and 0xE0 <= data[at + 1] <= 0xEF:

@@ -170,7 +170,7 @@ def unknown_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPa
 
 def test_an_empty_variable_means_the_ordinary_decoder(unknown_library: pytest.MonkeyPatch) -> None:
     unknown_library.setenv(VARIABLE, "")
-    assert decoder_name() == "torchvision"
+    assert decoder_name().split()[0] in ("torchvision", "simplejpeg")
     data, box = jpeg(), Box(20, 30, 90, 80)
     assert torch.equal(open_picture(data, 3).show(box, (8, 8)), whole(data, box, (8, 8)))
 
