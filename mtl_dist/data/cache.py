@@ -72,7 +72,8 @@ class Cache:
                 with suppress(FileNotFoundError):
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                     if size in (None, os.fstat(descriptor).st_size):
-                        os.utime(descriptor)
+                        with suppress(PermissionError):  # fetched by another user
+                            os.utime(descriptor)
                         return descriptor
                     os.close(descriptor)  # cut off since, by a crash of the machine
                     path.unlink(missing_ok=True)

@@ -71,6 +71,19 @@ def labels_at(columns: np.ndarray, row: int, tasks: Sequence[str]) -> dict[str, 
     return labels
 
 
+def counted(columns: np.ndarray, task: str, info: TaskInfo) -> tuple[int, ...]:
+    """What a column holds: samples by class, positives by class, or of a regression the labels."""
+    column = columns[task]
+    if info.kind == "regression":
+        return (int((~np.isnan(column)).sum()),)
+    if info.kind == "multilabel":
+        counts = np.unpackbits(column, axis=1, bitorder="little").sum(axis=0)
+    else:
+        counts = np.bincount(column[column != NO_CLASS].astype(np.uint32), minlength=len(info.classes))
+    # Whatever is beyond the classes stays, and is told by it.
+    return tuple(counts.tolist()[: max(len(info.classes), 1 + int(np.flatnonzero(counts).max(initial=-1)))])
+
+
 def _bits(packed: np.ndarray) -> np.ndarray:
     return np.unpackbits(packed, bitorder="little")
 

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mtl_dist.data.columns import columns_dtype, counted, labels_path
 from mtl_dist.data.images import UnreadableImage, examine_image
 from mtl_dist.data.manifest import Manifest, ShardInfo, SplitInfo, read_manifest
 from mtl_dist.data.reader import SplitReader
@@ -81,8 +82,32 @@ def _problems(directory: Location, manifest: Manifest) -> Iterator[str]:
                 yield f"{path}: {problem}"
             elif manifest.labels == "json" and isinstance(path, Path):
                 rows.append(scan_shard(path, kinds))
+        if isinstance(directory, Path):
+            yield from _column_problems(directory, manifest, split)
         if rows and len(rows) == len(info.shards) and isinstance(directory, Path):
             yield from _index_problems(index_path(directory, split), np.concatenate(rows))
+
+
+def _column_problems(directory: Path, manifest: Manifest, split: str) -> Iterator[str]:
+    """What is wrong with the label columns of a split: they must hold what the manifest counted."""
+    path, info = labels_path(directory, split), manifest.splits[split]
+    if not path.is_file():
+        if manifest.labels == "columns":
+            yield f"{path}: missing"
+        return
+    try:
+        columns = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        yield f"{path}: no label columns ({error})"
+        return
+    if columns.dtype != columns_dtype(manifest.tasks) or columns.shape != (info.num_samples,):
+        yield f"{path}: not the columns of the tasks and samples in the manifest"
+        return
+    for task in columns.dtype.names or ():
+        counts = info.labels[task]
+        expected = counts.class_counts if manifest.tasks[task].classes else (counts.present,)
+        if counted(columns, task, manifest.tasks[task]) != expected:
+            yield f"{path}: other labels of {task} than were counted when it was written"
 
 
 def _problem_of(path: Location, shard: ShardInfo) -> str | None:

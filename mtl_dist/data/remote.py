@@ -31,6 +31,8 @@ _ATTEMPTS = 7
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 16.0  # seconds; doubled each time
 _TIMEOUT = 60.0  # seconds for a part: a link slower than 270 kB/s cannot feed a training
 _NO_USE_REPEATING = (400, 401, 403, 404, 405, 410)
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
+"""What botocore and google-auth, which need not be installed, raise where nobody is logged in."""
 
 T = TypeVar("T")
 
@@ -261,4 +263,4 @@ def _is_final(error: Exception) -> bool:
     """Whether the same request would fail again for sure."""
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return True
-    return getattr(error, "status", None) in _NO_USE_REPEATING
+    return getattr(error, "status", None) in _NO_USE_REPEATING or type(error).__name__ in _NO_CREDENTIALS

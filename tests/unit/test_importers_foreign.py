@@ -14,6 +14,7 @@ import webdataset
 from typer.testing import CliRunner
 
 from mtl_dist.cli import app
+from mtl_dist.data.columns import labels_path
 from mtl_dist.data.importers.foreign import FieldMapping, index_tars
 from mtl_dist.data.importers.packing import PackOptions
 from mtl_dist.data.inspect import inspect_dataset
@@ -21,6 +22,7 @@ from mtl_dist.data.loader import open_data, train_loader
 from mtl_dist.data.manifest import read_manifest
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.settings import DataSettings
+from mtl_dist.data.shards import save_index
 from mtl_dist.errors import UserError
 from tests.tiny_datasets import png
 
@@ -159,6 +161,23 @@ def test_their_files_are_verified_against_their_hashes(root: Path, tmp_path: Pat
     tar.write_bytes(tar.read_bytes()[:-1] + b"x")
     (problem,) = inspect_dataset(tmp_path / "data", verify=True).problems or ()
     assert "its content has changed" in problem
+
+
+@pytest.mark.parametrize("task", ["label", "tags", "age"])
+def test_label_columns_are_verified_against_what_was_counted(tmp_path: Path, task: str) -> None:
+    tar = write_tar(tmp_path / "a.tar", samples(1, 2, 3))
+    index_tars([str(tar)], tmp_path / "data", MAPPING, options=ONE)
+    path = labels_path(tmp_path / "data", "train")
+    columns = np.load(path)
+    columns[task][1] = {"label": 100, "tags": [1], "age": np.nan}[task]
+    save_index(path, columns)
+    (problem,) = inspect_dataset(tmp_path / "data", verify=True).problems or ()
+    assert problem == f"{path}: other labels of {task} than were counted when it was written"
+    save_index(path, columns[:2])
+    (problem,) = inspect_dataset(tmp_path / "data", verify=True).problems or ()
+    assert "not the columns" in problem
+    path.unlink()
+    assert inspect_dataset(tmp_path / "data", verify=True).problems == (f"{path}: missing",)
 
 
 def test_an_index_beside_its_tars_moves_with_them(tmp_path: Path) -> None:
