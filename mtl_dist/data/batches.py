@@ -101,7 +101,8 @@ class BatchBuilder:
     """Builds batches from the rows of some sources.
 
     `key` seeds the augmentation; `fail_on_bad` decides whether a sample that cannot be read ends the run or
-    is masked.
+    is masked; `pin_memory` asks for page-locked blocks, which workers cannot have (the DataLoader copies what
+    they return into one).
     """
 
     readers: Sequence[SplitReader]
@@ -111,6 +112,7 @@ class BatchBuilder:
     transform: Transform
     key: int
     fail_on_bad: bool
+    pin_memory: bool = False
 
     def build(self, samples: Samples, positions: np.ndarray, real: np.ndarray) -> Loaded:
         """The batch of these samples; those that are not `real` only fill it.
@@ -119,7 +121,7 @@ class BatchBuilder:
             UserError: a sample cannot be read, and that ends the run.
         """
         layout = self._layout(len(positions))
-        block = _allocate(layout.num_bytes)
+        block = _allocate(layout.num_bytes, self.pin_memory)
         images_BHWC = layout.images_BHWC(block)
         masks_BHW = {name: layout.masks_BHW(block, name) for name in layout.masks}
         targets = self._targets(len(positions))
@@ -242,9 +244,9 @@ class BatchBuilder:
         return targets
 
 
-def _allocate(num_bytes: int) -> Tensor:
+def _allocate(num_bytes: int, pin_memory: bool) -> Tensor:
     if get_worker_info() is None:
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
     # As torch's own collate function does: what a worker returns is moved to shared memory otherwise.
     storage = torch.UntypedStorage._new_shared(num_bytes)
     return torch.empty(0, dtype=torch.uint8).set_(storage)

@@ -12,7 +12,7 @@ import atexit
 import logging
 import multiprocessing
 import signal
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -210,7 +210,7 @@ def train_loader(
     """
     cut = TrainingCut(global_batch, accumulation, rank, world_size, start_position, end_position)
     augmentation = data.settings.augmentation
-    builder = _builder(data, "train", augmentation, derive_key(seed, _AUGMENT))
+    builder = _builder(data, "train", augmentation, derive_key(seed, _AUGMENT), pin_memory)
     batches = _Batches(cut, _stream(data, seed), builder)
     return BatchLoader(batches, workers, pin_memory, data.settings.on_bad_sample)
 
@@ -255,7 +255,10 @@ class BatchLoader:
     ) -> None:
         self._batches = batches
         self._on_bad_sample = on_bad_sample
-        self._loader: DataLoader[Loaded | UserError] = DataLoader(
+        self._loader: Iterable[Loaded | UserError] = batches
+        if workers == 0:
+            return
+        self._loader = DataLoader(
             batches,
             batch_size=None,
             sampler=range(len(batches)),
@@ -313,6 +316,9 @@ class _Batches(Dataset[Loaded | UserError]):
     def __len__(self) -> int:
         return len(self._cut)
 
+    def __iter__(self) -> Iterator[Loaded | UserError]:
+        return map(self.__getitem__, range(len(self)))
+
     def __getitem__(self, index: int) -> Loaded | UserError:
         """The batch; an error for the user is returned, because a worker would bury it in a traceback."""
         positions = self._cut.positions(index)
@@ -323,7 +329,9 @@ class _Batches(Dataset[Loaded | UserError]):
             return error
 
 
-def _builder(data: Data, split: str, augmentation: AugmentSettings, key: int) -> BatchBuilder:
+def _builder(
+    data: Data, split: str, augmentation: AugmentSettings, key: int, pin_memory: bool = False
+) -> BatchBuilder:
     return BatchBuilder(
         readers=[source.reader for source in data.sources[split]],
         infos=data.infos,
@@ -332,6 +340,7 @@ def _builder(data: Data, split: str, augmentation: AugmentSettings, key: int) ->
         transform=Transform(data.image_size, data.settings.resize, augmentation),
         key=key,
         fail_on_bad=data.settings.on_bad_sample.kind == "fail",
+        pin_memory=pin_memory,
     )
 
 

@@ -17,6 +17,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -131,7 +132,8 @@ def _measured(batches: Callable[[Path, int], Any], directory: Path, workers: int
 
 def _epoch(sender: Connection, batches: Callable[[Path, int], Any], directory: Path, workers: int) -> None:
     warnings.simplefilter("ignore")
-    loader = batches(directory, workers)
+    with redirect_stdout(io.StringIO()):  # some speak
+        loader = batches(directory, workers)
     began, cpu_began, count = time.perf_counter(), _cpu_seconds(), 0
     for batch in loader:
         count += len(batch[0] if isinstance(batch, list | tuple) else batch)

@@ -1,0 +1,44 @@
+"""Batches copied to a GPU while it still computes on those before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from mtl_dist.batch import Batch
+
+
+def prefetched(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Batch]]:
+    """Each batch as it came, beside its copy on `device`; on a GPU the next copy is under way by then.
+
+    The copies are made on a stream of their own, one batch ahead, from memory that is page-locked if the
+    loader was asked for that. Without a GPU there is nothing to copy, and nothing is fetched ahead.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch, batch.to(device)
+        return
+    stream = torch.cuda.Stream(device)
+    ahead: tuple[Batch, Batch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copy = batch.to(device)
+            copied = stream.record_event()
+        if ahead is not None:
+            yield _handed_over(*ahead)
+        ahead = batch, copy, copied
+    if ahead is not None:
+        yield _handed_over(*ahead)
+
+
+def _handed_over(batch: Batch, copy: Batch, copied: torch.cuda.Event) -> tuple[Batch, Batch]:
+    """The two, once the stream that computes waits for the copy."""
+    current = torch.cuda.current_stream(copy.images_BCHW.device)
+    current.wait_event(copied)
+    tensors: list[Tensor] = [copy.images_BCHW, copy.valid_B, copy.positions_B]
+    for tensor in [*tensors, *copy.targets.values(), *copy.labelled.values()]:
+        # Its memory belongs to the other stream, which would reuse it as soon as the tensor is dropped.
+        tensor.record_stream(current)
+    return batch, copy
