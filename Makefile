@@ -9,11 +9,16 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile
 
 .PHONY: demo test lint install clean
 
+# What a user needs; the tests' own tools come on top of it.
 install: $(VENV)/installed
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python >= 3.11, found " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
 	touch $@
 
@@ -23,10 +28,10 @@ data/digits/dataset.json: | install
 demo: install data/digits/dataset.json
 	$(BIN)/mtl launch configs/digits.yaml --nproc 2
 
-test: install
+test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-lint: install
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

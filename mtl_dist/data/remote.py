@@ -138,7 +138,7 @@ def read_together(ranges: Sequence[tuple[Url, int, int]]) -> list[bytes | None]:
 
     Nothing is repeated here, and nothing raised: `Url.read` does both.
     """
-    import fsspec.asyn  # type: ignore[import-untyped]
+    import fsspec.asyn
 
     answers: list[bytes | None] = [None] * len(ranges)
     by_system: dict[str, list[int]] = defaultdict(list)
@@ -249,7 +249,7 @@ def _call(url: str, method: str, suffix: str = "", **options: Any) -> Any:
 
 def _system(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the URL's name there."""
-    import fsspec.core  # type: ignore[import-untyped]
+    import fsspec.core
 
     try:
         # Anew each time: it is cached per process, and an instance does not outlive a fork.
