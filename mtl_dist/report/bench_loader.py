@@ -165,8 +165,10 @@ def _small(photo: bytes, number: int, extension: str) -> bytes:
     """A small grey piece of a photograph, a different one for every number."""
     with Image.open(io.BytesIO(photo)) as image:
         image.draft("L", (112, 112))
-        at = number % 50
-        piece = image.convert("L").resize((SMALL_SIDE, SMALL_SIDE), box=(at, at, at + 50, at + 50))
+        side = (min(image.size) + 1) // 2
+        at = number % (min(image.size) - side + 1)
+        corners = (at, at, at + side, at + side)
+        piece = image.convert("L").resize((SMALL_SIDE, SMALL_SIDE), box=corners)
     pixels, buffer = np.asarray(piece), io.BytesIO()
     if extension == "png":
         Image.fromarray(pixels).save(buffer, "PNG")  # without the photograph's colour profile
