@@ -49,12 +49,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "cagrad, features": {"method": "cagrad", "level": "features"},
     "nash, features": {"method": "nash", "level": "features"},
     "upgrad, features": {"method": "upgrad", "level": "features"},
-    "cagrad, parameters": {"method": "cagrad", "level": "parameters"},
+    "pcgrad, parameters": {"method": "pcgrad", "level": "parameters"},
     "upgrad, parameters": {"method": "upgrad", "level": "parameters"},
     "upgrad, parameters, every 10": {"method": "upgrad", "level": "parameters", "every": 10},
     "graddrop": {"method": "graddrop"},
 }
-TORCHJD = {"torchjd upgrad, one by one": 1, "torchjd upgrad, all at once": None}
+TORCHJD = {"torchjd pcgrad, one by one": 1, "torchjd pcgrad, all at once": None}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Trainee:
 
     def step_of_torchjd(self, chunk: int | None) -> None:
         """As its documentation has it for multi-task learning."""
-        from torchjd.aggregation import UPGrad
+        from torchjd.aggregation import PCGrad
         from torchjd.autojac import jac_to_grad, mtl_backward
 
         model, batch = self.root.model, self.batch
@@ -124,7 +124,7 @@ class Trainee:
             for (name, task), count in zip(self.root.tasks.items(), self.counts_T.tolist(), strict=True)
         ]
         mtl_backward(losses, features=list(features.values()), parallel_chunk_size=chunk)
-        jac_to_grad(self.root.shared, UPGrad())
+        jac_to_grad(self.root.shared, PCGrad())
         self._update()
 
     def _update(self) -> None:

@@ -86,10 +86,15 @@ class _Injection(torch.autograd.Function):
 
 def with_gradient(scalar: Tensor, parameters: Sequence[nn.Parameter], gradient_P: Tensor) -> Tensor:
     """`scalar`, whose backward also adds `gradient_P` (times its own gradient) to the parameters'."""
-    parts = gradient_P.split([p.numel() for p in parameters])
-    shaped = [part.view_as(p).to(p.dtype) for p, part in zip(parameters, parts, strict=True)]
+    shaped = [part.to(p.dtype) for p, part in zip(parameters, parts_of(gradient_P, parameters), strict=True)]
     injected: Tensor = _Injection.apply(scalar, shaped, *parameters)
     return injected
+
+
+def parts_of(flat_P: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Views of a flat tensor, one per parameter, in the parameter's own memory order (channels-last)."""
+    segments = flat_P.split([p.numel() for p in parameters])
+    return [segment.as_strided(p.size(), p.stride()) for p, segment in zip(parameters, segments, strict=True)]
 
 
 @contextmanager
@@ -137,6 +142,7 @@ class WindowGradients:
         self._gramian_TT = torch.zeros(num_tasks, num_tasks, device=world.device)
         self._common_TT = torch.zeros(num_tasks, num_tasks, device=world.device)
         self._jacobian_TP: Tensor | None = None
+        self._jacobian_scale = scale
 
     def add_losses(self, losses_T: Tensor) -> None:
         self._losses_T += losses_T.detach()
@@ -170,16 +176,23 @@ class WindowGradients:
         self, losses_T: Tensor, parameters: Sequence[nn.Parameter], present_T: Sequence[bool]
     ) -> None:
         """Add the tasks' gradients of the shared parameters."""
+        first = self._jacobian_TP is None
         if self._jacobian_TP is None:
             size = sum(p.numel() for p in parameters)
-            self._jacobian_TP = torch.zeros(len(present_T), size, device=self._world.device)
+            self._jacobian_TP = torch.empty(len(present_T), size, device=self._world.device)
         for row_P, loss, present in zip(self._jacobian_TP, losses_T, present_T, strict=True):
             if not present:
+                row_P.zero_()
                 continue
             found = torch.autograd.grad(
                 loss * self._scale, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            row_P.add_(torch.cat([g.float().flatten() for g in found]), alpha=1 / self._scale)
+            parts = parts_of(row_P, parameters)
+            # One pass over memory: with few samples per step that is what all this costs.
+            if first:
+                torch._foreach_copy_(parts, found)
+            else:
+                torch._foreach_add_(parts, [gradient.to(row_P.dtype) for gradient in found])
 
     def global_losses(self) -> Tensor:
         """Collective: the mean of each task's loss over the labels of the whole window, (T,)."""
@@ -205,6 +218,9 @@ class WindowGradients:
     def local_jacobian(self) -> Tensor:
         """This rank's gradients (T, P), whose mean over the ranks is J."""
         assert self._jacobian_TP is not None
+        if self._jacobian_scale != 1:
+            self._jacobian_TP /= self._jacobian_scale
+            self._jacobian_scale = 1.0
         return self._jacobian_TP
 
     def global_jacobian(self) -> Tensor:
