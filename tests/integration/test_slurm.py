@@ -112,10 +112,10 @@ def mtl(*arguments: str) -> str:
     return result.stdout
 
 
-def local_run(work: Path, num_ranks: int) -> Path:
+def local_run(work: Path, num_ranks: int, *overrides: str) -> Path:
     """The same recipe on this machine, undisturbed."""
-    run = work / f"local-{num_ranks}"
-    mtl("launch", "recipe.yaml", "--nproc", str(num_ranks), "--run-dir", str(run))
+    run = work / f"local-{num_ranks}-{len(overrides)}"
+    mtl("launch", "recipe.yaml", "--nproc", str(num_ranks), "--run-dir", str(run), *overrides)
     return run
 
 
@@ -174,8 +174,8 @@ def ranks_of(job: str) -> dict[int, int]:
     return {rank: min(pids) for rank, pids in found.items()}
 
 
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors")
+def weights_of(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
 
 
 def step_rows(run: Path) -> list[dict[str, float]]:
@@ -323,22 +323,26 @@ def test_the_status_of_a_disturbed_run_tells_its_story(disturbed: Path) -> None:
 # -- the same on other numbers of ranks -------------------------------------------------------------------
 
 
-def test_a_requeued_run_may_have_another_number_of_ranks(
-    cluster: Callable[..., str], work: Path, undisturbed: Path
-) -> None:
-    run = work / "elastic"
-    (job,) = submit(Path("recipe.yaml"), Path("profile.yaml"), Shape(2, 1), run_dir=run).job_ids
+# Without dropout, whose draws are a rank's own; with steps so small that a rounding error which turns one ReLU
+# on or off does not grow. The batches' own losses differ by a tenth: another order would be seen at once.
+SMOOTH = ("model.backbone=shufflenet_v2_x0_5", "optim.kind=sgd", "optim.lr=1e-4", "train.max_steps=30")
+
+
+def test_a_requeued_run_may_have_another_number_of_ranks(cluster: Callable[..., str], work: Path) -> None:
+    expected, run = local_run(work, 4, *SMOOTH), work / "elastic"
+    submitted = submit(Path("recipe.yaml"), Path("profile.yaml"), Shape(2, 1), overrides=SMOOTH, run_dir=run)
+    (job,) = submitted.job_ids
     wait_for("steps", in_training(run))
     cluster("scancel", "--signal=USR2", job)
     wait_for_requeue(job)
     cluster("scontrol", "update", f"jobid={job}", "NumNodes=1", "NumTasks=1")
     wait_for("the end", lambda: has_ended(run))
     assert [(attempt.nodes, attempt.ranks) for attempt in read_attempts(run)] == [(2, 2), (1, 1)]
-    expected, found = weights_of(undisturbed), weights_of(run)
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5, msg=name)
+    weights = weights_of(run, 30)
+    for name, weight in weights_of(expected, 30).items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-6, msg=name)
     losses = [row["train/loss"] for row in step_rows(run)]
-    assert losses == pytest.approx([row["train/loss"] for row in step_rows(undisturbed)], rel=1e-4)
+    assert losses == pytest.approx([row["train/loss"] for row in step_rows(expected)], rel=1e-5)
 
 
 # -- sweeps, chains, cancelling ---------------------------------------------------------------------------
