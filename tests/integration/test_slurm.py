@@ -323,8 +323,8 @@ def test_the_status_of_a_disturbed_run_tells_its_story(disturbed: Path) -> None:
 # -- the same on other numbers of ranks -------------------------------------------------------------------
 
 
-# Without dropout, whose draws are a rank's own; with steps so small that a rounding error which turns one ReLU
-# on or off does not grow. The batches' own losses differ by a tenth: another order would be seen at once.
+# Without dropout, whose draws are a rank's own; with steps so small that a rounding error which turns a ReLU
+# on or off does not grow. The losses of the batches differ by a tenth: another order would be seen at once.
 SMOOTH = ("model.backbone=shufflenet_v2_x0_5", "optim.kind=sgd", "optim.lr=1e-4", "train.max_steps=30")
 
 
