@@ -125,10 +125,14 @@ class RunFolder:
         height, width = facts["image_size"]
         return DataFacts(infos, facts["channels"], facts["image_dtype"], (height, width))
 
-    def write_environment(self, world_size: int, device: str) -> None:
-        """Add this start to environment.json."""
+    def write_environment(self, world_size: int, device: str, decoder: str) -> str | None:
+        """Add this start to environment.json; the decoder of the start before, if it was another one.
+
+        Decoders differ by a few grey levels, so pictures are part of what a run may depend on.
+        """
         path = self.directory / "environment.json"
         starts: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+        before = starts[-1]["decoder"] if starts else decoder
         packages = {name: version(name) for name in RECORDED_PACKAGES}
         starts.append(
             {
@@ -141,9 +145,11 @@ class RunFolder:
                 "ranks": world_size,
                 "device": device,
                 "cpus": len(os.sched_getaffinity(0)),
+                "decoder": decoder,
             }
         )
         write_text(path, json.dumps(starts, indent=1))
+        return before if before != decoder else None
 
     def write_metrics(self, split: str, tasks: Mapping[str, Mapping[str, float]]) -> None:
         """Put one split into evaluation/metrics.json: `{split: {task: {metric: value}}}`."""

@@ -33,6 +33,7 @@ from mtl_dist.checkpoint import (
     steps_in,
 )
 from mtl_dist.config.loading import to_yaml
+from mtl_dist.data.decode import decoder_name
 from mtl_dist.data.loader import Data, eval_loader, open_data, train_loader
 from mtl_dist.durable import write_text
 from mtl_dist.ema import Ema
@@ -215,7 +216,10 @@ def training_folder(directory: Path, recipe: Recipe, world: World) -> Iterator[R
         if folder.recipe_path.is_file():
             refuse_other_run(load_recipe(folder.recipe_path), recipe, directory)
         write_text(folder.recipe_path, to_yaml(recipe))
-        folder.write_environment(world.size, str(world.device))
+        before = folder.write_environment(world.size, str(world.device), decoder_name())
+        if before is not None:
+            now = decoder_name()
+            warn(f"{directory}: images were decoded by {before} so far, and are by {now} from here on.")
 
     lock = folder.locked()
     world.on_main(enter)

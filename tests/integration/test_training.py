@@ -155,3 +155,17 @@ def test_a_run_that_ran_out_of_patience_stays_ended(recipe: Path, tmp_path: Path
 def test_evaluations_come_every_so_many_epochs_and_at_the_end(recipe: Path, tmp_path: Path) -> None:
     train_run(recipe, tmp_path / "run", ["train.evaluate_every=2"])
     assert ["val/loss" in row for row in rows(tmp_path / "run", "epoch")] == [False, True, True]
+
+
+def test_another_decoder_is_said_at_a_resume(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mtl_dist import runs
+
+    monkeypatch.setattr(runs, "decoder_name", lambda: "decoder A")
+    train_run(recipe, tmp_path / "run", ["train.max_steps=1"])
+    train_run(recipe, tmp_path / "run", ["train.max_steps=2"])
+    assert "decoder" not in capsys.readouterr().err
+    monkeypatch.setattr(runs, "decoder_name", lambda: "decoder B")
+    train_run(recipe, tmp_path / "run", ["train.max_steps=3"])
+    assert "decoder A so far, and are by decoder B" in capsys.readouterr().err
