@@ -36,7 +36,7 @@ ACCUMULATIONS = (1, 2)
 LOW_PRECISIONS: tuple[Precision, ...] = ("bf16", "fp16")
 
 LARGEST_DIFFERENCE = 1e-5
-"""Between float32 sums of another order, see `difference`; 2e-6 was the largest seen."""
+"""Between float32 sums of another order, see `difference`; in one process 3e-6 was the largest seen."""
 
 ROUNDING = {"bf16": 0.2, "fp16": 0.05}
 """Between a low precision and float32: the rounding of gradients (2^-9, 2^-12), which the solvers of some
