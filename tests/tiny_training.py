@@ -7,7 +7,6 @@ the same.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -230,7 +229,6 @@ def train(setup: Setup) -> Result:
         result.skipped.append(outcome.skipped)
         if setup.every_state or step == setup.last_step - 1:
             result.states.append(engine.full_state())
-    gc.collect()
     return result
 
 

@@ -72,6 +72,21 @@ def test_the_same_engine_on_the_same_ranks_goes_on_bit_for_bit(engine: EngineNam
         assert all(torch.equal(new[key], value) for key, value in old.items())
 
 
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_an_optimizer_on_the_host_goes_on_from_one_process(engine: EngineName) -> None:
+    case = WHOLE.with_(
+        engine=engine,
+        first_step=MIDDLE,
+        resume_from=half_way("single", 1),
+        offload_optimizer=True,
+        offload_parameters=engine == "zero3",
+    )
+    found, expected = shared_pool(2).run(train, case)[0], plain(WHOLE)
+    assert found.losses == pytest.approx(expected.losses[MIDDLE:], rel=1e-5)
+    for name, weight in expected.state.model.items():
+        torch.testing.assert_close(found.state.model[name], weight, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_the_loss_scale_goes_on_as_well(engine: EngineName) -> None:
     case = Setup(engine=engine, precision="fp16", explode_at=(1,))

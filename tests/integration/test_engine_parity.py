@@ -168,10 +168,20 @@ def test_bf16_stays_near_fp32(engine: EngineName) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in found.state.model.values())
 
 
-@pytest.mark.parametrize(("engine", "size"), RUNS)
-def test_an_infinite_gradient_on_one_rank_skips_the_step_on_all(engine: EngineName, size: int) -> None:
+@pytest.mark.parametrize(
+    ("engine", "size", "on_host"),
+    [
+        *((engine, size, False) for engine, size in RUNS),
+        ("zero1", 2, True),
+        ("zero2", 2, True),
+        ("zero3", 2, True),
+    ],
+)
+def test_an_infinite_gradient_on_one_rank_skips_the_step_on_all(
+    engine: EngineName, size: int, on_host: bool
+) -> None:
     case = Setup(engine=engine, precision="fp16", explode_at=(3, 4), every_state=True, last_step=7)
-    results = shared_pool(size).run(train, case)
+    results = shared_pool(size).run(train, case.with_(offload_optimizer=on_host))
     first = results[0]
     assert first.skipped[3] and first.skipped[4] and not first.skipped[5]
     assert all(other.skipped == first.skipped for other in results)
@@ -186,7 +196,7 @@ def test_an_infinite_gradient_on_one_rank_skips_the_step_on_all(engine: EngineNa
 
 @pytest.mark.parametrize("engine", TWO_RANKS)
 def test_fp16_skips_the_same_steps_and_learns_the_same_under_every_engine(engine: EngineName) -> None:
-    case = Setup(engine=engine, precision="fp16", optimizer="sgd")
+    case = Setup(engine=engine, precision="fp16", optimizer="sgd", clip_norm=0.5)
     found, expected = (shared_pool(2).run(train, c)[0] for c in (case, case.with_(engine="ddp")))
     assert found.skipped == expected.skipped
     # One rounding of fp16 after another: 11 bits each.
