@@ -28,8 +28,10 @@ data/digits/dataset.json: | install
 demo: install data/digits/dataset.json
 	$(BIN)/mtl launch configs/digits.yaml --nproc 2
 
+# The tests on a real Slurm have the machine to themselves: they end jobs by their clocks.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slurm"
+	$(BIN)/python -m pytest -m slurm
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,7 +61,6 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
         UserError: the recipe does not fit its data, the number of ranks, or the run that the folder holds.
     """
     connection = connect(recipe.engine, recipe.train.precision)
-    atexit.register(connection.close)
     world = connection.world
     recipe = absolute_paths(recipe)
     accumulation = recipe.train.accumulation_on(world.size)
@@ -187,7 +185,11 @@ def run_to_the_end(trainer: Trainer, recipe: Recipe, data: Data, folder: RunFold
             trainer.writer.finish()
         world.barrier()
         if outcome.state == "done" and recipe.train.evaluate_at_end:
-            evaluate_at_end(trainer, data, folder)
+            reason = trainer.agreed_stop()
+            if reason:
+                outcome = Outcome("stopped", outcome.step, reason)
+            else:
+                evaluate_at_end(trainer, data, folder)
     except BaseException as error:
         failed = trainer.status("failed", last_line(error))
         tracker.status(replace(failed, retry=not isinstance(error, UserError)))

@@ -171,6 +171,11 @@ class Trainer:
         reasons = self.world.gather(self.stop.reason)
         return totals, next(reason for reason in reasons if reason)
 
+    def agreed_stop(self) -> str:
+        """Collective: the reason to stop if any rank has one."""
+        reasons: list[str] = self.world.gather(self.stop.reason if self.stop.requested else "")
+        return next((reason for reason in reasons if reason), "")
+
     def _absent_parameters(self, totals: WindowTotals) -> list[nn.Parameter]:
         absent = [name for name, here in zip(self.root.tasks, totals.present_T, strict=True) if not here]
         return [parameter for name in absent for parameter in self.root.task_parameters(name)]

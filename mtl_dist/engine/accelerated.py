@@ -24,12 +24,17 @@ def connect_accelerate() -> tuple[Accelerator, World]:
     `Accelerator()` on a machine without a GPU would make two separate trainings of two processes; with
     `cpu=True` they are one gloo group. Its own mixed precision stays off: autocast is the root module's.
     """
+    warnings.filterwarnings("ignore", message=".*did not find any unused parameters.*")
     accelerator = Accelerator(
         cpu=use_cpu(),
         mixed_precision="no",
         # The root module runs every head on every rank, and we average the buffers once per step ourselves.
+        # Nothing is unused: the option keeps DDP from regrouping its buckets after the first step, which sums
+        # the gradients of more than two ranks in another order, so that resuming would differ in last bits.
         kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+            )
         ],
     )
     world = connected(

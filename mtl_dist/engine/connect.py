@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mtl_dist.config.settings import Settings
 from mtl_dist.engine.deepspeed_setup import ZeroStage
 from mtl_dist.engine.engine import Engine
 from mtl_dist.engine.precision import Precision, build_scaler, set_tf32
-from mtl_dist.engine.world import World
+from mtl_dist.engine.world import World, leave
 from mtl_dist.errors import UserError
 
 DEFAULT_STAGE: ZeroStage = 2
@@ -86,8 +85,7 @@ class Connection:
 
     def close(self) -> None:
         """Leave the group. Nothing collective can follow."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
 
 
 def connect(settings: EngineSettings, precision: Precision) -> Connection:

@@ -7,6 +7,7 @@ values (label counts, stop flags, sums for the log) travel over a gloo group of 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,4 +131,12 @@ def connected(size: int, rank: int, local_rank: int, device: torch.device) -> Wo
         group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup)
         control = group
+    # A process that ends with its group open may abort, and NCCL warns.
+    atexit.register(leave)
     return World(rank=rank, size=size, local_rank=local_rank, device=device, control=control)
+
+
+def leave() -> None:
+    """Leave the group, if there is one. Nothing collective can follow."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

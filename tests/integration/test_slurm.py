@@ -29,7 +29,7 @@ from mtl_dist.launch.slurm import submit
 from mtl_dist.launch.squeue import live_jobs
 from mtl_dist.status import read_status
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 DEVCLUSTER = ROOT / "slurm" / "devcluster"
