@@ -143,9 +143,8 @@ def test_images_deeper_than_eight_bits_are_raw_floats(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("world_size", "global_batch", "workers"),
     [
-        *((w, g, 0) for w, g in ((1, 1), (1, 4), (2, 6), (3, 6), (4, 8), (5, 10), (5, 40))),
-        (1, 4, 2),
-        (3, 6, 2),
+        *((w, g, 0) for w, g in ((1, 1), (1, 4), (4, 8), (5, 10), (5, 40))),
+        *((w, 6, n) for w in (1, 2, 3) for n in (0, 1, 2)),
     ],
 )
 def test_every_sample_comes_exactly_once_per_epoch(
