@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A module's tests share their ranks and their cluster, so they stay on one worker.
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-slurm lint install clean
 
 # What a user needs; the tests' own tools come on top of it.
 install: $(VENV)/installed
@@ -28,9 +28,11 @@ data/digits/dataset.json: | install
 demo: install data/digits/dataset.json
 	$(BIN)/mtl launch configs/digits.yaml --nproc 2
 
-# The tests on a real Slurm have the machine to themselves: they end jobs by their clocks.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slurm"
+
+# On a real Slurm (slurm/devcluster install, as root): they end jobs by the clock, so nothing else may run.
+test-slurm: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slurm
 
 lint: $(VENV)/installed-dev

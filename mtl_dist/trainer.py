@@ -132,7 +132,7 @@ class Trainer:
 
             self.step += 1
             self.position = min(self.position + self.plan.global_batch, self.plan.end_position)
-            if self.ema is not None:
+            if self.ema is not None and not result.skipped:
                 self.ema.update(self.step)
             self.root.observe(sums_T, totals)
             self._diagnose(totals)

@@ -15,7 +15,7 @@ from torch import nn
 from mtl_dist.engine.engine import StepResult
 from mtl_dist.engine.precision import LossScaler
 from mtl_dist.engine.replicated import ReplicatedEngine
-from mtl_dist.engine.world import World, connected, use_cpu
+from mtl_dist.engine.world import World, connected, launched_size, use_cpu
 
 
 def connect_accelerate() -> tuple[Accelerator, World]:
@@ -24,16 +24,17 @@ def connect_accelerate() -> tuple[Accelerator, World]:
     `Accelerator()` on a machine without a GPU would make two separate trainings of two processes; with
     `cpu=True` they are one gloo group. Its own mixed precision stays off: autocast is the root module's.
     """
-    warnings.filterwarnings("ignore", message=".*did not find any unused parameters.*")
     accelerator = Accelerator(
         cpu=use_cpu(),
         mixed_precision="no",
         # The root module runs every head on every rank, and we average the buffers once per step ourselves.
-        # Nothing is unused: the option keeps DDP from regrouping its buckets after the first step, which sums
-        # the gradients of more than two ranks in another order, so that resuming would differ in last bits.
+        # Nothing is unused: the option keeps DDP from regrouping its buckets after the first step, which adds
+        # gradients of more than two ranks in another order: resuming would differ in the last bits.
         kwargs_handlers=[
             DistributedDataParallelKwargs(
-                broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=launched_size() > 2,
             )
         ],
     )
