@@ -121,6 +121,15 @@ def parse(text: str) -> tuple[Any, list[tuple[str, int, int]]]:
         raise YamlError(f"the character {text[error.position]!r}", line, column) from None
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> ScalarNode:
+    # Only in double quotes are these line breaks escaped; plain or single-quoted they are folded to a space.
+    style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def dump(value: Any) -> str:
     """`value` as YAML that `parse` reads back: blocks, with short innermost mappings on one line."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
