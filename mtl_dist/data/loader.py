@@ -275,7 +275,13 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         seen = num_bad = 0
-        for loaded in self._loader:
+        # A worker is deaf to them only once it has begun: until then they wait, and it begins by unblocking.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED_SIGNALS)
+        try:
+            started = iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for loaded in started:
             if isinstance(loaded, UserError):
                 raise loaded
             for problem in loaded.bad:
@@ -349,6 +355,7 @@ def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
 
 
 @atexit.register

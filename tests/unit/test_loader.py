@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from mtl_dist.batch import Batch
 from mtl_dist.config.loading import load_settings
+from mtl_dist.data import loader as loader_module
 from mtl_dist.data.cuts import EvaluationCut, TrainingCut
 from mtl_dist.data.loader import BatchLoader, Data, eval_loader, open_data, train_loader
 from mtl_dist.data.manifest import read_manifest, write_manifest
@@ -658,7 +660,14 @@ def children() -> set[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the workers")
-def test_workers_go_on_when_signals_reach_every_process(datasets: Path) -> None:
+@pytest.mark.parametrize("still_starting", [False, True])
+def test_workers_go_on_when_signals_reach_every_process(
+    datasets: Path, still_starting: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if still_starting:
+        begin = loader_module._begin_worker
+        slow = lambda worker: (time.sleep(worker), begin(worker))  # noqa: E731
+        monkeypatch.setattr(loader_module, "_begin_worker", slow)
     before = children()
     batches = iter(training(opened(datasets), global_batch=1, workers=2))
     found = contents(iter([next(batches)]))
