@@ -7,7 +7,7 @@ runs/<name>/<run id>/
     class_names.json        class names by index, per task
     log.txt  metrics.jsonl  history.json  learning_curves.png  tensorboard/
     checkpoints/            see checkpoint.py
-    evaluation/             metrics.json and confusion matrices
+    evaluation/             metrics.json, confusion matrices, conflicts.png
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class RunFolder:
     FILES: ClassVar[dict[str, str]] = {
         "recipe.yaml": "the resolved recipe; reproduces the run",
         "checkpoints/": "the newest ones and the best",
-        "evaluation/": "metrics.json and confusion matrices",
+        "evaluation/": "metrics.json, confusion matrices, conflicts of tasks",
         "metrics.jsonl": "every logged step and evaluation",
         "history.json": "losses and metrics by epoch",
         "learning_curves.png": "the same as a picture",
         "tensorboard/": "the same for TensorBoard",
         "class_names.json": "class names by index",
-        "environment.json": "versions, git commit and devices of every start",
+        "environment.json": "versions, git commit, devices and peak memory of every start",
         "log.txt": "what the terminal said",
     }
 
@@ -150,6 +150,13 @@ class RunFolder:
         )
         write_text(path, json.dumps(starts, indent=1))
         return before if before != decoder else None
+
+    def write_peak_memory(self, num_bytes: int) -> None:
+        """Add to the newest start in environment.json the most memory that one of its processes held."""
+        path = self.directory / "environment.json"
+        starts: list[dict[str, Any]] = json.loads(path.read_text())
+        starts[-1]["peak_memory_bytes"] = num_bytes
+        write_text(path, json.dumps(starts, indent=1))
 
     def write_metrics(self, split: str, tasks: Mapping[str, Mapping[str, float]]) -> None:
         """Put one split into evaluation/metrics.json: `{split: {task: {metric: value}}}`."""

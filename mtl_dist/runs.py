@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -198,6 +199,10 @@ def run_to_the_end(trainer: Trainer, recipe: Recipe, data: Data, folder: RunFold
         trainer.stop.restore()
     tracker.status(trainer.status(outcome.state, outcome.reason))
     tracker.draw()
+    tracker.draw_conflicts()
+    peaks = world.gather(peak_memory(world.device))
+    if world.is_main:
+        folder.write_peak_memory(max(peaks))
     farewell(tracker, outcome, folder)
     tracker.close()
     return outcome
@@ -313,6 +318,13 @@ def farewell(tracker: Tracker, outcome: Outcome, folder: RunFolder) -> None:
     for name, what in RunFolder.FILES.items():
         if (folder.directory / name).exists():
             tracker.say(f"  {name:<22} {what}")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held at once: on the GPU, or of the host's memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def last_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from mtl_dist.durable import write_text
 from mtl_dist.status import Status, write_status
 
 SECONDS_BETWEEN_PICTURES = 60.0
+CONFLICTS = Path("evaluation") / "conflicts.png"
 
 
 class Tracker:
@@ -85,6 +86,20 @@ class Tracker:
 
             draw_learning_curves(history, self.directory / "learning_curves.png")
         self._drawn = time.monotonic()
+
+    def draw_conflicts(self) -> None:
+        """Write evaluation/conflicts.png and say which tasks fought over the run, if that was looked at."""
+        if self.directory is None:
+            return
+        from mtl_dist.conflicts import conflicts_in, draw_conflicts
+
+        found = conflicts_in(self._rows)
+        if found is None:
+            return
+        (self.directory / "evaluation").mkdir(exist_ok=True)
+        draw_conflicts({"mean cosine of gradients over the run": found}, self.directory / CONFLICTS)
+        for sentence in found.sentences():
+            self.say(sentence)
 
     def close(self) -> None:
         if self.directory is None:

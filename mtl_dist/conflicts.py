@@ -1,0 +1,119 @@
+"""Which tasks fight over a whole run: the mean cosine between their gradients, as a heat map and a sentence.
+
+The rows are those of metrics.jsonl whose kind is "balance": one for every step in which the tasks' gradients
+were compared (`balance.diagnose_every`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtl_dist.balance.diagnostics import FIGHT
+
+PREFIX = "balance/cosine/"
+
+
+@dataclass(frozen=True)
+class Conflicts:
+    """What was found over one run, or several runs of the same tasks.
+
+    cosines_TT  the mean cosine of each pair, symmetric, 1 on the diagonal; NaN for a pair never compared
+    looks_TT    in how many steps each pair was compared, and `fights_TT` in how many of them it fought
+    """
+
+    tasks: tuple[str, ...]
+    cosines_TT: np.ndarray
+    looks_TT: np.ndarray
+    fights_TT: np.ndarray
+
+    def sentences(self) -> list[str]:
+        """A plain sentence for each pair that fights on average, the worst first; one if none does."""
+        pairs = sorted(
+            (float(self.cosines_TT[i, j]), i, j)
+            for i in range(len(self.tasks))
+            for j in range(i + 1, len(self.tasks))
+            if self.looks_TT[i, j]
+        )
+        if not pairs:
+            return []
+        fighting = [
+            f"{self.tasks[i]} and {self.tasks[j]} fight: the mean cosine of their gradients is {cosine:.2f}, "
+            f"below {FIGHT:g} in {self.fights_TT[i, j]} of {self.looks_TT[i, j]} looks."
+            for cosine, i, j in pairs
+            if cosine < FIGHT
+        ]
+        cosine, i, j = pairs[0]
+        lowest = (
+            f"the lowest mean cosine of gradients is {cosine:.2f}, of {self.tasks[i]} and {self.tasks[j]}"
+        )
+        return fighting or [f"No two tasks fight: {lowest}."]
+
+
+def conflicts_in(rows: Iterable[Mapping[str, Any]]) -> Conflicts | None:
+    """What the rows of one run's metrics.jsonl say, or of several; None where no gradients were compared."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row.get("kind") != "balance":
+            continue
+        for name, value in row.items():
+            if name.startswith(PREFIX) and value is not None:
+                first, _, second = name.removeprefix(PREFIX).partition("/")
+                found.setdefault((first, second), []).append(value)
+    if not found:
+        return None
+    tasks = _in_order(found)
+    cosines_TT = np.full((len(tasks), len(tasks)), np.nan)
+    np.fill_diagonal(cosines_TT, 1.0)
+    looks_TT = np.zeros((len(tasks), len(tasks)), np.int64)
+    fights_TT = np.zeros_like(looks_TT)
+    for (first, second), values in found.items():
+        for at in ((tasks.index(first), tasks.index(second)), (tasks.index(second), tasks.index(first))):
+            cosines_TT[at] = np.mean(values)
+            looks_TT[at] = len(values)
+            fights_TT[at] = sum(value < FIGHT for value in values)
+    return Conflicts(tasks, cosines_TT, looks_TT, fights_TT)
+
+
+def _in_order(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """The tasks of (earlier, later) pairs in the recipe's order, as far as the pairs tell it."""
+    before: dict[str, set[str]] = {}
+    for first, second in pairs:
+        before.setdefault(first, set())
+        before.setdefault(second, set()).add(first)
+    return tuple(sorted(before, key=lambda task: len(before[task])))
+
+
+def draw_conflicts(panels: Mapping[str, Conflicts], path: Path) -> None:
+    """Draw one heat map (task x task, mean cosine) per title, red where two tasks fight."""
+    from matplotlib.figure import Figure
+
+    largest = max(len(conflicts.tasks) for conflicts in panels.values())
+    side = min(9.0, 1.8 + 0.5 * largest)
+    columns = min(4, len(panels))
+    num_rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(0.8 + side * columns, side * num_rows), layout="constrained")
+    axes = figure.subplots(num_rows, columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, conflicts) in zip(axes, panels.items(), strict=False):
+        # Greys for no conflict would hide how strongly others agree: red is below 0, blue above.
+        image = axis.imshow(conflicts.cosines_TT, cmap="RdBu", vmin=-1, vmax=1)
+        ticks = range(len(conflicts.tasks))
+        axis.set_xticks(ticks, conflicts.tasks, rotation=90, fontsize=8)
+        axis.set_yticks(ticks, conflicts.tasks, fontsize=8)
+        axis.set_title(title, loc="left", fontsize=9)
+        if len(conflicts.tasks) <= 12:
+            for row, column in zip(*np.nonzero(conflicts.looks_TT), strict=True):
+                cosine = conflicts.cosines_TT[row, column]
+                colour = "white" if abs(cosine) > 0.6 else "black"
+                axis.text(column, row, f"{cosine:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, ax=list(axes), shrink=0.8, label="mean cosine of gradients")
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    os.replace(temporary, path)

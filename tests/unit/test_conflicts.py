@@ -1,0 +1,65 @@
+"""Conflicts over a run: the mean cosine of every pair, a picture of it and a plain sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mtl_dist.conflicts import conflicts_in, draw_conflicts
+from mtl_dist.tracking import Tracker
+
+ROWS = [
+    {"kind": "balance", "balance/cosine/a/b": -0.5, "balance/cosine/a/c": 0.2, "balance/gradient_norm/a": 3},
+    {"kind": "step", "balance/cosine/a/b": -1.0},
+    {"kind": "balance", "balance/cosine/a/b": 0.1, "balance/cosine/a/c": 0.4, "balance/cosine/b/c": None},
+]
+
+
+def test_the_mean_cosine_of_each_pair_is_over_the_looks_that_compared_it() -> None:
+    found = conflicts_in(ROWS)
+    assert found is not None
+    assert found.tasks == ("a", "b", "c")
+    expected = np.array([[1, -0.2, 0.3], [-0.2, 1, np.nan], [0.3, np.nan, 1]])
+    np.testing.assert_allclose(found.cosines_TT, expected, rtol=1e-12)
+    assert found.looks_TT.tolist() == [[0, 2, 2], [2, 0, 0], [2, 0, 0]]
+    assert found.fights_TT[0, 1] == 1
+
+
+def test_two_tasks_that_fight_are_named_in_a_sentence() -> None:
+    found = conflicts_in(ROWS)
+    assert found is not None
+    assert found.sentences() == [
+        "a and b fight: the mean cosine of their gradients is -0.20, below -0.1 in 1 of 2 looks."
+    ]
+
+
+def test_peace_is_said_too_and_nothing_where_nothing_was_compared() -> None:
+    peace = conflicts_in([{"kind": "balance", "balance/cosine/a/b": 0.5}])
+    assert peace is not None
+    assert peace.sentences() == [
+        "No two tasks fight: the lowest mean cosine of gradients is 0.50, of a and b."
+    ]
+    assert conflicts_in([{"kind": "balance", "balance/gradient_norm/a": 1.0}, {"kind": "step"}]) is None
+    unknown = conflicts_in([{"kind": "balance", "balance/cosine/a/b": None}])
+    assert unknown is None
+
+
+@pytest.mark.parametrize("num_panels", [1, 5])
+def test_the_heat_map_is_a_picture_of_every_panel(tmp_path: Path, num_panels: int) -> None:
+    found = conflicts_in(ROWS)
+    assert found is not None
+    draw_conflicts({f"run {n}": found for n in range(num_panels)}, tmp_path / "conflicts.png")
+    assert (tmp_path / "conflicts.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_that_compared_gradients_ends_with_the_sentence_and_the_picture(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, 0)
+    tracker.record("balance", 1, 0.5, {"balance/cosine/digit/age": -0.3})
+    tracker.draw_conflicts()
+    tracker.close()
+    assert "digit and age fight: the mean cosine" in (tmp_path / "log.txt").read_text()
+    assert (tmp_path / "evaluation" / "conflicts.png").is_file()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["kind"] == "balance"
