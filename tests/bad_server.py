@@ -92,9 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Accept-Ranges", "bytes")
         self.end_headers()
         if not head:
-            self.wfile.write(data)
+            # Counted first: who has read them may look at once.
             with self.server.lock:
                 self.server.bytes_sent += len(data)
+            self.wfile.write(data)
         if fault == b"cut":
             self.close_connection = True
 
