@@ -1,4 +1,4 @@
-"""The commands about datasets: prepare digits, folders and table; index; inspect."""
+"""The commands about datasets: prepare digits, folders, table, idx, cifar and stacks; index; inspect."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mtl_dist.commands.options import class_names, fractions, named, numbers
+from mtl_dist.commands.options import class_names, fractions, named, numbers, words
 from mtl_dist.commands.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -29,6 +29,14 @@ MaxSkipped = Annotated[
     ),
 ]
 Verify = Annotated[bool, typer.Option(help="Decode every image once; without it only headers are read.")]
+Val = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        show_default=False,
+        help="The share of train to validate on, where there is no val; without it 0.1.",
+    ),
+]
 Pairs = list[str] | None
 
 prepare = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
@@ -44,6 +52,7 @@ def _prepare() -> None:
       mtl prepare digits data/digits
       mtl prepare folders photos/ data/breeds --task breed
       mtl prepare table labels.csv data/skin --image file --classification diagnosis=dx
+      mtl prepare idx mnist/ data/mnist --task digit
     """
 
 
@@ -296,6 +305,89 @@ def table(
             options=options,
             progress=show,
         )
+    _summary(out, manifest)
+
+
+@prepare.command()
+def idx(
+    src: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC", show_default=False, help="A directory or a zip of IDX files, .gz or not."
+        ),
+    ],
+    out: Out,
+    task: Annotated[str, typer.Option(help="The task's name.")] = "label",
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...", show_default=False, help="Class names by label; without it the labels."
+        ),
+    ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT,...",
+            show_default=False,
+            help="Measured on every picture, a regression task each: thickness (px), slant (degrees).",
+        ),
+    ] = None,
+    val: Val = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+) -> None:
+    """MNIST and its relatives: train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-...
+
+    \b
+      mtl prepare idx mnist/ data/mnist --task digit
+      mtl prepare idx mnist/ data/strokes --task digit --measure thickness,slant
+    """
+    from mtl_dist.data.importers.idx import prepare_idx
+
+    names = words("--classes", classes) if classes is not None else None
+    measures = words("--measure", measure) if measure is not None else []
+    with progress_bar("pack") as show:
+        manifest = prepare_idx(src, out, task, names, measures, val, _options(seed, workers), show)
+    _summary(out, manifest)
+
+
+@prepare.command()
+def cifar(
+    src: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC", show_default=False, help="A directory or a zip of .bin files, .gz or not."
+        ),
+    ],
+    out: Out,
+    heads: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...", show_default=False, help="What a record's labels are, in their order."
+        ),
+    ],
+    classes: Annotated[
+        Pairs,
+        typer.Option(
+            metavar="HEAD=NAME,...",
+            help="Class names by label; without it HEAD_label_names.txt, or the labels.",
+        ),
+    ] = None,
+    val: Val = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+) -> None:
+    """CIFAR's binary records: one byte per label, then 32x32x3 bytes; any number of labels.
+
+    \b
+      mtl prepare cifar cifar-100-binary/ data/cifar100 --heads coarse,fine
+      mtl prepare cifar cifar-10-batches-bin/ data/cifar10 --heads label
+    """
+    from mtl_dist.data.importers.cifar import prepare_cifar
+
+    names = {head: text.split(",") for head, text in named("--classes", classes, "NAME,...").items()}
+    with progress_bar("pack") as show:
+        manifest = prepare_cifar(src, out, words("--heads", heads), names, val, _options(seed, workers), show)
     _summary(out, manifest)
 
 

@@ -24,6 +24,18 @@ def named(option: str, values: Sequence[str] | None, what: str = "COLUMN") -> di
     return pairs
 
 
+def words(option: str, text: str) -> list[str]:
+    """The words of `coarse,fine`.
+
+    Raises:
+        UserError: one is empty.
+    """
+    found = [word.strip() for word in text.split(",")]
+    if not all(found):
+        raise UserError(f'{option}: expected words with commas between them, found "{text}".')
+    return found
+
+
 def fractions(option: str, text: str) -> tuple[float, ...]:
     """The numbers of `0.8,0.1,0.1`.
 

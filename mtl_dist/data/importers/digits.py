@@ -11,21 +11,19 @@ interpolation, and that 32x32 picture is what is stored, so that picture, mask a
 from __future__ import annotations
 
 import io
-import math
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from mtl_dist.data.importers.jobs import Record, TaskSource
+from mtl_dist.data.importers.measures import INK, enlarged, stroke_width
 from mtl_dist.data.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
 from mtl_dist.data.importers.splitting import split_by_fractions
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.errors import UserError
 
 ENLARGED = 4
-INK = 128
-"""Grey values from here on are ink: half of the darkest stroke."""
 
 FRACTIONS = (0.7, 0.15, 0.15)
 _DARKEST = 16
@@ -70,27 +68,8 @@ def prepare_digits(
 
 def enlarge(picture: np.ndarray) -> np.ndarray:
     """An 8x8 picture of values 0..16 as uint8 (32, 32), 0 is paper."""
-    grey = Image.fromarray((picture * (255 / _DARKEST)).astype(np.float32))
-    size = (picture.shape[1] * ENLARGED, picture.shape[0] * ENLARGED)
-    large = np.asarray(grey.resize(size, Image.Resampling.BICUBIC))
+    large = enlarged((picture * (255 / _DARKEST)).astype(np.float32), ENLARGED)
     return np.clip(np.rint(large), 0, 255).astype(np.uint8)
-
-
-def stroke_width(ink: np.ndarray) -> float:
-    """The mean width of the strokes in a boolean picture (H, W), in its pixels: ink area / skeleton length.
-
-    The skeleton is Zhang and Suen's, one pixel wide. Its length is that of the steps between neighbouring
-    pixels: 1 along a row or a column, the root of 2 along a diagonal, where no two straight steps join the
-    same pixels. A dot has length 1. Strokes that touch count as one wide stroke.
-    """
-    from skimage.morphology import skeletonize
-
-    line = skeletonize(ink)
-    straight = (line[:, 1:] & line[:, :-1]).sum() + (line[1:] & line[:-1]).sum()
-    falling = line[1:, 1:] & line[:-1, :-1] & ~line[1:, :-1] & ~line[:-1, 1:]
-    rising = line[1:, :-1] & line[:-1, 1:] & ~line[1:, 1:] & ~line[:-1, :-1]
-    length = float(straight + math.sqrt(2) * (falling.sum() + rising.sum()))
-    return float(ink.sum()) / max(length, 1.0)
 
 
 def _png(picture: np.ndarray) -> bytes:

@@ -25,7 +25,7 @@ from typing import TypeVar
 import numpy as np
 
 from mtl_dist.data.images import UnreadableImage, examine_image
-from mtl_dist.data.importers.sources import Source
+from mtl_dist.data.importers.sources import Readable
 from mtl_dist.data.manifest import FORMAT_VERSION, ShardInfo
 from mtl_dist.data.masks import MaskValueError, read_mask
 from mtl_dist.data.shards import Label, TarShard, scan_shard, shard_name
@@ -55,9 +55,9 @@ class Record:
     """One sample before it is packed; `labels` and `masks` hold only the tasks that it has a label for."""
 
     key: str
-    image: Source | bytes
+    image: Readable | bytes
     labels: Mapping[str, Label]
-    masks: Mapping[str, Source | bytes] = field(default_factory=dict)
+    masks: Mapping[str, Readable | bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ class ShardResult:
     conventions: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def read_bytes(source: Source | bytes) -> bytes:
+def read_bytes(source: Readable | bytes) -> bytes:
     """The bytes of an image or a mask, which a record holds or points to."""
     return source if isinstance(source, bytes) else source.read()
 
@@ -129,13 +129,13 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
     conventions: dict[str, dict[str, str]] = {name: {} for name in job.tasks}
     try:
         for position, record in enumerate(job.records):
-            where = str(record.image) if isinstance(record.image, Source) else record.key
+            where = record.key if isinstance(record.image, bytes) else str(record.image)
             image = read_bytes(record.image)
             try:
                 facts = examine_image(image, decode=job.verify)
                 masks: dict[str, bytes] = {}
                 for name, source in record.masks.items():
-                    where = str(source) if isinstance(source, Source) else f"{name} of {record.key}"
+                    where = f"{name} of {record.key}" if isinstance(source, bytes) else str(source)
                     task = job.tasks[name]
                     mask = read_mask(read_bytes(source), len(task.classes), task.mask_values)
                     if (mask.width, mask.height) != (facts.width, facts.height):

@@ -9,10 +9,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from mtl_dist.errors import UserError
 
 _NOT_DATA = ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+class Readable(Protocol):
+    """Bytes that are read when they are needed: a file, a page of one.
+
+    Its `repr` changes when the file behind it does; its `str` names it in messages.
+    """
+
+    @property
+    def size(self) -> int:
+        """About how many bytes there are."""
+
+    def read(self) -> bytes:
+        """All of them.
+
+        Raises:
+            UserError: they cannot be read.
+        """
 
 
 @dataclass(frozen=True, slots=True)
