@@ -279,7 +279,7 @@ WRONG_CIFAR: dict[str, tuple[dict[str, object], str, str]] = {
     "a truncated record": (
         {"train.bin": cifar_records(range(3))[:-1]},
         "coarse,fine",
-        r"train.bin: expected records of 3,074 bytes \(2 label\(s\) and 32x32x3\), found 9,221: 2 records and",
+        r"train.bin: expected records of 3,074 bytes \(2 label\(s\) and 32x32x3\), found 9,221: 2 records",
     ),
     "another number of heads": (
         {"train.bin": cifar_records(range(40), 1)},
