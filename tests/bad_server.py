@@ -59,11 +59,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.at_once += 1
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
         self.server.closing.wait(self.server.delay)
-        try:
-            self._respond(fault)
-        finally:
-            with self.server.lock:
-                self.server.at_once -= 1
+        # Before the answer: who has it may ask again at once.
+        with self.server.lock:
+            self.server.at_once -= 1
+        self._respond(fault)
 
     def _respond(self, fault: str) -> None:
         if fault == "stall":

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import mtl_dist.data.shards as shards
@@ -138,18 +139,12 @@ def test_a_killed_preparation_ends_whole_and_the_next_run_goes_on(tmp_path: Path
     deadline = time.monotonic() + 120
     while not list(partial.glob(".finished/*3.tar.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
     assert partial.is_dir() and not out.exists()
-    time.sleep(0.5)
-    before = contents_below(partial)
-    time.sleep(0.5)
-    assert contents_below(partial) == before  # the workers have ended with their caller
+    assert psutil.wait_procs(workers, timeout=60)[1] == []  # the workers end with their caller
     options = PackOptions(workers=1, shard_samples=20)
     prepare_folders(src, out, "breed", options=options)
     prepare_folders(src, tmp_path / "whole", "breed", options=options)
     assert contents(out) == contents(tmp_path / "whole")
-
-
-def contents_below(directory: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}

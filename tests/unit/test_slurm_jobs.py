@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import platform
 import signal
 import subprocess
@@ -215,7 +216,8 @@ def test_a_later_process_of_the_same_number_is_not_the_run(local: Path) -> None:
 
 def test_a_run_on_another_machine_is_believed_for_what_it_said(local: Path) -> None:
     write_status(local, Status("running", host="elsewhere", updated=time.time() - 10))
-    assert state_of(local) == ("running", "on elsewhere, as it said 10 s ago")
+    state, detail = state_of(local)
+    assert state == "running" and re.fullmatch("on elsewhere, as it said 1[0-9] s ago", detail)
     with pytest.raises(UserError, match="it runs on elsewhere"):
         cancel(local)
 
