@@ -21,7 +21,7 @@ from mtl_dist.models.settings import ModelSettings
 from mtl_dist.monitor import MonitorSettings
 from mtl_dist.optim import OptimSettings
 from mtl_dist.tasks.metrics import metric_names
-from mtl_dist.tasks.registry import TaskSettings
+from mtl_dist.tasks.registry import DEFAULTS, TaskSettings
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -91,7 +91,8 @@ class Recipe(Settings):
 
     name: str | None = None
     """The folder below `runs/`; null: the recipe file's name."""
-    tasks: dict[str, TaskSettings]
+    tasks: dict[str, TaskSettings] = Field(default_factory=dict)
+    """What to learn; where the recipe names none: every task of the training data, with the defaults."""
     data: DataSettings
     model: ModelSettings = ModelSettings()
     balance: BalanceSettings = FixedSettings()
@@ -102,10 +103,19 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
-        problems = [*self._task_problems(), *self._monitor_problems()]
+        problems = self.problems() if self.names_tasks else []
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def names_tasks(self) -> bool:
+        """Whether it says what to learn: else the data decides, which only reading the data can tell."""
+        return "tasks" in self.model_fields_set
+
+    def problems(self) -> list[str]:
+        """What does not fit together, one line each."""
+        return [*self._task_problems(), *self._monitor_problems()]
 
     def _task_problems(self) -> list[str]:
         if not self.tasks:
@@ -149,12 +159,31 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: one line per mistake.
     """
     recipe = load_settings(Recipe, path, overrides)
+    if not recipe.names_tasks:
+        recipe = with_tasks_of_the_data(recipe)
     return recipe if recipe.name else recipe.model_copy(update={"name": path.stem})
+
+
+def with_tasks_of_the_data(recipe: Recipe) -> Recipe:
+    """The recipe with every task of its training data, each with the default loss of its kind.
+
+    Raises:
+        UserError: the data cannot be opened, or something else in the recipe does not fit its tasks.
+    """
+    from mtl_dist.data.loader import tasks_in  # (only here are datasets looked at while a recipe is read)
+
+    tasks = {name: DEFAULTS[info.kind] for name, info in tasks_in(recipe.data).items()}
+    filled = recipe.model_copy(update={"tasks": tasks})
+    problems = filled.problems()
+    if problems:
+        raise UserError("\n".join(problems))
+    return filled
 
 
 ORDER_AND_STATE = (
     "tasks",
     "data.train",
+    "data.derive",
     "data.mixing",
     "data.shuffle_window",
     "model",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
-from mtl_dist.data.manifest import Manifest, SplitInfo, read_manifest
+from mtl_dist.data.derived import Derivation, DeriveSettings, derivations
+from mtl_dist.data.manifest import LabelCounts, Manifest, SplitInfo, read_manifest
 from mtl_dist.data.remote import Location
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
@@ -15,11 +16,24 @@ from mtl_dist.specs import TaskInfo
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """One split of one dataset: where it lies and what its manifest says."""
+    """One split of one dataset: where it lies, what its manifest says, what is derived from its labels."""
 
     path: Location
     manifest: Manifest
     split: str
+    derived: Mapping[str, Derivation] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> dict[str, TaskInfo]:
+        """The stored tasks and the derived ones."""
+        return self.manifest.tasks | {name: derivation.info for name, derivation in self.derived.items()}
+
+    def labels(self, task: str) -> LabelCounts:
+        """The split's labels of one of its tasks."""
+        if task in self.derived:
+            derivation = self.derived[task]
+            return derivation.counts(self.info.labels[derivation.source])
+        return self.info.labels[task]
 
     @property
     def info(self) -> SplitInfo:
@@ -27,16 +41,18 @@ class SourceFacts:
         return self.manifest.splits[self.split]
 
 
-def source_facts(path: Location, split: str) -> SourceFacts:
+def source_facts(
+    path: Location, split: str, derive: Mapping[str, DeriveSettings] | None = None
+) -> SourceFacts:
     """The facts of a split of the dataset at `path`.
 
     Raises:
-        UserError: no dataset there, or no such split.
+        UserError: no dataset there, no such split, or what is to be derived does not fit it.
     """
     manifest = read_manifest(path)
     if split not in manifest.splits:
         raise UserError(f"{path}: expected a split {split!r}, found {', '.join(manifest.splits) or 'none'}.")
-    return SourceFacts(path, manifest, split)
+    return SourceFacts(path, manifest, split, derivations(derive or {}, manifest, path))
 
 
 def merge_infos(tasks: Collection[str], sources: Sequence[SourceFacts]) -> dict[str, TaskInfo]:
@@ -47,9 +63,9 @@ def merge_infos(tasks: Collection[str], sources: Sequence[SourceFacts]) -> dict[
     """
     infos: dict[str, TaskInfo] = {}
     problems: list[str] = []
-    known = list(dict.fromkeys(name for source in sources for name in source.manifest.tasks))
+    known = list(dict.fromkeys(name for source in sources for name in source.tasks))
     for task in tasks:
-        having = [source for source in sources if task in source.manifest.tasks]
+        having = [source for source in sources if task in source.tasks]
         if having:
             infos[task] = _merge(task, having)
             continue
@@ -70,7 +86,7 @@ def disagreements(infos: Mapping[str, TaskInfo], sources: Sequence[SourceFacts])
     problems = []
     for source in sources:
         for task, expected in infos.items():
-            found = source.manifest.tasks.get(task, expected)
+            found = source.tasks.get(task, expected)
             for what in ("kind", "classes", "unit"):
                 wanted, has = getattr(expected, what), getattr(found, what)
                 if wanted != has:
@@ -90,8 +106,8 @@ def _words(what: str, value: str | tuple[str, ...]) -> str:
 
 
 def _merge(task: str, sources: Sequence[SourceFacts]) -> TaskInfo:
-    infos = [source.manifest.tasks[task] for source in sources]
-    counts = [source.info.labels[task] for source in sources]
+    infos = [source.tasks[task] for source in sources]
+    counts = [source.labels(task) for source in sources]
     described = [info for info in infos if info.num_labelled > 0]
     total = sum(info.num_labelled for info in described)
     merged = replace(

@@ -13,7 +13,7 @@ import logging
 import multiprocessing
 import signal
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from mtl_dist.data.balanced import BalancedStream
 from mtl_dist.data.batches import BatchBuilder, Loaded
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.cuts import EvaluationCut, TrainingCut
+from mtl_dist.data.derived import check_derived
 from mtl_dist.data.infos import SourceFacts, disagreements, merge_infos, source_facts
 from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.mixing import Concatenation, Samples, Schedule, Stream
@@ -112,21 +113,21 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
             do not fit together.
     """
     settings = settings.with_absolute_paths(root or Path.cwd())
-    training = [source_facts(source.path, source.split) for source in settings.train]
+    training = _training_facts(settings)
     for source in training:
         if source.info.num_samples == 0:
             raise UserError(f"{source.path}: expected samples in the split {source.split}, found none.")
     infos = merge_infos(tasks, training)
     facts = {"train": training}
     for split, stated in (("val", settings.val), ("test", settings.test)):
-        facts[split] = _evaluation_facts(split, stated, training)
+        facts[split] = _evaluation_facts(settings, stated, split, training)
         problems = disagreements(infos, facts[split])
         if problems:
             raise UserError("\n".join(problems))
     channels, image_dtype = _image_kind([source for group in facts.values() for source in group])
     cache = None if settings.cache is None else Cache(settings.cache)
     sources = {
-        split: tuple(Source(s, SplitReader(s.path, s.manifest, s.split, cache)) for s in group)
+        split: tuple(Source(s, SplitReader(s.path, s.manifest, s.split, cache, s.derived)) for s in group)
         for split, group in facts.items()
         if group
     }
@@ -134,6 +135,22 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
     lengths = [source.info.num_samples for source in training]
     schedule = Schedule(settings.mixing.weights(settings.train, lengths))
     return Data(settings, infos, channels, image_dtype, sources, schedule)
+
+
+def tasks_in(settings: DataSettings, root: Path | None = None) -> dict[str, TaskInfo]:
+    """All tasks of the training datasets that `settings` names, relative to `root`, derived ones included.
+
+    Raises:
+        UserError: a dataset or split is missing, or two disagree on a task.
+    """
+    training = _training_facts(settings.with_absolute_paths(root or Path.cwd()))
+    return merge_infos(list(dict.fromkeys(name for source in training for name in source.tasks)), training)
+
+
+def _training_facts(settings: DataSettings) -> list[SourceFacts]:
+    training = [source_facts(source.path, source.split, settings.derive) for source in settings.train]
+    check_derived(settings.derive, [source.manifest for source in training])
+    return training
 
 
 def _check_sampling(
@@ -153,16 +170,17 @@ def _check_sampling(
 
 
 def _evaluation_facts(
-    split: str, stated: Sequence[EvaluationSourceSettings] | None, training: Sequence[SourceFacts]
+    settings: DataSettings,
+    stated: Sequence[EvaluationSourceSettings] | None,
+    split: str,
+    training: Sequence[SourceFacts],
 ) -> list[SourceFacts]:
     """The sources of val or test that hold samples; where none are stated, those of the training datasets."""
     if stated is not None:
-        found = [source_facts(source.path, source.split) for source in stated]
+        found = [source_facts(source.path, source.split, settings.derive) for source in stated]
     else:
-        datasets = {source.path: source.manifest for source in training}
-        found = [
-            SourceFacts(p, manifest, split) for p, manifest in datasets.items() if split in manifest.splits
-        ]
+        datasets = {source.path: replace(source, split=split) for source in training}
+        found = [source for source in datasets.values() if split in source.manifest.splits]
     return [source for source in found if source.info.num_samples > 0]
 
 

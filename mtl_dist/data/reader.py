@@ -23,6 +23,7 @@ import numpy as np
 
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.columns import NO_CLASS, columns_dtype, labels_at, labels_path
+from mtl_dist.data.derived import Derivation
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.data.remote import Location, Url, beside, read_together
 from mtl_dist.data.shards import index_dtype, index_path, read_key, segmentation_tasks
@@ -52,12 +53,19 @@ class UnreadableSample(Exception):
 class SplitReader:
     """The samples of one split of a dataset, by row (0 .. num_samples - 1, in shard order).
 
+    Their labels are those that are stored, and those of the `derived` tasks.
+
     Raises:
         UserError: the index or a shard is missing, or is not the one in the manifest.
     """
 
     def __init__(
-        self, directory: Location, manifest: Manifest, split: str, cache: Cache | None = None
+        self,
+        directory: Location,
+        manifest: Manifest,
+        split: str,
+        cache: Cache | None = None,
+        derived: Mapping[str, Derivation] | None = None,
     ) -> None:
         self._files: OrderedDict[int, int] = OrderedDict()
         shards = manifest.splits[split].shards
@@ -75,6 +83,7 @@ class SplitReader:
         self._columns_path = labels_path(directory, split)
         self._labels_in_json = manifest.labels == "json"
         self._infos = manifest.tasks
+        self._derived = dict(derived or {})
         described = repr((manifest.tasks, manifest.splits[split])).encode()
         self._version = hashlib.sha256(described).hexdigest()
         names = index_dtype(self._segmentation).names or ()
@@ -109,6 +118,12 @@ class SplitReader:
 
     def labelled(self, task: str, rows: np.ndarray) -> np.ndarray:
         """Which of the rows have a label for the task, bool (N,); none where the dataset lacks the task."""
+        if task in self._derived:
+            derivation = self._derived[task]
+            has = self.labelled(derivation.source, rows)
+            if (derivation.table != NO_CLASS).all():
+                return has
+            return has & (self.classes(task)[rows] != NO_CLASS)
         if task not in self._bits:
             return np.zeros(len(rows), dtype=bool)
         bits: np.ndarray = self._rows()["labelled"][rows] & self._bits[task]
@@ -120,6 +135,9 @@ class SplitReader:
         Raises:
             UserError: the dataset has no label columns.
         """
+        if task in self._derived:
+            stored = self.classes(self._derived[task].source)
+            return np.where(stored == NO_CLASS, NO_CLASS, self._derived[task].table[stored])
         if task not in self._bits:
             return np.full(self.num_samples, NO_CLASS, dtype=np.int32)
         if isinstance(self._columns_path, Path) and not self._columns_path.is_file():
@@ -153,9 +171,21 @@ class SplitReader:
         return Sample(
             key=key,
             image=parts.pop("image"),
-            labels=_labels(parts.pop("json")) if "json" in parts else self._column_labels(row),
+            labels=self.with_derived(
+                _labels(parts.pop("json")) if "json" in parts else self._column_labels(row)
+            ),
             masks=parts,
         )
+
+    def with_derived(self, labels: dict[str, Any]) -> dict[str, Any]:
+        """The labels of a sample with those of the derived tasks; `labels` is not changed."""
+        for name, derivation in self._derived.items():
+            stored = labels.get(derivation.source)
+            if isinstance(stored, int) and 0 <= stored < len(derivation.table):
+                target = int(derivation.table[stored])
+                if target != NO_CLASS:
+                    labels = {**labels, name: target}
+        return labels
 
     def fetch_ahead(self, rows: Sequence[int], masks: Sequence[tuple[str, ...]]) -> None:
         """Ask for all of these samples at once, if each is going to be a request; `read` then finds them.

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.cache import CacheSettings
+from mtl_dist.data.derived import DeriveSettings
 from mtl_dist.data.mixing import integer_weights
 from mtl_dist.data.order import ShuffleWindow
 from mtl_dist.data.remote import LocationSetting
@@ -135,6 +136,8 @@ class DataSettings(Settings):
     """What to validate on; by default the `val` splits of the training datasets."""
     test: tuple[EvaluationSourceSettings, ...] | None = None
     """What to test on; by default the `test` splits of the training datasets."""
+    derive: dict[str, DeriveSettings] = Field(default_factory=dict)
+    """Classification tasks made of a task of the datasets, by a map of its classes."""
     image_size: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     """The side of a square, or height and width."""
     augment: Preset | AugmentSettings = "standard"

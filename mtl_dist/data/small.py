@@ -66,7 +66,7 @@ def read_small(reader: SplitReader, rows: np.ndarray, shape: tuple[int, int, int
         else:
             done = libpng is not None and libpng.decode(data, *shape, address + i * stride)
         if done and parsed is not None:
-            keys[i], labels[i], read[i] = _key(content, at), parsed, True
+            keys[i], labels[i], read[i] = _key(content, at), reader.with_derived(parsed), True
     return SmallSamples(images_BHWC, keys, labels, read)
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from mtl_dist.config.errors import suggest
 from mtl_dist.errors import UserError
-from mtl_dist.specs import TaskInfo
+from mtl_dist.specs import TaskInfo, TaskKind
 from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.multilabel import MultilabelSettings
 from mtl_dist.tasks.regression import RegressionSettings
@@ -20,6 +20,15 @@ TaskSettings: TypeAlias = Annotated[
     ClassificationSettings | MultilabelSettings | RegressionSettings | SegmentationSettings,
     Field(discriminator="kind"),
 ]
+
+
+DEFAULTS: dict[TaskKind, TaskSettings] = {
+    "classification": ClassificationSettings(),
+    "multilabel": MultilabelSettings(),
+    "regression": RegressionSettings(),
+    "segmentation": SegmentationSettings(),
+}
+"""What a task is learnt with where the recipe does not say."""
 
 
 def build_tasks(settings: Mapping[str, TaskSettings], infos: Mapping[str, TaskInfo]) -> dict[str, Task]:
