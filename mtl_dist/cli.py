@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mtl_dist import __version__
-from mtl_dist.commands import bench, cluster, data, machine, runs
+from mtl_dist.commands import bench, cluster, compare, data, machine, runs
 from mtl_dist.commands.errors import CommandGroup
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 data.add_to(app)
 runs.add_to(app)
+compare.add_to(app)
 cluster.add_to(app)
 machine.add_to(app)
 bench.add_to(app)

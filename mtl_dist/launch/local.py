@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -106,16 +106,19 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def supervise(launch: Launch) -> int:
+def supervise(launch: Launch, output: IO[bytes] | None = None) -> int:
     """Run the launch to its end; returns the exit code: the failed rank's, or 128 + n after signal n.
 
-    No process of it outlives this function, also if its launcher is killed.
+    What it says goes to `output`, or where this process speaks. No process of it outlives this function,
+    also if its launcher is killed.
     """
     others = set(psutil.Process().children(recursive=True))
     _adopt_orphans()
     environ = {"OMP_NUM_THREADS": str(launch.threads), **os.environ}
     # In a session of its own, so that a Ctrl-C reaches the ranks once, from here.
-    agent = subprocess.Popen(launch.command, env=environ, start_new_session=True)
+    agent = subprocess.Popen(
+        launch.command, env=environ, start_new_session=True, stdout=output, stderr=output
+    )
     with _forwarding(agent) as received:
         code = agent.wait()
         _end_leftovers(others)

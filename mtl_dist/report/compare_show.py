@@ -1,0 +1,159 @@
+"""A comparison as a table on the terminal, as JSON and as pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mtl_dist.conflicts import draw_conflicts
+from mtl_dist.durable import write_text
+from mtl_dist.report.compare_figures import CONVENTIONS, METRICS, Comparison, Row, Spread
+
+WIDTH_OF_A_COLUMN = 18
+MEAN, SEEDS = "#2f6db5", "#8a8f98"
+
+
+# ---------------------------------------------------------------- terminal
+def show(comparison: Comparison, console: Console) -> None:
+    """Print one column per way to train, one row per figure, and who fights."""
+    table = table_of(comparison)
+    # A file or a pipe has no width: nothing is cut off there.
+    needed = 40 + WIDTH_OF_A_COLUMN * len(comparison.rows)
+    console.print(table, width=None if console.is_terminal else max(console.width, needed))
+    console.print(
+        "* main metric of its task. delta_m: mean per cent by which metrics are worse than those of the "
+        "single-task models (negative: better), averaged as the row says. Mean ± standard deviation over "
+        "seeds; time per image and peak memory in parts of those with equal weights.",
+        highlight=False,
+    )
+    for name, conflicts in comparison.conflicts.items():
+        for sentence in conflicts.sentences():
+            console.print(f"{name}: {sentence}", markup=False, highlight=False)
+    for run, reason in comparison.failures.items():
+        console.print(f"{run} has no result: {reason}", markup=False, highlight=False)
+
+
+def table_of(comparison: Comparison) -> Table:
+    seeds = len(comparison.seeds)
+    table = Table(title=f"{comparison.split} split, {seeds} seed{'s' if seeds > 1 else ''}", pad_edge=False)
+    table.add_column("task")
+    table.add_column("figure")
+    for row in comparison.rows:
+        table.add_column(row.name, justify="right")
+    for task, kind in comparison.kinds.items():
+        for number, metric in enumerate(METRICS[kind]):
+            cells = [spread_text(row.metrics[task][metric], 4) for row in comparison.rows]
+            last = number == len(METRICS[kind]) - 1
+            label = metric if number else f"{metric} *"
+            table.add_row("" if number else task, label, *cells, end_section=last)
+    for how in CONVENTIONS:
+        cells = [spread_text(row.delta_m[how], 2) if row.delta_m else "" for row in comparison.rows]
+        table.add_row("", f"delta_m over {how}, %", *cells, end_section=how == CONVENTIONS[-1])
+    for label, values in (
+        ("time", [comparison.time_ratio(row) for row in comparison.rows]),
+        ("memory", [comparison.memory_ratio(row) for row in comparison.rows]),
+    ):
+        table.add_row("", label, *("-" if math.isnan(value) else f"{value:.2f}" for value in values))
+    table.add_row("", "runs", *(str(row.num_runs) for row in comparison.rows))
+    return table
+
+
+def spread_text(spread: Spread, digits: int) -> str:
+    if math.isnan(spread.mean):
+        return "-"
+    deviation = "" if math.isnan(spread.deviation) else f" ±{spread.deviation:.{digits}f}"
+    return f"{spread.mean:.{digits}f}{deviation}"
+
+
+# ---------------------------------------------------------------- files
+def write(comparison: Comparison, directory: Path) -> None:
+    """Write comparison.json, comparison.png, and conflicts.png where gradients were compared."""
+    write_text(directory / "comparison.json", json.dumps(to_json(comparison), indent=1))
+    draw(comparison, directory / "comparison.png")
+    if comparison.conflicts:
+        draw_conflicts(comparison.conflicts, directory / "conflicts.png")
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "split": comparison.split,
+        "seeds": list(comparison.seeds),
+        "main_metrics": {task: METRICS[kind][0] for task, kind in comparison.kinds.items()},
+        "notes": list(comparison.notes),
+        "failures": dict(comparison.failures),
+        "contenders": {row.name: _row_json(comparison, row) for row in comparison.rows},
+        "conflicts": {
+            name: {
+                "tasks": found.tasks,
+                "mean_cosines": [_numbers(line) for line in found.cosines_TT.tolist()],
+            }
+            for name, found in comparison.conflicts.items()
+        },
+    }
+
+
+def _row_json(comparison: Comparison, row: Row) -> dict[str, Any]:
+    return {
+        "num_runs": row.num_runs,
+        "metrics": {task: _spreads_json(own) for task, own in row.metrics.items()},
+        "delta_m_percent": {f"over {how}": _spread_json(spread) for how, spread in row.delta_m.items()},
+        "seconds_per_image": _spread_json(row.seconds_per_image),
+        "peak_memory_bytes": _spread_json(row.peak_memory),
+        "time_ratio_to_equal": _number(comparison.time_ratio(row)),
+        "memory_ratio_to_equal": _number(comparison.memory_ratio(row)),
+    }
+
+
+def _spreads_json(spreads: Mapping[str, Spread]) -> dict[str, Any]:
+    return {name: _spread_json(spread) for name, spread in spreads.items()}
+
+
+def _spread_json(spread: Spread) -> dict[str, Any]:
+    return {
+        "mean": _number(spread.mean),
+        "deviation": _number(spread.deviation),
+        "values": _numbers(list(spread.values)),
+    }
+
+
+def _numbers(values: list[float]) -> list[float | None]:
+    return [_number(value) for value in values]
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def draw(comparison: Comparison, path: Path) -> None:
+    """Draw the main metric of each task and delta_m over tasks: every seed, mean and standard deviation."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[Spread]] = {}
+    for task, kind in comparison.kinds.items():
+        main = METRICS[kind][0]
+        panels[f"{task} {main}"] = [row.metrics[task][main] for row in comparison.rows]
+    panels["delta_m over tasks, %"] = [row.delta_m.get("tasks", Spread((0.0,))) for row in comparison.rows]
+    num_rows = len(comparison.rows)
+    figure = Figure(figsize=(1.2 + 2.6 * len(panels), 1.0 + 0.4 * num_rows), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, spreads) in zip(axes, panels.items(), strict=True):
+        for number, spread in enumerate(spreads):
+            axis.plot(spread.known, [number] * len(spread.known), "o", color=SEEDS, markersize=3, alpha=0.8)
+            error = 0.0 if math.isnan(spread.deviation) else spread.deviation
+            axis.errorbar(spread.mean, number, xerr=error, fmt="D", color=MEAN, markersize=5, capsize=3)
+        axis.set_title(title, loc="left", fontsize=9)
+        axis.set_yticks(range(num_rows), [row.name for row in comparison.rows], fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", alpha=0.25)
+    axes[0].invert_yaxis()
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    os.replace(temporary, path)
