@@ -47,6 +47,14 @@ class StopSignal:
             previous = signal.signal(number, self._handle)
             self._previous.setdefault(number, previous)
 
+    def ignore_afterwards(self) -> None:
+        """Makes `restore` leave the signals ignored, for a process that only has to end after training.
+
+        A signal that comes twice, or late, would otherwise meet the handlers that were there before:
+        submitit's requeues the job at once.
+        """
+        self._previous = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
+
     def restore(self) -> None:
         """Puts back the handlers that `install` found, for a process that goes on after training."""
         for number, previous in self._previous.items():

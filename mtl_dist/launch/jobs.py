@@ -108,7 +108,10 @@ def _said_state(status: Status | None, why: str) -> tuple[str, str]:
     """The state that a run on a cluster has told last, where the cluster can't be asked."""
     if status is None:
         return "unknown", why
-    return status.state, f"as it said {_ago(time.time() - status.updated)} ago; {why}"
+    said = f"as it said {_ago(time.time() - status.updated)} ago; {why}"
+    if status.state == "stopped":
+        return "unknown", f"stopped, {said}"  # It may be in the queue again by now.
+    return status.state, said
 
 
 def _ended_state(job: JobRecord, status: Status | None) -> tuple[str, str]:
@@ -198,8 +201,9 @@ def follow(path: Path, ended: Callable[[], bool], poll_s: float = 0.5) -> Iterat
 
 
 def has_ended(run: Path) -> bool:
-    """Whether nothing more will come from this run by itself."""
-    return view_runs([run])[0].state not in ACTIVE
+    """Whether nothing more will come from this run by itself; as long as Slurm can't be asked, it may."""
+    view = view_runs([run])[0]
+    return view.state not in ACTIVE and not (view.job and view.state == "unknown")
 
 
 # -- how to end it ----------------------------------------------------------------------------------------

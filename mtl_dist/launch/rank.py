@@ -31,6 +31,7 @@ class TrainingJob:
         # First of all, and after submitit has installed its own handlers: importing torch takes seconds.
         stop = stop_signal(os.environ)
         stop.install()
+        stop.ignore_afterwards()
         rank = become_rank(os.environ)
         with failures_recorded(self.run, rank):
             if rank == 0:

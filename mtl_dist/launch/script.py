@@ -5,7 +5,7 @@ srun, and when they have ended asks `attempts.py` whether to requeue the job:
 
     setup     environment of the snapshot, modules, port, end time
     command   srun ... python -m submitit.core._submit FOLDER        (submitit)
-    teardown  python -m mtl_dist.launch.attempts ... && scontrol requeue
+    teardown  python -m mtl_dist.launch.attempts ... && scontrol requeue, again if the controller is busy
 """
 
 from __future__ import annotations
@@ -38,8 +38,18 @@ NAME_THE_JOB = (
     "JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; JOB=${JOB:-$SLURM_JOB_ID}"
 )
 
-JOB_STATE = 'squeue --noheader --job "$JOB" --format %T'
-END_TIME = 'date +%s -d "$(squeue --noheader --job "$JOB" --format %e)"'
+# A busy controller does not answer every time, and a run must not end because of that.
+TRY_AGAIN = """\
+persist() {
+  "$@" || { sleep 5; "$@"; } || { sleep 20; "$@"; } || { sleep 60; "$@"; }
+}"""
+
+# The verdict is given once, whatever is sent to the script now: its programs ignore what it ignores.
+DEAF = "trap '' USR1 USR2 TERM"
+
+JOB_STATE = 'persist squeue --noheader --job "$JOB" --format %T'
+# `date` reads an empty text as today's midnight, and cannot read NONE, the end of a job without a limit.
+END_TIME = 'end=$(persist squeue --noheader --job "$JOB" --format %e) && date +%s -d "$end" 2>/dev/null'
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,7 @@ def setup_lines(folder: Path, profile: ClusterProfile, shape: Shape) -> list[str
     """What the script does before it starts the ranks."""
     lines = [
         KEEP_THE_SHELL,
+        TRY_AGAIN,
         NAME_THE_JOB,
         # The snapshot comes before what is installed and before the working directory.
         f'export PYTHONPATH={shlex.quote(str(folder / "code"))}:"$PWD":"$PYTHONPATH" PYTHONSAFEPATH=1',
@@ -152,8 +163,9 @@ def teardown_lines(folder: Path, profile: ClusterProfile) -> list[str]:
     verdict = f"{python} -m mtl_dist.launch.attempts {shlex.quote(str(folder))}"
     return [
         "code=$?",
+        DEAF,
         f"state=$({JOB_STATE})",
-        f'{verdict} --exit-code $code --job-state "$state" && scontrol requeue "$JOB"',
+        f'{verdict} --exit-code $code --job-state "$state" && persist scontrol requeue "$JOB"',
         "exit $code",
         "",
     ]

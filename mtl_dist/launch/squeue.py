@@ -15,6 +15,9 @@ from mtl_dist.errors import UserError
 
 FIELDS = "%i|%T|%r|%S|%N"
 
+PATIENCE_S = 60
+"""How long a program of Slurm's may take to answer."""
+
 
 @dataclass(frozen=True)
 class JobState:
@@ -35,9 +38,14 @@ def live_jobs() -> dict[str, JobState]:
     if shutil.which("squeue") is None:
         raise UserError("squeue: no Slurm on this machine. Ask on a login node of the cluster.")
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", f"--format={FIELDS}"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    if result.returncode != 0:
-        raise UserError(f"squeue: {_last_line(result.stderr)}. Is the controller up, and SLURM_CONF right?")
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    except subprocess.CalledProcessError as error:
+        raise UserError(
+            f"squeue: {_last_line(error.stderr)}. Is the controller up, and SLURM_CONF right?"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"squeue: no answer in {PATIENCE_S} s. Is the controller up?") from None
     return parse_squeue(result.stdout)
 
 
@@ -69,10 +77,13 @@ def finished_job(job_id: str) -> str:
 
 
 def _output(command: list[str]) -> str:
-    """What a Slurm command prints; nothing where it is not installed, or does not know the job."""
+    """What a Slurm command prints; nothing where it is not installed, does not know the job or answer."""
     if shutil.which(command[0]) is None:
         return ""
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False).stdout
+    except subprocess.TimeoutExpired:
+        return ""
 
 
 def _last_line(text: str) -> str:

@@ -18,7 +18,7 @@ import pytest
 from mtl_dist.commands.cluster import status_table
 from mtl_dist.errors import UserError
 from mtl_dist.launch.attempts import Attempt, Budget, begin_attempt
-from mtl_dist.launch.jobs import cancel, find_runs, follow, log_path, view_runs
+from mtl_dist.launch.jobs import cancel, find_runs, follow, has_ended, log_path, view_runs
 from mtl_dist.launch.records import JobRecord, read_jobs, write_jobs
 from mtl_dist.status import State, Status, write_status
 
@@ -144,6 +144,18 @@ def test_where_slurm_does_not_answer_the_folder_does_and_says_so(
     state, detail = state_of(run)
     assert state == "running"
     assert "as it said 5 min ago; squeue: " in detail
+
+
+def test_a_stopped_run_has_not_ended_while_slurm_cannot_say_whether_it_waits(
+    run: Path, slurm: Programs
+) -> None:
+    write_status(run, Status("stopped", step=5, reason="signal SIGUSR2"))
+    slurm(squeue="echo 'squeue: error: Socket timed out' >&2; exit 1")
+    assert state_of(run)[0] == "unknown"
+    assert "Socket timed out" in state_of(run)[1]
+    assert not has_ended(run)
+    slurm(squeue="true", sacct=says("COMPLETED"))
+    assert has_ended(run)
 
 
 def test_cancelling_ends_every_job_of_the_run_and_is_remembered(

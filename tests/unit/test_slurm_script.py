@@ -95,7 +95,7 @@ def test_a_container_of_pyxis_holds_the_ranks_and_the_verdict_but_not_scontrol()
     assert "--container-mounts=/data:/data:ro,/runs:/runs" in srun
     (verdict,) = [line for line in text.splitlines() if "launch.attempts" in line]
     assert verdict.startswith("srun --nodes=1 --ntasks=1 '--container-image")
-    assert verdict.endswith('&& scontrol requeue "$JOB"')
+    assert verdict.endswith('&& persist scontrol requeue "$JOB"')
 
 
 def test_a_prefix_command_comes_before_python() -> None:
@@ -141,27 +141,57 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
 def test_the_verdict_alone_decides_about_the_requeue(
     tmp_path: Path, code: int, verdict: int, array: dict[str, str], calls: str
 ) -> None:
-    profile = ClusterProfile(python=str(tmp_path / "python"))
-    text = script_text(build_executor(tmp_path, "x", profile, Shape(1, 1), dry_run=True))
-    programs = {
-        "squeue": "echo RUNNING",
-        "scontrol": f'echo "$@" >> {tmp_path}/calls',
-        "srun": f"exit {code}",
-    }
-    programs["python"] = f"exit {verdict}"
-    for name, body in programs.items():
-        path = tmp_path / name
-        path.write_text(f"#!/bin/bash\n{body}\n")
-        path.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **array}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "SLURM_JOB_NODELIST": "localhost"}
-    result = subprocess.run(
-        ["bash", "-c", text], env=environment, capture_output=True, text=True, check=False
-    )
+    programs = {"squeue": "echo RUNNING", "scontrol": "true", "srun": f"exit {code}"}
+    result = run_script(tmp_path, {**programs, "python": f"exit {verdict}"}, array)
     assert result.returncode == code
-    log = tmp_path / "calls"
-    told = [line for line in log.read_text().splitlines() if line.startswith("requeue")]
-    assert told == ([calls] if calls else [])
+    assert requeues(tmp_path) == ([calls] if calls else [])
+
+
+def run_script(
+    work: Path, programs: dict[str, str], environ: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs the batch script of job 7 with pretended programs; what they are told is in `calls`."""
+    profile = ClusterProfile(python=str(work / "python"))
+    text = script_text(build_executor(work, "x", profile, Shape(1, 1), dry_run=True))
+    for name, body in programs.items():
+        path = work / name
+        path.write_text(f'#!/bin/bash\necho "{name} $@" >> {work}/calls\n{body}\n')
+        path.chmod(0o755)
+    environment = os.environ | {"PATH": f"{work}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "SLURM_JOB_NODELIST": "localhost", **(environ or {})}
+    return subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, check=False)
+
+
+def calls_of(work: Path, name: str) -> list[str]:
+    calls = [line.partition(" ") for line in (work / "calls").read_text().splitlines()]
+    return [arguments for program, _, arguments in calls if program == name]
+
+
+def requeues(work: Path) -> list[str]:
+    return [call for call in calls_of(work, "scontrol") if call.startswith("requeue")]
+
+
+def test_a_controller_that_does_not_answer_at_once_is_asked_again(tmp_path: Path) -> None:
+    busy = f"(( $(grep -c ^$(basename $0) {tmp_path}/calls) % 3 )) && exit 1"
+    programs = {"squeue": f"{busy}\necho RUNNING", "scontrol": f"[ $1 = show ] && exit\n{busy}", "srun": ""}
+    assert run_script(tmp_path, {**programs, "python": "", "sleep": ""}).returncode == 0
+    assert requeues(tmp_path)[-2:] == ["requeue 7", "requeue 7"]
+    assert calls_of(tmp_path, "python")[0].endswith("--job-state RUNNING")
+    assert calls_of(tmp_path, "sleep")[:2] == ["5", "20"]
+
+
+@pytest.mark.parametrize("answer", ["exit 1", "echo NONE", "date -d 2030-01-01T00:00:00Z +%FT%T%z"])
+def test_the_ranks_learn_the_jobs_end_or_that_nobody_knows_it(tmp_path: Path, answer: str) -> None:
+    programs = {"squeue": answer, "scontrol": "", "python": "exit 1", "sleep": ""}
+    run_script(tmp_path, {**programs, "srun": f'echo "end $MTL_END_TIME" >> {tmp_path}/calls'})
+    assert calls_of(tmp_path, "end") == ["1893456000" if answer.startswith("date") else ""]
+
+
+def test_signals_to_the_script_do_not_reach_the_verdict(tmp_path: Path) -> None:
+    signals = "for name in USR1 USR2 TERM; do kill -$name $PPID; kill -$name $$; done; exit 0"
+    programs = {"squeue": "echo RUNNING", "scontrol": "", "srun": "kill -USR2 $PPID", "python": signals}
+    assert run_script(tmp_path, programs).returncode == 0
+    assert requeues(tmp_path) == ["requeue 7"]
 
 
 # -- profiles ---------------------------------------------------------------------------------------------

@@ -84,3 +84,20 @@ def test_restoring_brings_the_earlier_handlers_back() -> None:
     stop.install()
     stop.restore()
     assert [signal.getsignal(n) for n in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_late_signal_meets_no_earlier_handler_where_the_process_only_has_to_end() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
+    outer = StopSignal()
+    outer.install()
+    outer.ignore_afterwards()
+    outer.install()
+    outer.restore()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert heard == []
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+        signal.signal(signal.SIGUSR2, before)
