@@ -9,8 +9,8 @@ Tensors carry a shape suffix where it helps (`logits_BC`, `losses_T`):
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -33,6 +33,9 @@ class Batch:
     positions_B   int64 (B,), the global position of each sample in the training stream, or in the split
     keys          the samples' keys
     num_bad       how many of the samples could not be read and were masked (they are not valid)
+    shares_B      float32 (B,) where images are blended with others: how much of its own class each sample is
+                  to learn; the rest is of
+    partners      per classification task: int64 (B,) the class that was blended in; labelled where its own is
     """
 
     images_BCHW: Tensor
@@ -42,6 +45,8 @@ class Batch:
     positions_B: Tensor
     keys: list[str]
     num_bad: int = 0
+    shares_B: Tensor | None = None
+    partners: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.images_BCHW.shape[0]
@@ -55,7 +60,17 @@ class Batch:
             positions_B=move(self.positions_B),
             keys=self.keys,
             num_bad=self.num_bad,
+            shares_B=None if self.shares_B is None else move(self.shares_B),
+            partners={name: move(target) for name, target in self.partners.items()},
         )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that `to` moves."""
+        yield from (self.images_BCHW, self.valid_B, self.positions_B)
+        for group in (self.targets, self.labelled, self.partners):
+            yield from group.values()
+        if self.shares_B is not None:
+            yield self.shares_B
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies from pinned memory do not block."""

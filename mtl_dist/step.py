@@ -15,8 +15,9 @@ NaN.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +58,16 @@ def count_labels(tasks: Mapping[str, Task], batches: Sequence[Batch]) -> Tensor:
     counts_T = torch.zeros(len(tasks), dtype=torch.float64)
     for batch in batches:
         for t, (name, task) in enumerate(tasks.items()):
-            counts_T[t] += task.count(batch.targets[name], batch.labelled[name]).double()
+            counts_T[t] += _over_labels(task.count, batch, name).double()
     return counts_T
+
+
+def _over_labels(part: Callable[..., Tensor], batch: Batch, name: str) -> Tensor:
+    """A task's count or loss sum over its labels in the batch: over both of each blended sample."""
+    own, labelled_B = batch.targets[name], batch.labelled[name]
+    if batch.shares_B is None or name not in batch.partners:
+        return part(own, labelled_B)
+    return part(own, labelled_B, batch.shares_B) + part(batch.partners[name], labelled_B, 1 - batch.shares_B)
 
 
 class RootModule(nn.Module):
@@ -146,7 +155,7 @@ class RootModule(nn.Module):
         """Each task's summed loss over the labelled samples of `batch`: float32 (T,)."""
         return torch.stack(
             [
-                task.loss_sum(outputs[name], batch.targets[name], batch.labelled[name])
+                _over_labels(partial(task.loss_sum, outputs[name]), batch, name)
                 for name, task in self.tasks.items()
             ]
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from mtl_dist.batch import Batch
+from mtl_dist.data.blend import Blended, Blender
 from mtl_dist.data.decode import decode_mask, open_picture
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.manifest import ImageDtype
@@ -66,7 +67,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A batch on its way to the training process, and a line for each of its samples that was bad."""
+    """A batch on its way to the training process, and a line for each of its samples that was bad.
+
+    The block may hold more samples than the batch, behind them: those that were needed for blending.
+    """
 
     layout: Layout
     block: Tensor
@@ -76,6 +80,7 @@ class Loaded:
     positions: np.ndarray
     keys: list[str]
     bad: tuple[str, ...]
+    blended: Blended | None
 
     def pin_memory(self) -> Loaded:
         """The same with its block in page-locked memory (the DataLoader calls this)."""
@@ -83,16 +88,21 @@ class Loaded:
 
     def batch(self) -> Batch:
         """The batch, on the block's memory."""
+        size, blended = len(self.positions), self.blended
         targets = {name: torch.from_numpy(values) for name, values in self.targets.items()}
-        masks = {name: self.layout.masks_BHW(self.block, name) for name in self.layout.masks}
+        masks = {name: self.layout.masks_BHW(self.block, name)[:size] for name in self.layout.masks}
         return Batch(
-            images_BCHW=self.layout.images_BHWC(self.block).permute(0, 3, 1, 2),
+            images_BCHW=self.layout.images_BHWC(self.block)[:size].permute(0, 3, 1, 2),
             targets={name: masks[name] if name in masks else targets[name] for name in self.labelled},
             labelled={name: torch.from_numpy(mask) for name, mask in self.labelled.items()},
             valid_B=torch.from_numpy(self.valid),
             positions_B=torch.from_numpy(self.positions),
             keys=self.keys,
             num_bad=len(self.bad),
+            shares_B=None if blended is None else torch.from_numpy(blended.shares),
+            partners={}
+            if blended is None
+            else {name: torch.from_numpy(values) for name, values in blended.partners.items()},
         )
 
 
@@ -112,10 +122,13 @@ class BatchBuilder:
     transform: Transform
     key: int
     fail_on_bad: bool
+    blender: Blender | None = None
     pin_memory: bool = False
 
-    def build(self, samples: Samples, positions: np.ndarray, real: np.ndarray) -> Loaded:
-        """The batch of these samples; those that are not `real` only fill it.
+    def build(self, samples: Samples, positions: np.ndarray, real: np.ndarray, size: int) -> Loaded:
+        """The batch of the first `size` of these samples; those that are not `real` only fill it.
+
+        The samples behind are there for the first ones to be blended with.
 
         Raises:
             UserError: a sample cannot be read, and that ends the run.
@@ -143,7 +156,7 @@ class BatchBuilder:
                 if self.fail_on_bad:
                     advice = "Mend the dataset, or set `data.on_bad_sample: {kind: skip}`."
                     raise UserError(f"{problem} {advice}") from None
-                if real[i]:
+                if real[i] and i < size:
                     bad.append(problem)
                 valid[i] = False
                 images_BHWC[i] = 0
@@ -157,7 +170,21 @@ class BatchBuilder:
             for name, value in labels.items():
                 targets[name][i] = value
         labelled = {name: mask & valid for name, mask in labelled.items()}
-        return Loaded(layout, block, targets, labelled, valid, positions, keys, tuple(bad))
+        blended = None
+        if self.blender is not None:
+            blended = self.blender.blend(positions, valid, images_BHWC, masks_BHW, targets, labelled)
+            blended = Blended(blended.shares[:size], _first(size, blended.partners))
+        return Loaded(
+            layout,
+            block,
+            _first(size, targets),
+            _first(size, labelled),
+            valid[:size],
+            positions[:size],
+            keys[:size],
+            tuple(bad),
+            blended,
+        )
 
     def _build_small(
         self,
@@ -242,6 +269,10 @@ class BatchBuilder:
             elif info.kind == "regression":
                 targets[name] = np.zeros(batch_size, dtype=np.float32)
         return targets
+
+
+def _first(size: int, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: values[:size] for name, values in columns.items()}
 
 
 def _allocate(num_bytes: int, pin_memory: bool) -> Tensor:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from mtl_dist.batch import Batch
 from mtl_dist.data.balanced import BalancedStream
 from mtl_dist.data.batches import BatchBuilder, Loaded
+from mtl_dist.data.blend import Blender, check_blend, partners_elsewhere
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.cuts import EvaluationCut, TrainingCut
 from mtl_dist.data.derived import check_derived
@@ -45,7 +46,7 @@ from mtl_dist.specs import TaskInfo
 
 log = logging.getLogger(__name__)
 
-_ORDER, _AUGMENT = 1, 2  # what a key made from the seed is for
+_ORDER, _AUGMENT, _BLEND = 1, 2, 3  # what a key made from the seed is for
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _JUDGED_AT_ONCE = 1000  # a share of fewer samples would end runs by chance
 
@@ -118,6 +119,7 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
         if source.info.num_samples == 0:
             raise UserError(f"{source.path}: expected samples in the split {source.split}, found none.")
     infos = merge_infos(tasks, training)
+    check_blend(settings.blend, infos)
     facts = {"train": training}
     for split, stated in (("val", settings.val), ("test", settings.test)):
         facts[split] = _evaluation_facts(settings, stated, split, training)
@@ -227,10 +229,12 @@ def train_loader(
         UserError: the global batch does not divide into the ranks' micro-batches.
     """
     cut = TrainingCut(global_batch, accumulation, rank, world_size, start_position, end_position)
-    augmentation = data.settings.augmentation
-    builder = _builder(data, "train", augmentation, derive_key(seed, _AUGMENT), pin_memory)
+    settings = data.settings
+    blender = None if settings.blend is None else Blender(settings.blend, derive_key(seed, _BLEND))
+    key = derive_key(seed, _AUGMENT)
+    builder = _builder(data, "train", settings.augmentation, key, blender, pin_memory)
     batches = _Batches(cut, _stream(data, seed), builder)
-    return BatchLoader(batches, workers, pin_memory, data.settings.on_bad_sample)
+    return BatchLoader(batches, workers, pin_memory, settings.on_bad_sample)
 
 
 def _stream(data: Data, seed: int) -> Stream | BalancedStream:
@@ -346,15 +350,24 @@ class _Batches(Dataset[Loaded | UserError]):
     def __getitem__(self, index: int) -> Loaded | UserError:
         """The batch; an error for the user is returned, because a worker would bury it in a traceback."""
         positions = self._cut.positions(index)
-        samples = self._order.samples(self._cut.content(positions))
+        size, content = len(positions), self._cut.content(positions)
+        if self._builder.blender is not None:
+            partners = partners_elsewhere(positions, self._cut.end)
+            positions, content = np.append(positions, partners), np.append(content, partners)
+        samples = self._order.samples(content)
         try:
-            return self._builder.build(samples, positions, positions < self._cut.end)
+            return self._builder.build(samples, positions, positions < self._cut.end, size)
         except UserError as error:
             return error
 
 
 def _builder(
-    data: Data, split: str, augmentation: AugmentSettings, key: int, pin_memory: bool = False
+    data: Data,
+    split: str,
+    augmentation: AugmentSettings,
+    key: int,
+    blender: Blender | None = None,
+    pin_memory: bool = False,
 ) -> BatchBuilder:
     return BatchBuilder(
         readers=[source.reader for source in data.sources[split]],
@@ -364,6 +377,7 @@ def _builder(
         transform=Transform(data.image_size, data.settings.resize, augmentation),
         key=key,
         fail_on_bad=data.settings.on_bad_sample.kind == "fail",
+        blender=blender,
         pin_memory=pin_memory,
     )
 

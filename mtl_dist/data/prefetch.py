@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
 
 from mtl_dist.batch import Batch
 
@@ -37,8 +36,7 @@ def _handed_over(batch: Batch, copy: Batch, copied: torch.cuda.Event) -> tuple[B
     """The two, once the stream that computes waits for the copy."""
     current = torch.cuda.current_stream(copy.images_BCHW.device)
     current.wait_event(copied)
-    tensors: list[Tensor] = [copy.images_BCHW, copy.valid_B, copy.positions_B]
-    for tensor in [*tensors, *copy.targets.values(), *copy.labelled.values()]:
+    for tensor in copy.tensors():
         # Its memory belongs to the other stream, which would reuse it as soon as the tensor is dropped.
         tensor.record_stream(current)
     return batch, copy

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mtl_dist.config.settings import Settings
+from mtl_dist.data.blend import BlendSettings
 from mtl_dist.data.cache import CacheSettings
 from mtl_dist.data.derived import DeriveSettings
 from mtl_dist.data.mixing import integer_weights
@@ -141,6 +142,8 @@ class DataSettings(Settings):
     image_size: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     """The side of a square, or height and width."""
     augment: Preset | AugmentSettings = "standard"
+    blend: BlendSettings | None = None
+    """Mixup and CutMix: blend pairs of training images, and their labels."""
     resize: Resize = "stretch"
     """How an image that is not cropped at random gets its size: `stretch` ignores its proportions, `crop`
     cuts off what is too long, `pad` adds black where it is too short."""
@@ -193,7 +196,7 @@ class DataSettings(Settings):
 
     def without_augmentation(self) -> DataSettings:
         """The same data, with training images as they are evaluated."""
-        return self.model_copy(update={"augment": "none"})
+        return self.model_copy(update={"augment": "none", "blend": None})
 
     def with_absolute_paths(self, base: Path) -> DataSettings:
         """The same data, with the datasets' paths resolved against `base`."""

@@ -90,24 +90,30 @@ class Task(ABC):
         """The output that the task asks of the model."""
         return HeadSpec(task=self.name, layout=self.layout, num_outputs=self.loss.num_outputs)
 
-    def count(self, target: Tensor, labelled_B: Tensor) -> Tensor:
+    def count(self, target: Tensor, labelled_B: Tensor, shares_B: Tensor | None = None) -> Tensor:
         """The loss's denominator, from targets alone: float32 scalar.
 
-        Labelled samples, or their class weights, or labelled pixels, as the loss has it.
+        Labelled samples, or their class weights, or labelled pixels, as the loss has it; times the samples'
+        shares where these are given.
         """
         counts_B = self.loss.denominators(self._safe_target(target, labelled_B))
-        return torch.where(labelled_B, counts_B, 0.0).sum(dtype=torch.float32)
+        counts_B = torch.where(labelled_B, counts_B, 0.0)
+        return (counts_B if shares_B is None else shares_B * counts_B).sum(dtype=torch.float32)
 
-    def loss_sum(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> Tensor:
+    def loss_sum(
+        self, output: Tensor, target: Tensor, labelled_B: Tensor, shares_B: Tensor | None = None
+    ) -> Tensor:
         """The loss's numerator: float32 scalar, computed in float32 under any autocast.
 
         A sample without a label adds exactly 0 to value and gradient, whatever its output and target hold.
+        With `shares_B` each sample's loss is taken times its share.
         """
         with torch.autocast(output.device.type, enabled=False):
             safe_target = self._safe_target(target, labelled_B)
             safe_output = self._safe_output(output.float(), safe_target, labelled_B)
             losses_B = self.loss.numerators(safe_output, safe_target)
-            return torch.where(labelled_B, losses_B, 0.0).sum()
+            losses_B = torch.where(labelled_B, losses_B, 0.0)
+            return (losses_B if shares_B is None else shares_B * losses_B).sum()
 
     @abstractmethod
     def metrics(self, ranking: bool = True) -> TaskMetrics:

@@ -1,0 +1,194 @@
+"""Mixup and CutMix: pairs of training images, and their labels, blended into one another.
+
+Positions 2k and 2k + 1 of the training stream are a pair. The order is a random one, so they are as good a
+pair as any; and as they follow from the position alone, as do the blend's own draws, a sample looks the same
+on any number of ranks and workers and in any micro-batch. Where a cut separates a pair, both sides read both.
+
+    mixup    a' = s a + (1 - s) b      Zhang et al., https://arxiv.org/abs/1710.09412
+    cutmix   a' = a, with a rectangle of b's in its place      Yun et al., https://arxiv.org/abs/1905.04899
+
+and b' the same with a and b exchanged; s, the share of the own image, is Beta(alpha, alpha) as in
+`torchvision.transforms.v2.MixUp` and `CutMix`, which draw one share per batch where we draw one per pair.
+
+A pair is blended only where both samples have labels of the same tasks: so no label is lost, and none is
+learnt from a picture that shows only part of what it says. Labels follow the picture: numbers and multilabel
+targets are interpolated, masks cut out and pasted like the image. A class cannot be interpolated: the batch
+carries the partner's class and the shares, and the loss is s loss(own) + (1 - s) loss(partner's).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from mtl_dist.config.settings import Settings
+from mtl_dist.data.pictures import Box
+from mtl_dist.data.randomness import Draws, derive_key
+from mtl_dist.errors import UserError
+from mtl_dist.specs import TaskInfo, TaskKind
+
+Alpha = Annotated[float, Field(ge=0.01, le=100)]
+
+
+class BlendSettings(Settings):
+    """Blend pairs of training images and their labels.
+
+    Where both ways are stated, each pair takes one of them, as often the one as the other.
+    """
+
+    mixup: Alpha | None = None
+    """Blend whole images; the shares are Beta(alpha, alpha) distributed. Not for segmentation."""
+    cutmix: Alpha | None = None
+    """Exchange a rectangle, whose area is distributed so. Not for regression."""
+    probability: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of pairs that are blended; the others stay as they are."""
+
+    @model_validator(mode="after")
+    def _one_way_at_least(self) -> BlendSettings:
+        if self.mixup is None and self.cutmix is None:
+            raise ValueError("expected mixup, cutmix or both, found neither. Example: {mixup: 0.2}.")
+        return self
+
+
+_WITHOUT: dict[str, tuple[TaskKind, str, str]] = {
+    "mixup": ("segmentation", "a pixel of a mask is of one class", "cutmix"),
+    "cutmix": ("regression", "a number is not made of an image's parts", "mixup"),
+}
+"""Of each way the kind of task that it does not suit, why, and the other way."""
+
+
+def check_blend(settings: BlendSettings | None, infos: Mapping[str, TaskInfo]) -> None:
+    """Refuse to blend the labels of a task that has no blend.
+
+    Raises:
+        UserError: one line for each way that does not suit a task.
+    """
+    problems = []
+    for way, (kind, why, other) in _WITHOUT.items():
+        unsuitable = [name for name, info in infos.items() if info.kind == kind]
+        if settings is not None and getattr(settings, way) is not None and unsuitable:
+            problems.append(
+                f"data.blend.{way}: expected no {kind} tasks, found {', '.join(unsuitable)}: {why}. "
+                f"Remove it, or use {other}."
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def partners_elsewhere(positions: np.ndarray, end: int) -> np.ndarray:
+    """Where these positions' pairs have their other half, if that is not among them and before `end`."""
+    partners = np.setdiff1d(positions ^ 1, positions)
+    return partners[(partners < end) & (partners ^ 1 < end)]
+
+
+@dataclass(frozen=True)
+class Blended:
+    """What a blend leaves for the losses to do: `Batch.shares_B` and `Batch.partners`."""
+
+    shares: np.ndarray
+    partners: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Blender:
+    """Blends the pairs of a batch in place."""
+
+    settings: BlendSettings
+    key: int
+
+    def blend(
+        self,
+        positions: np.ndarray,
+        valid: np.ndarray,
+        images_BHWC: Tensor,
+        masks_BHW: Mapping[str, Tensor],
+        targets: Mapping[str, np.ndarray],
+        labelled: Mapping[str, np.ndarray],
+    ) -> Blended:
+        """Blend images, masks and targets of the pairs that are here and both valid.
+
+        `targets` are those that are not masks; integers among them are classes, which stay.
+        """
+        shares = np.ones(len(positions), dtype=np.float32)
+        partners = {name: values.copy() for name, values in targets.items() if values.dtype == np.int64}
+        index = {position: i for i, position in enumerate(positions.tolist()) if valid[i]}
+        for position, a in index.items():
+            b = index.get(position + 1)
+            if position % 2 or b is None or any(has[a] != has[b] for has in labelled.values()):
+                continue
+            draws = Draws(derive_key(self.key, position // 2))
+            if draws.uniform() >= self.settings.probability:
+                continue
+            if self._mixes(draws):
+                share = mix_up(images_BHWC, a, b, draw_beta(self.settings.mixup or 1.0, draws))
+            else:
+                share = draw_beta(self.settings.cutmix or 1.0, draws)
+                box = cut_box(images_BHWC.shape[1], images_BHWC.shape[2], share, draws)
+                for pixels in (images_BHWC.permute(0, 3, 1, 2), *masks_BHW.values()):
+                    _exchange(box.of(pixels), a, b)
+                share = 1 - box.height * box.width / (images_BHWC.shape[1] * images_BHWC.shape[2])
+            shares[a] = shares[b] = share
+            for name, values in targets.items():
+                if name in partners:
+                    partners[name][a], partners[name][b] = values[b], values[a]
+                else:
+                    own, other = values[a].copy(), values[b].copy()
+                    values[a], values[b] = (
+                        share * own + (1 - share) * other,
+                        share * other + (1 - share) * own,
+                    )
+        return Blended(shares, partners)
+
+    def _mixes(self, draws: Draws) -> bool:
+        if self.settings.mixup is None or self.settings.cutmix is None:
+            return self.settings.cutmix is None
+        return draws.uniform() < 0.5
+
+
+def mix_up(images_BHWC: Tensor, a: int, b: int, share: float) -> float:
+    """Blend two images, rounded to the nearest value where they are uint8; the share."""
+    first, second = images_BHWC[a].float(), images_BHWC[b].float()
+    for number, blended in (
+        (a, torch.lerp(second, first, share)),
+        (b, torch.lerp(first, second, share)),
+    ):
+        images_BHWC[number] = blended.round_() if images_BHWC.dtype == torch.uint8 else blended
+    return share
+
+
+def cut_box(height: int, width: int, share: float, draws: Draws) -> Box:
+    """The rectangle to exchange for about `1 - share` of the area: central anywhere, cut off at the edges."""
+    x, y = int(draws.uniform(0, width)), int(draws.uniform(0, height))
+    half = 0.5 * math.sqrt(1 - share)
+    half_width, half_height = int(half * width), int(half * height)
+    left, top = max(0, x - half_width), max(0, y - half_height)
+    return Box(top, left, min(height, y + half_height) - top, min(width, x + half_width) - left)
+
+
+def _exchange(pixels: Tensor, a: int, b: int) -> None:
+    kept = pixels[a].clone()
+    pixels[a] = pixels[b]
+    pixels[b] = kept
+
+
+def draw_beta(alpha: float, draws: Draws) -> float:
+    """A number distributed as Beta(alpha, alpha).
+
+    From 1/2 on by a formula (Ulrich, Computer generation of distributions on the m-sphere, 1984), below by
+    rejection (Joehnk, 1964), which takes 1.3 tries at most there.
+    """
+    if alpha >= 0.5:
+        power = 2 / (2 * alpha - 1) if alpha > 0.5 else math.inf
+        radius = math.sqrt(1 - draws.uniform() ** power)
+        return 0.5 + 0.5 * radius * math.cos(2 * math.pi * draws.uniform())
+    while True:
+        first, second = draws.uniform() ** (1 / alpha), draws.uniform() ** (1 / alpha)
+        if 0 < first + second <= 1:  # both are 0 where the powers underflow
+            return first / (first + second)
