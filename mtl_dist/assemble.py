@@ -20,7 +20,6 @@ from mtl_dist.monitor import Monitor
 from mtl_dist.recipe import Recipe
 from mtl_dist.run_folder import DataFacts, RunFolder
 from mtl_dist.step import RootModule
-from mtl_dist.tasks.metrics import mode_of
 from mtl_dist.tasks.registry import build_tasks
 from mtl_dist.trainer import Plan
 
@@ -53,8 +52,7 @@ def build_root(recipe: Recipe, facts: DataFacts, world: World) -> RootModule:
 
 
 def build_monitor(recipe: Recipe) -> Monitor:
-    mode = recipe.monitor.mode or mode_of(recipe.monitor.metric.rsplit("/", 1)[-1])
-    return Monitor(recipe.monitor, mode, recipe.optim.schedule)
+    return Monitor(recipe.monitor, recipe.monitor_mode, recipe.optim.schedule)
 
 
 def plan_of(recipe: Recipe, data: Data, accumulation: int) -> Plan:

@@ -41,9 +41,12 @@ def evaluate(root: RootModule, loader: Iterable[Batch], world: World) -> Evaluat
     `loader` yields this rank's share, padded with invalid samples to equally many batches on every rank.
     The same figures come back on every rank.
     """
+    # torchmetrics takes seconds to import.
+    from mtl_dist.tasks.own_metrics import all_metrics
+
     was_training = root.training
     root.eval()
-    metrics = {name: task.metrics().to(world.device) for name, task in root.tasks.items()}
+    metrics = {name: all_metrics(task).to(world.device) for name, task in root.tasks.items()}
     num_tasks = len(root.tasks)
     sums_T = torch.zeros(num_tasks, dtype=torch.float64)
     counts_T = torch.zeros(num_tasks, dtype=torch.float64)

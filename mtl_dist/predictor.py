@@ -51,7 +51,8 @@ class Predictor:
         _, self._world = connect_accelerate()
         self._root = load_root(folder, recipe, self._world, lambda line: print(line, file=sys.stderr))
         self._facts = folder.read_data()
-        self._transform = Transform(self._facts.image_size, recipe.data.resize, PRESETS["none"])
+        own = recipe.data.own_transforms(training=False)
+        self._transform = Transform(self._facts.image_size, recipe.data.resize, PRESETS["none"], own)
         self.tasks = tuple(self._root.tasks)
 
     def predict(self, image: ImageLike, threshold: float = 0.5) -> dict[str, dict[str, Any]]:

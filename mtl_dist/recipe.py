@@ -20,7 +20,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.monitor import MonitorSettings
 from mtl_dist.optim import OptimSettings
-from mtl_dist.tasks.metrics import metric_names
+from mtl_dist.tasks.metrics import Mode, metric_names, mode_of
 from mtl_dist.tasks.registry import DEFAULTS, TaskSettings
 
 Count = Annotated[int, Field(ge=1)]
@@ -130,14 +130,43 @@ class Recipe(Settings):
                 for name in names
                 if name not in self.tasks
             ]
+        problems += [
+            f"tasks.{name}.metrics.{metric}: expected another name, found that of a figure of its kind."
+            for name, task in self.tasks.items()
+            for metric in task.metrics
+            if metric in ("loss", "num_samples", *metric_names(task.kind))
+        ]
         if all(task.weight == 0 for task in self.tasks.values()):
             problems.append("tasks: expected a weight > 0 for at least one task, found 0 for all.")
         return problems
 
+    @property
+    def monitor_mode(self) -> Mode:
+        """Whether the monitored figure is to grow or to fall.
+
+        Raises:
+            UserError: it is an own metric that does not say.
+        """
+        metric = self.monitor.metric
+        if self.monitor.mode is not None:
+            return self.monitor.mode
+        task, _, name = metric.removeprefix("val/").rpartition("/")
+        if task not in self.tasks or name not in self.tasks[task].metrics:
+            return mode_of(metric)
+        higher = getattr(self.tasks[task].metrics[name].part_class, "higher_is_better", None)
+        if higher is None:
+            raise UserError(
+                f"monitor.mode: expected min or max for {metric}, whose class has no higher_is_better, "
+                "found null."
+            )
+        return "max" if higher else "min"
+
     def _monitor_problems(self) -> list[str]:
         choices = ["val/loss"]
         for name, task in self.tasks.items():
-            choices += [f"val/{name}/{figure}" for figure in ("loss", *metric_names(task.kind))]
+            choices += [
+                f"val/{name}/{figure}" for figure in ("loss", *metric_names(task.kind), *task.metrics)
+            ]
         metric = self.monitor.metric
         if metric in choices:
             return []

@@ -283,7 +283,7 @@ def introduce(
     tracker.say(f"run      {folder.directory}")
     tracker.say(f"data     {data.describe()}")
     tracker.say(f"tasks    {', '.join(f'{name} ({info.kind})' for name, info in data.infos.items())}")
-    model = f"{recipe.model.backbone}, {num_parameters:,} parameters"
+    model = f"{recipe.model.backbone_name}, {num_parameters:,} parameters"
     tracker.say(f"model    {model}, {recipe.train.precision}")
     tracker.say(f"engine   {engine}")
     tracker.say(

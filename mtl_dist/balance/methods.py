@@ -19,6 +19,7 @@ from mtl_dist.balance.famo import FAMO, FAMOSettings
 from mtl_dist.balance.fixed import Fixed, FixedSettings
 from mtl_dist.balance.gls import GLS, GLSSettings
 from mtl_dist.balance.graddrop import GradDrop, GradDropSettings
+from mtl_dist.balance.gradient import GradientSettings
 from mtl_dist.balance.gradnorm import GradNorm, GradNormSettings
 from mtl_dist.balance.imtl_g import IMTLG, IMTLGSettings
 from mtl_dist.balance.imtl_l import IMTLL, IMTLLSettings
@@ -29,8 +30,24 @@ from mtl_dist.balance.rlw import RLW, RLWSettings
 from mtl_dist.balance.stch import STCH, STCHSettings
 from mtl_dist.balance.uncertainty import Uncertainty, UncertaintySettings
 from mtl_dist.balance.upgrad import UPGrad, UPGradSettings
+from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskKind
+
+
+class OwnMethodSettings(OwnSettings, MethodSettings):
+    """A method of the user's; its constructor may ask for `tasks` and for these `settings`."""
+
+    part_base = "mtl_dist.balance.balancer.Balancer"
+    provides = ("settings", "tasks")
+
+
+class OwnGradientMethodSettings(OwnSettings, GradientSettings):
+    """The same of a method on gradients, with the settings that these have in common."""
+
+    part_base = "mtl_dist.balance.gradient.GradientBalancer"
+    provides = ("settings", "tasks")
+
 
 BalanceSettings: TypeAlias = Annotated[
     AlignedSettings
@@ -55,6 +72,7 @@ BalanceSettings: TypeAlias = Annotated[
     | UncertaintySettings
     | UPGradSettings,
     Field(discriminator="method"),
+    OwnParts((OwnGradientMethodSettings, OwnMethodSettings), key="method"),
 ]
 
 METHODS: dict[type[MethodSettings], BalancerFactory] = {
@@ -99,7 +117,10 @@ def build_balancer(
         kinds=tuple(kinds[name] for name in names),
         weights=tuple(float(task_weights[name]) for name in names),
     )
-    balancer = METHODS[type(settings)](settings, facts)
+    if isinstance(settings, OwnSettings):
+        balancer: Balancer = settings.make(settings=settings, tasks=facts)
+    else:
+        balancer = METHODS[type(settings)](settings, facts)
     if not balancer.uses_task_weights:
         problems = [
             f"tasks.{name}.weight: expected 1 under balance.method {settings.method}, "

@@ -391,6 +391,34 @@ def cifar(
     _summary(out, manifest)
 
 
+@prepare.command()
+def own(
+    importer: Annotated[
+        str, typer.Argument(metavar="IMPORT.PATH", show_default=False, help="A class of yours: an Importer.")
+    ],
+    out: Out,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME=VALUE", show_default=False, help="Arguments of its constructor."),
+    ] = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    max_skipped: MaxSkipped = 0,
+    verify: Verify = True,
+) -> None:
+    """Data that only you can read, by a class of yours; docs/extend.md shows one.
+
+    \b
+      mtl prepare own my_project.importers.Scans data/scans folder=/mnt/scans every=2
+    """
+    from mtl_dist.data.importers.own import prepare_own
+
+    options = _options(seed, workers, max_skipped, verify)
+    with progress_bar("pack") as show:
+        manifest = prepare_own(importer, out, arguments or [], options, show)
+    _summary(out, manifest)
+
+
 def _options(seed: int, workers: int | None, max_skipped: int = 0, verify: bool = True) -> PackOptions:
     from mtl_dist.data.importers.packing import PackOptions
 

@@ -8,7 +8,6 @@ A field's `description` is added to the lines about it, so that a settings class
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_core.core_schema import ErrorType
 
+from mtl_dist.config.nearest import nearest
+from mtl_dist.config.parts import OWN
 from mtl_dist.config.slots import Slot, is_list, is_mapping, slot_of
 from mtl_dist.config.words import describe, listed, show
 
@@ -38,17 +39,6 @@ def suggest(found: str, choices: Iterable[str], known: str = "Known") -> str:
     names = list(choices)
     near = nearest(found, names)
     return f"{f'Did you mean {near}? ' if near else ''}{known}: {listed(names)}."
-
-
-def nearest(found: str, choices: Iterable[str]) -> str | None:
-    """The choice that `found` was probably meant to be, if any comes near.
-
-    >>> nearest("Weigth", ["weight", "loss"])
-    'weight'
-    """
-    by_folded = {name.lower().replace("-", "_"): name for name in choices}
-    matches = difflib.get_close_matches(found.lower().replace("-", "_"), by_folded, n=1)
-    return by_folded[matches[0]] if matches else None
 
 
 def dotted(location: Location) -> str:
@@ -112,9 +102,14 @@ def _place(cls: type[BaseModel], loc: Location) -> _Place:
     variant: tuple[Slot, str] | None = None
     chosen: tuple[Slot, str] | None = None
     union, branch = None, ""
+    origin: str | None = None
     for item in loc:
         slot = slot.without_null() if slot is not None else None
-        if slot is not None and slot.discriminator is not None:
+        if slot is not None and slot.own is not None and origin is None:
+            origin = str(item)
+        elif slot is not None and origin == OWN and chosen is None:
+            chosen, slot = (slot, str(item)), slot.own_variant(str(item))
+        elif slot is not None and slot.discriminator is not None:
             chosen, slot = (slot, str(item)), slot.variants().get(str(item))
         elif slot is not None and len(slot.members) > 1:
             union, branch = (location, slot), str(item)
@@ -122,7 +117,7 @@ def _place(cls: type[BaseModel], loc: Location) -> _Place:
         elif item == "[key]":
             slot = slot_of(get_args(owner.type)[0])
         else:
-            owner, variant, chosen = slot or owner, chosen, None
+            owner, variant, chosen, origin = slot or owner, chosen, None, None
             slot = slot.child(item) if slot is not None else None
             location = (*location, item)
     return _Place(location, slot, owner, variant, union, branch)
@@ -159,7 +154,8 @@ def _lines(detail: ErrorDetails, place: _Place, cls: type[BaseModel]) -> Iterato
         near = nearest(given, variants) if isinstance(given, str) else None
         advice = f"Did you mean {near}?" if near else "Add it." if given is None else ""
         where = dotted((*place.location, key))
-        yield f"{where}: expected one of {listed(variants)}, found {what}. {advice}".rstrip()
+        own = " or an import path" if slot.own is not None else ""
+        yield f"{where}: expected one of {listed(variants)}{own}, found {what}. {advice}".rstrip()
     else:
         found = "nothing" if kind == "missing" else show(value)
         key = "a key that is " if detail["loc"][-1:] == ("[key]",) else ""
@@ -174,7 +170,8 @@ def _unknown_key(place: _Place, cls: type[BaseModel]) -> str:
         union, kind = place.variant
         others = [other for other, slot in union.variants().items() if slot.child(name) is not None]
         advice = f"It belongs to {' and '.join(others)}. {advice}" if others else advice
-        return f"unknown key for {union.discriminator} {kind}. {advice}"
+        key = union.discriminator or (union.own.key if union.own is not None else "kind")
+        return f"unknown key for {key} {kind}. {advice}"
     elsewhere = list(dict.fromkeys(_elsewhere(Slot(cls), name)))
     if elsewhere and not nearest(name, keys):
         advice = f"Did you mean {' or '.join(elsewhere[:3])}? {advice}"

@@ -28,7 +28,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
-from mtl_dist.config.errors import Location, Mistake, dotted, explain, nearest, suggest
+from mtl_dist.config.errors import Location, Mistake, dotted, explain, suggest
+from mtl_dist.config.nearest import nearest
 from mtl_dist.config.overrides import apply_overrides
 from mtl_dist.config.settings import Settings
 from mtl_dist.config.slots import Slot, is_list, is_mapping
@@ -187,6 +188,9 @@ def _complete(
 def _section(slot: Slot, value: Any) -> tuple[Slot, Any]:
     """The member of a union that `value` is meant for, and `value` with the kind that it has by default."""
     slot = slot.without_null()
+    path = None if slot.own is None else slot.own.path_in(value)
+    if path is not None:
+        return slot.own_variant(path) or slot, value
     if slot.discriminator is not None and isinstance(value, dict):
         default = getattr(slot.default, slot.discriminator, None)
         if default is not None:

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from mtl_dist.config.parts import OwnParts, PartError
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -39,6 +41,18 @@ class Slot:
     def model(self) -> type[BaseModel] | None:
         """The settings class that fills the slot, if it is one."""
         return self.type if isinstance(self.type, type) and issubclass(self.type, BaseModel) else None
+
+    @property
+    def own(self) -> OwnParts | None:
+        """Which own parts the slot takes, if any."""
+        return next((each for each in self.constraints if isinstance(each, OwnParts)), None)
+
+    def own_variant(self, path: str) -> Slot | None:
+        """The slot of the settings of the own part at `path`; None where that is none."""
+        try:
+            return None if self.own is None else Slot(self.own.settings_class(path))
+        except PartError:
+            return None
 
     @property
     def default(self) -> Any:

@@ -52,6 +52,10 @@ def describe(slot: Slot) -> str:
     """What a slot accepts, in words: `an integer >= 1`, `one of off, stage, block`."""
     null = " or null" if slot.takes_null and slot.type not in (None, NoneType, Any) else ""
     slot = slot.without_null()
+    if slot.own is not None:
+        if slot.own.only:
+            return f"a mapping with {slot.own.key} an import path{null}"
+        null = f" or an import path{null}"
     if slot.discriminator is not None:
         return f"a mapping with {slot.discriminator} one of {listed(list(slot.variants()))}{null}"
     if len(slot.members) > 1:

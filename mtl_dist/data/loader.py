@@ -40,7 +40,7 @@ from mtl_dist.data.settings import (
     EvaluationSourceSettings,
     SamplingSettings,
 )
-from mtl_dist.data.transforms import PRESETS, AugmentSettings, Transform
+from mtl_dist.data.transforms import PRESETS, Transform
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 
@@ -231,8 +231,10 @@ def train_loader(
     cut = TrainingCut(global_batch, accumulation, rank, world_size, start_position, end_position)
     settings = data.settings
     blender = None if settings.blend is None else Blender(settings.blend, derive_key(seed, _BLEND))
+    own = settings.own_transforms(training=True)
+    transform = Transform(data.image_size, settings.resize, settings.augmentation, own)
     key = derive_key(seed, _AUGMENT)
-    builder = _builder(data, "train", settings.augmentation, key, blender, pin_memory)
+    builder = _builder(data, "train", transform, key, blender, pin_memory)
     batches = _Batches(cut, _stream(data, seed), builder)
     return BatchLoader(batches, workers, pin_memory, settings.on_bad_sample)
 
@@ -263,9 +265,11 @@ def eval_loader(
     """
     if split not in data.sources:
         raise UserError(f"expected a split of the data ({', '.join(data.splits)}), found {split!r}.")
+    own = data.settings.own_transforms(training=False)
+    transform = Transform(data.image_size, data.settings.resize, PRESETS["none"], own)
     order = Concatenation([source.reader.num_samples for source in data.sources[split]])
     cut = EvaluationCut(batch_size, rank, world_size, order.num_samples)
-    batches = _Batches(cut, order, _builder(data, split, PRESETS["none"], 0))
+    batches = _Batches(cut, order, _builder(data, split, transform, 0))
     return BatchLoader(batches, workers, False, data.settings.on_bad_sample)
 
 
@@ -364,7 +368,7 @@ class _Batches(Dataset[Loaded | UserError]):
 def _builder(
     data: Data,
     split: str,
-    augmentation: AugmentSettings,
+    transform: Transform,
     key: int,
     blender: Blender | None = None,
     pin_memory: bool = False,
@@ -374,7 +378,7 @@ def _builder(
         infos=data.infos,
         channels=data.channels,
         image_dtype=data.image_dtype,
-        transform=Transform(data.image_size, data.settings.resize, augmentation),
+        transform=transform,
         key=key,
         fail_on_bad=data.settings.on_bad_sample.kind == "fail",
         blender=blender,

@@ -16,7 +16,14 @@ from mtl_dist.data.derived import DeriveSettings
 from mtl_dist.data.mixing import integer_weights
 from mtl_dist.data.order import ShuffleWindow
 from mtl_dist.data.remote import LocationSetting
-from mtl_dist.data.transforms import PRESETS, AugmentSettings, Preset, Resize
+from mtl_dist.data.transforms import (
+    PRESETS,
+    AugmentSettings,
+    ImageTransform,
+    OwnTransform,
+    Preset,
+    Resize,
+)
 
 
 class SourceSettings(Settings):
@@ -144,6 +151,8 @@ class DataSettings(Settings):
     augment: Preset | AugmentSettings = "standard"
     blend: BlendSettings | None = None
     """Mixup and CutMix: blend pairs of training images, and their labels."""
+    transforms: tuple[OwnTransform, ...] = ()
+    """Steps of the user's after `augment`, by their import paths."""
     resize: Resize = "stretch"
     """How an image that is not cropped at random gets its size: `stretch` ignores its proportions, `crop`
     cuts off what is too long, `pad` adds black where it is too short."""
@@ -194,9 +203,14 @@ class DataSettings(Settings):
         """What `augment` stands for."""
         return self.augment if isinstance(self.augment, AugmentSettings) else PRESETS[self.augment]
 
+    def own_transforms(self, training: bool) -> tuple[ImageTransform, ...]:
+        """The user's steps, those for training or those of evaluation and prediction."""
+        return tuple(step.make() for step in self.transforms if training or not step.part_class.training_only)
+
     def without_augmentation(self) -> DataSettings:
         """The same data, with training images as they are evaluated."""
-        return self.model_copy(update={"augment": "none", "blend": None})
+        kept = tuple(step for step in self.transforms if not step.part_class.training_only)
+        return self.model_copy(update={"augment": "none", "blend": None, "transforms": kept})
 
     def with_absolute_paths(self, base: Path) -> DataSettings:
         """The same data, with the datasets' paths resolved against `base`."""

@@ -9,9 +9,10 @@ that a sample's view depends on (seed, epoch, sample) alone.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
+from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.pictures import Box, DecodedPicture, Picture, resized
 from mtl_dist.data.rand_augment import RandAugmentSettings, rand_augment
 from mtl_dist.data.randomness import Draws
+from mtl_dist.errors import UserError
 from mtl_dist.specs import IGNORE
 
 Resize = Literal["stretch", "crop", "pad"]
@@ -88,6 +91,34 @@ PRESETS: dict[Preset, AugmentSettings] = {
 }
 
 
+class ImageTransform(ABC):
+    """A step of the user's after the built-in ones, on an image and its masks of the batches' size.
+
+    `training_only` says whether evaluation and prediction leave it out. One that they don't must not move
+    pixels: predicted masks are those of the image as it came.
+    """
+
+    training_only: ClassVar[bool] = True
+
+    @abstractmethod
+    def __call__(
+        self, image_CHW: Tensor, masks: dict[str, Tensor], draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The image, of unchanged shape and dtype, and the masks (H, W, uint8; 255 = ignore).
+
+        Everything random must come from `draws`, so that a sample's view is the same on every machine.
+        """
+
+
+class OwnTransformSettings(OwnSettings):
+    """A step of the user's."""
+
+    part_base = "mtl_dist.data.transforms.ImageTransform"
+
+
+OwnTransform: TypeAlias = Annotated[OwnTransformSettings, OwnParts((OwnTransformSettings,), only=True)]
+
+
 @dataclass(frozen=True)
 class Transform:
     """The way from a decoded image and its masks to `size` (height, width)."""
@@ -95,6 +126,7 @@ class Transform:
     size: tuple[int, int]
     resize: Resize
     augment: AugmentSettings
+    own: tuple[ImageTransform, ...] = ()
 
     def __call__(
         self, image_CHW: Tensor, masks: Mapping[str, Tensor], draws: Draws
@@ -104,7 +136,7 @@ class Transform:
 
     def keeps(self, size: tuple[int, int]) -> bool:
         """Whether every image of this size stays as it is."""
-        return size == self.size and self.augment == PRESETS["none"]
+        return size == self.size and self.augment == PRESETS["none"] and not self.own
 
     def view(
         self, picture: Picture, masks: Mapping[str, Tensor], draws: Draws
@@ -131,7 +163,7 @@ class Transform:
         if self.augment.rand_augment is not None:
             image_CHW, views = rand_augment(image_CHW, views, self.augment.rand_augment, draws)
         image_CHW = self._erased(image_CHW, draws)
-        return image_CHW, {name: mask[0] for name, mask in views.items()}
+        return self._own_steps(image_CHW, {name: mask[0] for name, mask in views.items()}, draws)
 
     def restored(self, maps_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps of an image that was not augmented, back at the image's own `size` (height, width).
@@ -156,6 +188,19 @@ class Transform:
             height - source.top - source.height,
         )
         return F.pad(maps_BCHW, rest, mode="replicate") if any(rest) else maps_BCHW
+
+    def _own_steps(
+        self, image_CHW: Tensor, masks: dict[str, Tensor], draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        for step in self.own:
+            shape, dtype = image_CHW.shape, image_CHW.dtype
+            image_CHW, masks = step(image_CHW, masks, draws)
+            if image_CHW.shape != shape or image_CHW.dtype != dtype:
+                raise UserError(
+                    f"data.transforms: expected {type(step).__name__} to keep the image {tuple(shape)} of "
+                    f"{dtype}, found {tuple(image_CHW.shape)} of {image_CHW.dtype}."
+                )
+        return image_CHW, masks
 
     def _source(self, height: int, width: int, draws: Draws) -> Box:
         """The part of the image to show."""

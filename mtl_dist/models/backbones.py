@@ -18,11 +18,12 @@ from typing import Any
 
 import torchvision
 from torch import Tensor, is_grad_enabled, nn
+from torch.fx.proxy import TraceError
 
 from mtl_dist.errors import UserError
 from mtl_dist.models.checkpointing import Segment, cut, recomputed
 from mtl_dist.models.norms import convert_norms
-from mtl_dist.models.settings import ModelSettings
+from mtl_dist.models.settings import ModelSettings, OwnBackboneSettings
 from mtl_dist.models.simple_cnn import SimpleCNN
 from mtl_dist.models.tracing import Trace, Values, needed_steps, run_step, step_shapes, trace
 from mtl_dist.models.weights import input_convolution, load_weights
@@ -77,8 +78,12 @@ def build_network(settings: ModelSettings, in_channels: int, image_size: tuple[i
     Raises:
         UserError: no such network, weights that don't fit it, or images of a size it doesn't take.
     """
-    name = settings.backbone
-    if name == SIMPLE_CNN:
+    name = settings.backbone_name
+    if settings.own_backbone is not None:
+        network = _own_network(settings.own_backbone, in_channels, image_size)
+        if settings.weights == "torchvision":
+            raise UserError(f"model.weights: expected a file or null for {name}, found torchvision.")
+    elif name == SIMPLE_CNN:
         if settings.weights == "torchvision":
             raise UserError("model.weights: simple_cnn has no weights in torchvision. Give a file, or null.")
         network = _traced(SimpleCNN(in_channels, image_size), in_channels, image_size, has_classifier=False)
@@ -93,6 +98,22 @@ def build_network(settings: ModelSettings, in_channels: int, image_size: tuple[i
     return network
 
 
+def _own_network(settings: OwnBackboneSettings, in_channels: int, image_size: tuple[int, int]) -> Network:
+    """The user's network, whose output is a vector, or a map that is averaged to one."""
+    module = settings.make(in_channels=in_channels, image_size=image_size)
+    fixed_size = image_size if "image_size" in settings.arguments else None
+    try:
+        network = _traced(module, in_channels, fixed_size, has_classifier=False)
+    except (TraceError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"model.backbone: expected a forward of {settings.path} that torch.fx can trace, for images "
+            f"(B, {in_channels}, H, W), found: {reason}. Put what depends on values into modules of its own."
+        ) from None
+    _check_size(network, settings.path, in_channels, image_size)
+    return network
+
+
 def published_normalisation(name: str, in_channels: int) -> tuple[list[float], list[float]]:
     """The mean and standard deviation, in 0 to 255, that the network's published weights expect.
 
@@ -100,11 +121,10 @@ def published_normalisation(name: str, in_channels: int) -> tuple[list[float], l
     turn ImageNet's normalisation into that one themselves.
     """
     half = [127.5] * in_channels
-    if in_channels != IMAGENET_CHANNELS or (
-        name != SIMPLE_CNN and _family(name) in ("googlenet", "inception")
-    ):
+    of_torchvision = name in torchvision.models.list_models(module=torchvision.models)
+    if in_channels != IMAGENET_CHANNELS or (of_torchvision and _family(name) in ("googlenet", "inception")):
         return half, half
-    published = "resnet18" if name == SIMPLE_CNN else name
+    published = name if of_torchvision else "resnet18"
     preset = torchvision.models.get_model_weights(published).DEFAULT.transforms()
     return [255.0 * value for value in preset.mean], [255.0 * value for value in preset.std]
 

@@ -6,14 +6,20 @@ Shape legend: batch.py.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
 from torch import Tensor, nn
 
 from mtl_dist.errors import UserError
-from mtl_dist.models.backbones import Network
-from mtl_dist.models.settings import DecoderNorm, DecoderSettings, HeadSettings, ModelSettings
+from mtl_dist.models.backbones import Network, map_key
+from mtl_dist.models.settings import (
+    DecoderNorm,
+    DecoderSettings,
+    HeadSettings,
+    ModelSettings,
+    OwnHeadSettings,
+)
 from mtl_dist.models.unet import UNetDecoder, plan_decoder
 from mtl_dist.specs import HeadSpec
 
@@ -42,7 +48,34 @@ class VectorHead(nn.Module):
         return self.output(vector_BD if self.hidden else self.dropout(vector_BD))
 
 
-Head: TypeAlias = VectorHead | UNetDecoder
+class OwnHead(nn.Module):
+    """A head of the user's, over the vector of a vector task or over all maps of a map task."""
+
+    def __init__(self, module: nn.Module, source: str, strides: Collection[int], spec: HeadSpec) -> None:
+        super().__init__()
+        self.module = module
+        self._strides = tuple(sorted(strides)) if spec.layout == "map" else ()
+        self._spec = spec
+        self.reads = tuple(map_key(stride) for stride in self._strides) or (source,)
+
+    def forward(self, features: Mapping[str, Tensor], image_size: tuple[int, int]) -> Tensor:
+        """The output (B, C) or (B, C, h, w)."""
+        if self._strides:
+            maps = {stride: features[map_key(stride)] for stride in self._strides}
+            output = self.module(maps, image_size)
+        else:
+            source = features[self.reads[0]]
+            output = self.module(source.mean(dim=(2, 3)) if source.dim() == 4 else source)
+        rank, wanted = (4, "(B, {}, h, w)") if self._strides else (2, "(B, {})")
+        if output.dim() != rank or output.shape[1] != self._spec.num_outputs:
+            raise UserError(
+                f"model.heads.{self._spec.task}: expected an output {wanted.format(self._spec.num_outputs)}, "
+                f"found {tuple(output.shape)}. The constructor's num_outputs says how many the task wants."
+            )
+        return output
+
+
+Head: TypeAlias = VectorHead | UNetDecoder | OwnHead
 """Its `reads` are the names of the features that it reads."""
 
 
@@ -61,6 +94,9 @@ def check_heads(settings: ModelSettings, specs: Sequence[HeadSpec]) -> None:
                 "Correct the name or remove it."
             )
             continue
+        if isinstance(own, OwnHeadSettings):
+            problems += _own_problems(own, layouts[task], f"model.heads.{task}")
+            continue
         allowed = HeadSettings if layouts[task] == "vector" else DecoderSettings
         for option in sorted(own.model_fields_set - set(allowed.model_fields)):
             problems.append(
@@ -69,6 +105,14 @@ def check_heads(settings: ModelSettings, specs: Sequence[HeadSpec]) -> None:
             )
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _own_problems(own: OwnHeadSettings, layout: str, where: str) -> list[str]:
+    other = "channels" if layout == "vector" else "num_features"
+    given = "num_features" if layout == "vector" else "channels"
+    if other not in own.arguments:
+        return []
+    return [f"{where}.kind: expected {given} in place of {other}, as the head is of a {layout} task."]
 
 
 def head_settings(settings: ModelSettings, task: str) -> HeadSettings:
@@ -85,11 +129,18 @@ def used_strides(settings: ModelSettings, spec: HeadSpec, channels: Mapping[int,
     """The strides of the maps that the task's head reads; none for a vector head."""
     if spec.layout == "vector":
         return set()
+    if isinstance(settings.heads.get(spec.task), OwnHeadSettings):
+        return set(channels)
     return plan_decoder(decoder_settings(settings, spec.task), channels, spec.task).strides
 
 
 def build_head(settings: ModelSettings, spec: HeadSpec, network: Network, vector_name: str) -> Head:
     """The head of one task over the features of `network`, whose vector comes as `vector_name`."""
+    chosen: object = settings.heads.get(spec.task)
+    if isinstance(chosen, OwnHeadSettings):
+        facts = {"num_features": network.trace.vector_size, "channels": dict(network.channels)}
+        module = chosen.make(num_outputs=spec.num_outputs, **facts)
+        return OwnHead(module, vector_name, network.channels, spec)
     if spec.layout == "vector":
         own = head_settings(settings, spec.task)
         return VectorHead(vector_name, network.trace.vector_size, own, spec.num_outputs)

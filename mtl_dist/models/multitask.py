@@ -188,7 +188,7 @@ def _build_part(
 
 
 def _normalisation(settings: ModelSettings, in_channels: int) -> tuple[list[float], list[float]]:
-    mean, std = published_normalisation(settings.backbone, in_channels)
+    mean, std = published_normalisation(settings.backbone_name, in_channels)
     return (
         _per_channel("mean", settings.mean, mean, in_channels),
         _per_channel("std", settings.std, std, in_channels),

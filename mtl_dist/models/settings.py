@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
+from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
 
 Width: TypeAlias = Annotated[int, Field(ge=1)]
@@ -54,10 +55,32 @@ class TaskHeadSettings(Settings):
     norm: DecoderNorm | None = None
 
 
+class OwnHeadSettings(OwnSettings):
+    """A head of the user's for one task; its constructor may ask for
+
+    num_outputs   what the task wants: the channels of the output
+    num_features  of a vector task: the size D of the vector (B, D) that it is called with
+    channels      of a map task: by stride, the channels of the maps that it is called with as
+                  {stride: (B, D, H, W)}, together with the image's size (H, W)
+    """
+
+    part_base = "torch.nn.Module"
+    provides = ("num_outputs", "num_features", "channels")
+
+
+class OwnBackboneSettings(OwnSettings):
+    """A network of the user's without classifier; its constructor may ask for `in_channels`, and for
+    `image_size` (H, W) if it takes only that size."""
+
+    part_base = "torch.nn.Module"
+    provides = ("in_channels", "image_size")
+
+
 class ModelSettings(Settings):
     """The model: a backbone, shared by all tasks or one per task, and a head per task.
 
-    backbone       `simple_cnn`, or a torchvision classification model by its name
+    backbone       `simple_cnn`, a torchvision classification model by its name, or a network of the user's
+                   by its import path
     shared         one backbone for all tasks, or one for each
     weights        None; "torchvision" for the default weights of its registry; or a file (.pth,
                    .safetensors) with the names of the whole torchvision model
@@ -68,10 +91,10 @@ class ModelSettings(Settings):
                    channels. None: what the backbone's published weights expect for three channels
                    (ImageNet's), 127.5 and 127.5 otherwise.
     head, decoder  for all vector tasks, for all map tasks
-    heads          by task: what it changes in them
+    heads          by task: what it changes in them, or a head of the user's by its import path
     """
 
-    backbone: str = "resnet18"
+    backbone: Annotated[str, OwnParts((OwnBackboneSettings,))] = "resnet18"
     shared: bool = True
     weights: str | None = None
     frozen: bool = False
@@ -81,4 +104,15 @@ class ModelSettings(Settings):
     std: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
     head: HeadSettings = HeadSettings()
     decoder: DecoderSettings = DecoderSettings()
-    heads: dict[str, TaskHeadSettings] = Field(default_factory=dict)
+    heads: dict[str, Annotated[TaskHeadSettings, OwnParts((OwnHeadSettings,))]] = Field(default_factory=dict)
+
+    @property
+    def own_backbone(self) -> OwnBackboneSettings | None:
+        """The user's network, where `backbone` is one."""
+        backbone: object = self.backbone
+        return backbone if isinstance(backbone, OwnBackboneSettings) else None
+
+    @property
+    def backbone_name(self) -> str:
+        """What the backbone is called."""
+        return self.backbone if self.own_backbone is None else self.own_backbone.path

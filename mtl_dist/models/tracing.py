@@ -124,7 +124,8 @@ def trace(module: nn.Module, in_channels: int, probe_size: tuple[int, int], *, h
             "model.backbone: expected a network over maps or patches, found no map at any stride up to "
             f"{_MAX_STRIDE}. Choose a convolutional network or a vision transformer."
         )
-    vector_step = None if has_classifier else steps[-1].name
+    # A network without a classifier gives its vector itself, or a map.
+    vector_step = None if has_classifier or len(shapes[steps[-1].name]) != 2 else steps[-1].name
     vector_size = stages[max(stages)].channels if vector_step is None else shapes[vector_step][-1]
     return Trace(source, steps, stages, vector_step, vector_size)
 

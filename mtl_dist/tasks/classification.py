@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
-from mtl_dist.tasks.task import CommonTaskSettings, Loss, LossSettings, Task, require_fit
+from mtl_dist.tasks.task import OWN_LOSS, CommonTaskSettings, Loss, LossSettings, Task, require_fit
 from mtl_dist.tasks.weights import ClassWeights, class_weights
 
 
@@ -45,7 +45,9 @@ class FocalSettings(LossSettings):
         return Focal(len(info.classes), weights_C, self.gamma)
 
 
-ClassificationLoss: TypeAlias = Annotated[CrossEntropySettings | FocalSettings, Field(discriminator="kind")]
+ClassificationLoss: TypeAlias = Annotated[
+    CrossEntropySettings | FocalSettings, Field(discriminator="kind"), OWN_LOSS
+]
 
 
 class ClassificationSettings(CommonTaskSettings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.task import (
+    OWN_LOSS,
     CommonTaskSettings,
     Loss,
     LossSettings,
@@ -39,7 +40,7 @@ class MultilabelSettings(CommonTaskSettings):
     """A task with any number of labels per sample; their number and names are the dataset's."""
 
     kind: Literal["multilabel"] = "multilabel"
-    loss: MultilabelBceSettings = MultilabelBceSettings()
+    loss: Annotated[MultilabelBceSettings, OWN_LOSS] = MultilabelBceSettings()
 
     def build(self, name: str, info: TaskInfo) -> Task:
         require_fit(name, self.kind, info, min_classes=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
-from mtl_dist.tasks.task import CommonTaskSettings, Loss, LossSettings, Task, require_fit
+from mtl_dist.tasks.task import OWN_LOSS, CommonTaskSettings, Loss, LossSettings, Task, require_fit
 
 
 class MseSettings(LossSettings):
@@ -45,7 +45,7 @@ class SmoothL1Settings(LossSettings):
 
 
 RegressionLoss: TypeAlias = Annotated[
-    MseSettings | L1Settings | SmoothL1Settings, Field(discriminator="kind")
+    MseSettings | L1Settings | SmoothL1Settings, Field(discriminator="kind"), OWN_LOSS
 ]
 
 
@@ -119,6 +119,10 @@ class RegressionTask(Task):
         """Per sample the `value` in its `unit`."""
         values_B = output.detach().double().squeeze(1) * self.scale + self.mean
         return [{"value": value, "unit": self.info.unit} for value in values_B.tolist()]
+
+    def metric_inputs(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Values (B,) and targets (B,) in the target's unit."""
+        return output.float().squeeze(1) * self.scale + self.mean, target
 
     def _safe_target(self, target: Tensor, labelled_B: Tensor) -> Tensor:
         return (super()._safe_target(target, labelled_B) - self.mean) / self.scale

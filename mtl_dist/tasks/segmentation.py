@@ -67,6 +67,10 @@ class SegmentationTask(Task):
                 sample["area_ratios"] = dict(zip(self.info.classes, ratios_C, strict=True))
         return decoded
 
+    def metric_inputs(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C, H, W) at the mask's resolution and classes int64 (B, H, W), 255 = ignore."""
+        return resized(output, target.shape[-2:]), target.long()
+
     def _safe_output(self, output: Tensor, safe_target: Tensor, labelled_B: Tensor) -> Tensor:
         """The logits at the mask's resolution, zero at pixels without a label."""
         valid_B1HW = (safe_target != IGNORE)[:, None]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtl_dist.errors import UserError
 from mtl_dist.specs import IGNORE, TaskInfo
-from mtl_dist.tasks.task import Loss, LossSettings
+from mtl_dist.tasks.task import OWN_LOSS, Loss, LossSettings
 from mtl_dist.tasks.weights import ClassWeights, class_weights
 
 
@@ -74,7 +74,9 @@ class BceDiceSettings(LossSettings):
 
 
 SegmentationLoss: TypeAlias = Annotated[
-    MapCrossEntropySettings | MapBceSettings | DiceSettings | BceDiceSettings, Field(discriminator="kind")
+    MapCrossEntropySettings | MapBceSettings | DiceSettings | BceDiceSettings,
+    Field(discriminator="kind"),
+    OWN_LOSS,
 ]
 
 

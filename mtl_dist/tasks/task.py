@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
 from mtl_dist.errors import UserError
 from mtl_dist.specs import HeadSpec, TaskInfo, TaskKind
@@ -57,12 +58,37 @@ class LossSettings(Settings, ABC):
         """
 
 
+class OwnLossSettings(OwnSettings, LossSettings):
+    """A loss of the user's; its constructor may ask for `info`, the dataset's facts of the task."""
+
+    part_base = "mtl_dist.tasks.task.Loss"
+    provides = ("info",)
+    settings_base = LossSettings
+
+    def build(self, info: TaskInfo, where: str) -> Loss:
+        return self.make(info=info)
+
+
+class OwnMetricSettings(OwnSettings):
+    """A metric of torchmetrics or of the user's; its constructor may ask for `info` as well."""
+
+    part_base = "torchmetrics.Metric"
+    provides = ("info",)
+
+
+OWN_LOSS = OwnParts((OwnLossSettings,))
+OwnMetric: TypeAlias = Annotated[OwnMetricSettings, OwnParts((OwnMetricSettings,), only=True)]
+MetricName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
+
+
 class CommonTaskSettings(Settings, ABC):
     """What every kind of task has in its settings."""
 
     kind: TaskKind
     weight: Annotated[float, Field(ge=0, description="Remove the task to switch it off.")] = 1.0
     """The task's share in the total loss; the balancing method applies it."""
+    metrics: dict[MetricName, OwnMetric] = Field(default_factory=dict)
+    """More metrics by name, each of the user's or of torchmetrics by its import path."""
 
     @abstractmethod
     def build(self, name: str, info: TaskInfo) -> Task:
@@ -133,6 +159,10 @@ class Task(ABC):
         Raises:
             UserError: a threshold not between 0 and 1.
         """
+
+    def metric_inputs(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and target as own metrics see them."""
+        return output, target
 
     def _safe_target(self, target: Tensor, labelled_B: Tensor) -> Tensor:
         """The target as the loss wants it, harmless where the label is missing."""

@@ -1,0 +1,274 @@
+"""Own parts: a class of the user's in place of a built-in one, named by its import path.
+
+    loss: {kind: my_project.losses.Tversky, alpha: 0.3}
+    loss: my_project.losses.Tversky                        the same with its defaults
+
+A slot that takes own parts is annotated with `OwnParts`. The class is imported (the working directory
+counts) and held against what the slot needs. The arguments of its constructor are its settings, by their
+annotations and defaults; those that the package provides are passed to it where it names them. A class of
+settings, derived from the slot's own, does as well and is taken as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, Literal, get_type_hints
+
+from pydantic import BaseModel, GetCoreSchemaHandler, PydanticUserError, ValidationError, create_model
+from pydantic_core import CoreSchema, InitErrorDetails, core_schema
+
+from mtl_dist.config.nearest import nearest
+from mtl_dist.config.settings import Settings
+
+OWN, BUILT_IN = "own", "built-in"
+"""What pydantic's locations say after a slot that takes own parts."""
+
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_MOST_NAMES = 12
+
+
+class PartError(ValueError):
+    """Why an import path is no part that fits; `value_error` to pydantic."""
+
+
+class OwnSettings(Settings):
+    """The settings of an own part. Each slot derives its class, and each part's is derived from that."""
+
+    part_base: ClassVar[str]
+    """Of what the part must be a subclass, as an import path, so that nothing is imported before its time."""
+    provides: ClassVar[tuple[str, ...]] = ()
+    """What the slot passes to a constructor that names it."""
+    settings_base: ClassVar[type[Settings] | None] = None
+    """Of what a class of settings must be a subclass to be taken in the part's place, if the slot does."""
+    part_class: ClassVar[Any]
+    """The user's class."""
+    arguments: ClassVar[tuple[str, ...]]
+    """The arguments of its constructor."""
+
+    @property
+    def path(self) -> str:
+        """The import path."""
+        return f"{self.part_class.__module__}.{self.part_class.__qualname__}"
+
+    def make(self, **provided: Any) -> Any:
+        """The part, from these settings and what it names of `provided`."""
+        values = {**{name: getattr(self, name, None) for name in self.arguments}, **provided}
+        return self.part_class(**{name: values[name] for name in self.arguments})
+
+
+@dataclass(frozen=True)
+class OwnParts:
+    """Marks a slot, in `Annotated`: besides what is built in, a value may be an own part.
+
+    `kinds` are the settings of each kind of part that fits; the first whose base the part is derived from
+    holds. `key` is the key of the import path. With `only` nothing is built in.
+    """
+
+    kinds: tuple[type[OwnSettings], ...]
+    key: str = "kind"
+    only: bool = False
+
+    def path_in(self, value: Any) -> str | None:
+        """The import path in the data of a slot, if it states an own part."""
+        path = value.get(self.key) if isinstance(value, dict) else value
+        if isinstance(path, str) and (_IMPORT_PATH.fullmatch(path) or (self.only and path)):
+            return path
+        return None
+
+    def settings_class(self, path: str) -> type[Settings]:
+        """The settings of the class at `path`.
+
+        Raises:
+            PartError: there is none, or it does not fit the slot.
+        """
+        found = imported(path, self._fits)
+        for kind in self.kinds:
+            if kind.settings_base is not None and _is_subclass(found, kind.settings_base):
+                return _named(found, self.key, path)
+            if _is_subclass(found, _attribute(kind.part_base)):
+                return _derived(found, kind, self.key, path)
+        wanted = " or ".join(kind.part_base for kind in self.kinds)
+        what = "another class" if inspect.isclass(found) else f"a {type(found).__name__}"
+        raise PartError(f"expected a subclass of {wanted}, found {path}, {what}.")
+
+    def _fits(self, value: object) -> bool:
+        return any(_is_subclass(value, _attribute(kind.part_base)) for kind in self.kinds)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        own = core_schema.no_info_plain_validator_function(self._validated)
+        return core_schema.tagged_union_schema(
+            {OWN: own, BUILT_IN: handler(source)},
+            self._tag,
+            serialization=core_schema.plain_serializer_function_ser_schema(_dumped, info_arg=True),
+        )
+
+    def _tag(self, value: Any) -> str:
+        return OWN if self.only or isinstance(value, OwnSettings) or self.path_in(value) else BUILT_IN
+
+    def _validated(self, value: Any) -> Any:
+        if isinstance(value, OwnSettings):
+            return value
+        path = self.path_in(value)
+        if path is None:
+            raise ValueError(
+                f"expected {{{self.key}: IMPORT.PATH.OF.A.CLASS}}, found {json.dumps(value, default=str)}."
+            )
+        try:
+            settings = self.settings_class(path)
+            data = {**value, self.key: path} if isinstance(value, dict) else {self.key: path}
+            # In JSON mode, because there strict still lets a list fill a tuple.
+            return settings.model_validate_json(json.dumps(data))
+        except PartError as error:
+            mistake = InitErrorDetails(
+                type="value_error", loc=(path, self.key), input=path, ctx={"error": error}
+            )
+            raise ValidationError.from_exception_data(path, [mistake]) from None
+        except ValidationError as error:
+            # With the path in the locations, by which the lines about them find its settings again.
+            details = [
+                InitErrorDetails(
+                    type=detail["type"],
+                    loc=(path, *detail["loc"]),
+                    input=detail["input"],
+                    ctx=detail.get("ctx", {}),
+                )
+                for detail in error.errors(include_url=False)
+            ]
+            raise ValidationError.from_exception_data(path, details) from None
+
+
+def imported(path: str, fits: Any = None) -> Any:
+    """What is at an import path: `my_project.losses.Tversky`.
+
+    `fits` tells what might have been meant, for the line about a name that is not there.
+
+    Raises:
+        PartError: no such module, none that can be imported, or nothing of that name in it.
+    """
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise PartError(f"expected an import path such as my_project.module.{path}, found {path}.")
+    module = _module(module_name)
+    if not hasattr(module, name):
+        names = [key for key, value in vars(module).items() if fits is None or fits(value)]
+        near = nearest(name, names)
+        hint = f"Did you mean {near}?" if near else f"There are {', '.join(names[:_MOST_NAMES]) or 'none'}."
+        raise PartError(f"expected a class {name} in {module_name}, found none. {hint}")
+    return getattr(module, name)
+
+
+def _module(name: str) -> ModuleType:
+    here = os.getcwd()
+    # As `python -m` has it. On a cluster the working directory is in the path already, behind the snapshot.
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+            raise PartError(f"{name} cannot be imported: {error}. Install what it needs.") from error
+        parent, _, last = error.name.rpartition(".")
+        places = list(importlib.import_module(parent).__path__) if parent else [here]
+        near = nearest(last, [module for place in places for module in _modules_in(Path(place))])
+        meant = f"{parent}.{near}" if parent else near
+        hint = f"Did you mean {meant}?" if near else "Start where it lies, or install it."
+        raise PartError(
+            f"expected a module {error.name}, found none in {parent or here}"
+            f"{'' if parent else ' or among the installed packages'}. {hint}"
+        ) from None
+    except Exception as error:  # whatever a module of the user's raises while it is imported
+        raise PartError(
+            f"{name} cannot be imported: {type(error).__name__}: {error}{_line(error)}."
+        ) from error
+
+
+def _modules_in(directory: Path) -> Iterator[str]:
+    for entry in directory.iterdir():
+        if entry.suffix == ".py" or (entry.is_dir() and entry.name.isidentifier()):
+            yield entry.stem
+
+
+def _line(error: BaseException) -> str:
+    """Where the user's own code failed."""
+    if isinstance(error, SyntaxError):
+        return ""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename
+    ]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+@lru_cache
+def _attribute(path: str) -> Any:
+    module_name, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module_name), name)
+
+
+def _is_subclass(value: object, base: type) -> bool:
+    return inspect.isclass(value) and issubclass(value, base) and value is not base
+
+
+@lru_cache
+def _named(settings: type[Settings], key: str, path: str) -> type[Settings]:
+    """A class of settings of the user's, told by its path."""
+    return _create(settings, path, {key: (Literal[path], path)})
+
+
+@lru_cache
+def _derived(part: type, base: type[OwnSettings], key: str, path: str) -> type[OwnSettings]:
+    """Settings from the arguments of a part's constructor."""
+    missing = sorted(getattr(part, "__abstractmethods__", ()))
+    if missing:
+        raise PartError(f"expected {', '.join(missing)} defined in {path}, found none.")
+    arguments = _arguments(part)
+    try:
+        hints = get_type_hints(part.__init__, include_extras=True)  # type: ignore[misc]
+    except NameError as error:
+        raise PartError(f"expected annotations that can be read in {path}, found: {error}.") from None
+    fields: dict[str, Any] = {key: (Literal[path], path)}
+    for argument in arguments:
+        name = argument.name
+        if name in base.provides:
+            continue
+        if name not in hints:
+            raise PartError(f"expected an annotation of the argument {name} of {path}, found none.")
+        if hasattr(Settings, name) or name.startswith("_") or name == key:
+            raise PartError(f"expected another name for the argument {name} of {path}, which has a meaning.")
+        default = ... if argument.default is argument.empty else argument.default
+        fields[name] = (hints[name], default)
+    derived = _create(base, path, fields)
+    derived.part_class = part
+    derived.arguments = tuple(argument.name for argument in arguments)
+    return derived
+
+
+def _arguments(part: type) -> Sequence[inspect.Parameter]:
+    parameters = list(inspect.signature(part.__init__).parameters.values())[1:]  # type: ignore[misc]
+    return [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+
+
+def _create(base: Any, path: str, fields: dict[str, Any]) -> Any:
+    try:
+        return create_model(path.rpartition(".")[2], __base__=base, __module__=base.__module__, **fields)
+    except PydanticUserError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise PartError(
+            f"expected arguments of {path} that a recipe can state (numbers, text, lists, mappings), "
+            f"found: {reason}."
+        ) from None
+
+
+def _dumped(value: Any, info: core_schema.SerializationInfo) -> Any:
+    return value.model_dump(mode=info.mode) if isinstance(value, BaseModel) else value

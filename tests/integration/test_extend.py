@@ -1,0 +1,196 @@
+"""The examples of docs/extend.md, run as they stand there."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import mtl_dist
+from mtl_dist.cli import app
+from mtl_dist.config.loading import to_yaml
+from mtl_dist.config.yaml_text import dump, parse
+from mtl_dist.data.importers.jobs import Record, TaskSource
+from mtl_dist.data.importers.packing import PackOptions, pack
+from mtl_dist.launch.snapshot import take_snapshot
+from mtl_dist.recipe import Recipe, load_recipe
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(mtl_dist.__file__).parents[1]
+PAGE = ROOT / "docs" / "extend.md"
+SIZE = 16
+BASE = {
+    "tasks": {"digit": {"kind": "classification"}, "ink": {"kind": "segmentation"}},
+    "data": {"train": [{"path": "data/scans"}], "image_size": SIZE, "augment": "none", "workers": 0},
+    "train": {"epochs": 2, "global_batch": 8, "log_every": 1},
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+
+
+def fragments() -> list[dict[str, Any]]:
+    """The pieces of a recipe that the page shows, besides the two lines of its beginning."""
+    return [parse(text)[0] for text in blocks("yaml")[1:]]
+
+
+def scan(number: int) -> tuple[np.ndarray, np.ndarray]:
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[2 : 4 + number % 10, 3:9] = 1
+    return mask * 200 + 20, mask
+
+
+def png(picture: np.ndarray, path: Path) -> bytes:
+    Image.fromarray(picture).save(path)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with the page's modules, a dataset, and one recipe that uses all of them."""
+    directory = tmp_path_factory.mktemp("project")
+    for text in blocks("python"):
+        name = re.match(r"# (\S+\.py)\n", text)
+        assert name is not None
+        path = directory / name[1]
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    (directory / "scans").mkdir()
+    records: dict[str, list[Record]] = {"train": [], "val": []}
+    for number in range(40):
+        picture, mask = scan(number)
+        image = png(picture, directory / "scans" / f"{number}_{number % 10}.png")
+        key, split = f"scan{number}", "val" if number % 4 == 0 else "train"
+        masks = {"ink": png(mask, directory / "mask.png")}
+        records[split].append(Record(key, image, {"digit": number % 10}, masks))
+    tasks = {
+        "digit": TaskSource("classification", tuple("0123456789")),
+        "ink": TaskSource("segmentation", ("background", "ink")),
+    }
+    pack(records, directory / "data" / "scans", tasks, "scans", options=PackOptions(workers=1))
+    recipe = OmegaConf.merge(OmegaConf.create(BASE), *map(OmegaConf.create, fragments()))
+    (directory / "recipe.yaml").write_text(dump(OmegaConf.to_container(recipe)))
+    before = os.getcwd()
+    os.chdir(directory)
+    yield directory
+    os.chdir(before)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_project"]:
+        del sys.modules[name]
+    sys.path.remove(str(directory))
+
+
+@pytest.fixture(scope="module")
+def recipe(project: Path) -> Recipe:
+    return load_recipe(project / "recipe.yaml")
+
+
+@pytest.fixture(scope="module")
+def run(project: Path, recipe: Recipe) -> Path:
+    from mtl_dist.runs import train
+
+    train(recipe, project / "run")
+    return project / "run"
+
+
+def test_every_example_is_at_most_20_lines() -> None:
+    assert len(blocks("python")) == 7
+    for text in blocks("python"):
+        lines = [line for line in text.splitlines()[1:] if line.strip()]
+        assert len(lines) <= 20, f"{text.splitlines()[0]}: {len(lines)} lines"
+
+
+def test_a_recipe_of_own_parts_states_all_their_arguments_and_reads_back_equal(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    text = to_yaml(recipe)
+    assert "beta: 0.7" in text
+    (tmp_path / "again.yaml").write_text(text)
+    assert load_recipe(tmp_path / "again.yaml").model_dump() == recipe.model_dump()
+
+
+def test_every_own_part_is_used(recipe: Recipe, run: Path) -> None:
+    from mtl_dist.assemble import build_root
+    from mtl_dist.engine.accelerated import connect_accelerate
+    from mtl_dist.run_folder import RunFolder
+
+    root = build_root(recipe, RunFolder.open(run).read_data(), connect_accelerate()[1])
+    assert type(root.tasks["ink"].loss).__name__ == "Tversky"
+    assert root.tasks["ink"].loss.alpha == 0.4  # type: ignore[attr-defined]
+    assert type(root.balancer).__name__ == "InverseNorm"
+    assert type(root.model.heads["digit"].module).__name__ == "Gated"  # type: ignore[union-attr]
+    assert root.model.shared_parameters()[0].shape == (8, 1, 3, 3)
+    assert [type(step).__name__ for step in recipe.data.own_transforms(training=True)] == ["Fog"]
+    assert recipe.data.own_transforms(training=False) == ()
+    figures = json.loads((run / "evaluation" / "metrics.json").read_text())["val"]["digit"]
+    assert 0 <= figures["top3"] <= 1
+    assert -1 <= figures["kappa"] <= 1
+    assert figures["accuracy"] <= figures["top3"]
+
+
+def test_the_monitored_metric_may_be_an_own_one(recipe: Recipe, run: Path) -> None:
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    history = json.loads((run / "history.json").read_text())["val"]["digit/top3"]
+    assert recipe.monitor_mode == "max"
+    assert max(history) in best.values()
+
+
+def test_a_run_with_own_parts_is_resumed_evaluated_and_predicted_with(project: Path, run: Path) -> None:
+    from mtl_dist.runs import evaluate_run, train
+
+    outcome = train(load_recipe(run / "recipe.yaml", ["train.epochs=3"]), run)
+    assert (outcome.state, outcome.step) == ("done", 12)
+    evaluate_run(run, "val")
+    answer = mtl_dist.load(run).predict(project / "scans" / "3_3.png")
+    assert answer["ink"]["mask"].shape == (SIZE, SIZE)
+    assert answer["digit"]["class_name"] in "0123456789"
+
+
+def test_own_parts_are_found_on_every_rank(project: Path) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mtl_dist", "launch", "recipe.yaml", "train.max_steps=2", "--nproc", "2"]
+    done = subprocess.run(
+        [*command, "--run-dir", "two"], cwd=project, env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 ranks" in done.stdout
+
+
+def test_the_snapshot_for_a_cluster_takes_the_modules_along(recipe: Recipe, tmp_path: Path) -> None:
+    taken = take_snapshot(tmp_path / "code", [recipe.model_dump(mode="json")], Path.cwd())
+    assert "my_project" in taken
+    assert (tmp_path / "code" / "my_project" / "losses.py").is_file()
+
+
+def test_the_importer_prepares_a_dataset(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = blocks("sh")[0].split()
+    assert command[0] == "mtl"
+    with pytest.raises(SystemExit) as ended:
+        app(command[1:], prog_name="mtl")
+    assert ended.value.code == 0
+    assert "32 train, 8 test" in capsys.readouterr().out
+    manifest = json.loads((project / "data" / "named" / "dataset.json").read_text())
+    assert manifest["tasks"]["digit"]["kind"] == "classification"
+
+
+def test_the_loss_of_the_page_is_a_mean_over_labelled_samples(project: Path) -> None:
+    tversky = importlib.import_module("my_project.losses").Tversky()
+    target = torch.tensor(np.stack([scan(3)[1], np.full((SIZE, SIZE), 255, np.uint8)]))
+    assert tversky.denominators(target).tolist() == [1.0, 0.0]
+    perfect = torch.where(target == 1, 50.0, -50.0)[:, None]
+    assert tversky.numerators(perfect, target)[0].item() == pytest.approx(0.0, abs=1e-6)
