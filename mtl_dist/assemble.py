@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mtl_dist.balance.checks import check_balance
@@ -37,6 +38,7 @@ def build_root(recipe: Recipe, facts: DataFacts, world: World) -> RootModule:
     tasks = build_tasks(recipe.tasks, facts.infos)
     heads = [task.head for task in tasks.values()]
     model = build_model(recipe.model, heads, facts.channels, facts.image_size)
+    model.lie_in(torch.channels_last if recipe.train.channels_last else torch.contiguous_format)
     kinds = {name: info.kind for name, info in facts.infos.items()}
     weights = {name: settings.weight for name, settings in recipe.tasks.items()}
     balancer = build_balancer(recipe.balance, list(tasks), kinds, weights)
@@ -92,6 +94,23 @@ def check_balancing(recipe: Recipe, root: RootModule, data: Data, choice: Engine
         features={name: root.model.feature_names(name) for name in root.tasks},
         strangers=strangers(data) if root.balancer.level == "features" else [],
     )
+
+
+def check_device(recipe: Recipe, device: torch.device, choice: EngineChoice) -> None:
+    """Refuse what does not run on this device, or under this engine."""
+    problems = []
+    if recipe.model.norm == "sync" and device.type == "cpu":
+        problems.append(
+            "model.norm: expected batch, group or frozen on CPUs, found sync, which torch has for GPUs only. "
+            "Use group."
+        )
+    if recipe.train.compile and choice.zero_stage == 3:
+        problems.append(
+            "train.compile: expected false under ZeRO 3, which gathers the weights of every layer as it is "
+            "reached, found true. Set it to false, or engine.zero_stage to 2."
+        )
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def inference_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:

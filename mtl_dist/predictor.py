@@ -25,7 +25,7 @@ from mtl_dist.data.decode import decode_image
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.randomness import Draws
 from mtl_dist.data.transforms import PRESETS, Transform
-from mtl_dist.engine.accelerated import connect_accelerate
+from mtl_dist.engine.connect import connect_without_engine
 from mtl_dist.errors import UserError
 from mtl_dist.recipe import load_recipe
 from mtl_dist.run_folder import RunFolder
@@ -48,7 +48,7 @@ class Predictor:
         """
         folder = RunFolder.open(run)
         recipe = load_recipe(folder.recipe_path)
-        _, self._world = connect_accelerate()
+        self._world = connect_without_engine(recipe.engine)
         self._root = load_root(folder, recipe, self._world, lambda line: print(line, file=sys.stderr))
         self._facts = folder.read_data()
         own = recipe.data.own_transforms(training=False)

@@ -39,6 +39,12 @@ class TrainSettings(Settings):
     micro_batch: Count | None = None
     """The most samples one rank takes at a time; null: global_batch / (ranks x accumulation)."""
     precision: Precision = "fp32"
+    channels_last: bool = True
+    """Whether maps lie in memory with their channels together (NHWC): what tensor cores and most CPU kernels
+    want. docs/benchmarks.md has what it brings."""
+    compile: bool = False
+    """Whether backbones and heads are compiled by `torch.compile`, which takes minutes at the first step. Not
+    under ZeRO 3."""
     seed: Annotated[int, Field(ge=0)] = 0
     evaluate_every: Count = 1
     """Epochs between evaluations on the validation split."""

@@ -17,6 +17,7 @@ from mtl_dist.assemble import (
     build_monitor,
     build_root,
     check_balancing,
+    check_device,
     check_labels,
     facts_of,
     inference_weights,
@@ -37,18 +38,18 @@ from mtl_dist.data.decode import decoder_name
 from mtl_dist.data.loader import Data, eval_loader, open_data, train_loader
 from mtl_dist.durable import write_text
 from mtl_dist.ema import Ema
-from mtl_dist.engine.accelerated import connect_accelerate
-from mtl_dist.engine.connect import connect
+from mtl_dist.engine.connect import connect, connect_without_engine
 from mtl_dist.engine.engine import Engine
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation, evaluate
+from mtl_dist.models.compiling import compile_parts
 from mtl_dist.optim import build_optimizer
 from mtl_dist.recipe import Recipe, load_recipe, refuse_other_run
 from mtl_dist.results import print_results, write_evaluation
 from mtl_dist.run_folder import RunFolder, new_run_directory
 from mtl_dist.step import RootModule
-from mtl_dist.stopping import StopSignal
+from mtl_dist.stopping import StopAsked, StopSignal, agreed_stop, until_stopped
 from mtl_dist.tracking import Tracker
 from mtl_dist.trainer import Outcome, Trainer
 
@@ -65,6 +66,7 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
     world = connection.world
     recipe = absolute_paths(recipe)
     accumulation = recipe.train.accumulation_on(world.size)
+    check_device(recipe, world.device, connection.choice)
 
     # ---- data
     data = open_data(recipe.data, recipe.tasks)
@@ -75,11 +77,13 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
     root = build_root(recipe, facts_of(data), world)
     check_balancing(recipe, root, data, connection.choice)
     num_parameters = sum(p.numel() for p in root.parameters())
+    if recipe.train.compile:
+        compile_parts(root.model, world.device, recomputing=recipe.model.checkpointing != "off")
 
     # ---- engine
     optimizer = build_optimizer(recipe.optim, root.model, list(root.tasks), list(root.balancer.parameters()))
     parts = [root.task_parameters(task) for task in root.tasks]
-    engine = connection.build(root.to(memory_format=torch.channels_last), optimizer, parts)
+    engine = connection.build(root, optimizer, parts)
     root.served_by(engine)
 
     # ---- run folder, trainer
@@ -98,9 +102,9 @@ def evaluate_run(run: Path, split: str) -> None:
     Raises:
         UserError: not a run folder, no good checkpoint, or no such split.
     """
-    _, world = connect_accelerate()
     folder = RunFolder.open(run)
     recipe = load_recipe(folder.recipe_path)
+    world = connect_without_engine(recipe.engine)
     data = open_data(recipe.data, recipe.tasks)
     if split not in data.splits:
         raise UserError(f"--split: expected one of {', '.join(data.splits)}, found {split!r}.")
@@ -143,7 +147,7 @@ def build_trainer(
     plan = plan_of(recipe, data, accumulation)
 
     def evaluate_val() -> Evaluation:
-        return evaluate_split(root, data, "val", plan.micro_batch_on(world.size), world)
+        return evaluate_split(root, data, "val", plan.micro_batch_on(world.size), world, stop)
 
     trainer = Trainer(
         engine=engine,
@@ -186,11 +190,9 @@ def run_to_the_end(trainer: Trainer, recipe: Recipe, data: Data, folder: RunFold
             trainer.writer.finish()
         world.barrier()
         if outcome.state == "done" and recipe.train.evaluate_at_end:
-            reason = trainer.agreed_stop()
+            reason = agreed_stop(trainer.stop, world) or evaluate_at_end(trainer, data, folder)
             if reason:
                 outcome = Outcome("stopped", outcome.step, reason)
-            else:
-                evaluate_at_end(trainer, data, folder)
     except BaseException as error:
         failed = trainer.status("failed", last_line(error))
         tracker.status(replace(failed, retry=not isinstance(error, UserError)))
@@ -243,7 +245,19 @@ def newest_checkpoint(folder: RunFolder, world: World) -> Checkpoint | None:
     return read_checkpoint(path) if path is not None else None
 
 
-def evaluate_split(root: RootModule, data: Data, split: str, batch_size: int, world: World) -> Evaluation:
+def evaluate_split(
+    root: RootModule,
+    data: Data,
+    split: str,
+    batch_size: int,
+    world: World,
+    stop: StopSignal | None = None,
+) -> Evaluation:
+    """Collective: the figures of one split.
+
+    Raises:
+        StopAsked: a rank was asked to stop before the end.
+    """
     loader = eval_loader(
         data,
         split,
@@ -252,26 +266,33 @@ def evaluate_split(root: RootModule, data: Data, split: str, batch_size: int, wo
         world_size=world.size,
         workers=data.settings.workers,
     )
-    return evaluate(root, loader, world)
+    return evaluate(root, loader if stop is None else until_stopped(loader, stop, world), world)
 
 
-def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> None:
-    """Evaluate the best weights on every split but the training one; write and print the figures."""
+def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> str:
+    """Evaluate the best weights on every split but the training one; write and print the figures.
+
+    Returns the reason to stop, if any rank was asked to before all was evaluated: then nothing is written,
+    and the next start of the run evaluates.
+    """
     engine, root, tracker, world = trainer.engine, trainer.root, trainer.tracker, trainer.world
     batch_size = trainer.plan.micro_batch_on(world.size)
     path = world.on_main(lambda: best_or_newest(folder, tracker.say))
     engine.load_full_state(inference_weights(read_checkpoint(path)), {})
-    with engine.evaluating():
-        evaluations: dict[str, Evaluation] = {
-            split: evaluate_split(root, data, split, batch_size, world)
-            for split in ("val", "test")
-            if split in data.splits
-        }
+    evaluations: dict[str, Evaluation] = {}
+    try:
+        with engine.evaluating():
+            for split in ("val", "test"):
+                if split in data.splits:
+                    evaluations[split] = evaluate_split(root, data, split, batch_size, world, trainer.stop)
+    except StopAsked as asked:
+        return asked.reason
     if world.is_main and evaluations:
         for split, evaluation in evaluations.items():
             write_evaluation(folder, split, evaluation, data.infos)
         tracker.say(f"Results of {path.name}:")
         print_results(evaluations, tracker.console)
+    return ""
 
 
 def introduce(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -267,7 +268,8 @@ class RootModule(nn.Module):
             return
         level = self._level_of(needs)
         looked = self._begin_look()
-        with as_if_unseen(self, self._world.device):
+        whole = self._engine.evaluating() if self._engine is not None else nullcontext()
+        with whole, as_if_unseen(self, self._world.device):
             for batch in window:
                 if level == "features" and self._engine is not None:
                     with torch.no_grad():

@@ -10,13 +10,27 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+
+from mtl_dist.engine.world import World
+
+T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 TIME_LIMIT = "time limit"
+
+
+class StopAsked(Exception):
+    """Something long that can be begun anew was broken off, because a rank was asked to stop."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class StopSignal:
@@ -89,3 +103,24 @@ class StopSignal:
     @property
     def _near_deadline(self) -> bool:
         return self.deadline is not None and self._clock() >= self.deadline - self.margin_s
+
+
+def agreed_stop(stop: StopSignal, world: World) -> str:
+    """Collective: the reason to stop if any rank has one."""
+    if not world.max(torch.tensor(float(stop.requested))):
+        return ""
+    reasons: list[str] = world.gather(stop.reason)
+    return next(reason for reason in reasons if reason)
+
+
+def until_stopped(batches: Iterable[T], stop: StopSignal, world: World) -> Iterator[T]:
+    """The batches, equally many on every rank, as long as no rank is asked to stop.
+
+    Raises:
+        StopAsked: on all ranks before the same batch.
+    """
+    for batch in batches:
+        reason = agreed_stop(stop, world)
+        if reason:
+            raise StopAsked(reason)
+        yield batch

@@ -23,7 +23,7 @@ from mtl_dist.monitor import Monitor
 from mtl_dist.optim import OptimSettings, learning_rate_factor, learning_rates, set_learning_rate
 from mtl_dist.status import State, Status
 from mtl_dist.step import RootModule, WindowTotals, count_labels
-from mtl_dist.stopping import StopSignal
+from mtl_dist.stopping import StopAsked, StopSignal
 from mtl_dist.tracking import Tracker
 
 
@@ -100,10 +100,16 @@ class Trainer:
         # On the host; already summed over the ranks.
         self._epoch_counts_T = torch.zeros(num_tasks, dtype=torch.float64)
         self._saved_step = -1
+        self._unfinished_epoch: int | None = None
+        """The epoch whose evaluation was broken off."""
 
     # ------------------------------------------------------------------ the loop
     def run(self, batches: Iterable[Batch], advance: Callable[[int], None] = lambda samples: None) -> Outcome:
         """Train on this rank's micro-batches, which start at `self.position`."""
+        if self._unfinished_epoch is not None:
+            reason = self._finish_epoch(self._unfinished_epoch)
+            if reason:
+                return Outcome("stopped", self.step, reason)
         if self.monitor.exhausted:
             return self._stopped_early()
         self.root.train()
@@ -147,7 +153,9 @@ class Trainer:
                 or self.position == self.plan.end_position
             ):
                 self.root.balancer.end_epoch()
-                self._finish_epoch(epoch)
+                reason = self._finish_epoch(epoch)
+                if reason:
+                    return Outcome("stopped", self.step, reason)
                 if self.monitor.exhausted:
                     return self._stopped_early()
             if self.plan.checkpoint_every and self.step % self.plan.checkpoint_every == 0:
@@ -170,11 +178,6 @@ class Trainer:
             return totals, ""
         reasons = self.world.gather(self.stop.reason)
         return totals, next(reason for reason in reasons if reason)
-
-    def agreed_stop(self) -> str:
-        """Collective: the reason to stop if any rank has one."""
-        reasons: list[str] = self.world.gather(self.stop.reason if self.stop.requested else "")
-        return next((reason for reason in reasons if reason), "")
 
     def _absent_parameters(self, totals: WindowTotals) -> list[nn.Parameter]:
         absent = [name for name, here in zip(self.root.tasks, totals.present_T, strict=True) if not here]
@@ -205,6 +208,9 @@ class Trainer:
         figures = self._mean_losses(sums_T, totals.counts_T)
         figures |= {f"lr/{part}": rate for part, rate in learning_rates(self.engine.optimizer).items()}
         figures["grad_norm"] = float(grad_norm)
+        scaler = self.engine.scaler
+        if scaler is not None:
+            figures |= {"loss_scale": scaler.scale, "skipped_steps": float(scaler.num_skipped)}
         figures |= clock.figures(self.plan.global_batch)
         self.tracker.record("step", self.step, self.position / self.plan.samples_per_epoch, figures)
         self.tracker.status(self.status("running", images_per_s=figures["images_per_s"]))
@@ -223,30 +229,38 @@ class Trainer:
         for sentence in found.sentences():
             self.tracker.say(f"step {self.step}: {sentence}")
 
-    def _finish_epoch(self, before: int) -> None:
+    def _finish_epoch(self, before: int) -> str:
         """Evaluate if it is time to, write the epoch's row, remember the best, save.
 
-        `before` is the epoch in which the step began: a large batch may finish several at once.
+        `before` is the epoch in which the step began: a large batch may finish several at once. Returns the
+        reason to stop, if any rank was asked to during the evaluation: a resumed run begins with it.
         """
         epoch = self.position / self.plan.samples_per_epoch
         ended = self.position == self.plan.end_position
         every = self.plan.evaluate_every
         due = ended or int(epoch) // every > before // every
         figures = self._mean_losses(self._epoch_sums_T, self._epoch_counts_T)
-        self._epoch_sums_T.zero_()
-        self._epoch_counts_T.zero_()
         best = None
         if self._evaluate is not None and due:
             swapped = self.ema.swapped_in() if self.ema is not None else nullcontext()
-            with swapped, self.engine.evaluating():
-                figures |= self._evaluate().flat("val")
+            try:
+                with swapped, self.engine.evaluating():
+                    figures |= self._evaluate().flat("val")
+            except StopAsked as asked:
+                self._unfinished_epoch = before
+                self._save()
+                return asked.reason
             value = figures.get(self.monitor.metric, math.nan)
             if self.monitor.observe(value, self.step):
                 best = (self.monitor.metric, value)
+        self._unfinished_epoch = None
+        self._epoch_sums_T.zero_()
+        self._epoch_counts_T.zero_()
         self.tracker.record("epoch", self.step, epoch, figures)
         self.tracker.say(self._epoch_line(epoch, figures, best is not None))
         self.tracker.update_history()
         self._save(best)
+        return ""
 
     def _epoch_line(self, epoch: float, figures: Mapping[str, float], is_best: bool) -> str:
         parts = [f"epoch {epoch:g}", f"step {self.step}/{self.plan.total_steps}"]
@@ -291,6 +305,7 @@ class Trainer:
             "world_size": self.world.size,
             "monitor": self.monitor.state_dict(),
             "scaler": full.scaler,
+            "unfinished_epoch": self._unfinished_epoch,
             "epoch_sums": sums_T.tolist(),
             "epoch_counts": self._epoch_counts_T.tolist(),
         }
@@ -303,6 +318,9 @@ class Trainer:
         if self.ema is not None:
             self.ema.load(tensors["ema"])
         self.step = self._saved_step = state["step"]
+        self._unfinished_epoch = state.get("unfinished_epoch")
+        if self._unfinished_epoch is not None:
+            self._saved_step = -1  # the evaluation to come may make it the best
         self.position = state["position"]
         self.monitor.load_state_dict(state["monitor"])
         # The sums are a total over all ranks: rank 0 carries it on.

@@ -14,7 +14,7 @@ from mtl_dist.config.settings import Settings
 from mtl_dist.engine.deepspeed_setup import ZeroStage
 from mtl_dist.engine.engine import Engine
 from mtl_dist.engine.precision import Precision, build_scaler, set_tf32
-from mtl_dist.engine.world import World, leave
+from mtl_dist.engine.world import World, join_group, launched_size, leave, own_device
 from mtl_dist.errors import UserError
 
 DEFAULT_STAGE: ZeroStage = 2
@@ -101,6 +101,18 @@ def connect(settings: EngineSettings, precision: Precision) -> Connection:
     return _connect_accelerate(choice, precision)
 
 
+def connect_without_engine(settings: EngineSettings) -> World:
+    """Join the group that the launcher started, for evaluation and prediction.
+
+    No engine wraps anything there: every rank holds whole weights, so whatever launcher and recipe say of one
+    does not matter. A process alone joins nothing and leaves nothing behind.
+    """
+    set_tf32(settings.tf32)
+    if launched_size() > 1:
+        return join_group()
+    return World(rank=0, size=1, local_rank=0, device=own_device(0))
+
+
 def _connect_accelerate(choice: EngineChoice, precision: Precision) -> Connection:
     from mtl_dist.engine.accelerated import AccelerateEngine, connect_accelerate
 
@@ -116,9 +128,8 @@ def _connect_accelerate(choice: EngineChoice, precision: Precision) -> Connectio
 
 def _connect_deepspeed(choice: EngineChoice, precision: Precision) -> Connection:
     from mtl_dist.engine.deepspeed_engine import build_deepspeed_engine
-    from mtl_dist.engine.deepspeed_setup import connect_deepspeed
 
-    world = connect_deepspeed()
+    world = join_group()
 
     def build(
         root: nn.Module, optimizer: torch.optim.Optimizer, parts: Iterable[Sequence[nn.Parameter]]

@@ -272,8 +272,10 @@ class _ShardedZero(_Zero):
         self._deepspeed.empty_partition_cache()
         with unwrap_model_for_generation(self._deepspeed):
             self._all_whole = True
-            yield
-            self._all_whole = False
+            try:
+                yield
+            finally:
+                self._all_whole = False
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         from deepspeed.runtime.zero import GatheredParameters

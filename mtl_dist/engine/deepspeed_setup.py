@@ -8,10 +8,9 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from mtl_dist.engine.world import World, connected, launched_size, use_cpu
+from mtl_dist.engine.world import use_cpu
 
 ZeroStage = Literal[0, 1, 2, 3]
 
@@ -21,25 +20,6 @@ gets a smaller one."""
 
 SMALL_WEIGHT = 100_000
 """Elements up to which ZeRO 3 keeps a weight whole between steps: gathering it costs more than it saves."""
-
-
-def connect_deepspeed() -> World:
-    """Join the group that the launcher started; without a launcher, a group of this process alone."""
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    device = torch.device("cpu")
-    if not use_cpu():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "gloo" if device.type == "cpu" else "nccl"
-        device_id = device if device.type == "cuda" else None
-        if launched_size() == 1:
-            dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id
-            )
-        else:
-            dist.init_process_group(backend, device_id=device_id)
-    return connected(dist.get_world_size(), dist.get_rank(), local_rank, device)
 
 
 def import_deepspeed() -> ModuleType:

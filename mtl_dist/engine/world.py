@@ -136,6 +136,29 @@ def connected(size: int, rank: int, local_rank: int, device: torch.device) -> Wo
     return World(rank=rank, size=size, local_rank=local_rank, device=device, control=control)
 
 
+def join_group() -> World:
+    """Join the group that the launcher started; without a launcher, a group of this process alone."""
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    device = own_device(local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        device_id = device if device.type == "cuda" else None
+        if launched_size() == 1:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id
+            )
+        else:
+            dist.init_process_group(backend, device_id=device_id)
+    return connected(dist.get_world_size(), dist.get_rank(), local_rank, device)
+
+
+def own_device(local_rank: int) -> torch.device:
+    """The GPU of this process, or the CPU."""
+    return torch.device("cpu") if use_cpu() else torch.device("cuda", local_rank)
+
+
 def leave() -> None:
     """Leave the group, if there is one. Nothing collective can follow."""
     if dist.is_initialized():

@@ -69,6 +69,7 @@ class MultitaskModel(nn.Module):
         self.backbones = None if isinstance(backbones, Backbone) else TaskModules(backbones)
         self.heads = TaskModules(heads)
         self.frozen = frozen
+        self.memory_format = torch.preserve_format
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
         if frozen:
@@ -102,12 +103,14 @@ class MultitaskModel(nn.Module):
         return self.heads_forward(self.features(images_BCHW), (images_BCHW.shape[2], images_BCHW.shape[3]))
 
     def normalise(self, images_BCHW: Tensor) -> Tensor:
-        """Raw images as the backbone takes them; the memory format stays."""
+        """Raw images as the backbone takes them."""
         if images_BCHW.shape[1] != self.mean.shape[1]:
             raise UserError(
                 f"images: expected {self.mean.shape[1]} channels, as the model was built for, "
                 f"found {images_BCHW.shape[1]}. Convert them."
             )
+        if self.memory_format is not torch.preserve_format:
+            images_BCHW = images_BCHW.contiguous(memory_format=self.memory_format)
         centred_BCHW = images_BCHW - self.mean.float()
         return centred_BCHW.div_(self.std.float()).to(next(self.parameters()).dtype)
 
@@ -123,6 +126,15 @@ class MultitaskModel(nn.Module):
     def shared_parameters(self) -> list[nn.Parameter]:
         """The shared backbone's parameters, frozen ones too; none with separate backbones."""
         return [] if self.backbone is None else list(self.backbone.parameters())
+
+    def lie_in(self, memory_format: torch.memory_format) -> None:
+        """Lay out weights, and from now on images and so all maps, in `memory_format`."""
+        self.memory_format = memory_format
+        self.to(memory_format=memory_format)
+
+    def parts(self) -> list[nn.Module]:
+        """The backbones and heads."""
+        return [*self._all_backbones(), *self.heads.values()]
 
     def task_parameters(self, task: str) -> list[nn.Parameter]:
         """The parameters of this task alone: its head's, and its backbone's where that is its own."""

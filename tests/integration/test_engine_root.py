@@ -139,8 +139,7 @@ def train_root(case: Case) -> Trained:
         counts_T = world.sum(count_labels(tasks, window))
         totals = WindowTotals(counts_T, len(window), step)
         if len(window) > 1:
-            with engine.evaluating():
-                root.look_at(window, totals)
+            root.look_at(window, totals)
         local_sums_T = torch.zeros(len(tasks))
         for number, batch in enumerate(window, start=1):
             engine.forward_backward(batch, totals, last=number == len(window))

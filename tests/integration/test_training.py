@@ -169,3 +169,24 @@ def test_another_decoder_is_said_at_a_resume(
     monkeypatch.setattr(runs, "decoder_name", lambda: "decoder B")
     train_run(recipe, tmp_path / "run", ["train.max_steps=3"])
     assert "decoder A so far, and are by decoder B" in capsys.readouterr().err
+
+
+def test_fp16_writes_down_its_loss_scale_and_the_steps_it_skipped(recipe: Path, tmp_path: Path) -> None:
+    train_run(recipe, tmp_path / "run", ["train.precision=fp16", "train.max_steps=2"])
+    for row in rows(tmp_path / "run", "step"):
+        assert row["loss_scale"] == 2.0 ** (16 - row["skipped_steps"])
+
+
+def test_images_and_weights_lie_as_the_recipe_says_and_the_numbers_stay(recipe: Path, tmp_path: Path) -> None:
+    for name in ("true", "false"):
+        train_run(recipe, tmp_path / name, [f"train.channels_last={name}", "train.max_steps=3"])
+    for first, second in zip(rows(tmp_path / "true", "step"), rows(tmp_path / "false", "step"), strict=True):
+        assert second == pytest.approx(first, rel=1e-4)
+
+
+def test_sync_batch_norm_on_a_cpu_is_refused_at_start(recipe: Path, tmp_path: Path) -> None:
+    from mtl_dist.errors import UserError
+
+    with pytest.raises(UserError, match=r"model\.norm: expected batch, group or frozen on CPUs, found sync"):
+        train_run(recipe, tmp_path / "run", ["model.norm=sync"])
+    assert not (tmp_path / "run").exists()
