@@ -109,12 +109,9 @@ def status(
     """
     from rich.console import Console
 
-    from mtl_dist.launch.jobs import ACTIVE, find_runs, view_runs
+    from mtl_dist.launch.jobs import ACTIVE, view_runs
 
-    runs = find_runs(run)
-    if not runs:
-        raise UserError(f"{run}: expected a run folder or a folder of runs, found none.")
-    views = view_runs(runs)
+    views = view_runs(some_runs(run))
     if run == RUNS and not all_runs:
         recent = time.time() - RECENT_S
         views = [v for v in views if v.state in ACTIVE or (v.status and v.status.updated > recent)]
@@ -123,6 +120,16 @@ def status(
     for view in views:
         if note := _note(view):
             console.print(f"{_name(view, run)}: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def some_runs(folder: Path) -> list[Path]:
+    """The run folders at or below `folder`, of which there must be one."""
+    from mtl_dist.launch.jobs import find_runs
+
+    runs = find_runs(folder)
+    if not runs:
+        raise UserError(f"{folder}: expected a run folder or a folder of runs, found none.")
+    return runs
 
 
 def status_table(views: Sequence[RunView], below: Path) -> Table:
@@ -206,10 +213,10 @@ def cancel(run: RunFolder) -> None:
     \b
       mtl cancel runs/skin/ID
     """
-    from mtl_dist.launch.jobs import ACTIVE, find_runs, view_runs
+    from mtl_dist.launch.jobs import ACTIVE, view_runs
     from mtl_dist.launch.jobs import cancel as cancel_run
 
-    views = view_runs(find_runs(run))
+    views = view_runs(some_runs(run))
     active = [view for view in views if view.state in ACTIVE]
     if not active:
         raise UserError(f"{run}: expected a run that waits or runs, found none. See mtl status {run}.")

@@ -23,6 +23,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.launch.attempts import Attempt, read_attempts
 from mtl_dist.launch.records import JobRecord, read_jobs, write_jobs
 from mtl_dist.launch.squeue import JobState, finished_job, live_jobs
+from mtl_dist.run_folder import RunFolder
 from mtl_dist.status import Status, read_status
 
 ACTIVE = ("queued", "starting", "running", "stopping")
@@ -166,6 +167,7 @@ def log_path(run: Path, rank: int | None) -> Path:
     Raises:
         UserError: no such run, rank or log.
     """
+    RunFolder.open(run)
     jobs = [job for job in read_jobs(run) if job.kind == "train"]
     if not jobs:
         if rank is not None:

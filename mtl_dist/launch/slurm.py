@@ -11,12 +11,13 @@ RUN/submissions/001/             one per submission; a sweep's is shared by its 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,9 +71,9 @@ def submit(
 
     Raises:
         UserError: a mistake in recipe, profile or sweep; no Slurm here; Slurm refuses the job; the run has a
-            job already.
+            job already; the folder holds another run.
     """
-    profile = load_settings(ClusterProfile, cluster)
+    profile = load_profile(cluster)
     points = list(sweep_points(sweeps))
     recipes = resolved_recipes(recipe, overrides, points, shape)
     directory = (
@@ -88,7 +89,9 @@ def submit(
             executor.parameters["map_count"] = len(runs)
         return Submitted(runs, [], script_text(executor))
     require_slurm()
-    refuse_if_active(directory)
+    for run, point in zip(runs, recipes, strict=True):
+        refuse_if_other(run, point)
+        refuse_if_active(run)
     with removed_on_failure(directory):
         folder = new_submission_folder(directory)
         for run, point in zip(runs, recipes, strict=True):
@@ -103,6 +106,20 @@ def submit(
     if then is not None:
         chain(then, folder, profile, recipes[0], runs, job_ids)
     return Submitted(runs, job_ids, script)
+
+
+def load_profile(path: Path) -> ClusterProfile:
+    """A cluster profile; its mistakes name the file, as a recipe is read in the same command.
+
+    Raises:
+        UserError: one line for every mistake.
+    """
+    try:
+        return load_settings(ClusterProfile, path)
+    except UserError as error:
+        lines = str(error).splitlines()
+        named = [line if line.startswith(str(path)) else f"{path}: {line}" for line in lines]
+        raise UserError("\n".join(named)) from None
 
 
 def require_slurm() -> None:
@@ -181,6 +198,14 @@ def write_submission(folder: Path, runs: Sequence[Path], profile: ClusterProfile
     write_text(folder / "submission.json", json.dumps(facts, indent=1))
 
 
+def refuse_if_other(run: Path, recipe: Recipe) -> None:
+    """Refuses a folder that holds a run which this recipe cannot go on with: its recipe would be lost."""
+    from mtl_dist.recipe import load_recipe, refuse_other_run
+
+    if (run / "recipe.yaml").is_file():
+        refuse_other_run(load_recipe(run / "recipe.yaml"), recipe, run)
+
+
 def refuse_if_active(run: Path) -> None:
     """Refuses to submit a run a second time while a job of it waits or runs."""
     jobs = read_jobs(run)
@@ -203,14 +228,20 @@ def submit_jobs(executor: SlurmExecutor, calls: Sequence[Callable[[], None]]) ->
         UserError: Slurm refuses, with what it said.
     """
     try:
-        if len(calls) == 1:
-            return [executor.submit(calls[0]).job_id]
-        with executor.batch():
-            jobs = [executor.submit(call) for call in calls]
-        return [job.job_id for job in jobs]
+        # submitit prints what sbatch says; it is in the error too.
+        with redirect_stderr(io.StringIO()):
+            if len(calls) == 1:
+                return [executor.submit(calls[0]).job_id]
+            with executor.batch():
+                jobs = [executor.submit(call) for call in calls]
+            return [job.job_id for job in jobs]
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
-        said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")] or [str(error)]
-        raise UserError(f"sbatch refused the job. {' '.join(said)} Look at the cluster profile.") from None
+        lines = str(error).splitlines()
+        said = [line.removeprefix("sbatch: ") for line in lines if line.startswith("sbatch: ")] or lines
+        advice = (
+            "Is SLURM_CONF right?" if "configuration source" in said[-1] else "Look at the cluster profile."
+        )
+        raise UserError(f"sbatch refused the job: {'; '.join(said)}. {advice}") from None
 
 
 def script_of(folder: Path, job_id: str) -> str:

@@ -144,21 +144,26 @@ def cluster_checks(
     profile_path: Path, nodes: int, tasks_per_node: int, console: Console
 ) -> list[tuple[str, Check]]:
     """Submits a short job, waits for it, and reads what its ranks found."""
-    from mtl_dist.config.loading import load_settings
-    from mtl_dist.launch.profile import ClusterProfile
     from mtl_dist.launch.script import Shape, build_executor
-    from mtl_dist.launch.slurm import new_submission_folder, require_slurm, submit_jobs
+    from mtl_dist.launch.slurm import (
+        load_profile,
+        new_submission_folder,
+        removed_on_failure,
+        require_slurm,
+        submit_jobs,
+    )
     from mtl_dist.launch.snapshot import take_snapshot
     from mtl_dist.run_folder import new_run_directory
 
+    profile = load_profile(profile_path).model_copy(update={"time_limit": "0:10:00"})
     require_slurm()
-    profile = load_settings(ClusterProfile, profile_path).model_copy(update={"time_limit": "0:10:00"})
-    folder = new_run_directory("doctor").resolve()
-    submission = new_submission_folder(folder)
-    take_snapshot(submission / "code", {}, Path.cwd())
-    # Nothing to save and nothing to requeue: the script ends with its ranks.
-    executor = build_executor(submission, "mtl-doctor", profile, Shape(nodes, tasks_per_node), verdict=False)
-    (job_id,) = submit_jobs(executor, [DoctorJob(folder)])
+    folder, shape = new_run_directory("doctor").resolve(), Shape(nodes, tasks_per_node)
+    with removed_on_failure(folder):
+        submission = new_submission_folder(folder)
+        take_snapshot(submission / "code", {}, Path.cwd())
+        # Nothing to save and nothing to requeue: the script ends with its ranks.
+        executor = build_executor(submission, "mtl-doctor", profile, shape, verdict=False)
+        (job_id,) = submit_jobs(executor, [DoctorJob(folder)])
     _await_job(job_id, console)
     if not list(folder.glob("rank-0.json")):
         log = submission / "jobs" / f"{job_id}_0_log.out"

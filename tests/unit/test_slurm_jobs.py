@@ -247,6 +247,8 @@ def test_a_local_run_has_one_log_for_all_ranks(local: Path) -> None:
     assert log_path(local, None) == local / "log.txt"
     with pytest.raises(UserError, match="--rank"):
         log_path(local, 0)
+    with pytest.raises(UserError, match="nowhere: expected a run folder, found no such directory"):
+        log_path(local / "nowhere", None)
 
 
 # -- finding and following --------------------------------------------------------------------------------

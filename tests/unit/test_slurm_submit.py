@@ -130,10 +130,31 @@ def test_a_run_whose_job_still_runs_is_not_submitted_twice(work: Path) -> None:
         submit(run, Path("profile.yaml"), Shape(1, 1))
 
 
-def test_what_sbatch_refuses_is_said_and_leaves_no_folder(work: Path) -> None:
+def test_a_folder_that_holds_another_run_is_refused_and_kept(work: Path) -> None:
+    (run,) = submit_tiny().runs
+    before = (run / "recipe.yaml").read_text()
+    with pytest.raises(UserError, match=r"train\.global_batch: expected 12 .* found 24"):
+        submit_tiny(run_dir=run, overrides=["train.global_batch=24"])
+    assert (run / "recipe.yaml").read_text() == before
+    assert len(read_jobs(run)) == 1
+
+
+def test_a_mistake_in_the_profile_names_the_file(work: Path) -> None:
+    (work / "profile.yaml").write_text("partitoin: gpu\ntime_limit: soon\n")
+    with pytest.raises(UserError) as error:
+        submit_tiny()
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("profile.yaml: ") for line in lines)
+
+
+def test_what_sbatch_refuses_is_said_once_and_leaves_no_folder(
+    work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     pretend(work, "sbatch", 'echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1')
     with pytest.raises(UserError, match="invalid partition specified: gpu"):
         submit_tiny()
+    assert capfd.readouterr().err == ""
     assert not list((work / "runs" / "tiny").iterdir())
 
 
