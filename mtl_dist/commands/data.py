@@ -200,6 +200,13 @@ def folders(
     ],
     out: Out,
     task: Annotated[str, typer.Option(show_default=False, help="The task's name.")],
+    mask: Annotated[
+        Pairs,
+        typer.Option(
+            metavar="TASK=HOW",
+            help="Masks made from the pictures: otsu, or the import path of a function of yours.",
+        ),
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -218,13 +225,15 @@ def folders(
     \b
       mtl prepare folders photos/ data/breeds --task breed
       mtl prepare folders photos.zip data/breeds --task breed --split 0.8,0.1,0.1
+      mtl prepare folders cifar10.zip data/cifar10 --task object --mask shape=otsu
     """
     from mtl_dist.data.importers.folders import prepare_folders
 
     parts = None if split is None else fractions("--split", split)
+    masks = named("--mask", mask, "HOW")
     options = _options(seed, workers, max_skipped, verify)
     with progress_bar("pack") as show:
-        manifest = prepare_folders(src, out, task, fractions=parts, options=options, progress=show)
+        manifest = prepare_folders(src, out, task, parts, options, show, masks)
     _summary(out, manifest)
 
 

@@ -83,7 +83,8 @@ class ModelSettings(Settings):
                    by its import path
     shared         one backbone for all tasks, or one for each
     weights        None; "torchvision" for the default weights of its registry; or a file (.pth,
-                   .safetensors) with the names of the whole torchvision model
+                   .safetensors) with the names of the whole torchvision model, or that of a run with this
+                   backbone: RUN/checkpoints/STEP/model.safetensors
     frozen         the backbone keeps its weights, its normalisation in evaluation mode; heads train
     norm           what becomes of the backbone's BatchNorm layers
     checkpointing  recompute the backbone in the backward pass, a stage or a block at a time

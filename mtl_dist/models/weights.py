@@ -20,6 +20,9 @@ from mtl_dist.errors import UserError
 _AUXILIARY = {"AuxLogits", "aux1", "aux2"}
 """Auxiliary classifiers in published weights of inception_v3 and googlenet."""
 
+_OF_A_RUN = "model.backbone."
+"""How the names of a shared backbone begin in a run's checkpoints/step_N/model.safetensors."""
+
 _OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 
@@ -33,6 +36,7 @@ def load_weights(module: nn.Module, trunk: Collection[str], name: str, source: s
         UserError: no such file, not a state dict, or one of another network.
     """
     state = _published_weights(name) if source == "torchvision" else read_state_dict(Path(source))
+    state = _shared_backbone(state)
     state = {_OLD_DENSENET_NAME.sub(r"\1\2", key): value for key, value in state.items()}
     if isinstance(module, VisionTransformer) and "encoder.pos_embedding" in state:
         state = dict(interpolate_embeddings(module.image_size, module.patch_size, state))
@@ -42,6 +46,12 @@ def load_weights(module: nn.Module, trunk: Collection[str], name: str, source: s
     _fit_first_convolution(found, module)
     _check(found, expected, name, source)
     module.load_state_dict(found, strict=False)
+
+
+def _shared_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's weights out of a checkpoint of a run; any other state as it is."""
+    own = {key.removeprefix(_OF_A_RUN): value for key, value in state.items() if key.startswith(_OF_A_RUN)}
+    return own or state
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

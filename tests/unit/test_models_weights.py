@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from mtl_dist.errors import UserError
 from mtl_dist.models.backbones import build_network
+from mtl_dist.models.multitask import build_model
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.models.weights import fit_channels
+from mtl_dist.specs import HeadSpec
 
 
 def original(name: str = "squeezenet1_1") -> nn.Module:
@@ -41,6 +43,17 @@ def test_a_file_gives_the_backbone_its_weights_and_the_classifier_is_ignored(
     for key, value in state.items():
         if not key.startswith("classifier"):
             assert torch.equal(found[key], value), key
+
+
+def test_a_checkpoint_of_a_run_gives_its_shared_backbone(tmp_path: Path) -> None:
+    specs = [HeadSpec("breed", "vector", 3)]
+    trained = build_model(ModelSettings(backbone="squeezenet1_1"), specs, 3, (64, 64))
+    state = {f"model.{name}": value for name, value in trained.state_dict().items()}
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(state | {"balancer.num_unconverged": torch.zeros(())}, path)
+    found = loaded(path)
+    for name, value in trained.backbone.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(found[name], value), name
 
 
 def test_torchvision_weights_come_through_its_own_cache(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtl_dist.data.images import IMAGE_EXTENSIONS, extension_of
 from mtl_dist.data.importers.jobs import Record, TaskSource
+from mtl_dist.data.importers.made_masks import MadeMask, mask_maker
 from mtl_dist.data.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
 from mtl_dist.data.importers.sources import Tree
 from mtl_dist.data.importers.splitting import (
@@ -28,18 +29,24 @@ def prepare_folders(
     fractions: Sequence[float] | None = None,
     options: PackOptions = STANDARD,
     progress: Progress = silent,
+    masks: Mapping[str, str] = {},
 ) -> Manifest:
     """Prepare the classification task `task` from a directory or a zip of class folders.
 
     The classes are the folders' names, sorted (by number where all are numbers). Where `src` holds no
     split folders, every class is divided by `fractions`, 0.8, 0.1, 0.1 if none are given. Files that are no
-    images by name are left out and counted.
+    images by name are left out and counted. `masks` says for further tasks how their masks are made from the
+    pictures (see `made_masks`).
 
     Raises:
         UserError: no images, an empty class folder, a class outside train that train lacks, fractions for
             data that is split already; or what `pack` refuses.
     """
     refuse_existing(out)
+    if task in masks:
+        raise UserError(f"--mask: expected another name than --task {task}, found the same.")
+    for how in masks.values():
+        mask_maker(how)
     tree = Tree(src)
     base = _base(tree)
     files = [path.removeprefix(base) for path in tree.files if path.startswith(base)]
@@ -76,8 +83,13 @@ def prepare_folders(
 
     records: dict[str, list[Record]] = {split: [] for split in SPLIT_NAMES if split in splits}
     for path, key, label, split in zip(images, keys, labels, splits, strict=True):
-        records[split].append(Record(key, tree.source(base + path), {task: label}))
+        source = tree.source(base + path)
+        made = {name: MadeMask(source, how) for name, how in masks.items()}
+        records[split].append(Record(key, source, {task: label}, made))
     tasks = {task: TaskSource("classification", tuple(classes))}
+    for name, how in masks.items():
+        tasks[name] = TaskSource("segmentation", ("background", name))
+        notes.append(f"masks of {name} were made from the pictures by {how}")
     return pack(records, out, tasks, src.resolve().stem, notes, options, progress)
 
 

@@ -15,10 +15,8 @@ ClassNames = Sequence[str] | Mapping[int, str]
 
 
 def names_of(classes: ClassNames) -> tuple[str, ...]:
-    """The names by index; classes by value are ordered by value."""
-    if isinstance(classes, Mapping):
-        return tuple(classes[value] for value in sorted(classes))
-    return tuple(classes)
+    """The names by index; classes by value come in the order in which they are stated."""
+    return tuple(classes.values()) if isinstance(classes, Mapping) else tuple(classes)
 
 
 def classification_labels(
@@ -115,7 +113,7 @@ def _lookup(texts: Iterable[str], classes: ClassNames | None) -> tuple[tuple[str
         names = tuple(class_order(unique))
         return names, {name: index for index, name in enumerate(names)}
     names = names_of(classes)
-    values = sorted(classes) if isinstance(classes, Mapping) else range(len(names))
+    values = list(classes) if isinstance(classes, Mapping) else range(len(names))
     index_of: dict[str | int, int] = {value: index for index, value in enumerate(values)}
     return names, index_of | {name: index for index, name in enumerate(names)}
 

@@ -219,9 +219,7 @@ def _read_tasks(
 def _mask_task(task: str, classes: ClassNames | None) -> TaskSource:
     if classes is None:
         classes = ("background", task)
-    values = (
-        {value: index for index, value in enumerate(sorted(classes))} if isinstance(classes, Mapping) else {}
-    )
+    values = {value: index for index, value in enumerate(classes)} if isinstance(classes, Mapping) else {}
     if len(classes) > IGNORE or any(not 0 <= value <= IGNORE for value in values):
         raise UserError(f"classes of {task!r}: expected at most {IGNORE}, with values from 0 to {IGNORE}.")
     return TaskSource("segmentation", names_of(classes), mask_values=values)
