@@ -16,17 +16,18 @@ from mtl_dist.conflicts import draw_conflicts
 from mtl_dist.durable import write_text
 from mtl_dist.report.compare_figures import CONVENTIONS, METRICS, Comparison, Row, Spread
 
-WIDTH_OF_A_COLUMN = 18
+WIDTH_OF_LABELS, WIDTH_OF_A_COLUMN = 60, 22
 MEAN, SEEDS = "#2f6db5", "#8a8f98"
 
 
 # ---------------------------------------------------------------- terminal
 def show(comparison: Comparison, console: Console) -> None:
     """Print one column per way to train, one row per figure, and who fights."""
-    table = table_of(comparison)
-    # A file or a pipe has no width: nothing is cut off there.
-    needed = 40 + WIDTH_OF_A_COLUMN * len(comparison.rows)
-    console.print(table, width=None if console.is_terminal else max(console.width, needed))
+    if not console.is_terminal:
+        # A file or a pipe has no width: nothing is cut off there.
+        needed = WIDTH_OF_LABELS + WIDTH_OF_A_COLUMN * len(comparison.rows)
+        console = Console(file=console.file, width=max(console.width, needed))
+    console.print(table_of(comparison))
     console.print(
         "* main metric of its task. delta_m: mean per cent by which metrics are worse than those of the "
         "single-task models (negative: better), averaged as the row says. Mean ± standard deviation over "
@@ -46,7 +47,7 @@ def table_of(comparison: Comparison) -> Table:
     table.add_column("task")
     table.add_column("figure")
     for row in comparison.rows:
-        table.add_column(row.name, justify="right")
+        table.add_column(row.name, justify="right", overflow="fold")
     for task, kind in comparison.kinds.items():
         for number, metric in enumerate(METRICS[kind]):
             cells = [spread_text(row.metrics[task][metric], 4) for row in comparison.rows]
