@@ -215,6 +215,14 @@ def folders(
             help="Such as 0.8,0.1,0.1, where SRC has no train folder.",
         ),
     ] = None,
+    val: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            show_default=False,
+            help="The share of train to validate on, where SRC has train and test but no val.",
+        ),
+    ] = None,
     seed: Seed = 0,
     workers: Workers = None,
     max_skipped: MaxSkipped = 0,
@@ -225,7 +233,7 @@ def folders(
     \b
       mtl prepare folders photos/ data/breeds --task breed
       mtl prepare folders photos.zip data/breeds --task breed --split 0.8,0.1,0.1
-      mtl prepare folders cifar10.zip data/cifar10 --task object --mask shape=otsu
+      mtl prepare folders cifar10.zip data/cifar10 --task object --mask shape=otsu --val 0.1
     """
     from mtl_dist.data.importers.folders import prepare_folders
 
@@ -233,7 +241,7 @@ def folders(
     masks = named("--mask", mask, "HOW")
     options = _options(seed, workers, max_skipped, verify)
     with progress_bar("pack") as show:
-        manifest = prepare_folders(src, out, task, parts, options, show, masks)
+        manifest = prepare_folders(src, out, task, parts, options, show, masks, val)
     _summary(out, manifest)
 
 

@@ -67,6 +67,22 @@ def test_made_masks_are_a_task_of_two_classes(folders: Path, tmp_path: Path) -> 
     assert sorted(int(mask.sum()) for mask in masks.values()) == [16, 16, 25, 25, 36, 36]
 
 
+def test_a_share_of_train_is_held_out_by_class(folders: Path, tmp_path: Path) -> None:
+    (folders / "val").rename(folders / "test")
+    manifest = prepare_folders(folders, tmp_path / "out", "tone", val=0.34)
+    assert {name: split.num_samples for name, split in manifest.splits.items()} == {
+        "train": 4,
+        "val": 2,
+        "test": 2,
+    }
+    assert manifest.splits["val"].labels["tone"].class_counts == (1, 1)
+
+
+def test_holding_out_is_refused_where_there_is_a_val(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected no val folder with --val, found one"):
+        prepare_folders(folders, tmp_path / "out", "tone", val=0.1)
+
+
 def test_a_function_of_the_users_makes_masks(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

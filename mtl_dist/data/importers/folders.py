@@ -30,13 +30,14 @@ def prepare_folders(
     options: PackOptions = STANDARD,
     progress: Progress = silent,
     masks: Mapping[str, str] = {},
+    val: float | None = None,
 ) -> Manifest:
     """Prepare the classification task `task` from a directory or a zip of class folders.
 
     The classes are the folders' names, sorted (by number where all are numbers). Where `src` holds no
     split folders, every class is divided by `fractions`, 0.8, 0.1, 0.1 if none are given. Files that are no
     images by name are left out and counted. `masks` says for further tasks how their masks are made from the
-    pictures (see `made_masks`).
+    pictures (see `made_masks`). `val` is the share of train to hold out where `src` has no val folder.
 
     Raises:
         UserError: no images, an empty class folder, a class outside train that train lacks, fractions for
@@ -75,7 +76,12 @@ def prepare_folders(
     if in_splits:
         splits = [split_name(path.split("/")[0]) for path in images]
         _check_known_classes(src, classes, labels, splits)
+        if val is not None:
+            splits = _held_out(src, keys, labels, splits, val, options.seed)
+            notes.append(f"{val:g} of train held out as val, by class, with seed {options.seed}")
     else:
+        if val is not None:
+            raise UserError(f"{src}: expected --split for folders without splits, found --val. Use that.")
         fractions = fractions or DEFAULT_FRACTIONS
         splits = split_by_fractions(keys, labels, fractions, options.seed)
         shares = ", ".join(f"{fraction:g}" for fraction in fractions)
@@ -91,6 +97,22 @@ def prepare_folders(
         tasks[name] = TaskSource("segmentation", ("background", name))
         notes.append(f"masks of {name} were made from the pictures by {how}")
     return pack(records, out, tasks, src.resolve().stem, notes, options, progress)
+
+
+def _held_out(
+    src: Path, keys: Sequence[str], labels: Sequence[int], splits: Sequence[str], val: float, seed: int
+) -> list[str]:
+    """The splits with a share of each class of train made val."""
+    if "val" in splits:
+        raise UserError(f"{src}: expected no val folder with --val, found one. Drop --val.")
+    if not 0 < val < 1:
+        raise UserError(f"--val: expected a share between 0 and 1, found {val:g}.")
+    train = [number for number, split in enumerate(splits) if split == "train"]
+    parts = split_by_fractions([keys[n] for n in train], [labels[n] for n in train], (1 - val, val), seed)
+    result = list(splits)
+    for number, part in zip(train, parts, strict=True):
+        result[number] = part
+    return result
 
 
 def _base(tree: Tree) -> str:
