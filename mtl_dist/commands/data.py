@@ -173,7 +173,7 @@ def index(
     options = _options(0, workers, max_skipped, verify)
     with progress_bar("tars") as show:
         manifest = index_tars(tars, out, mapping, split=split, options=options, progress=show)
-    _summary(out, manifest)
+    summary(out, manifest)
 
 
 @prepare.command()
@@ -190,7 +190,7 @@ def digits(out: Out, seed: Seed = 0, workers: Workers = None) -> None:
 
     with progress_bar("pack") as show:
         manifest = prepare_digits(out, _options(seed, workers), show)
-    _summary(out, manifest)
+    summary(out, manifest)
 
 
 @prepare.command()
@@ -242,7 +242,7 @@ def folders(
     options = _options(seed, workers, max_skipped, verify)
     with progress_bar("pack") as show:
         manifest = prepare_folders(src, out, task, parts, options, show, masks, val)
-    _summary(out, manifest)
+    summary(out, manifest)
 
 
 @prepare.command()
@@ -322,7 +322,7 @@ def table(
             options=options,
             progress=show,
         )
-    _summary(out, manifest)
+    summary(out, manifest)
 
 
 @prepare.command()
@@ -365,7 +365,7 @@ def idx(
     measures = words("--measure", measure) if measure is not None else []
     with progress_bar("pack") as show:
         manifest = prepare_idx(src, out, task, names, measures, val, _options(seed, workers), show)
-    _summary(out, manifest)
+    summary(out, manifest)
 
 
 @prepare.command()
@@ -405,7 +405,7 @@ def cifar(
     names = {head: text.split(",") for head, text in named("--classes", classes, "NAME,...").items()}
     with progress_bar("pack") as show:
         manifest = prepare_cifar(src, out, words("--heads", heads), names, val, _options(seed, workers), show)
-    _summary(out, manifest)
+    summary(out, manifest)
 
 
 @prepare.command()
@@ -433,7 +433,7 @@ def own(
     options = _options(seed, workers, max_skipped, verify)
     with progress_bar("pack") as show:
         manifest = prepare_own(importer, out, arguments or [], options, show)
-    _summary(out, manifest)
+    summary(out, manifest)
 
 
 def _options(seed: int, workers: int | None, max_skipped: int = 0, verify: bool = True) -> PackOptions:
@@ -442,7 +442,7 @@ def _options(seed: int, workers: int | None, max_skipped: int = 0, verify: bool 
     return PackOptions(verify=verify, max_skipped=max_skipped, workers=workers, seed=seed)
 
 
-def _summary(out: Path, manifest: Manifest) -> None:
+def summary(out: Path, manifest: Manifest) -> None:
     """What has been made, in a few lines."""
     splits = ", ".join(f"{split.num_samples:,} {name}" for name, split in manifest.splits.items())
     tasks = ", ".join(f"{name} ({info.kind})" for name, info in manifest.tasks.items())

@@ -56,6 +56,37 @@ def numbers(text: str) -> tuple[float, ...] | None:
         return None
 
 
+def percentile_pair(option: str, text: str) -> tuple[float, float]:
+    """The two numbers of `1,99`.
+
+    Raises:
+        UserError: they are not two numbers.
+    """
+    found = numbers(text)
+    if found is None or len(found) != 2:
+        raise UserError(f'{option}: expected two percentiles such as 1,99, found "{text}".')
+    return found[0], found[1]
+
+
+def stacks_by_split(option: str, text: str) -> dict[str, str] | None:
+    """The split of each stack that `val=sw,nw;test=ne` names; None where it is a column's name.
+
+    Raises:
+        UserError: a stack in two splits, or a split without one.
+    """
+    if "=" not in text:
+        return None
+    splits: dict[str, str] = {}
+    for part in text.split(";"):
+        split, _, names = part.partition("=")
+        for name in names.split(","):
+            if not split.strip() or not name.strip():
+                raise UserError(f'{option}: expected SPLIT=STACK,... with ; between splits, found "{text}".')
+            if splits.setdefault(name.strip(), split.strip()) != split.strip():
+                raise UserError(f"{option}: expected each stack in one split, found {name.strip()} in two.")
+    return splits
+
+
 def class_names(option: str, values: Sequence[str] | None) -> Mapping[str, Sequence[str] | Mapping[int, str]]:
     """Class names by task: `lesion=background,lesion` by index, `lesion=0:background,255:lesion` by value.
 

@@ -249,6 +249,13 @@ def test_a_value_that_never_varies_has_a_spread_that_divides(tmp_path: Path) -> 
     assert (manifest.tasks["age"].mean, manifest.tasks["age"].std) == (5.0, 1.0)
 
 
+def test_a_value_may_be_below_zero(tmp_path: Path) -> None:
+    table = "file,split,age\na.png,train,-5\nb.png,train,1.5\n"
+    manifest = prepare(skin(tmp_path / "skin", table), tmp_path / "out", regression={"age": "age"})
+    assert (manifest.tasks["age"].minimum, manifest.tasks["age"].maximum) == (-5.0, 1.5)
+    assert manifest.splits["train"].labels["age"].present == 2
+
+
 @pytest.mark.slow
 @needs_data
 def test_the_skin_lesions_are_prepared_as_their_description_says(tmp_path: Path) -> None:

@@ -45,13 +45,14 @@ def label_counts(name: str, task: TaskSource, split: PackedSplit) -> LabelCounts
     if task.kind == "segmentation":
         present = sum(name in record.masks for record in split.records)
         counts = np.sum([result.mask_pixels[name] for result in split.results], axis=0)
+    elif task.kind == "regression":
+        present = sum(name in record.labels for record in split.records)
+        return LabelCounts(present, num_samples - present)
     else:
         labels = [record.labels[name] for record in split.records if name in record.labels]
         present = len(labels)
         indices = [index for label in labels for index in (label if isinstance(label, list) else [label])]
         counts = np.bincount(np.array(indices, np.int64), minlength=len(task.classes))
-    if task.kind == "regression":
-        return LabelCounts(present, num_samples - present)
     return LabelCounts(present, num_samples - present, tuple(int(count) for count in counts))
 
 

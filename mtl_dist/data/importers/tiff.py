@@ -1,0 +1,218 @@
+"""Frames of a multi-page TIFF, read one at a time: 8 or 16 bits, grey or several channels.
+
+A stack has one axis of frames (time, depth, or just pages); channels may be pages of their own, planes of a
+page, or samples of a pixel. Which it is says the file: OME, ImageJ or plain TIFF (through tifffile).
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+
+from mtl_dist.data.importers.pixels import encoded_picture, encoded_png
+from mtl_dist.data.importers.sources import Source
+from mtl_dist.errors import UserError
+from mtl_dist.specs import IGNORE
+
+Bounds = tuple[tuple[float, float], ...]
+"""Per channel, the value that becomes 0 and the one that becomes 255."""
+
+_PLANE, _CHANNELS = frozenset("YX"), frozenset("CS")
+_LEAST = 1e-12  # so that percentile 0 is the least value there is, not 0
+_DTYPES = ("bool", "uint8", "uint16")
+_DAMAGES = (
+    tifffile.TiffFileError,
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
+
+
+class Stack:
+    """One open stack: `num_frames` frames of `dtype`.
+
+    Raises:
+        UserError: no TIFF, a damaged one, or one whose axes, size or values are not those of a stack.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._where = str(source)
+        with _damage_told(self._where):
+            file = io.BytesIO(source.read()) if source.archive else Path(source.path)
+            self._file = tifffile.TiffFile(file)
+            series = self._file.series
+            kinds = {(page.shape, str(page.dtype)) for one in series for page in one.pages if page}
+        if len(series) != 1:
+            found = "; ".join(f"{'x'.join(map(str, shape))} {dtype}" for shape, dtype in sorted(kinds))
+            raise UserError(f"{source}: expected pages of one size and kind, found several: {found}.")
+        self._series: Any = series[0]
+        page = self._series.keyframe
+        self._page_axes: str = page.axes
+        self._outer = self._series.axes[: -len(page.axes)]
+        self._outer_shape = tuple(self._series.shape[: -len(page.axes)])
+        lengths = dict(zip(self._outer, self._outer_shape, strict=True))
+        frames = [axis for axis in self._outer if axis not in _CHANNELS]
+        long = [axis for axis in frames if lengths[axis] > 1]
+        plain = self._series.axes.endswith(page.axes) and len(lengths) == len(self._outer)
+        if not plain or len(long) > 1 or set(page.axes) - _PLANE - _CHANNELS or not set(page.axes) >= _PLANE:
+            shape = "x".join(map(str, self._series.shape))
+            raise UserError(
+                f"{source}: expected one axis of frames, and perhaps one of channels, found the axes "
+                f"{self._series.axes} ({shape}). Save it as a stack of frames."
+            )
+        if self._series.dtype.name not in _DTYPES:
+            raise UserError(
+                f"{source}: expected 8 or 16 bits without sign per value, found {self._series.dtype.name}. "
+                "Convert it."
+            )
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+            raise UserError(f"{source}: expected greys or colours, found a palette. Convert it to grey.")
+        self._frame_axis = long[0] if long else ""
+        self.num_frames = lengths[long[0]] if long else 1
+        self.dtype: np.dtype[Any] = self._series.dtype
+
+    def frame(self, number: int) -> np.ndarray:
+        """The frame (H, W, C); what is one bit per pixel comes as uint8 of 0 and 1.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        grid = [
+            (number,) if axis == self._frame_axis else range(size)
+            for axis, size in zip(self._outer, self._outer_shape, strict=True)
+        ]
+        planes = []
+        with _damage_told(f"{self._where} page {number}"):
+            for index in itertools.product(*grid):
+                at = int(np.ravel_multi_index(index, self._outer_shape)) if index else 0
+                planes.append(_channels_last(self._series.pages[at].asarray(), self._page_axes))
+        pixels = np.concatenate(planes, axis=2)
+        return pixels.astype(np.uint8) if pixels.dtype == bool else pixels
+
+
+@dataclass(frozen=True, slots=True)
+class StackPage:
+    """One frame of a stack as the file of a picture, or of a mask; `size` is that of its pixels.
+
+    `bounds` make 8 bits of what lies between them.
+    """
+
+    source: Source
+    frame: int
+    size: int
+    bounds: Bounds | None = None
+    is_mask: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.source} page {self.frame}"
+
+    def read(self) -> bytes:
+        """The PNG or .npy file of the frame.
+
+        Raises:
+            UserError: it cannot be read, or is a mask of several channels or of values beyond 255.
+        """
+        pixels = open_stack(self.source).frame(self.frame)
+        if not self.is_mask:
+            return encoded_picture(pixels if self.bounds is None else scaled(pixels, self.bounds))
+        if pixels.shape[2] != 1 or pixels.max(initial=0) > IGNORE:
+            raise UserError(
+                f"{self}: expected a mask of one channel with values up to {IGNORE}, found "
+                f"{pixels.shape[2]} channel(s) and values up to {pixels.max(initial=0)}."
+            )
+        return encoded_png(pixels[:, :, 0].astype(np.uint8))
+
+
+def open_stack(source: Source) -> Stack:
+    """The stack in a file, open; of each process's last few."""
+    return _opened(source, os.getpid())
+
+
+@lru_cache(maxsize=8)
+def _opened(source: Source, process: int) -> Stack:
+    return Stack(source)
+
+
+def percentiles(source: Source, frames: list[int], low: float, high: float) -> Bounds:
+    """Two percentiles of the values of each channel, over these frames of a stack, one frame at a time."""
+    counts: np.ndarray | None = None
+    stack = open_stack(source)
+    for number in frames:
+        pixels = stack.frame(number)
+        values = 2 ** (8 * pixels.dtype.itemsize)
+        found = np.stack(
+            [
+                np.bincount(pixels[:, :, channel].ravel(), minlength=values)
+                for channel in range(pixels.shape[2])
+            ]
+        )
+        counts = found if counts is None else counts + found
+    assert counts is not None
+    bounds = []
+    for of_channel in counts:
+        shares = np.cumsum(of_channel) / of_channel.sum()
+        bottom, top = (float(np.searchsorted(shares, max(share / 100, _LEAST))) for share in (low, high))
+        bounds.append((bottom, max(top, bottom + 1)))
+    return tuple(bounds)
+
+
+def scaled(pixels: np.ndarray, bounds: Bounds) -> np.ndarray:
+    """The frame (H, W, C) in 8 bits: what lies between a channel's bounds becomes 0 to 255."""
+    low, high = np.array(bounds, np.float32).T
+    return np.clip(np.rint((pixels - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
+
+
+def _channels_last(pixels: np.ndarray, axes: str) -> np.ndarray:
+    order = [axes.index("Y"), axes.index("X"), *(i for i, axis in enumerate(axes) if axis not in _PLANE)]
+    pixels = pixels.transpose(order)
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+@contextmanager
+def _damage_told(where: str) -> Iterator[None]:
+    """Turn what tifffile raises, and what it only logs, into an error for the user."""
+    said = _Said()
+    logger = logging.getLogger("tifffile")
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(said)
+    try:
+        yield
+    except UserError:
+        raise
+    except _DAMAGES as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        advice = ' Install it with `pip install "mtl-dist[tiff]"`.' if "imagecodecs" in text else ""
+        raise UserError(f"{where}: expected a readable TIFF, found: {text}.{advice}") from None
+    finally:
+        logger.propagate = before
+        logger.removeHandler(said)
+    if said.line:
+        raise UserError(f"{where}: expected a whole TIFF, found: {said.line}. Copy it again.")
+
+
+class _Said(logging.Handler):
+    """Keeps the first complaint: of what a damaged file lacks, tifffile only tells its log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.line = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.line = self.line or record.getMessage().splitlines()[0]
