@@ -30,8 +30,9 @@ from mtl_dist.errors import UserError
 from mtl_dist.recipe import load_recipe
 from mtl_dist.run_folder import RunFolder
 
-ImageLike: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
-"""A path, an encoded image, a PIL image, or an array (H, W) or (H, W, C)."""
+ImageLike: TypeAlias = str | Path | bytes | Image.Image | np.ndarray | Tensor
+"""A path, an encoded image, a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W); values as in
+the files that the run was trained on (0 to 255 for 8-bit ones)."""
 
 BATCH_SIZE = 32
 OVERLAY_COLOUR = (255, 64, 64)
@@ -70,12 +71,12 @@ class Predictor:
 
     @torch.no_grad()
     def predict_many(
-        self, images: Sequence[ImageLike], threshold: float = 0.5
+        self, images: Sequence[ImageLike] | np.ndarray | Tensor, threshold: float = 0.5
     ) -> list[dict[str, dict[str, Any]]]:
-        """`predict` for several images, in batches."""
+        """`predict` for several images, in batches; also for a stacked array or tensor."""
         results: list[dict[str, dict[str, Any]]] = []
         for start in range(0, len(images), BATCH_SIZE):
-            originals = [self._decoded(image) for image in images[start : start + BATCH_SIZE]]
+            originals = [self.decoded(image) for image in images[start : start + BATCH_SIZE]]
             inputs = torch.stack([self._transform(image, {}, Draws(0))[0] for image in originals])
             outputs = self._root.predict(inputs.to(self._world.device))
             for row, original in enumerate(originals):
@@ -94,7 +95,7 @@ class Predictor:
             result[name] = task.decode(output, threshold)[0]
         return result
 
-    def _decoded(self, image: ImageLike) -> Tensor:
+    def decoded(self, image: ImageLike) -> Tensor:
         """The image as the model's datasets hold theirs: raw (C, H, W)."""
         name = str(image) if isinstance(image, str | Path) else type(image).__name__
         try:
@@ -110,8 +111,10 @@ def _encoded(image: ImageLike) -> bytes:
     if isinstance(image, str | Path):
         return Path(image).read_bytes()
     buffer = io.BytesIO()
+    if isinstance(image, Tensor):
+        image = image.cpu().movedim(0, -1).numpy()
     if isinstance(image, np.ndarray):
-        np.save(buffer, image)
+        np.save(buffer, np.ascontiguousarray(image))
     else:
         image.save(buffer, format="PNG")
     return buffer.getvalue()
@@ -127,8 +130,9 @@ def predict_files(
 ) -> Iterator[dict[str, Any]]:
     """One JSON-able record per image: `{"image": path, task: answer}`.
 
-    Masks are left out of the records; with `overlays` each is written there as `<image>_<task>.png`, and the
-    image with its foreground tinted as `<image>_<task>_overlay.png`.
+    Masks are left out of the records; with `overlays` each is written there as `<image>_<task>.png`, of class
+    indices, and the image with its foreground tinted as `<image>_<task>_overlay.png`. `<image>` is the file's
+    name without extension, or its whole path where two files share that.
     """
     missing = [f"{path}: expected an image, found no such file." for path in images if not path.is_file()]
     if missing:
@@ -136,6 +140,7 @@ def predict_files(
     predictor = load(run)
     if overlays is not None:
         overlays.mkdir(parents=True, exist_ok=True)
+    names = _overlay_names(images)
     for start in range(0, len(images), BATCH_SIZE):
         chunk = images[start : start + BATCH_SIZE]
         for path, answers in zip(chunk, predictor.predict_many(chunk, threshold), strict=True):
@@ -143,18 +148,28 @@ def predict_files(
             for task, answer in answers.items():
                 record[task] = {k: v for k, v in answer.items() if not isinstance(v, np.ndarray)}
                 if overlays is not None and "mask" in answer:
-                    record[task]["mask"] = str(_write_overlay(path, task, answer["mask"], overlays))
+                    mask_path = overlays / f"{names[path]}_{task}.png"
+                    _write_overlay(predictor.decoded(path), answer["mask"], mask_path)
+                    record[task]["mask"] = str(mask_path)
             yield record
 
 
-def _write_overlay(path: Path, task: str, mask: np.ndarray, directory: Path) -> Path:
-    mask_path = directory / f"{path.stem}_{task}.png"
-    Image.fromarray(mask).save(mask_path)
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-    tinted = np.where((mask > 0)[..., None], 0.5 * pixels + 0.5 * np.array(OVERLAY_COLOUR), pixels)
-    Image.fromarray(tinted.astype(np.uint8)).save(directory / f"{path.stem}_{task}_overlay.png")
-    return mask_path
+def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
+    shared = len({path.stem for path in paths}) < len(set(paths))
+    return {path: "_".join(path.with_suffix("").parts).strip("/_") if shared else path.stem for path in paths}
+
+
+def _write_overlay(image_CHW: Tensor, mask: np.ndarray, path: Path) -> None:
+    """Write the mask, and the image as the model saw it with the mask's foreground tinted."""
+    Image.fromarray(mask).save(path)
+    pixels = image_CHW.float()
+    if image_CHW.dtype != torch.uint8:
+        low, high = pixels.min(), pixels.max()
+        pixels = (pixels - low) * (255 / (high - low).clamp(min=1e-9))
+    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
+    colours = shown.permute(1, 2, 0).numpy()
+    tinted = np.where((mask > 0)[..., None], 0.5 * colours + 0.5 * np.array(OVERLAY_COLOUR), colours)
+    Image.fromarray(tinted.astype(np.uint8)).save(path.with_name(f"{path.stem}_overlay.png"))
 
 
 def to_json(record: dict[str, Any]) -> str:

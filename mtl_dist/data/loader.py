@@ -70,6 +70,8 @@ class Data:
     image_dtype: ImageDtype
     sources: dict[str, tuple[Source, ...]]
     schedule: Schedule
+    left_out: tuple[str, ...] = ()
+    """The training datasets that know none of the tasks: they would only be looked at."""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -103,6 +105,8 @@ class Data:
                 for source, weight in zip(self.sources["train"], self.schedule.weights, strict=True)
             ]
             parts.append(f"training mix {self.settings.mixing.kind}: {', '.join(shares)}")
+        if self.left_out:
+            parts.append(f"left out, with no label of these tasks: {', '.join(self.left_out)}")
         return "; ".join(parts)
 
 
@@ -119,6 +123,7 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
         if source.info.num_samples == 0:
             raise UserError(f"{source.path}: expected samples in the split {source.split}, found none.")
     infos = merge_infos(tasks, training)
+    settings, training, left_out = _with_labels(settings, training, infos)
     check_blend(settings.blend, infos)
     facts = {"train": training}
     for split, stated in (("val", settings.val), ("test", settings.test)):
@@ -136,7 +141,18 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
     _check_sampling(settings.sampling, infos, sources["train"])
     lengths = [source.info.num_samples for source in training]
     schedule = Schedule(settings.mixing.weights(settings.train, lengths))
-    return Data(settings, infos, channels, image_dtype, sources, schedule)
+    return Data(settings, infos, channels, image_dtype, sources, schedule, left_out)
+
+
+def _with_labels(
+    settings: DataSettings, training: Sequence[SourceFacts], tasks: Collection[str]
+) -> tuple[DataSettings, list[SourceFacts], tuple[str, ...]]:
+    """The training sources that know a task of the recipe, and the names of the others."""
+    knows = [any(task in source.tasks for task in tasks) for source in training]
+    kept = tuple(stated for stated, known in zip(settings.train, knows, strict=True) if known)
+    left_out = tuple(source.path.name for source, known in zip(training, knows, strict=True) if not known)
+    facts = [source for source, known in zip(training, knows, strict=True) if known]
+    return settings.model_copy(update={"train": kept}), facts, left_out
 
 
 def tasks_in(settings: DataSettings, root: Path | None = None) -> dict[str, TaskInfo]:
@@ -253,7 +269,14 @@ def _stream(data: Data, seed: int) -> Stream | BalancedStream:
 
 
 def eval_loader(
-    data: Data, split: str, *, batch_size: int, rank: int, world_size: int, workers: int
+    data: Data,
+    split: str,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    workers: int,
+    pin_memory: bool = False,
 ) -> BatchLoader:
     """A rank's batches of a split, not augmented: each sample once over the ranks, in the stored order.
 
@@ -269,8 +292,8 @@ def eval_loader(
     transform = Transform(data.image_size, data.settings.resize, PRESETS["none"], own)
     order = Concatenation([source.reader.num_samples for source in data.sources[split]])
     cut = EvaluationCut(batch_size, rank, world_size, order.num_samples)
-    batches = _Batches(cut, order, _builder(data, split, transform, 0))
-    return BatchLoader(batches, workers, False, data.settings.on_bad_sample)
+    batches = _Batches(cut, order, _builder(data, split, transform, 0, pin_memory=pin_memory))
+    return BatchLoader(batches, workers, pin_memory, data.settings.on_bad_sample)
 
 
 class BatchLoader:

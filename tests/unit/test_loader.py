@@ -695,3 +695,14 @@ def test_a_worker_builds_its_batch_in_shared_memory(datasets: Path) -> None:
     assert (
         batch.targets["shape"].untyped_storage().data_ptr() == batch.images_BCHW.untyped_storage().data_ptr()
     )
+
+
+def test_a_training_dataset_without_a_label_of_the_recipe_s_tasks_is_left_out(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "breeds", {"train": 12, "val": 4}, tasks={"digit": TASKS["digit"]})
+    write_dataset(tmp_path / "moods", {"train": 9, "val": 3}, tasks={"value": TASKS["value"]})
+    settings = settings_for(str(tmp_path / "breeds"), str(tmp_path / "moods"))
+    both, one = open_data(settings, ["digit", "value"]), open_data(settings, ["digit"])
+    assert (both.num_train_samples, both.num_samples("val")) == (21, 7)
+    assert (one.num_train_samples, one.num_samples("val")) == (12, 4)
+    assert one.left_out == ("moods",)
+    assert "left out, with no label of these tasks: moods" in one.describe()
