@@ -181,7 +181,9 @@ def log_path(run: Path, rank: int | None) -> Path:
     ranks = _ranks_of(run, jobs[-1]) if jobs else 0
     if rank is not None and rank >= ranks:
         raise UserError(f"--rank: expected 0 to {ranks - 1}, found {rank}.")
-    raise UserError(f"{run}: nothing has been printed yet ({path.name} does not exist).")
+    view = view_runs([run])[0]
+    why = f" ({view.detail})" if view.detail else ""
+    raise UserError(f"{run}: nothing has been printed yet; it is {view.state}{why}.")
 
 
 def _ranks_of(run: Path, job: JobRecord) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mtl_dist.errors import UserError
 from mtl_dist.report.doctor_checks import Check, local_checks
@@ -48,16 +49,19 @@ def run_doctor(cluster: Path | None = None, *, nodes: int = 2, tasks_per_node: i
 
 
 def table_of(findings: Sequence[tuple[str, Check]]) -> Table:
-    """One row per finding; a node's name stands before what only this node says."""
+    """One row per finding, with what to do below what was found.
+
+    A node's name stands before what only this node says.
+    """
     table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    table.add_column("check")
-    table.add_column("found", overflow="fold")
-    table.add_column("what to do", overflow="fold")
+    table.add_column("", no_wrap=True)
+    table.add_column("check", overflow="fold", max_width=40)
+    table.add_column("found, and what to do", overflow="fold")
     colours = {"ok": "green", "warning": "yellow", "failure": "red"}
     for node, check in findings:
         name = f"{node}: {check.name}" if node else check.name
-        table.add_row(f"[{colours[check.level]}]{check.level}[/]", name, check.found, check.advice)
+        text = Text("\n-> ".join(filter(None, [check.found, check.advice])))
+        table.add_row(f"[{colours[check.level]}]{check.level}[/]", Text(name), text)
     return table
 
 

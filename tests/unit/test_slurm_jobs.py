@@ -178,9 +178,10 @@ def test_nothing_to_cancel_is_said(run: Path, slurm: Programs) -> None:
         cancel(run)
 
 
-def test_each_rank_has_a_log_and_a_rank_that_does_not_exist_is_refused(run: Path) -> None:
+def test_each_rank_has_a_log_and_a_rank_that_does_not_exist_is_refused(run: Path, slurm: Programs) -> None:
     jobs = run / "submissions" / "001" / "jobs"
-    with pytest.raises(UserError, match="nothing has been printed yet"):
+    slurm(squeue=says("7|PENDING|Priority|N/A|"))
+    with pytest.raises(UserError, match=r"nothing has been printed yet; it is queued \(Priority\)"):
         log_path(run, None)
     for rank in range(4):
         (jobs / f"7_{rank}_log.out").touch()
