@@ -25,6 +25,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mtl_dist.balance.balancer import Level
 from mtl_dist.engine.world import World
 
+COLUMNS_IN_CACHE = 16384
+"""Of a (T, P) matrix; anything from 4,096 to 65,536 is about as fast."""
+
 
 class Gates:
     """What the gradients of the shared part are multiplied by, one number per task; may change until the
@@ -127,6 +130,37 @@ def full_float32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
+class JacobianMemory:
+    """Where the tasks' gradients of the shared parameters lie, (T, P) in float32: the same in every window.
+
+    On a CPU fresh memory costs more than what is written to it (the system clears every page); a GPU's
+    allocator hands the same memory out again by itself, and may use it for other things in between.
+    """
+
+    def __init__(self) -> None:
+        self._kept_TP: Tensor | None = None
+
+    def take(self, num_tasks: int, size: int, device: torch.device) -> Tensor:
+        """Uninitialised memory; what was taken before must no longer be in use."""
+        kept_TP = self._kept_TP
+        if kept_TP is None or kept_TP.shape != (num_tasks, size) or kept_TP.device != device:
+            kept_TP = torch.empty(num_tasks, size, device=device)
+        if device.type == "cpu":
+            self._kept_TP = kept_TP
+        return kept_TP
+
+
+def products(rows_TP: Tensor) -> Tensor:
+    """The products of all pairs of rows, (T, T)."""
+    if rows_TP.device.type != "cpu":
+        return rows_TP @ rows_TP.T
+    # As one product of so flat a matrix it takes three times as long: its pieces fit the cache.
+    products_TT = rows_TP.new_zeros(len(rows_TP), len(rows_TP))
+    for piece_TC in rows_TP.split(COLUMNS_IN_CACHE, dim=1):
+        products_TT.addmm_(piece_TC, piece_TC.T)
+    return products_TT
+
+
 class WindowGradients:
     """Gathers the losses and gradients of a window's micro-batches, then speaks for all ranks.
 
@@ -135,8 +169,11 @@ class WindowGradients:
     smallest gradients would be 0 otherwise); all results are without it.
     """
 
-    def __init__(self, num_tasks: int, world: World, scale: float = 1.0) -> None:
+    def __init__(
+        self, num_tasks: int, world: World, scale: float = 1.0, memory: JacobianMemory | None = None
+    ) -> None:
         self._world = world
+        self._memory = memory or JacobianMemory()
         self._scale = scale
         self._losses_T = torch.zeros(num_tasks, device=world.device)
         self._gramian_TT = torch.zeros(num_tasks, num_tasks, device=world.device)
@@ -168,7 +205,7 @@ class WindowGradients:
                 tasks = torch.tensor(list(gradients), device=self._world.device)
                 rows_TN = torch.stack(list(gradients.values())).div_(self._scale)
                 at = (tasks[:, None], tasks[None, :])
-                self._gramian_TT[at] += rows_TN @ rows_TN.T
+                self._gramian_TT[at] += products(rows_TN)
                 labelled = labelled_TB[tasks].float()
                 self._common_TT[at] += labelled @ labelled.T
 
@@ -179,7 +216,7 @@ class WindowGradients:
         first = self._jacobian_TP is None
         if self._jacobian_TP is None:
             size = sum(p.numel() for p in parameters)
-            self._jacobian_TP = torch.empty(len(present_T), size, device=self._world.device)
+            self._jacobian_TP = self._memory.take(len(present_T), size, self._world.device)
         for row_P, loss, present in zip(self._jacobian_TP, losses_T, present_T, strict=True):
             if not present:
                 row_P.zero_()
@@ -205,7 +242,7 @@ class WindowGradients:
             return self._world.device_sum(self._gramian_TT) / self._world.size**2
         shard_TS = self._averaged_shard(self.local_jacobian)
         with full_float32():
-            return self._world.device_sum(shard_TS @ shard_TS.T)
+            return self._world.device_sum(products(shard_TS))
 
     def comparable(self) -> Tensor:
         """Collective: which tasks have a sample of the window and a feature in common, bool (T, T).

@@ -30,7 +30,7 @@ from mtl_dist.batch import Batch
 from mtl_dist.engine.engine import Engine
 from mtl_dist.engine.precision import AUTOCAST_DTYPES, LossScaler, Precision
 from mtl_dist.engine.world import World
-from mtl_dist.gradients import Gates, WindowGradients, as_if_unseen, with_gradient
+from mtl_dist.gradients import Gates, JacobianMemory, WindowGradients, as_if_unseen, products, with_gradient
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.tasks.task import Task
 
@@ -113,6 +113,7 @@ class RootModule(nn.Module):
         self._weighed_step = -1
         self._weights_T = torch.ones(len(tasks))
         self._gates = None if balancer.level is None else Gates(len(tasks), world.device)
+        self._memory = JacobianMemory()
         self._gradient_P: Tensor | None = None
         self._diagnosed: WindowGradients | None = None
         self._found: tuple[Tensor, Tensor] | None = None
@@ -178,7 +179,8 @@ class RootModule(nn.Module):
         present_T = totals.present_T.to(losses_T.device)
         scalar = self.balancer.combine(losses_T, self._weights_T, present_T, share)
         if self._gradient_P is not None:
-            scalar = with_gradient(scalar, self.shared, share * self._gradient_P)
+            own_P = self._gradient_P if share == 1 else share * self._gradient_P
+            scalar = with_gradient(scalar, self.shared, own_P)
         return scalar
 
     def observe(self, local_sums_T: Tensor, totals: WindowTotals) -> None:
@@ -294,7 +296,7 @@ class RootModule(nn.Module):
 
     def _new_record(self) -> WindowGradients:
         scale = 1.0 if self._scaler is None else self._scaler.scale
-        return WindowGradients(len(self.tasks), self._world, scale)
+        return WindowGradients(len(self.tasks), self._world, scale, self._memory)
 
     def _level_of(self, needs: Needs) -> Level | None:
         return self.balancer.level if needs in ("gramian", "jacobian") else None
@@ -348,7 +350,7 @@ class RootModule(nn.Module):
                 jacobian_TP, losses_T=losses_T, present_T=present_T, key=key
             )
             if self._diagnoses_at(totals.step):
-                gramian_TT = jacobian_TP @ jacobian_TP.T
+                gramian_TT = products(jacobian_TP)
                 self._found = gramian_TT, torch.ones_like(gramian_TT, dtype=torch.bool)
         if self._gates is not None:
             self._gates.closed = self._gradient_P is not None

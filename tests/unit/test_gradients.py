@@ -12,7 +12,13 @@ from mtl_dist.balance.checks import check_balance
 from mtl_dist.balance.methods import build_balancer
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
-from mtl_dist.gradients import as_if_unseen, with_gradient
+from mtl_dist.gradients import (
+    COLUMNS_IN_CACHE,
+    JacobianMemory,
+    as_if_unseen,
+    products,
+    with_gradient,
+)
 from mtl_dist.step import RootModule, WindowTotals, count_labels
 from mtl_dist.tasks.registry import build_tasks
 from tests.tiny_balancing import (
@@ -206,3 +212,17 @@ def check(balance: Balance, changes: dict[str, object]) -> None:
         "strangers": [],
     }
     check_balance(balancer, balance.method, **(facts | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_columns", [1, 5, COLUMNS_IN_CACHE, 2 * COLUMNS_IN_CACHE + 3])
+def test_products_in_pieces_are_the_products_of_whole_rows(num_columns: int) -> None:
+    rows_TP = torch.randn(4, num_columns, generator=torch.Generator().manual_seed(1))
+    expected = (rows_TP.double() @ rows_TP.double().T).float()
+    torch.testing.assert_close(products(rows_TP), expected, rtol=1e-5, atol=1e-5 * num_columns**0.5)
+
+
+def test_gradients_of_every_window_lie_in_the_same_memory_on_a_cpu() -> None:
+    memory, cpu = JacobianMemory(), torch.device("cpu")
+    first = memory.take(3, 7, cpu)
+    assert memory.take(3, 7, cpu).data_ptr() == first.data_ptr()
+    assert memory.take(2, 7, cpu).shape == (2, 7)
