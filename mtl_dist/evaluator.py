@@ -11,6 +11,7 @@ import torch
 from mtl_dist.batch import Batch
 from mtl_dist.engine.world import World
 from mtl_dist.step import RootModule
+from mtl_dist.tasks.metrics import MEAN_ACCURACY
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,11 @@ class Evaluation:
     num_samples: int
 
     def flat(self, split: str) -> dict[str, float]:
-        """The figures by path, as in `val/digit/accuracy`."""
+        """The figures by path, as in `val/digit/accuracy`; `val/mean_accuracy` is over the tasks with one."""
         figures = {f"{split}/loss": self.loss}
+        accuracies = [values["accuracy"] for values in self.tasks.values() if "accuracy" in values]
+        if accuracies:
+            figures[f"{split}/{MEAN_ACCURACY}"] = float(np.mean(accuracies))
         for task, values in self.tasks.items():
             figures |= {f"{split}/{task}/{name}": value for name, value in values.items()}
         return figures

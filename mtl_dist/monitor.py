@@ -16,7 +16,8 @@ class MonitorSettings(Settings):
     """Which figure decides what "best" means."""
 
     metric: str = "val/loss"
-    """`val/loss` (the weighted sum of the tasks' losses), `val/<task>/loss` or `val/<task>/<metric>`."""
+    """`val/loss` (the weighted sum of the tasks' losses), `val/mean_accuracy`, `val/<task>/loss` or
+    `val/<task>/<metric>`."""
     mode: Literal["min", "max"] | None = None
     """null: as the metric wants (a loss is minimised, an accuracy maximised)."""
     patience: Annotated[int, Field(ge=1)] | None = None

@@ -20,7 +20,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.monitor import MonitorSettings
 from mtl_dist.optim import OptimSettings
-from mtl_dist.tasks.metrics import Mode, metric_names, mode_of
+from mtl_dist.tasks.metrics import MEAN_ACCURACY, Mode, metric_names, mode_of
 from mtl_dist.tasks.registry import DEFAULTS, TaskSettings
 
 Count = Annotated[int, Field(ge=1)]
@@ -169,6 +169,8 @@ class Recipe(Settings):
 
     def _monitor_problems(self) -> list[str]:
         choices = ["val/loss"]
+        if any("accuracy" in metric_names(task.kind) for task in self.tasks.values()):
+            choices.append(f"val/{MEAN_ACCURACY}")
         for name, task in self.tasks.items():
             choices += [
                 f"val/{name}/{figure}" for figure in ("loss", *metric_names(task.kind), *task.metrics)

@@ -39,6 +39,10 @@ _MODES: dict[TaskKind, dict[str, Mode]] = {
 }
 
 
+MEAN_ACCURACY = "mean_accuracy"
+"""The mean over the tasks that have an accuracy; of a split, beside its loss."""
+
+
 class TaskMetrics(Protocol):
     """The metrics of one task over one pass through a split.
 
@@ -80,7 +84,7 @@ def mode_of(metric: str) -> Mode:
     Raises:
         UserError: no such metric.
     """
-    modes: dict[str, Mode] = {"loss": "min"}
+    modes: dict[str, Mode] = {"loss": "min", MEAN_ACCURACY: "max"}
     for named in _MODES.values():
         modes |= named
     name = metric.rsplit("/", 1)[-1]

@@ -1,0 +1,45 @@
+"""`val/mean_accuracy`: the mean over the tasks that have an accuracy, to monitor."""
+
+from __future__ import annotations
+
+import pytest
+
+from mtl_dist.errors import UserError
+from mtl_dist.evaluator import Evaluation
+from mtl_dist.recipe import Recipe
+from mtl_dist.tasks.metrics import mode_of
+
+
+def evaluation(**tasks: dict[str, float]) -> Evaluation:
+    return Evaluation(loss=1.0, tasks=tasks, confusion={}, num_samples=4)
+
+
+def test_it_is_the_mean_over_the_tasks_that_have_an_accuracy() -> None:
+    figures = evaluation(
+        digit={"accuracy": 0.9, "f1": 0.1}, parity={"accuracy": 0.7}, age={"mae": 2.0}, unlabelled={}
+    ).flat("val")
+    assert figures["val/mean_accuracy"] == pytest.approx(0.8)
+
+
+def test_it_is_absent_where_no_task_has_one() -> None:
+    assert "val/mean_accuracy" not in evaluation(age={"mae": 2.0}).flat("val")
+
+
+def test_it_can_be_monitored_and_is_to_grow() -> None:
+    stated = {
+        "tasks": {"digit": {"kind": "classification"}, "age": {"kind": "regression"}},
+        "data": {"train": [{"path": "data/x"}], "image_size": 8},
+        "monitor": {"metric": "val/mean_accuracy"},
+    }
+    recipe = Recipe.model_validate(stated, strict=False)
+    assert recipe.monitor_mode == mode_of("val/mean_accuracy") == "max"
+
+
+def test_it_cannot_be_monitored_where_no_task_has_an_accuracy() -> None:
+    stated = {
+        "tasks": {"age": {"kind": "regression"}},
+        "data": {"train": [{"path": "data/x"}], "image_size": 8},
+        "monitor": {"metric": "val/mean_accuracy"},
+    }
+    with pytest.raises((UserError, ValueError), match=r"monitor.metric: expected a validation figure"):
+        Recipe.model_validate(stated, strict=False)
