@@ -265,6 +265,7 @@ def evaluate_split(
         rank=world.rank,
         world_size=world.size,
         workers=data.settings.workers,
+        pin_memory=world.device.type == "cuda",
     )
     return evaluate(root, loader if stop is None else until_stopped(loader, stop, world), world)
 

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
 from mtl_dist.batch import Batch
 from mtl_dist.checkpoint import Checkpoint, CheckpointWriter
+from mtl_dist.data.prefetch import prefetched
 from mtl_dist.ema import Ema
 from mtl_dist.engine.engine import Engine
 from mtl_dist.errors import UserError
@@ -25,6 +26,8 @@ from mtl_dist.status import State, Status
 from mtl_dist.step import RootModule, WindowTotals, count_labels
 from mtl_dist.stopping import StopAsked, StopSignal
 from mtl_dist.tracking import Tracker
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,9 @@ class Trainer:
             return self._stopped_early()
         self.root.train()
         clock = _Clock()
-        for window in windows(batches, self.plan.accumulation):
+        for window in windows(prefetched(batches, self.world.device), self.plan.accumulation):
             clock.waited()
-            totals, stopping = self._agree(window)
+            totals, stopping = self._agree([on_host for on_host, _ in window])
             if stopping:
                 self._save()
                 return Outcome("stopped", self.step, stopping)
@@ -128,7 +131,7 @@ class Trainer:
             )
             set_learning_rate(self.engine.optimizer, factor)
             sums_T = torch.zeros_like(totals.counts_T, device=self.world.device, dtype=torch.float32)
-            inputs = [batch.to(self.world.device) for batch in window]
+            inputs = [on_device for _, on_device in window]
             if len(inputs) > 1:
                 self.root.look_at(inputs, totals)
             for number, batch in enumerate(inputs, start=1):
@@ -364,9 +367,9 @@ class _Clock:
         return figures
 
 
-def windows(batches: Iterable[Batch], accumulation: int) -> Iterator[list[Batch]]:
+def windows(batches: Iterable[T], accumulation: int) -> Iterator[list[T]]:
     """This rank's micro-batches, `accumulation` at a time: one list per optimizer step."""
-    window: list[Batch] = []
+    window: list[T] = []
     for batch in batches:
         window.append(batch)
         if len(window) == accumulation:
