@@ -12,11 +12,11 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
-from mtl_dist.engine.world import World
+# A rank on a cluster imports this before everything else, so that no signal finds it without a handler.
+if TYPE_CHECKING:
+    from mtl_dist.engine.world import World
 
 T = TypeVar("T")
 
@@ -107,6 +107,8 @@ class StopSignal:
 
 def agreed_stop(stop: StopSignal, world: World) -> str:
     """Collective: the reason to stop if any rank has one."""
+    import torch
+
     if not world.max(torch.tensor(float(stop.requested))):
         return ""
     reasons: list[str] = world.gather(stop.reason)

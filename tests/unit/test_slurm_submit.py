@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -198,3 +200,12 @@ def test_why_a_rank_failed_is_left_behind(tmp_path: Path, error: BaseException) 
     assert failure["mistake"] is isinstance(error, UserError)
     status = read_status(tmp_path)
     assert status is not None and (status.state, status.reason) == ("failed", str(error))
+
+
+@pytest.mark.parametrize(
+    "module", ["mtl_dist.launch.rank", "mtl_dist.launch.attempts", "mtl_dist.launch.jobs"]
+)
+def test_what_must_answer_at_once_does_not_wait_for_torch(module: str) -> None:
+    """A rank that imports torch for seconds before it handles signals would die of an early one."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
