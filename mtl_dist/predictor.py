@@ -23,6 +23,7 @@ from torch import Tensor
 from mtl_dist.assemble import load_root
 from mtl_dist.data.decode import decode_image
 from mtl_dist.data.images import UnreadableImage
+from mtl_dist.data.importers.splitting import unique_keys
 from mtl_dist.data.randomness import Draws
 from mtl_dist.data.transforms import PRESETS, Transform
 from mtl_dist.engine.connect import connect_without_engine
@@ -132,7 +133,7 @@ def predict_files(
 
     Masks are left out of the records; with `overlays` each is written there as `<image>_<task>.png`, of class
     indices, and the image with its foreground tinted as `<image>_<task>_overlay.png`. `<image>` is the file's
-    name without extension, or its whole path where two files share that.
+    name without extension, or made of its whole path where two files share that.
     """
     missing = [f"{path}: expected an image, found no such file." for path in images if not path.is_file()]
     if missing:
@@ -156,7 +157,11 @@ def predict_files(
 
 def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
     shared = len({path.stem for path in paths}) < len(set(paths))
-    return {path: "_".join(path.with_suffix("").parts).strip("/_") if shared else path.stem for path in paths}
+    return (
+        dict(zip(paths, unique_keys([str(path) for path in paths]), strict=True))
+        if shared
+        else {path: path.stem for path in paths}
+    )
 
 
 def _write_overlay(image_CHW: Tensor, mask: np.ndarray, path: Path) -> None:

@@ -72,7 +72,7 @@ def test_overlays_are_of_the_upright_picture_and_of_every_file(run: Path, tmp_pa
     """A turned photograph, a grey one, one with alpha, and two files of one name."""
     turned = Image.Exif()
     turned[0x0112] = 6
-    files = [tmp_path / "a" / "photo.jpg", tmp_path / "b" / "photo.png", tmp_path / "b" / "clear.png"]
+    files = [tmp_path / "a" / "photo.jpg", tmp_path / "a" / "photo.png", tmp_path / "b" / "photo.png"]
     for file in files:
         file.parent.mkdir(exist_ok=True)
     picture = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
