@@ -170,8 +170,9 @@ def imported(path: str, fits: Any = None) -> Any:
 
 def _module(name: str) -> ModuleType:
     here = os.getcwd()
-    # As `python -m` has it. On a cluster the working directory is in the path already, behind the snapshot.
-    if here not in sys.path and "" not in sys.path:
+    # As `python -m` has it. On a cluster the working directory is in the path already, perhaps by another
+    # name, behind the snapshot.
+    if all(os.path.realpath(place) != here for place in sys.path):
         sys.path.insert(0, here)
     importlib.invalidate_caches()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +173,18 @@ def test_an_import_path_alone_is_the_part_with_its_defaults() -> None:
     short, long = load("tasks.breed.loss=mine.parts.Poly"), load("tasks.breed.loss={kind: mine.parts.Poly}")
     assert short == long
     assert "kind: mine.parts.Poly, epsilon: 1.0" in to_yaml(short)
+
+
+def test_code_that_comes_before_the_working_directory_stays_before_it(
+    project: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a cluster: the snapshot, then the directory of the submission by whatever name it has."""
+    snapshot, alias = tmp_path_factory.mktemp("code"), tmp_path_factory.mktemp("links") / "alias"
+    shutil.copytree(project / "mine", snapshot / "mine")
+    (snapshot / "mine" / "parts.py").write_text(MODULE.replace("= 1.0", "= 7.0"))
+    alias.symlink_to(project)
+    monkeypatch.setattr(sys, "path", [str(snapshot), str(alias), *sys.path])
+    assert "epsilon: 7.0" in to_yaml(load("tasks.breed.loss=mine.parts.Poly"))
 
 
 def test_a_class_of_settings_is_taken_as_it_is() -> None:
