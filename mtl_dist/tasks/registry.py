@@ -45,8 +45,23 @@ def build_tasks(settings: Mapping[str, TaskSettings], infos: Mapping[str, TaskIn
                 advice = suggest(name, infos, "The dataset's tasks")
                 raise UserError(f"tasks.{name}: expected a task of the dataset, found none such. {advice}")
             tasks[name] = task_settings.build(name, infos[name])
+            _check_outputs(tasks[name])
         except UserError as mistake:
             mistakes.append(str(mistake))
     if mistakes:
         raise UserError("\n".join(mistakes))
     return tasks
+
+
+def _check_outputs(task: Task) -> None:
+    """Refuse a loss, of the user's, for outputs that metrics and predictions could not read."""
+    num_classes = len(task.info.classes)
+    allowed = [1] if task.info.kind == "regression" else [num_classes]
+    if task.info.kind == "segmentation" and num_classes == 2:
+        allowed.append(1)
+    if task.loss.num_outputs not in allowed:
+        raise UserError(
+            f"tasks.{task.name}.loss: expected num_outputs {' or '.join(map(str, allowed))} for "
+            f"{task.info.kind}{f' of {num_classes} classes' if num_classes else ''}, found "
+            f"{task.loss.num_outputs}. Correct it in {type(task.loss).__name__}."
+        )

@@ -276,6 +276,18 @@ def test_a_slot_without_built_in_parts_wants_an_import_path() -> None:
     assert refusal("data.transforms=[3]").startswith("data.transforms.0: expected {kind: IMPORT.PATH")
 
 
+def test_a_loss_for_another_number_of_outputs_is_refused(project: Path) -> None:
+    text = MODULE.replace(
+        "return output[:, 0]", "return output[:, 0]\n\n    denominators = Poly.denominators"
+    )
+    (project / "mine" / "parts.py").write_text(text)
+    with pytest.raises(UserError) as caught:
+        build_tasks(load("tasks.breed.loss=mine.parts.Half").tasks, INFOS)
+    assert str(caught.value) == (
+        "tasks.breed.loss: expected num_outputs 3 for classification of 3 classes, found 1. Correct it in Half."
+    )
+
+
 def test_an_own_balancer_weighs_the_tasks() -> None:
     adapter: TypeAdapter[BalanceSettings] = TypeAdapter(BalanceSettings)
     settings = adapter.validate_python({"method": "mine.parts.First", "first": 5.0})
