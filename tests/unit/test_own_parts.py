@@ -284,7 +284,8 @@ def test_a_loss_for_another_number_of_outputs_is_refused(project: Path) -> None:
     with pytest.raises(UserError) as caught:
         build_tasks(load("tasks.breed.loss=mine.parts.Half").tasks, INFOS)
     assert str(caught.value) == (
-        "tasks.breed.loss: expected num_outputs 3 for classification of 3 classes, found 1. Correct it in Half."
+        "tasks.breed.loss: expected num_outputs 3 for classification of 3 classes, found 1. "
+        "Correct it in Half."
     )
 
 
