@@ -21,7 +21,8 @@ from mtl_dist.launch.local import Launch, plan_launch
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs" / "digits.yaml"
 
-COMMANDS = ["prepare digits", "prepare folders", "prepare table", "inspect", "train", "launch"]
+COMMANDS = ["prepare digits", "prepare folders", "prepare table", "prepare idx", "prepare cifar"]
+COMMANDS += ["prepare stacks", "inspect", "train", "launch"]
 COMMANDS += ["evaluate", "predict", "verify", "submit", "status", "logs", "cancel", "doctor"]
 
 
