@@ -125,6 +125,13 @@ class Cropping(ImageTransform):
         return image[:, 1:], masks
 
 
+class Sharper(ImageTransform):
+    training_only = False
+
+    def __call__(self, image, masks, draws):
+        return image // 2, masks
+
+
 def function() -> None: ...
 """
 RECIPE = """
@@ -356,6 +363,13 @@ def test_a_transform_that_changes_the_size_is_refused() -> None:
     assert not transform.keeps((8, 8))
     with pytest.raises(UserError, match=r"data\.transforms: expected Cropping to keep the image \(3, 8, 8\)"):
         transform(torch.zeros(3, 8, 8, dtype=torch.uint8), {}, Draws(0))
+
+
+def test_a_transform_says_whether_evaluation_leaves_it_out() -> None:
+    data = load("data.transforms=[mine.parts.Cropping, mine.parts.Sharper]").data
+    names = [[type(step).__name__ for step in data.own_transforms(training)] for training in (True, False)]
+    assert names == [["Cropping", "Sharper"], ["Sharper"]]
+    assert [type(step.make()).__name__ for step in data.without_augmentation().transforms] == ["Sharper"]
 
 
 def test_a_wrong_argument_of_an_importer_is_one_line(tmp_path: Path) -> None:
