@@ -166,7 +166,7 @@ def tasks_in(settings: DataSettings, root: Path | None = None) -> dict[str, Task
 
 
 def _training_facts(settings: DataSettings) -> list[SourceFacts]:
-    training = [source_facts(source.path, source.split, settings.derive) for source in settings.train]
+    training = [source_facts(source.dataset, source.split, settings.derive) for source in settings.train]
     check_derived(settings.derive, [source.manifest for source in training])
     return training
 

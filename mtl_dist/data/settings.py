@@ -13,9 +13,10 @@ from mtl_dist.config.settings import Settings
 from mtl_dist.data.blend import BlendSettings
 from mtl_dist.data.cache import CacheSettings
 from mtl_dist.data.derived import DeriveSettings
+from mtl_dist.data.foreign_sources import Fields, indexed
 from mtl_dist.data.mixing import integer_weights
 from mtl_dist.data.order import ShuffleWindow
-from mtl_dist.data.remote import LocationSetting
+from mtl_dist.data.remote import Location, LocationSetting
 from mtl_dist.data.transforms import (
     PRESETS,
     AugmentSettings,
@@ -34,6 +35,29 @@ class SourceSettings(Settings):
     split: str = "train"
     weight: Annotated[float, Field(gt=0)] | None = None
     """Its share of the stream, relative to the others', where `data.mixing.kind` is weights."""
+    fields: Fields | None = None
+    """Which fields are which tasks, where `path` names WebDataset tars of others: a tar, a directory of
+    them, or such as data/web/*.tar. They are indexed once, when they are opened first."""
+    image: str | None = None
+    """With `fields`: the image's extension, where samples hold several."""
+    index: Path | None = None
+    """With `fields`: the directory for the index; by default in `.mtl` beside the tars."""
+
+    @model_validator(mode="after")
+    def _only_with_fields(self) -> SourceSettings:
+        for name in ("image", "index"):
+            if self.fields is None and getattr(self, name) is not None:
+                raise ValueError(f"{name}: expected none without `fields`, found {getattr(self, name)}.")
+        return self
+
+    @property
+    def dataset(self) -> Location:
+        """Where the dataset is: `path`, or the index over the tars there, which is made if need be.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        return self.path if self.fields is None else indexed(self.path, self.fields, self.image, self.index)
 
 
 class EvaluationSourceSettings(Settings):
@@ -221,7 +245,13 @@ class DataSettings(Settings):
             if sources is None:
                 return None
             return tuple(
-                s.model_copy(update={"path": (base / s.path).absolute()}) if isinstance(s.path, Path) else s
+                s.model_copy(
+                    update={
+                        name: (base / place).absolute()
+                        for name in ("path", "index")
+                        if isinstance(place := getattr(s, name, None), Path)
+                    }
+                )
                 for s in sources
             )
 

@@ -1,0 +1,195 @@
+"""Tars of others named in a recipe: indexed when they are opened first, by one process, once.
+
+    data:
+      train:
+        - path: data/web/*.tar
+          fields: {breed: {kind: classification, from: cls}, age: {kind: regression, from: json:age}}
+
+The index is a dataset like any other, which names the tars by path. Whoever opens it first makes it, under a
+lock for which the other ranks wait, and gives it its name when it is whole. What it was made of is kept with
+it: other fields, or other tars in the same place, are refused and not passed over.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import Field, create_model
+
+from mtl_dist.config.settings import Settings
+from mtl_dist.data.remote import Location, Url
+from mtl_dist.durable import write_text
+from mtl_dist.errors import UserError
+from mtl_dist.specs import TaskKind
+
+log = logging.getLogger(__name__)
+
+_REQUEST = "request.json"
+_WILD = "*?["
+
+# A class body cannot have a field called `from`, a word of the language.
+_WithFrom = create_model("_WithFrom", __base__=Settings, **{"from": (str, ...)})  # type: ignore[call-overload]
+
+
+class FieldSettings(_WithFrom):
+    """A task that is a field of the samples in tars of others.
+
+    from      the field: cls, txt, json:breed, meta.json:dog.breed; a mask's extension, such as seg.png
+    classes   the class names by index; without them those that are found
+    unit      of a number, such as years
+    """
+
+    kind: TaskKind
+    classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    unit: str = ""
+
+
+Fields: TypeAlias = Annotated[dict[str, FieldSettings], Field(min_length=1)]
+
+
+def indexed(
+    path: Location, fields: Mapping[str, FieldSettings], image: str | None, index: Path | None
+) -> Path:
+    """The dataset over the tars that `path` names, which is made if it is not there.
+
+    Args:
+        path: a tar, a directory of them, or a name with * or {000..099} in it; for URLs without *.
+        image: the image's extension, where there are several.
+        index: where the dataset is to be; by default in `.mtl` beside the tars.
+
+    Raises:
+        UserError: tars or fields that are not there or not understood, an index that was made of others, or
+            a place that cannot be written.
+    """
+    tars = _names(path)
+    request = {
+        "tars": [_described(tar) for tar in tars],
+        "image": image,
+        "fields": {name: settings.model_dump(mode="json") for name, settings in fields.items()},
+    }
+    place = index if index is not None else _beside(path, request)
+    if not _is_made(place, request):
+        with _locked(place):
+            if not _is_made(place, request):
+                _make(place, tars, request, fields, image)
+    return place
+
+
+def _names(path: Location) -> list[str]:
+    """The tars, or what `mtl index` takes for them, with every * replaced by what is there."""
+    if isinstance(path, Url):
+        return [str(path)]
+    wild = _first_part_with(_WILD, path)
+    if wild is not None:
+        found = sorted(Path(*path.parts[:wild]).glob("/".join(path.parts[wild:])))
+    elif path.is_dir():
+        found = sorted(path.glob("*.tar")) or sorted(path.glob("*/*.tar"))
+    else:
+        found = [path]
+    if not found:
+        raise UserError(f"{path}: expected tars, found none. Mend data.train's path.")
+    return [str(name) for name in found]
+
+
+def _described(tar: str) -> str | list[Any]:
+    """What tells a local tar from another that takes its place."""
+    path = Path(tar)
+    return [tar, path.stat().st_size] if path.is_file() else tar
+
+
+def _beside(path: Location, request: Mapping[str, Any]) -> Path:
+    if isinstance(path, Url):
+        raise UserError(
+            f"{path}: expected `index`, a directory for the index of tars at a URL, found none. "
+            "Name one that every process of the run can reach."
+        )
+    wild = _first_part_with(_WILD + "{", path)
+    folder = path if wild is None else Path(*path.parts[:wild])
+    folder = folder.parent if folder.is_file() else folder
+    told = json.dumps([str(path), request["image"], request["fields"]], sort_keys=True)
+    return folder / ".mtl" / f"{folder.name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+
+def _first_part_with(signs: str, path: Path) -> int | None:
+    return next((i for i, part in enumerate(path.parts) if set(signs) & set(part)), None)
+
+
+def _is_made(place: Path, request: Mapping[str, Any]) -> bool:
+    """Whether the index is there.
+
+    Raises:
+        UserError: it is, but was made of something else.
+    """
+    if not place.exists():
+        return False
+    try:
+        made_of = json.loads((place / _REQUEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(
+            f"{place}: expected an index that a recipe made, found something else. Name another `index`."
+        ) from None
+    for what in ("fields", "image", "tars"):
+        if made_of[what] != request[what]:
+            raise UserError(
+                f"{place}: expected an index of the {what} in the recipe, found one of others. "
+                "Remove it to index them anew, or name another `index`."
+            )
+    return True
+
+
+@contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    """One process at a time; the others wait."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(
+            place.with_name(f".{place.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666
+        )
+    except OSError as error:
+        raise UserError(
+            f"{place}: expected a place for the index that can be written, found: {error.strerror}. "
+            "Name another with `index`."
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _make(
+    place: Path,
+    tars: Sequence[str],
+    request: Mapping[str, Any],
+    fields: Mapping[str, FieldSettings],
+    image: str | None,
+) -> None:
+    """Write the index under another name, and rename it when it is whole."""
+    # Only those who have such tars wait for it to be imported.
+    from mtl_dist.data.importers.foreign import FieldMapping, index_tars
+
+    log.warning("%s: indexing the tars, once", place)
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that died
+    by_kind: dict[str, dict[str, str]] = {}
+    for name, settings in fields.items():
+        by_kind.setdefault(settings.kind, {})[name] = getattr(settings, "from")
+    mapping = FieldMapping(
+        image=image,
+        classes={name: settings.classes for name, settings in fields.items() if settings.classes},
+        units={name: settings.unit for name, settings in fields.items() if settings.unit},
+        **by_kind,  # type: ignore[arg-type]
+    )
+    index_tars(tars, partial / place.name, mapping)
+    write_text(partial / place.name / _REQUEST, json.dumps(request, indent=1))
+    os.rename(partial / place.name, place)
+    partial.rmdir()
