@@ -1,4 +1,4 @@
-"""The commands about speed: bench loader."""
+"""The commands about speed: bench loader, bench balance."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine, beside what others reach.")
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -36,3 +36,103 @@ def loader(
     from mtl_dist.report.bench_loader import bench_loader
 
     bench_loader(images, num_images, num_small, workers, repeats)
+
+
+@bench.command()
+def balance(
+    backbone: Annotated[list[str], typer.Option(metavar="NAME", help="The model's backbone.")] = ["resnet18"],  # noqa: B006
+    tasks: Annotated[list[int], typer.Option(min=2, metavar="N", help="Tasks.")] = [3],  # noqa: B006
+    masks: Annotated[int, typer.Option(min=0, metavar="N", help="Tasks of these with a U-Net head.")] = 0,
+    image_size: Annotated[int, typer.Option(min=32, metavar="N", help="Pixels of a side.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images in a step.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Take the median of so many.")] = 5,
+) -> None:
+    """What balancing costs: time per step in parts of that with equal weights, peak memory, one solve.
+
+    Beside torchjd's and LibMTL's own step where they are installed. On a GPU if there is one. Takes minutes:
+    let the machine do nothing else.
+
+    \b
+      mtl bench balance
+      mtl bench balance --backbone resnet18 --backbone resnet50 --tasks 3 --tasks 10
+    """
+    import torch
+
+    from mtl_dist.report.bench_balance import Scene, bench_balance
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scenes = [Scene(name, num, masks, image_size, batch, device) for name in backbone for num in tasks]
+    bench_balance(scenes, repeats)
+
+
+@bench.command()
+def step(
+    backbone: Annotated[list[str], typer.Option(metavar="NAME", help="One or several.")] = [  # noqa: B006
+        "resnet18",
+        "resnet50",
+    ],
+    precision: Annotated[list[str], typer.Option(metavar="NAME", help="fp32, bf16.")] = ["fp32", "bf16"],  # noqa: B006
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images per rank and step.")] = 16,
+    image_size: Annotated[int, typer.Option(min=1, metavar="N")] = 64,
+    also: Annotated[
+        list[str], typer.Option("--with", metavar="NAME", help="contiguous, compiled, loader.")
+    ] = [],  # noqa: B006
+    workers: Annotated[int, typer.Option(min=0, metavar="N", help="Of the loader, per rank.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps per turn.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Take the median of so many turns.")] = 5,
+) -> None:
+    """Our training step beside a plain PyTorch loop: same model, three heads, same batch, same optimizer.
+
+    On a GPU also the share of what a large matrix product reaches there. Under torchrun or accelerate
+    launch, DDP beside DDP.
+
+    \b
+      mtl bench step --backbone resnet18
+      mtl bench step --backbone resnet50 --precision bf16 --batch 256 --image-size 224 --with loader
+      torchrun --nproc-per-node 2 -m mtl_dist bench step
+    """
+    from typing import get_args
+
+    from mtl_dist.engine.precision import Precision
+    from mtl_dist.errors import UserError
+    from mtl_dist.report.bench_step import VARIANTS, bench_step
+
+    for option, given, choices in (
+        ("--precision", precision, get_args(Precision)[:2]),
+        ("--with", also, VARIANTS),
+    ):
+        odd = [name for name in given if name not in choices]
+        if odd:
+            raise UserError(f"{option}: expected one of {', '.join(choices)}, found {odd[0]!r}.")
+    bench_step(backbone, precision, batch, image_size, also, workers, steps, repeats)  # type: ignore[arg-type]
+
+
+@bench.command()
+def memory(
+    backbone: Annotated[str, typer.Option(metavar="NAME")] = "resnet50",
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images per rank and step.")] = 16,
+    image_size: Annotated[int, typer.Option(min=1, metavar="N")] = 128,
+    ranks: Annotated[int, typer.Option(min=2, metavar="N", help="For DDP and ZeRO.")] = 2,
+) -> None:
+    """Peak memory with each kind of gradient checkpointing, under DDP and under ZeRO 0 to 3.
+
+    And what gathering the whole state for a checkpoint takes, on rank 0 and on the others.
+    """
+    from mtl_dist.report.bench_memory import bench_memory
+
+    bench_memory(backbone, batch, image_size, ranks)
+
+
+@bench.command()
+def save(
+    backbone: Annotated[str, typer.Option(metavar="NAME")] = "resnet50",
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images per rank and step.")] = 8,
+    image_size: Annotated[int, typer.Option(min=1, metavar="N")] = 64,
+    zero_stage: Annotated[int | None, typer.Option(min=0, max=3, help="Under DeepSpeed.")] = None,
+    every: Annotated[int, typer.Option(min=2, metavar="N", help="Steps between checkpoints.")] = 20,
+    saves: Annotated[int, typer.Option(min=1, metavar="N", help="Take the median of so many.")] = 5,
+) -> None:
+    """How long training stands still for a checkpoint, of which the rest is written in the background."""
+    from mtl_dist.report.bench_save import bench_save
+
+    bench_save(backbone, batch, image_size, zero_stage, every, saves)
