@@ -39,6 +39,21 @@ def loader(
 
 
 @bench.command()
+def resume(
+    samples: Annotated[int, typer.Option(min=10_000, metavar="N", help="The epoch's length.")] = 10_000_000,
+    workers: Annotated[list[int], typer.Option(min=0, metavar="N", help="Worker processes.")] = [0, 2],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Take the median of so many.")] = 5,
+) -> None:
+    """How long the first batch takes at the start of a large epoch, and when resuming at 90% of it.
+
+    Needs 32 bytes per sample in the temporary folder, for the index.
+    """
+    from mtl_dist.report.bench_resume import bench_resume
+
+    bench_resume(samples, workers, repeats)
+
+
+@bench.command()
 def balance(
     backbone: Annotated[list[str], typer.Option(metavar="NAME", help="The model's backbone.")] = ["resnet18"],  # noqa: B006
     tasks: Annotated[list[int], typer.Option(min=2, metavar="N", help="Tasks.")] = [3],  # noqa: B006
