@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -334,6 +335,26 @@ def test_another_kind_of_tiff_is_refused_by_name(
 ) -> None:
     with pytest.raises(UserError, match=message):
         opened(tmp_path, array, **options)
+
+
+def test_pages_of_several_sizes_are_refused(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "x.tif") as file:
+        file.write(np.zeros((5, 8, 9), np.uint8))
+        file.write(np.zeros((5, 8, 12), np.uint8))
+    with pytest.raises(
+        UserError, match="expected pages of one size and kind, found several: 5x8x9 uint8; 5x8x12"
+    ):
+        Stack(Tree(tmp_path).source("x.tif"))
+
+
+def test_stacks_may_lie_in_a_zip(tmp_path: Path) -> None:
+    src = write_stacks(tmp_path / "src")
+    with zipfile.ZipFile(tmp_path / "src.zip", "w") as archive:
+        for path in src.iterdir():
+            archive.write(path, path.name)
+    prepared(src, tmp_path / "one", split=BY_NAME)
+    prepared(tmp_path / "src.zip", tmp_path / "two", split=BY_NAME, table=src / "frames.csv")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_channels_of_16_bits_come_through_the_dataset(tmp_path: Path) -> None:

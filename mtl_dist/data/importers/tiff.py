@@ -58,9 +58,8 @@ class Stack:
             file = io.BytesIO(source.read()) if source.archive else Path(source.path)
             self._file = tifffile.TiffFile(file)
             series = self._file.series
-            kinds = {(page.shape, str(page.dtype)) for one in series for page in one.pages if page}
         if len(series) != 1:
-            found = "; ".join(f"{'x'.join(map(str, shape))} {dtype}" for shape, dtype in sorted(kinds))
+            found = "; ".join(f"{'x'.join(map(str, one.shape))} {one.dtype}" for one in series[:5])
             raise UserError(f"{source}: expected pages of one size and kind, found several: {found}.")
         self._series: Any = series[0]
         page = self._series.keyframe
@@ -142,11 +141,17 @@ class StackPage:
 
 def open_stack(source: Source) -> Stack:
     """The stack in a file, open; of each process's last few."""
-    return _opened(source, os.getpid())
+    opened = _held_in_memory if source.archive else _opened
+    return opened(source, os.getpid())
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)  # records are packed in a random order, and to open a stack reads all its directories
 def _opened(source: Source, process: int) -> Stack:
+    return Stack(source)
+
+
+@lru_cache(maxsize=4)
+def _held_in_memory(source: Source, process: int) -> Stack:
     return Stack(source)
 
 
