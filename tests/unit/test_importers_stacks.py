@@ -342,7 +342,7 @@ def test_pages_of_several_sizes_are_refused(tmp_path: Path) -> None:
         file.write(np.zeros((5, 8, 9), np.uint8))
         file.write(np.zeros((5, 8, 12), np.uint8))
     with pytest.raises(
-        UserError, match="expected pages of one size and kind, found several: 5x8x9 uint8; 5x8x12"
+        UserError, match="expected pages of one size and kind, found several: 5x8x9 uint8"
     ):
         Stack(Tree(tmp_path).source("x.tif"))
 
