@@ -34,12 +34,13 @@ class JacobianBalancer(Balancer):
         are not looked at and may hold anything. Where J or a loss is not finite the answer is not either,
         no state changes, and `num_unconverged` counts it: the step must be skipped.
         """
-        jacobian_TP = torch.where(present_T[:, None], jacobian_TP, 0.0)
+        if not present_T.all():  # J is large: no copy without need.
+            jacobian_TP = torch.where(present_T[:, None], jacobian_TP, 0.0)
         losses_T = torch.where(present_T, losses_T, 1.0)
         if not losses_T.isfinite().all():
             # Counted by `weights`, which sees the same losses.
             return torch.full_like(jacobian_TP[0], torch.nan)
-        if not jacobian_TP.isfinite().all():
+        if not torch.stack(torch.aminmax(jacobian_TP)).isfinite().all():
             self.num_unconverged += 1
             return torch.full_like(jacobian_TP[0], torch.nan)
         return self._aggregate(jacobian_TP, losses_T, present_T, key)
