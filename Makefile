@@ -31,9 +31,9 @@ demo: install data/digits/dataset.json
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slurm"
 
-# On a real Slurm (slurm/devcluster install, as root): they end jobs by the clock, so nothing else may run.
+# On a real Slurm of two nodes on this machine, as root, with nothing else running; about 8 minutes.
 test-slurm: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m slurm
+	$(BIN)/python -m pytest tests/slurm
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,186 @@
+"""Jobs on Slurm from their submission to their end: other numbers of ranks, sweeps, mistakes, cancelling."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from slurm_cluster import (
+    ROOT,
+    Cluster,
+    in_training,
+    is_queued,
+    local_run,
+    mistake,
+    mtl,
+    running_cluster,
+    step_rows,
+    wait_for,
+    weights_of,
+)
+
+from mtl_dist.launch.attempts import read_attempts
+from mtl_dist.launch.jobs import has_ended, view_runs
+from mtl_dist.launch.records import read_jobs
+from mtl_dist.launch.script import Shape
+from mtl_dist.launch.slurm import submit
+from mtl_dist.launch.squeue import live_jobs
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(900)]
+
+RECIPE, PROFILE = Path("recipe.yaml"), Path("profile.yaml")
+
+LONG = ("train.max_steps=100000",)
+"""Such a run does not end by itself while a test asks about it."""
+
+# Without dropout, whose draws are a rank's own; with steps so small that a rounding error which turns a ReLU
+# on or off does not grow. The losses of the batches differ by a tenth: another order would be seen at once.
+SMOOTH = ("model.backbone=shufflenet_v2_x0_5", "optim.kind=sgd", "optim.lr=1e-4", "train.max_steps=30")
+
+
+def test_a_requeued_run_in_a_container_may_have_another_number_of_ranks(cluster: Cluster, work: Path) -> None:
+    expected, run = local_run("smooth", 4, *SMOOTH), work / "elastic"
+    (job,) = submit(RECIPE, Path("contained.yaml"), Shape(2, 1), overrides=SMOOTH, run_dir=run).job_ids
+    wait_for("steps", in_training(run))
+    cluster("scancel", "--signal=USR2", job)
+    wait_for("the requeue", is_queued(job))
+    cluster("scontrol", "update", f"jobid={job}", "NumNodes=1", "NumTasks=1")
+    wait_for("the end", lambda: has_ended(run))
+    assert [(attempt.nodes, attempt.ranks) for attempt in read_attempts(run)] == [(2, 2), (1, 1)]
+    weights = weights_of(run, 30)
+    for name, weight in weights_of(expected, 30).items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+    losses = [row["train/loss"] for row in step_rows(run)]
+    assert losses == pytest.approx([row["train/loss"] for row in step_rows(expected)], rel=1e-5)
+    commands = (work / "container.log").read_text().splitlines()
+    assert [sum(module in command for command in commands) for module in ("submitit", "attempts")] == [3, 2]
+
+
+def test_a_sweep_is_one_array_of_runs_and_a_chained_job_follows_each(cluster: Cluster, work: Path) -> None:
+    submitted = submit(
+        RECIPE,
+        PROFILE,
+        Shape(1, 1),
+        overrides=["train.max_steps=100"],
+        sweeps=["optim.lr=1e-3,1e-4", "train.seed=1,2"],
+        parallel=2,
+        then="evaluate",
+        run_dir=work / "sweep",
+    )
+    assert len({job.split("_")[0] for job in submitted.job_ids}) == 1
+    assert "%2" in submitted.script
+    # The last task shares its number with the whole array: only it may be requeued.
+    wait_for("steps of the last task", in_training(submitted.runs[3]))
+    cluster("scancel", "--signal=USR2", submitted.job_ids[3])
+    wait_for("the sweep", lambda: not live_jobs())
+    causes = [[attempt.cause for attempt in read_attempts(run)] for run in submitted.runs]
+    assert causes == [["done"], ["done"], ["done"], ["preemption", "done"]]
+    for run in submitted.runs:
+        assert view_runs([run])[0].state == "done"
+        assert "test" in json.loads((run / "evaluation" / "metrics.json").read_text())
+    names = [run.name for run in submitted.runs]
+    assert names == ["0-lr=1e-3-seed=1", "1-lr=1e-3-seed=2", "2-lr=1e-4-seed=1", "3-lr=1e-4-seed=2"]
+    assert len({step_rows(run)[-1]["train/loss"] for run in submitted.runs}) == 4
+
+
+def test_a_cancelled_run_saves_stays_away_and_can_go_on(cluster: Cluster, work: Path) -> None:
+    run = work / "cancelled"
+    submit(RECIPE, PROFILE, Shape(1, 2), overrides=LONG, run_dir=run)
+    wait_for("steps", in_training(run))
+    assert view_runs([run])[0].state == "running"
+    assert "is running" in mistake("submit", str(run), "--cluster", "profile.yaml")
+    assert "2 ranks" in mtl("logs", str(run))
+    assert "submitit" in mtl("logs", str(run), "--rank", "1")
+    assert "expected 0 to 1, found 2" in mistake("logs", str(run), "--rank", "2")
+    assert "cancelled job" in mtl("cancel", str(run))
+    wait_for("the end", lambda: has_ended(run))
+    assert view_runs([run])[0].state == "cancelled"
+    assert "expected a run that waits or runs" in mistake("cancel", str(run))
+    (attempt,) = read_attempts(run)
+    assert (run / "checkpoints" / f"step_{attempt.last_step:08d}" / "manifest.json").is_file()
+
+    submit(run, PROFILE, Shape(1, 1))
+    wait_for("steps", in_training(run))
+    again = read_attempts(run)[-1]
+    assert (again.first_step, again.ranks) == (attempt.last_step, 1)
+    assert len(read_jobs(run)) == 2
+    mtl("cancel", str(run))
+    wait_for("the end", lambda: has_ended(run))
+
+
+def test_a_run_that_waits_says_so_and_can_be_cancelled(cluster: Cluster, work: Path) -> None:
+    run = work / "waiting"
+    printed = mtl("submit", "recipe.yaml", "--cluster", "held.yaml", "--nodes", "2", "--run-dir", str(run))
+    assert printed.startswith(f"job {read_jobs(run)[0].id}  {run}")
+    assert "queued" in (status := mtl("status", str(run))) and "JobHeldUser" in status
+    assert "nothing has been printed yet; it is queued (JobHeldUser)" in mistake("logs", str(run))
+    mtl("cancel", str(run))
+    wait_for("the end", lambda: has_ended(run))
+    assert "cancelled" in mtl("status", str(run))
+
+
+def test_slurm_accepts_the_script_of_a_dry_run(cluster: Cluster, work: Path) -> None:
+    script = mtl("submit", "recipe.yaml", "--cluster", "profile.yaml", "--nodes", "2", "--dry-run")
+    command = ["sbatch", "--test-only"]
+    tested = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
+    assert tested.returncode == 0 and "on nodes mtl-node[1-2]" in tested.stderr, tested.stderr
+    assert not (work / "runs" / "slurm-test").exists()
+
+
+def test_a_mistake_is_not_tried_twice_and_a_crash_that_repeats_not_a_third_time(
+    cluster: Cluster, work: Path
+) -> None:
+    mistaken, crashing = work / "mistaken", work / "crashing"
+    shutil.copytree("data/digits", "data/vanishing")
+    overrides = ["data.train=[{path: data/vanishing}]"]
+    submit(RECIPE, PROFILE, Shape(1, 1), overrides=overrides, run_dir=mistaken)
+    shutil.rmtree("data/vanishing")
+    # The first save fails; that is heard of at the second one.
+    saves = ["train.checkpoint_every=3"]
+    submit(RECIPE, Path("broken-disk.yaml"), Shape(1, 1), overrides=saves, run_dir=crashing)
+    wait_for("the end", lambda: has_ended(mistaken) and has_ended(crashing))
+
+    (view,) = view_runs([mistaken])
+    assert view.state == "failed"
+    assert "data/vanishing" in view.detail
+    assert [attempt.cause for attempt in read_attempts(mistaken)] == ["mistake"]
+
+    attempts = read_attempts(crashing)
+    assert [(attempt.cause, attempt.last_step) for attempt in attempts] == [("crash", 6), ("crash", 6)]
+    status = mtl("status", str(crashing))
+    assert "failed" in status and "rank 0: RuntimeError: the disk failed" in status
+    status_file = json.loads((crashing / "status.json").read_text())
+    assert "It failed twice in the same way at step 6: not started again." in status_file["reason"]
+
+
+def test_the_doctor_looks_at_every_node_of_a_cluster(cluster: Cluster, work: Path) -> None:
+    profile = str(ROOT / "slurm" / "devcluster.yaml")
+    printed = mtl("doctor", "--cluster", profile, "--nodes", "2", "--tasks-per-node", "2")
+    assert "between 4 ranks" in printed
+    assert "4 ranks differ from one process" in printed
+    assert "mtl-node2" in printed
+
+
+def test_a_cluster_without_accounting_does_as_well(work: Path) -> None:
+    run = work / "without-accounting"
+    with running_cluster("--no-accounting") as cluster:
+        accounting = subprocess.run(["sacct"], capture_output=True, text=True, check=False)
+        assert accounting.returncode != 0
+        (job,) = submit(RECIPE, PROFILE, Shape(2, 1), overrides=LONG, run_dir=run).job_ids
+        wait_for("steps", in_training(run))
+        cluster("scancel", "--signal=USR2", job)
+        wait_for("the requeue", is_queued(job))
+        assert "queued" in (status := mtl("status", str(run))) and "1 x preemption" in status
+        wait_for("steps", in_training(run))
+        assert "running" in mtl("status", str(run))
+        assert "2 ranks" in mtl("logs", str(run))
+        cluster("scancel", job)
+        wait_for("the end", lambda: has_ended(run))
+        # Nobody but the controller knows that it was cancelled, and not that it stopped by itself.
+        assert view_runs([run])[0].state == "cancelled"
+        (_, attempt) = read_attempts(run)
+        assert (run / "checkpoints" / f"step_{attempt.last_step:08d}" / "manifest.json").is_file()
