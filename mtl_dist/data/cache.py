@@ -41,6 +41,11 @@ class CacheSettings(Settings):
     max_gb: Annotated[float, Field(gt=0)] = 100.0
     """The most it may hold, in 10^9 bytes."""
 
+    @property
+    def max_bytes(self) -> int:
+        """The same in bytes."""
+        return int(self.max_gb * 1e9)
+
 
 class Cache:
     """The cache in a directory.
@@ -51,7 +56,7 @@ class Cache:
 
     def __init__(self, settings: CacheSettings) -> None:
         self._directory = settings.dir.absolute()
-        self._max_bytes = int(settings.max_gb * 1e9)
+        self._max_bytes = settings.max_bytes
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mtl_dist.batch import Batch
+from mtl_dist.data.ahead import LookAhead
 from mtl_dist.data.balanced import BalancedStream
 from mtl_dist.data.batches import BatchBuilder, Loaded
 from mtl_dist.data.blend import Blender, check_blend, partners_elsewhere
@@ -251,7 +252,8 @@ def train_loader(
     transform = Transform(data.image_size, settings.resize, settings.augmentation, own)
     key = derive_key(seed, _AUGMENT)
     builder = _builder(data, "train", transform, key, blender, pin_memory)
-    batches = _Batches(cut, _stream(data, seed), builder)
+    look_ahead = None if settings.cache is None else LookAhead(builder.readers, settings.cache)
+    batches = _Batches(cut, _stream(data, seed), builder, look_ahead)
     return BatchLoader(batches, workers, pin_memory, settings.on_bad_sample)
 
 
@@ -362,11 +364,18 @@ class _SampleOrder(Protocol):
 class _Batches(Dataset[Loaded | UserError]):
     """A rank's batches by their number: a pure function, so workers need no state."""
 
-    def __init__(self, cut: TrainingCut | EvaluationCut, order: _SampleOrder, builder: BatchBuilder) -> None:
+    def __init__(
+        self,
+        cut: TrainingCut | EvaluationCut,
+        order: _SampleOrder,
+        builder: BatchBuilder,
+        look_ahead: LookAhead | None = None,
+    ) -> None:
         self.num_samples = order.num_samples
         self._cut = cut
         self._order = order
         self._builder = builder
+        self._look_ahead = look_ahead
 
     def __len__(self) -> int:
         return len(self._cut)
@@ -382,6 +391,8 @@ class _Batches(Dataset[Loaded | UserError]):
             partners = partners_elsewhere(positions, self._cut.end)
             positions, content = np.append(positions, partners), np.append(content, partners)
         samples = self._order.samples(content)
+        if self._look_ahead is not None and isinstance(self._order, Stream):
+            self._look_ahead.want(self._order.upcoming(int(content[0])))
         try:
             return self._builder.build(samples, positions, positions < self._cut.end, size)
         except UserError as error:

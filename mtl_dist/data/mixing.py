@@ -173,6 +173,15 @@ class Stream:
                 rows[mine[at]] = order.sample_at(int(epoch), offsets[at])
         return Samples(sources, epochs, rows)
 
+    def upcoming(self, position: int) -> list[tuple[int, int]]:
+        """The source and number of each shard in the windows after those that the position is in."""
+        counts = self._schedule.counts(position)
+        return [
+            (source, shard)
+            for source, (order, count) in enumerate(zip(self._orders, counts, strict=True))
+            for shard in order.upcoming(*divmod(count, order.num_samples))
+        ]
+
 
 class Concatenation:
     """The samples of several sources in their stored order, one source after the other, once."""

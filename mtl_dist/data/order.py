@@ -26,6 +26,8 @@ _CACHED_EPOCHS = 2  # a batch may straddle the end of an epoch
 class _Epoch:
     """One epoch's shards as they are visited, and its windows."""
 
+    shards: np.ndarray  # as they are visited
+    windows: np.ndarray  # of each window, and the end: its first one of these
     first_rows: np.ndarray  # of each visited shard: the row of its first sample
     starts: np.ndarray  # of each visited shard, and the end: the position of its first sample
     window_starts: np.ndarray
@@ -53,6 +55,24 @@ class Order:
         shard = np.searchsorted(shards.starts, visited, side="right") - 1
         return shards.first_rows[shard] + visited - shards.starts[shard]
 
+    def upcoming(self, epoch: int, position: int) -> list[int]:
+        """The shards of the window after the one at this position of an epoch; none where all are one window.
+
+        In the stored order they are the next shard.
+        """
+        if self._window == "off":
+            shard = int(np.searchsorted(np.cumsum(self._sizes), position, side="right"))
+            return [(shard + 1) % len(self._sizes)] if len(self._sizes) > 1 else []
+        current = self._epoch(epoch)
+        following = int(np.searchsorted(current.window_starts, position, side="right"))
+        if len(current.windows) == 2:
+            return []
+        if following == len(current.windows) - 1:
+            current, following = self._epoch(epoch + 1), 0
+        begin, end = current.windows[following : following + 2].tolist()
+        shards: list[int] = current.shards[begin:end].tolist()
+        return shards
+
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
             while len(self._epochs) >= _CACHED_EPOCHS:
@@ -67,6 +87,8 @@ class Order:
         length = num_shards if self._window == "full" else int(self._window)
         windows = np.append(np.arange(0, num_shards, length), num_shards)
         return _Epoch(
+            shards=shards,
+            windows=windows,
             first_rows=(np.cumsum(self._sizes) - self._sizes)[shards],
             starts=starts,
             window_starts=starts[windows],

@@ -205,6 +205,21 @@ class SplitReader:
         if urls:
             self._ahead = {r: d for r, d in zip(ranges, read_together(urls), strict=True) if d is not None}
 
+    def remote_bytes(self, shard: int) -> int:
+        """The size of a shard that comes into the cache over the network; 0 of others."""
+        is_cached = self._cache is not None and isinstance(self._paths[shard], Url)
+        return self._shards[shard].num_bytes if is_cached else 0
+
+    def fetch(self, shard: int) -> None:
+        """Bring such a shard into the cache.
+
+        Raises:
+            UserError: it cannot be had.
+        """
+        location, info = self._paths[shard], self._shards[shard]
+        if self._cache is not None and isinstance(location, Url):
+            os.close(self._cache.open(location, info.num_bytes, info.sha256))
+
     def _spans_at(self, row: int, masks: tuple[str, ...]) -> dict[str, tuple[int, int]]:
         """(offset, size) of each part of the sample at `row`."""
         fields = self._rows()[row].item()
