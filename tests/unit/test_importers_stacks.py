@@ -341,10 +341,15 @@ def test_pages_of_several_sizes_are_refused(tmp_path: Path) -> None:
     with tifffile.TiffWriter(tmp_path / "x.tif") as file:
         file.write(np.zeros((5, 8, 9), np.uint8))
         file.write(np.zeros((5, 8, 12), np.uint8))
-    with pytest.raises(
-        UserError, match="expected pages of one size and kind, found several: 5x8x9 uint8"
-    ):
+    with pytest.raises(UserError, match="expected pages of one size and kind, found several: 5x8x9 uint8"):
         Stack(Tree(tmp_path).source("x.tif"))
+
+
+def test_frames_of_stacks_with_long_names_keep_keys_of_their_own(tmp_path: Path) -> None:
+    names = ("x" * 70 + "a", "x" * 70 + "b")
+    src = write_stacks(tmp_path / "src", names)
+    prepared(src, tmp_path / "out", split={})
+    assert len(samples(tmp_path / "out", "train")) == 2 * PAGES
 
 
 def test_stacks_may_lie_in_a_zip(tmp_path: Path) -> None:

@@ -95,17 +95,9 @@ def prepare_stacks(
             splits; or what `pack` refuses.
     """
     refuse_existing(out)
-    names = [*classification, *regression, *segmentation, *([time.task] if time else [])]
-    if not names:
-        raise UserError("tasks: expected at least one task, found none. Example: --regression hours=hours")
-    if len(set(names)) < len(names):
-        raise UserError(f"tasks: expected each name once, found {', '.join(names)}.")
-    check_task_names({name: "classification" for name in names})
-    for option, given in (("--classes", classes), ("--unit", units)):
-        for task in given:
-            if task not in names:
-                raise UserError(f"{option}: expected one of the tasks {', '.join(names)}, found {task!r}.")
-
+    _check_tasks(
+        [*classification, *regression, *segmentation, *([time.task] if time else [])], classes, units
+    )
     tree = Tree(src)
     found = _find_stacks(tree, stacks, segmentation, frames)
     rows = NO_TABLE if table is None else read_stack_table(table, src)
@@ -132,20 +124,41 @@ def prepare_stacks(
         notes.append(f"values of each stack from percentile {normalise[0]:g} to {normalise[1]:g} made 8 bits")
 
     split_of = _splits(found, samples, cells, rows, split, labels, classification, options.seed, notes)
+    records = _records(samples, labels, bounds, split_of)
+    return pack(records, out, tasks, src.resolve().stem, notes, replace(options, verify=False), progress)
+
+
+def _check_tasks(names: Sequence[str], classes: Mapping[str, ClassNames], units: Mapping[str, str]) -> None:
+    """Refuse no task, a name that stands twice or cannot be one, and options of tasks that are not there."""
+    if not names:
+        raise UserError("tasks: expected at least one task, found none. Example: --regression hours=hours")
+    if len(set(names)) < len(names):
+        raise UserError(f"tasks: expected each name once, found {', '.join(names)}.")
+    check_task_names({name: "classification" for name in names})
+    for option, given in (("--classes", classes), ("--unit", units)):
+        for task in given:
+            if task not in names:
+                raise UserError(f"{option}: expected one of the tasks {', '.join(names)}, found {task!r}.")
+
+
+def _records(
+    samples: Sequence[tuple[FrameStack, int]],
+    labels: Mapping[str, Sequence[Label | None]],
+    bounds: Mapping[str, Bounds],
+    split_of: Mapping[str, str],
+) -> dict[str, list[Record]]:
+    """The record of each frame, by split."""
+    pages = [f"{PurePosixPath(stack.path).with_suffix('')}_{frame:05d}.tif" for stack, frame in samples]
     records: dict[str, list[Record]] = {}
-    keys = dict(zip((s.path for s in found), unique_keys([s.path for s in found]), strict=True))
-    for i, (stack, frame) in enumerate(samples):
+    for i, ((stack, frame), key) in enumerate(zip(samples, unique_keys(pages), strict=True)):
         values = {task: label for task, column in labels.items() if (label := column[i]) is not None}
         masks = {
             task: StackPage(source, frame, stack.frame_bytes, is_mask=True)
             for task, source in stack.masks.items()
         }
         page = StackPage(stack.source, frame, stack.frame_bytes, bounds.get(stack.name))
-        key = f"{keys[stack.path][:52]}_{frame:05d}"
         records.setdefault(split_of[stack.name], []).append(Record(key, page, values, masks))
-    order = [name for name in SPLIT_NAMES if name in records]
-    ordered = {name: records[name] for name in [*order, *sorted(set(records) - set(order))]}
-    return pack(ordered, out, tasks, src.resolve().stem, notes, replace(options, verify=False), progress)
+    return records
 
 
 def _find_stacks(
