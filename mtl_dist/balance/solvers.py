@@ -18,7 +18,7 @@ from torch import Tensor
 RIDGE = 1e-6
 NEGATIVE_TOLERANCE = 1e-9
 ROUNDING = 1e-13
-MAX_EXCHANGES = 10
+PATIENCE = 2
 MAX_INTERIOR_STEPS = 60
 SMALLEST_GAP = 1e-18
 MAX_NEWTON_STEPS = 200
@@ -66,8 +66,8 @@ def nonnegative_qp(matrix_TT: Tensor, linear_NT: Tensor, passive_NT: Tensor | No
 
     Block pivoting (Kim and Park, https://doi.org/10.1137/110821172): guess which entries are not 0
     (`passive_NT`), solve for them, exchange all that came out infeasible. A few exchanges settle almost
-    every problem to the last digit; it can cycle where gradients are many and dependent, and what it has not
-    settled goes to an interior point method, which always ends.
+    every problem to the last digit; it can cycle where gradients are many and dependent, and what is not
+    settled when PATIENCE exchanges have brought nothing goes to an interior point method, which always ends.
 
     Raises:
         NotConvergedError: neither ended.
@@ -77,7 +77,8 @@ def nonnegative_qp(matrix_TT: Tensor, linear_NT: Tensor, passive_NT: Tensor | No
     open_N = torch.arange(len(linear_NT))
     linear = linear_NT
     passive = linear < 0 if passive_NT is None else passive_NT
-    for _ in range(MAX_EXCHANGES):
+    fewest, patience = linear_NT.numel() + 1, PATIENCE
+    while patience > 0:
         both = passive[:, :, None] & passive[:, None, :]
         factors = torch.linalg.cholesky(torch.where(both, matrix_TT, identity_TT))
         x = torch.cholesky_solve(torch.where(passive, -linear, 0.0)[:, :, None], factors)[:, :, 0]
@@ -90,6 +91,9 @@ def nonnegative_qp(matrix_TT: Tensor, linear_NT: Tensor, passive_NT: Tensor | No
         unsolved = wrong.any(dim=1)
         if not unsolved.any():
             return x_NT
+        num_wrong = int(wrong.sum())
+        patience = PATIENCE if num_wrong < fewest else patience - 1
+        fewest = min(fewest, num_wrong)
         open_N, linear = open_N[unsolved], linear[unsolved]
         passive = passive[unsolved] ^ wrong[unsolved]
     x_NT[open_N] = _interior_point(matrix_TT, linear)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_dist.balance import solvers
+from mtl_dist.balance import cagrad, solvers
 from mtl_dist.balance.solvers import NotConvergedError, angles, nonnegative_qp, power_balance, stationary
 
 SEEDS = range(60)
@@ -55,7 +55,7 @@ def test_the_quadratic_program_meets_its_optimality_conditions() -> None:
 def test_the_interior_point_alone_finds_the_same_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     problems = [angles(float32_gramian(gradients(seed))).cosines_TT for seed in SEEDS]
     expected = [nonnegative_qp(cosines_TT, cosines_TT) for cosines_TT in problems]
-    monkeypatch.setattr(solvers, "MAX_EXCHANGES", 0)
+    monkeypatch.setattr(solvers, "PATIENCE", 0)
     for cosines_TT, expected_NT in zip(problems, expected, strict=True):
         found_NT = nonnegative_qp(cosines_TT, cosines_TT)
         assert_optimal(cosines_TT, cosines_TT, found_NT)
@@ -63,7 +63,7 @@ def test_the_interior_point_alone_finds_the_same_solution(monkeypatch: pytest.Mo
 
 
 def test_a_quadratic_program_that_does_not_end_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solvers, "MAX_EXCHANGES", 0)
+    monkeypatch.setattr(solvers, "PATIENCE", 0)
     monkeypatch.setattr(solvers, "MAX_INTERIOR_STEPS", 2)
     with pytest.raises(NotConvergedError, match="2 interior steps"):
         nonnegative_qp(torch.eye(3, dtype=torch.float64), -torch.ones(1, 3, dtype=torch.float64))
@@ -101,3 +101,25 @@ def test_gradients_are_stationary_when_a_convex_combination_of_them_vanishes() -
     star_TP = torch.tensor([[1.0, 0.0], [-0.5, 3**0.5 / 2], [-0.5, -(3**0.5) / 2]], dtype=torch.float64)
     assert stationary(angles(star_TP @ star_TP.T).cosines_TT)
     assert not stationary(angles(star_TP[:2] @ star_TP[:2].T).cosines_TT)
+
+
+def test_cagrad_finds_its_level_in_a_few_solves_also_among_dependent_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    solves = 0
+
+    def counted(*arguments: Tensor) -> Tensor:
+        nonlocal solves
+        solves += 1
+        return nonnegative_qp(*arguments)
+
+    monkeypatch.setattr(cagrad, "nonnegative_qp", counted)
+    for seed, rank in [(1, 8), (2, 5), (3, 5), (0, 20)]:
+        generator = torch.Generator().manual_seed(seed)
+        rows_TP = torch.randn(40, rank, generator=generator, dtype=torch.float64)
+        for shift in (0.0, 0.3):
+            cosines_TT = angles(float32_gramian(rows_TP + shift)).cosines_TT
+            ones_T = torch.ones(40, dtype=torch.float64)
+            solves = 0
+            cagrad.worst_case_shift(cosines_TT, ones_T, ones_T / 40, 0.4, torch.inf)
+            assert solves <= 10
