@@ -154,12 +154,11 @@ class Blender:
 
 def mix_up(images_BHWC: Tensor, a: int, b: int, share: float) -> float:
     """Blend two images, rounded to the nearest value where they are uint8; the share."""
-    first, second = images_BHWC[a].float(), images_BHWC[b].float()
-    for number, blended in (
-        (a, torch.lerp(second, first, share)),
-        (b, torch.lerp(first, second, share)),
-    ):
-        images_BHWC[number] = blended.round_() if images_BHWC.dtype == torch.uint8 else blended
+    # In the batch's dtype, where a sum of bytes may wrap around: so does the difference, back again.
+    total = images_BHWC[a] + images_BHWC[b]
+    blended = torch.lerp(images_BHWC[b].float(), images_BHWC[a].float(), share)
+    images_BHWC[a] = blended.round_() if images_BHWC.dtype == torch.uint8 else blended
+    images_BHWC[b] = total - images_BHWC[a]
     return share
 
 
