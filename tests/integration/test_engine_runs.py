@@ -93,6 +93,41 @@ def test_a_run_goes_from_ddp_to_zero_3_to_one_process_to_zero_2(
     assert_close(tensors_at(run, NUM_STEPS), tensors_at(ddp, NUM_STEPS))
 
 
+def evaluate_under_deepspeed(run: Path, split: str) -> None:
+    """As `mtl evaluate` does where the launcher says DeepSpeed."""
+    import os
+
+    from mtl_dist.runs import evaluate_run
+
+    said = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    os.environ.update(said)
+    try:
+        evaluate_run(run, split)
+    finally:
+        for name in said:
+            del os.environ[name]
+
+
+def test_a_run_is_evaluated_alike_under_any_launcher(
+    recipe: Path, ranks: RankPool, ddp: Path, tmp_path: Path
+) -> None:
+    import json
+
+    from mtl_dist.runs import evaluate_run
+
+    figures = []
+    for name in ("alone", "launched"):
+        run = tmp_path / name
+        shutil.copytree(ddp, run)
+        if name == "alone":
+            evaluate_run(run, "val")
+        else:
+            ranks.run(evaluate_under_deepspeed, run, "val")
+        figures.append(json.loads((run / "evaluation" / "metrics.json").read_text())["val"])
+    for task, expected in figures[0].items():
+        assert figures[1][task] == pytest.approx(expected, rel=1e-5)
+
+
 def test_fp16_keeps_its_loss_scale_in_the_checkpoint(recipe: Path, ranks: RankPool, tmp_path: Path) -> None:
     from mtl_dist.checkpoint import read_checkpoint, step_directory
 

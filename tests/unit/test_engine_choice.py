@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from mtl_dist.engine.connect import Connection, EngineChoice, EngineSettings, choose
+from mtl_dist.engine.connect import (
+    Connection,
+    EngineChoice,
+    EngineSettings,
+    choose,
+    connect_without_engine,
+)
 from mtl_dist.engine.precision import Precision
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
@@ -118,3 +124,16 @@ def test_the_log_can_say_what_runs(size: int, choice: EngineChoice, words: str) 
     world = World(rank=0, size=size, local_rank=0, device=torch.device("cpu"))
     connection = Connection(world, choice, build=lambda *_: pytest.fail("not built here"))
     assert words in connection.describe()
+
+
+def test_evaluation_alone_needs_no_engine_whatever_launcher_and_recipe_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    for name, value in (launched(3, WORLD_SIZE="1") | {"ACCELERATE_MIXED_PRECISION": "bf16"}).items():
+        monkeypatch.setenv(name, value)
+    before = torch.distributed.is_initialized()
+    world = connect_without_engine(EngineSettings(kind="accelerate"))
+    assert (world.rank, world.size) == (0, 1)
+    assert torch.distributed.is_initialized() == before

@@ -284,3 +284,31 @@ def test_the_description_tells_sizes_and_parameters_and_changes_nothing() -> Non
     frozen = describe(build(SMALL.model_copy(update={"frozen": True, "shared": False})), (32, 32))
     assert "of them frozen" in frozen
     assert "backbone of mask" in frozen
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_images_lie_in_memory_as_the_weights_do(memory_format: torch.memory_format) -> None:
+    model = build(SMALL)
+    model.lie_in(memory_format)
+    assert model.get_parameter("backbone.conv2.weight").is_contiguous(memory_format=memory_format)
+    for given in (torch.channels_last, torch.contiguous_format):
+        images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8).contiguous(memory_format=given)
+        assert model.normalise(images).is_contiguous(memory_format=memory_format)
+
+
+def test_compiling_in_place_renames_nothing() -> None:
+    from mtl_dist.models.compiling import compile_parts
+
+    model = build(SMALL)
+    names = list(model.state_dict())
+    compile_parts(model, torch.device("cpu"), recomputing=False)
+    assert list(model.state_dict()) == names
+    assert all(part._compiled_call_impl is not None for part in model.parts())
+
+
+def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtl_dist.models.compiling import compile_parts
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"train\.compile: expected a compiler .*found no-such-compiler"):
+        compile_parts(build(SMALL), torch.device("cpu"), recomputing=False)

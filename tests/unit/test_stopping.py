@@ -101,3 +101,18 @@ def test_a_late_signal_meets_no_earlier_handler_where_the_process_only_has_to_en
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_batches_come_until_a_stop_is_asked_for() -> None:
+    import torch
+
+    from mtl_dist.engine.world import World
+    from mtl_dist.stopping import StopAsked, until_stopped
+
+    now = [0.0]
+    stop = StopSignal(deadline=100.0, margin_s=10.0, clock=lambda: now[0])
+    batches = until_stopped(range(3), stop, World(0, 1, 0, torch.device("cpu")))
+    assert next(batches) == 0
+    now[0] = 95.0
+    with pytest.raises(StopAsked, match="time limit"):
+        next(batches)
