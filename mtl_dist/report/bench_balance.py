@@ -225,8 +225,7 @@ def clock(device: str) -> float:
 def peak_memory(scene: Scene, name: str) -> int:
     """Bytes, in a process that has run nothing else."""
     step, _ = steps_of(Material(scene), name)
-    for _ in range(2):
-        step()
+    step()
     if scene.device != "cpu":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
