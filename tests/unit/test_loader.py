@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from mtl_dist.batch import Batch
 from mtl_dist.config.loading import load_settings
-from mtl_dist.data import loader as loader_module
+from mtl_dist.data import batch_loader
 from mtl_dist.data.cuts import EvaluationCut, TrainingCut
 from mtl_dist.data.loader import BatchLoader, Data, eval_loader, open_data, train_loader
 from mtl_dist.data.manifest import read_manifest, write_manifest
@@ -665,9 +665,9 @@ def test_workers_go_on_when_signals_reach_every_process(
     datasets: Path, still_starting: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if still_starting:
-        begin = loader_module._begin_worker
+        begin = batch_loader._begin_worker
         slow = lambda worker: (time.sleep(worker), begin(worker))  # noqa: E731
-        monkeypatch.setattr(loader_module, "_begin_worker", slow)
+        monkeypatch.setattr(batch_loader, "_begin_worker", slow)
     before = children()
     batches = iter(training(opened(datasets), global_batch=1, workers=2))
     found = contents(iter([next(batches)]))

@@ -1,0 +1,152 @@
+"""The batches of one rank, computed when they are asked for, or ahead by worker processes."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mtl_dist.batch import Batch
+from mtl_dist.data.ahead import LookAhead
+from mtl_dist.data.batches import BatchBuilder, Loaded
+from mtl_dist.data.blend import partners_elsewhere
+from mtl_dist.data.cuts import EvaluationCut, TrainingCut
+from mtl_dist.data.mixing import Samples, Stream
+from mtl_dist.data.settings import BadSampleSettings
+from mtl_dist.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_JUDGED_AT_ONCE = 1000  # a share of fewer samples would end runs by chance
+
+
+class BatchLoader:
+    """The batches of one rank, in order, computed ahead by `workers` processes (0: when asked for)."""
+
+    def __init__(
+        self, batches: Batches, workers: int, pin_memory: bool, on_bad_sample: BadSampleSettings
+    ) -> None:
+        self._batches = batches
+        self._on_bad_sample = on_bad_sample
+        self._loader: Iterable[Loaded | UserError] = batches
+        if workers == 0:
+            return
+        self._loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(len(batches)),
+            num_workers=workers,
+            collate_fn=_unchanged,
+            pin_memory=pin_memory,
+            worker_init_fn=_begin_worker,
+            # Without one of its own, a DataLoader draws from torch's global generator.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        seen = num_bad = 0
+        # A worker is deaf to them only once it has begun: until then they wait, and it begins by unblocking.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED_SIGNALS)
+        try:
+            started = iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for loaded in started:
+            if isinstance(loaded, UserError):
+                raise loaded
+            for problem in loaded.bad:
+                log.warning("skipped a bad sample: %s", problem)
+            seen += len(loaded.positions)
+            num_bad += len(loaded.bad)
+            self._judge(num_bad, seen)
+            yield loaded.batch()
+
+    def _judge(self, num_bad: int, seen: int) -> None:
+        if self._on_bad_sample.kind == "fail" or num_bad == 0:
+            return
+        started = min(_JUDGED_AT_ONCE, self._batches.num_samples)
+        judged = -(-seen // started) * started
+        if num_bad > self._on_bad_sample.max_fraction * judged:
+            raise UserError(
+                f"data.on_bad_sample.max_fraction: expected at most {self._on_bad_sample.max_fraction:g} of "
+                f"the samples to be bad, found {num_bad} of {seen}. The log names them: mend the dataset, or "
+                "allow more."
+            )
+
+
+class SampleOrder(Protocol):
+    num_samples: int
+
+    def samples(self, positions: np.ndarray) -> Samples: ...
+
+
+class Batches(Dataset[Loaded | UserError]):
+    """A rank's batches by their number: a pure function, so workers need no state."""
+
+    def __init__(
+        self,
+        cut: TrainingCut | EvaluationCut,
+        order: SampleOrder,
+        builder: BatchBuilder,
+        look_ahead: LookAhead | None = None,
+    ) -> None:
+        self.num_samples = order.num_samples
+        self._cut = cut
+        self._order = order
+        self._builder = builder
+        self._look_ahead = look_ahead
+
+    def __len__(self) -> int:
+        return len(self._cut)
+
+    def __iter__(self) -> Iterator[Loaded | UserError]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, index: int) -> Loaded | UserError:
+        """The batch; an error for the user is returned, because a worker would bury it in a traceback."""
+        positions = self._cut.positions(index)
+        size, content = len(positions), self._cut.content(positions)
+        if self._builder.blender is not None:
+            partners = partners_elsewhere(positions, self._cut.end)
+            positions, content = np.append(positions, partners), np.append(content, partners)
+        samples = self._order.samples(content)
+        if self._look_ahead is not None and isinstance(self._order, Stream):
+            self._look_ahead.want(self._order.upcoming(int(content[0])))
+        try:
+            return self._builder.build(samples, positions, positions < self._cut.end, size)
+        except UserError as error:
+            return error
+
+
+def _begin_worker(worker: int) -> None:
+    """Keep a worker to one thread, and deaf to the signals that Slurm and terminals send to all processes."""
+    torch.set_num_threads(1)
+    for number in _IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Kill the workers of a loader that was not read to its end.
+
+    At its exit a process asks them to end with the SIGTERM that they ignore, and would wait for ever. This
+    runs before: the module was imported after multiprocessing.
+    """
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def _unchanged(loaded: Any) -> Any:
+    return loaded
