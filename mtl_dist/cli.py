@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mtl_dist import __version__
-from mtl_dist.commands import bench, cluster, compare, data, machine, runs, stacks
+from mtl_dist.commands import bench, cluster, compare, data, machine, runs
 from mtl_dist.commands.errors import CommandGroup
 
 app = typer.Typer(
@@ -23,7 +23,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 data.add_to(app)
-stacks.add_to(data.prepare)
 runs.add_to(app)
 compare.add_to(app)
 cluster.add_to(app)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mtl_dist.commands.data import Out, Pairs, Seed, Workers, summary
 from mtl_dist.commands.options import class_names, named, numbers, percentile_pair, stacks_by_split
+from mtl_dist.commands.prepare import Out, Pairs, Seed, Workers, summary
 from mtl_dist.commands.progress import progress_bar
 from mtl_dist.errors import UserError
 
