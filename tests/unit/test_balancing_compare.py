@@ -13,7 +13,7 @@ from rich.console import Console
 from mtl_dist.conflicts import conflicts_in
 from mtl_dist.errors import UserError
 from mtl_dist.recipe import load_recipe
-from mtl_dist.report.compare import compare
+from mtl_dist.report.compare import Run, compare
 from mtl_dist.report.compare_figures import Comparison, Row, Spread, delta_m, relative_drop, spreads
 from mtl_dist.report.compare_plan import plan_comparison
 from mtl_dist.report.compare_show import show, spread_text, to_json, write
@@ -184,3 +184,66 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
         compare(plan_comparison(path, [], [], 1), out, None, console)
     with pytest.raises(UserError, match=r"^optim: expected the same as in"):
         compare(plan_comparison(path, ["optim.lr=0.5"], [], 1), out, None, console)
+
+
+# ---------------------------------------------------------------- runs, pretended
+FIGURES = {
+    "digit": {"accuracy": 0.8, "balanced_accuracy": 0.5, "f1": 0.4, "auroc": None, "loss": 1.0},
+    "value": {"mae": 2.0, "rmse": 4.0},
+}
+
+
+def pretend(run: Run, nproc: int | None) -> int:
+    """Leave what a training would; the one of famo with the second seed fails."""
+    run.directory.mkdir(parents=True)
+    failed = run.contender.name == "famo" and run.seed == 6
+    tasks = [run.contender.single] if run.contender.single else ["digit", "value"]
+    worse = 1.0 if run.contender.single else 1.1
+    figures = {
+        task: {name: value and value * worse for name, value in FIGURES[task].items()} for task in tasks
+    }
+    files = {
+        "status.json": {
+            "state": "failed" if failed else "done",
+            "reason": "the loss is nan" if failed else "",
+        },
+        "environment.json": [{}, {"peak_memory_bytes": 100 * len(tasks)}],
+    }
+    for name, content in files.items():
+        (run.directory / name).write_text(json.dumps(content))
+    rates = [1.0, 100.0 / len(tasks), 50.0 / len(tasks)]
+    steps = [{"kind": "step", "step": n, "images_per_s": rate} for n, rate in enumerate(rates)]
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (run.directory / "evaluation").mkdir()
+    (run.directory / "evaluation" / "metrics.json").write_text(json.dumps({"val": figures}))
+    return 2 if failed else 0
+
+
+def test_a_run_that_fails_is_told_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtl_dist.report.compare._train", pretend)
+    text = io.StringIO()
+    plan = plan_comparison(write_recipe(tmp_path), [], ["famo"], 2)
+    assert compare(plan, tmp_path / "out", None, Console(file=text, width=200)) == 0
+    assert "famo, seed 6 has no result: the loss is nan" in text.getvalue()
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["split"] == "val"
+    rows = found["contenders"]
+    assert {name: row["num_runs"] for name, row in rows.items()} == {
+        "single-task": 2,
+        "equal": 2,
+        "fixed": 2,
+        "famo": 1,
+    }
+    # Accuracies 10% better, errors 10% worse; auroc is undefined everywhere.
+    deltas = rows["famo"]["delta_m_percent"]
+    assert deltas["over tasks"]["mean"] == pytest.approx((-10 + 10) / 2)
+    assert deltas["over metrics"]["mean"] == pytest.approx((3 * -10 + 2 * 10) / 5)
+    assert rows["equal"]["metrics"]["digit"]["auroc"] == {
+        "mean": None,
+        "deviation": None,
+        "values": [None] * 2,
+    }
+    # The first logged rate does not count; single-task models one after the other take as long as both.
+    assert rows["equal"]["seconds_per_image"]["mean"] == pytest.approx(2 * (1 / 100 + 1 / 50) / 2)
+    assert rows["single-task"]["time_ratio_to_equal"] == pytest.approx(1.0)
+    assert rows["single-task"]["memory_ratio_to_equal"] == pytest.approx(0.5)
