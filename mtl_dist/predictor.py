@@ -55,6 +55,7 @@ class Predictor:
         self._facts = folder.read_data()
         own = recipe.data.own_transforms(training=False)
         self._transform = Transform(self._facts.image_size, recipe.data.resize, PRESETS["none"], own)
+        self._boxes = tuple(recipe.data.boxes.values())
         self.tasks = tuple(self._root.tasks)
 
     def predict(self, image: ImageLike, threshold: float = 0.5) -> dict[str, dict[str, Any]]:
@@ -62,7 +63,7 @@ class Predictor:
 
         classification  class_id, class_name, confidence, probabilities by name
         multilabel      labels above `threshold`, probabilities by name
-        regression      value, unit
+        regression      value, unit; of a box's edge in pixels of the image
         segmentation    mask (H, W) uint8, area_ratio; with two classes the foreground's probability (H, W)
 
         Raises:
@@ -94,6 +95,10 @@ class Predictor:
             if task.head.layout == "map":
                 output = self._transform.restored(output, size)
             result[name] = task.decode(output, threshold)[0]
+        for tasks in self._boxes:
+            edges = self._transform.restored_box([result[name]["value"] for name in tasks], size)
+            for name, edge in zip(tasks, edges, strict=True):
+                result[name]["value"] = edge
         return result
 
     def decoded(self, image: ImageLike) -> Tensor:

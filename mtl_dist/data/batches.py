@@ -7,9 +7,10 @@ way. The few numbers beside the pixels travel by value: a tensor costs a worker 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.data import get_worker_info
 
 from mtl_dist.batch import Batch
 from mtl_dist.data.blend import Blended, Blender
+from mtl_dist.data.boxes import BoxTasks
 from mtl_dist.data.decode import decode_mask, open_picture
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.manifest import ImageDtype
@@ -123,6 +125,7 @@ class BatchBuilder:
     key: int
     fail_on_bad: bool
     blender: Blender | None = None
+    boxes: Mapping[str, BoxTasks] = field(default_factory=dict)
     pin_memory: bool = False
 
     def build(self, samples: Samples, positions: np.ndarray, real: np.ndarray, size: int) -> Loaded:
@@ -149,8 +152,8 @@ class BatchBuilder:
                 tasks = [name for name, has in labelled.items() if has[i]]
                 sample = self.readers[source].read(row, tuple(name for name in tasks if name in masks_BHW))
                 draws = Draws(derive_key(self.key, source, epoch, row))
-                image_CHW, masks = self._pixels(sample, draws)
                 labels = self._labels(sample.labels, [name for name in tasks if name in targets])
+                image_CHW, masks = self._pixels(sample, labels, draws)
             except (UnreadableSample, UnreadableImage) as error:
                 problem = f"{self.readers[source].where(row)}: {error}."
                 if self.fail_on_bad:
@@ -169,6 +172,8 @@ class BatchBuilder:
                 target[i] = masks.get(name, IGNORE)
             for name, value in labels.items():
                 targets[name][i] = value
+            for name in itertools.chain.from_iterable(self.boxes.values()):
+                labelled[name][i] &= name in labels
         labelled = {name: mask & valid for name, mask in labelled.items()}
         blended = None
         if self.blender is not None:
@@ -197,7 +202,12 @@ class BatchBuilder:
         """Fill in the small samples that need no transform, bool (B,): which of them are done."""
         done = np.zeros(len(keys), dtype=bool)
         has_masks = len(targets) < len(self.infos)
-        if has_masks or self.image_dtype != "uint8" or not self.transform.keeps(self.transform.size):
+        if (
+            has_masks
+            or self.boxes
+            or self.image_dtype != "uint8"
+            or not self.transform.keeps(self.transform.size)
+        ):
             return done
         for source in np.unique(samples.sources).tolist():
             mine = np.flatnonzero(samples.sources == source)
@@ -220,18 +230,29 @@ class BatchBuilder:
             images_BHWC[torch.from_numpy(mine)] = torch.from_numpy(small.images_BHWC)
         return done
 
-    def _labels(self, labels: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, int | float | np.ndarray]:
+    def _labels(self, labels: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
         return {name: _label(name, self.infos[name], labels) for name in tasks}
 
-    def _pixels(self, sample: Sample, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """The image and the masks as the batch wants them."""
+    def _pixels(
+        self, sample: Sample, labels: dict[str, Any], draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The image and the masks as the batch wants them; boxes among the labels move along, or out."""
         picture = open_picture(sample.image, self.channels, self.image_dtype)
         masks = {name: decode_mask(data) for name, data in sample.masks.items()}
         for name, mask in masks.items():
             if mask.shape != picture.size:
                 sizes = [f"{width}x{height}" for height, width in (mask.shape, picture.size)]
                 raise UnreadableSample(f"its mask {name} is {sizes[0]}, its image {sizes[1]}")
-        image_CHW, masks = self.transform.view(picture, masks, draws)
+        boxes = {
+            name: [labels[task] for task in tasks]
+            for name, tasks in self.boxes.items()
+            if all(task in labels for task in tasks)
+        }
+        for task in itertools.chain.from_iterable(self.boxes.values()):
+            labels.pop(task, None)
+        image_CHW, masks, seen = self.transform.view_with_boxes(picture, masks, boxes, draws)
+        for name, edges in seen.items():
+            labels.update(zip(self.boxes[name], edges, strict=True))
         for name, mask in masks.items():
             _check_classes(name, mask, self.infos[name])
         return image_CHW, masks

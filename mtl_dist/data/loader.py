@@ -17,6 +17,7 @@ from mtl_dist.data.balanced import BalancedStream
 from mtl_dist.data.batch_loader import Batches, BatchLoader
 from mtl_dist.data.batches import BatchBuilder
 from mtl_dist.data.blend import Blender, check_blend
+from mtl_dist.data.boxes import check_boxes
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.cuts import EvaluationCut, TrainingCut
 from mtl_dist.data.derived import check_derived
@@ -112,6 +113,7 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
     infos = merge_infos(tasks, training)
     settings, training, left_out = _with_labels(settings, training, infos)
     check_blend(settings.blend, infos)
+    check_boxes(settings.boxes, infos, settings.blend is not None and settings.blend.mixup is not None)
     facts = {"train": training}
     for split, stated in (("val", settings.val), ("test", settings.test)):
         facts[split] = _evaluation_facts(settings, stated, split, training)
@@ -301,5 +303,6 @@ def _builder(
         key=key,
         fail_on_bad=data.settings.on_bad_sample.kind == "fail",
         blender=blender,
+        boxes=data.settings.boxes,
         pin_memory=pin_memory,
     )

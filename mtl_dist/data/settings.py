@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.blend import BlendSettings
+from mtl_dist.data.boxes import BoxTasks
 from mtl_dist.data.cache import CacheSettings
 from mtl_dist.data.derived import DeriveSettings
 from mtl_dist.data.foreign_sources import Fields, indexed
@@ -177,6 +178,8 @@ class DataSettings(Settings):
     """Mixup and CutMix: blend pairs of training images, and their labels."""
     transforms: tuple[OwnTransform, ...] = ()
     """Steps of the user's after `augment`, by their import paths."""
+    boxes: dict[str, BoxTasks] = Field(default_factory=dict)
+    """Boxes by name: the four regression tasks of left, top, right and bottom, which move with the image."""
     resize: Resize = "stretch"
     """How an image that is not cropped at random gets its size: `stretch` ignores its proportions, `crop`
     cuts off what is too long, `pad` adds black where it is too short."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import InterpolationMode
 
 from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
+from mtl_dist.data.boxes import box_of, edges_in, shown_box
 from mtl_dist.data.pictures import Box, DecodedPicture, Picture, resized
 from mtl_dist.data.rand_augment import RandAugmentSettings, rand_augment
 from mtl_dist.data.randomness import Draws
@@ -146,6 +147,17 @@ class Transform:
         Raises:
             UnreadableImage: the image is damaged.
         """
+        image_CHW, views, _ = self.view_with_boxes(picture, masks, {}, draws)
+        return image_CHW, views
+
+    def view_with_boxes(
+        self,
+        picture: Picture,
+        masks: Mapping[str, Tensor],
+        boxes: Mapping[str, Sequence[float]],
+        draws: Draws,
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, list[float]]]:
+        """The same with boxes: left, top, right and bottom in pixels; those that are seen come back."""
         source = self._source(*picture.size, draws)
         inner = self._inner(source)
         image_CHW = picture.show(source, inner)
@@ -153,17 +165,24 @@ class Transform:
         if inner != self.size:
             image_CHW = _padded(image_CHW, self.size, 0)
             views = {name: _padded(mask, self.size, IGNORE) for name, mask in views.items()}
+        for name, edges in boxes.items():  # from here on they go with the masks
+            views[name] = _padded_box(shown_box(box_of(edges, picture.size), source, inner), inner, self.size)
 
-        for flipped, axis in ((self.augment.flip, -1), (self.augment.flip_vertical, -2)):
+        for flipped, axis, flip in (
+            (self.augment.flip, -1, vision.horizontal_flip),
+            (self.augment.flip_vertical, -2, vision.vertical_flip),
+        ):
             if flipped and draws.uniform() < 0.5:
                 image_CHW = image_CHW.flip(axis)
-                views = {name: mask.flip(axis) for name, mask in views.items()}
+                views = {name: flip(mask) for name, mask in views.items()}
         image_CHW, views = self._turned(image_CHW, views, draws)
         image_CHW = self._recoloured(image_CHW, draws)
         if self.augment.rand_augment is not None:
             image_CHW, views = rand_augment(image_CHW, views, self.augment.rand_augment, draws)
         image_CHW = self._erased(image_CHW, draws)
-        return self._own_steps(image_CHW, {name: mask[0] for name, mask in views.items()}, draws)
+        seen = {name: edges_in(views.pop(name), self.size) for name in boxes}
+        image_CHW, views = self._own_steps(image_CHW, {name: mask[0] for name, mask in views.items()}, draws)
+        return image_CHW, views, {name: edges for name, edges in seen.items() if edges is not None}
 
     def restored(self, maps_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps of an image that was not augmented, back at the image's own `size` (height, width).
@@ -188,6 +207,15 @@ class Transform:
             height - source.top - source.height,
         )
         return F.pad(maps_BCHW, rest, mode="replicate") if any(rest) else maps_BCHW
+
+    def restored_box(self, edges: Sequence[float], size: tuple[int, int]) -> list[float]:
+        """A box in the view of an image that was not augmented, in pixels of the image of `size`."""
+        source = self._source(*size, Draws(0))
+        inner = self._inner(source)
+        (top, left), (height, width) = _margins(inner, self.size), inner
+        scales = (source.width / width, source.height / height) * 2
+        moves = ((left, source.left), (top, source.top)) * 2
+        return [(edge - at) * scale + to for edge, scale, (at, to) in zip(edges, scales, moves, strict=True)]
 
     def _own_steps(
         self, image_CHW: Tensor, masks: dict[str, Tensor], draws: Draws
@@ -278,5 +306,16 @@ def _random_box(
 
 def _padded(image: Tensor, size: tuple[int, int], value: int) -> Tensor:
     height, width = image.shape[-2:]
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    top, left = _margins((height, width), size)
     return F.pad(image, (left, size[1] - width - left, top, size[0] - height - top), value=value)
+
+
+def _padded_box(box: Tensor, inner: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    top, left = _margins(inner, size)
+    edges = box.as_subclass(Tensor) + torch.tensor([left, top]).repeat(2)
+    return box_of(edges[0].tolist(), size)
+
+
+def _margins(inner: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Above and left of a picture in the middle of a larger one."""
+    return (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
