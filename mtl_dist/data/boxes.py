@@ -13,6 +13,7 @@ predictions in pixels of the image as it came. Steps of the user's (`data.transf
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -57,6 +58,20 @@ def check_boxes(boxes: Mapping[str, BoxTasks], infos: Mapping[str, TaskInfo], mi
         )
     if problems:
         raise UserError("\n".join(problems))
+
+
+def with_seen_edges(
+    infos: Mapping[str, TaskInfo], boxes: Mapping[str, BoxTasks], size: tuple[int, int]
+) -> dict[str, TaskInfo]:
+    """The tasks' facts, with those of boxes as they are in images of `size`, whatever is stored.
+
+    Mean and deviation, by which a target is standardised, are the middle and a quarter of the side.
+    """
+    seen = dict(infos)
+    for tasks in boxes.values():
+        for task, side in zip(tasks, size[::-1] * 2, strict=True):
+            seen[task] = replace(infos[task], mean=side / 2, std=side / 4, minimum=0.0, maximum=float(side))
+    return seen
 
 
 def box_of(edges: Sequence[float], size: tuple[int, int]) -> Tensor:

@@ -17,7 +17,7 @@ from mtl_dist.data.balanced import BalancedStream
 from mtl_dist.data.batch_loader import Batches, BatchLoader
 from mtl_dist.data.batches import BatchBuilder
 from mtl_dist.data.blend import Blender, check_blend
-from mtl_dist.data.boxes import check_boxes
+from mtl_dist.data.boxes import check_boxes, with_seen_edges
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.cuts import EvaluationCut, TrainingCut
 from mtl_dist.data.derived import check_derived
@@ -130,6 +130,7 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
     _check_sampling(settings.sampling, infos, sources["train"])
     lengths = [source.info.num_samples for source in training]
     schedule = Schedule(settings.mixing.weights(settings.train, lengths))
+    infos = with_seen_edges(infos, settings.boxes, settings.size)
     return Data(settings, infos, channels, image_dtype, sources, schedule, left_out)
 
 

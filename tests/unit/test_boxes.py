@@ -178,6 +178,14 @@ def test_a_batch_holds_the_boxes_of_the_images_as_they_are_seen(dataset: Path) -
         assert seen >= 2
 
 
+def test_boxes_are_standardised_by_the_image_that_is_seen(dataset: Path) -> None:
+    stated = {"train": [{"path": str(dataset)}], "image_size": [30, 160], "boxes": BOXES}
+    data = open_data(DataSettings.model_validate(stated, strict=False), EDGES)
+    assert [data.infos[name].mean for name in EDGES] == [80, 15, 80, 15]
+    assert [data.infos[name].std for name in EDGES] == [40, 7.5, 40, 7.5]
+    assert data.infos["x0"].num_labelled == 5
+
+
 def test_what_is_not_moved_stays_as_it_is(dataset: Path) -> None:
     batch = batch_of(dataset)
     for i, key in enumerate(batch.keys):
