@@ -2,7 +2,8 @@
 
 All contenders take turns in one process (or one group of ranks), so that a change in the machine's speed
 meets them alike; what is shown are medians over the turns. Ours is `Trainer.run` itself, with everything it
-does in a step: counts, masks, gradient norm, log.
+does in a step: counts, masks, gradient norm, log. On CPUs the time is the processor's, with one thread per
+rank, because the clock's swings with what else the machine does.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from mtl_dist.report.bench_training import (
     Scene,
     build_trainer,
     clock,
+    effort,
     first,
     random_batch,
 )
@@ -73,10 +75,15 @@ def bench_step(
     connection = connect(EngineSettings(), "fp32")
     world = connection.world
     console = Console(quiet=not world.is_main, width=110)
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    on_gpu = world.device.type == "cuda"
+    if not on_gpu:
+        torch.set_num_threads(1)
+    device = (
+        torch.cuda.get_device_name(world.device) if on_gpu else "CPU, one thread per rank, processor time"
+    )
     console.print(
-        f"{world.size} ranks, {device}, {torch.get_num_threads()} threads; {batch} images of {image_size} x "
-        f"{image_size} per rank; torch {torch.__version__}; medians of {repeats} turns of {steps} steps"
+        f"{world.size} ranks, {device}; {batch} images of {image_size} x {image_size} per rank; "
+        f"torch {torch.__version__}; medians of {repeats} turns of {steps} steps"
     )
     for backbone in backbones:
         for precision in precisions:
@@ -141,7 +148,7 @@ def plain_turn(scene: Scene, connection: Connection, batch: Batch) -> Turn:
     dtype = AUTOCAST_DTYPES.get(scene.precision)
 
     def turn(steps: int) -> float:
-        start = clock(device)
+        start = effort(device)
         for _ in range(steps):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 outputs = model(batch.images_BCHW)
@@ -149,7 +156,7 @@ def plain_turn(scene: Scene, connection: Connection, batch: Batch) -> Turn:
             torch.stack(losses).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        return (clock(device) - start) / steps
+        return (effort(device) - start) / steps
 
     return turn
 
