@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from functools import cache, partialmethod
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer, vision_transformer
 
 from mtl_dist.balance.cagrad import CAGradSettings
 from mtl_dist.balance.famo import FAMOSettings
@@ -23,6 +24,7 @@ from mtl_dist.config.settings import Settings
 from mtl_dist.engine import deepspeed_setup
 from mtl_dist.engine.connect import EngineSettings, connect
 from mtl_dist.engine.precision import Precision
+from mtl_dist.models.compiling import compile_parts
 from mtl_dist.models.multitask import build_model
 from mtl_dist.models.settings import Checkpointing, ModelSettings
 from mtl_dist.optim import OptimSettings, build_optimizer
@@ -68,6 +70,8 @@ class Case:
     precision: Precision = "fp32"
     size: int = 8
     """Height and width of the images."""
+    compiled: Literal["", "aot_eager", "inductor"] = ""
+    """By which of torch.compile's backends: the first writes no code that would have to be compiled."""
 
 
 @dataclass
@@ -108,8 +112,14 @@ def window_of(batch: Batch, rank: int, num_ranks: int, accumulation: int) -> lis
     return [batch._map(lambda tensor, at=start: tensor[at : at + size]) for start in starts]
 
 
+def small_transformer(patch_size: int, **others: Any) -> nn.Module:
+    """torchvision's vision transformer of one layer; its class token is a parameter of no layer's own."""
+    return VisionTransformer(32, patch_size, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32)
+
+
 def train_root(case: Case) -> Trained:
     """Run on every rank."""
+    vision_transformer._vision_transformer = small_transformer  # type: ignore[assignment]
     # Small weights are divided like large ones, so that ZeRO 3 is seen at work.
     deepspeed_setup.SMALL_WEIGHT = 0
     connection = connect(EngineSettings(zero_stage=case.zero_stage), case.precision)  # type: ignore[arg-type]
@@ -118,6 +128,11 @@ def train_root(case: Case) -> Trained:
     tasks = build_tasks(TASKS, INFOS)
     model_settings = ModelSettings(backbone=case.backbone, norm="group", checkpointing=case.checkpointing)
     model = build_model(model_settings, [task.head for task in tasks.values()], 3, (case.size, case.size))
+    if case.compiled:
+        kept = nn.Module.compile
+        nn.Module.compile = partialmethod(kept, backend=case.compiled)  # type: ignore[assignment]
+        compile_parts(model, world.device, recomputing=case.checkpointing != "off")
+        nn.Module.compile = kept  # type: ignore[method-assign]
     balancer = build_balancer(
         METHODS[case.method],  # type: ignore[arg-type]
         list(tasks),
@@ -208,3 +223,38 @@ def test_low_precision_is_the_same_under_every_engine(precision: Precision) -> N
         for ours, theirs in zip(found.sums, expected.sums, strict=True):
             # Weights that differ in their last float32 bit may round to another neighbour.
             assert ours == pytest.approx(theirs, rel=2**-7), case
+
+
+def test_zero_3_looks_at_a_transformer_before_its_micro_batches() -> None:
+    case = Case("mgda at features", 3, accumulation=2, backbone="vit_b_16", size=32)
+    found = shared_pool(2).run(train_root, case)[0]
+    assert_same(found, alone(replace(case, zero_stage=None, accumulation=1)), case)
+
+
+def assert_compiling_changes_nothing(size: int, cases: Sequence[Case], backend: str) -> None:
+    plain = shared_pool(size).run(train_cases, cases)[0]
+    compiled = [replace(case, compiled=backend) for case in cases]  # type: ignore[arg-type]
+    for case, expected, found in zip(
+        cases, plain, shared_pool(size).run(train_cases, compiled)[0], strict=True
+    ):
+        for ours, theirs in zip(found.sums, expected.sums, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5), case
+        assert found.model.keys() == expected.model.keys()
+        for name, weight in expected.model.items():
+            # An activation that is 0 but for rounding passes its gradient or does not.
+            torch.testing.assert_close(found.model[name], weight, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("zero_stage", [None, 0, 1, 2])
+def test_compiled_parts_give_the_same_numbers_under_the_same_names(zero_stage: int | None) -> None:
+    cases = [
+        Case("fixed", zero_stage),
+        Case("fixed", zero_stage, checkpointing="block"),
+        Case("mgda at features", zero_stage, accumulation=2),
+        Case("pcgrad at parameters", zero_stage),
+    ]
+    assert_compiling_changes_nothing(2, cases, "aot_eager")
+
+
+def test_code_that_torch_writes_gives_the_same_numbers() -> None:
+    assert_compiling_changes_nothing(1, [Case("pcgrad at parameters")], "inductor")
