@@ -209,6 +209,8 @@ class BatchBuilder:
             or not self.transform.keeps(self.transform.size)
         ):
             return done
+        tasks = list(labelled)
+        flags = list(zip(*(has.tolist() for has in labelled.values()), strict=True))
         for source in np.unique(samples.sources).tolist():
             mine = np.flatnonzero(samples.sources == source)
             small = read_small(
@@ -216,15 +218,18 @@ class BatchBuilder:
             )
             if small is None:
                 continue
+            known: dict[tuple[int, tuple[bool, ...]], dict[str, Any]] = {}  # equal labels are one object
             for i, read, key, found in zip(
                 mine.tolist(), small.read.tolist(), small.keys, small.labels, strict=True
             ):
                 if read:
-                    try:
-                        labels = self._labels(found, [name for name, has in labelled.items() if has[i]])
-                    except UnreadableSample:
-                        continue  # it is read again, and judged
-                    for name, value in labels.items():
+                    at = id(found), flags[i]
+                    if at not in known:
+                        try:
+                            known[at] = self._labels(found, list(itertools.compress(tasks, flags[i])))
+                        except UnreadableSample:
+                            continue  # it is read again, and judged
+                    for name, value in known[at].items():
                         targets[name][i] = value
                     keys[i], done[i] = key, True
             images_BHWC[torch.from_numpy(mine)] = torch.from_numpy(small.images_BHWC)
