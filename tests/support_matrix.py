@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from mtl_dist.engine.precision import Precision
+from mtl_dist.models.settings import Checkpointing
 from tests.ranks import shared_pool
 from tests.tiny_balancing import (
     BALANCES,
@@ -33,6 +34,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "support.md"
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 LABELS: tuple[Labels, ...] = get_args(Labels)
 ACCUMULATIONS = (1, 2)
+CHECKPOINTINGS: tuple[Checkpointing, ...] = ("stage", "block")
 LOW_PRECISIONS: tuple[Precision, ...] = ("bf16", "fp16")
 
 LARGEST_DIFFERENCE = 1e-5
@@ -52,6 +54,15 @@ def size_of(engine: EngineName) -> int:
 
 def exact_cases() -> list[Case]:
     return [Case(*ways) for ways in product(BALANCES, LABELS, ACCUMULATIONS)]
+
+
+def checkpointing_cases() -> list[Case]:
+    """Both ways to recompute, each with another number of micro-batches."""
+    return [
+        Case(balance, "partial", accumulation, checkpointing=checkpointing)
+        for balance in BALANCES
+        for accumulation, checkpointing in zip(ACCUMULATIONS, CHECKPOINTINGS, strict=True)
+    ]
 
 
 def low_precision_cases() -> list[Case]:
@@ -79,6 +90,18 @@ def _exact_outcome(first: Result, others: list[Result], expected: Result) -> str
     if any(not a.equal(b) for other in others for a, b in zip(first.weights, other.weights, strict=True)):
         return "wrong: not the same weights on every rank"
     return ""
+
+
+@cache
+def checkpointing_outcomes(engine: EngineName) -> Outcomes:
+    """Every method with gradient checkpointing: the numbers of one process which stores all activations."""
+    cases = checkpointing_cases()
+    found = shared_pool(size_of(engine)).run(train_all, engine, cases)
+    outcomes = {}
+    for case, first, *others in zip(cases, *found, strict=True):
+        plain = case.with_(checkpointing="off")
+        outcomes[case] = first.refusal or _exact_outcome(first, others, reference(plain))
+    return outcomes
 
 
 @cache
@@ -123,8 +146,9 @@ def render() -> str:
         "the file to that. *yes*: for full, partial and disjoint labels, and with 1 and 2 micro-batches per",
         f"step, the tasks' weights and the model's update are those of one process with the whole batch, to"
         f" {LARGEST_DIFFERENCE:g}",
-        "of the largest; in bf16 and fp16 those of one process with the same micro-batches. A number is a",
-        "refusal at the start of the run, below the table.",
+        "of the largest, also with gradient checkpointing by stage or by block; in bf16 and fp16 those of",
+        "one process with the same micro-batches. The last three columns are of all engines which are not",
+        "refused. A number is a refusal at the start of the run, below the table.",
         "",
         "| method | level | one process | DDP | ZeRO 1 | ZeRO 2 | ZeRO 3 | disjoint labels | bf16 | fp16 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -132,7 +156,14 @@ def render() -> str:
     for balance in BALANCES:
         cells = [balance.method, balance.level or ""]
         cells += [
-            _cell([_exact(balance, engine, "full"), _exact(balance, engine, "partial")], notes)
+            _cell(
+                [
+                    _exact(balance, engine, "full"),
+                    _exact(balance, engine, "partial"),
+                    _checkpointed(balance, engine),
+                ],
+                notes,
+            )
             for engine in ENGINES
         ]
         where = [engine for engine in ENGINES if not any(_exact(balance, engine, "full"))]
@@ -148,6 +179,10 @@ def render() -> str:
 
 def _exact(balance: Balance, engine: EngineName, labels: Labels) -> list[str]:
     return [exact_outcomes(engine)[Case(balance, labels, a)] for a in ACCUMULATIONS]
+
+
+def _checkpointed(balance: Balance, engine: EngineName) -> list[str]:
+    return [said for case, said in checkpointing_outcomes(engine).items() if case.balance == balance]
 
 
 def _low(balance: Balance, engine: EngineName, precision: Precision) -> list[str]:
