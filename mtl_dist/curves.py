@@ -9,11 +9,14 @@ from typing import Any
 TRAIN_COLOUR, VAL_COLOUR = "#8a8f98", "#2f6db5"
 
 
-def draw_learning_curves(history: dict[str, Any], path: Path) -> None:
-    """Draw one panel for the total loss and one row per task: its loss, then up to three of its metrics."""
+def draw_learning_curves(history: dict[str, Any], path: Path, monitored: str = "") -> None:
+    """Draw one panel for the total loss and one row per task: its loss, then up to three of its metrics.
+
+    The `monitored` one (such as val/digit/auroc) is the first of its task.
+    """
     from matplotlib.figure import Figure
 
-    panels = _panels(history)
+    panels = panels_of(history, monitored)
     columns = max(len(row) for row in panels)
     figure = Figure(figsize=(3.6 * columns, 2.5 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), columns, squeeze=False)
@@ -40,7 +43,8 @@ def draw_learning_curves(history: dict[str, Any], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _panels(history: dict[str, Any]) -> list[list[str]]:
+def panels_of(history: dict[str, Any], monitored: str) -> list[list[str]]:
+    """The names of the panels, row by row."""
     names = list(dict.fromkeys([*history["train"], *history["val"]]))
     tasks = dict.fromkeys(name.split("/")[0] for name in names if "/" in name)
     rows = [["loss"]]
@@ -50,5 +54,6 @@ def _panels(history: dict[str, Any]) -> list[list[str]]:
             for name in names
             if name.startswith(f"{task}/") and not name.endswith(("/loss", "/num_samples"))
         ]
+        metrics.sort(key=lambda name: f"val/{name}" != monitored)
         rows.append([f"{task}/loss", *metrics[:3]])
     return rows

@@ -158,7 +158,11 @@ def build_trainer(
         ema=Ema(engine, recipe.optim.ema) if recipe.optim.ema is not None else None,
         evaluate=evaluate_val if "val" in data.splits else None,
         writer=CheckpointWriter(folder.checkpoints, recipe.train.keep_last) if world.is_main else None,
-        tracker=Tracker(folder.directory if world.is_main else None, resumed.step if resumed else 0),
+        tracker=Tracker(
+            folder.directory if world.is_main else None,
+            resumed.step if resumed else 0,
+            monitored=recipe.monitor.metric,
+        ),
         stop=stop,
         recipe_text=to_yaml(recipe),
     )

@@ -24,10 +24,20 @@ CONFLICTS = Path("evaluation") / "conflicts.png"
 
 
 class Tracker:
-    """Rank 0's records; on the other ranks (`directory` None) every call does nothing."""
+    """Rank 0's records; on the other ranks (`directory` None) every call does nothing.
 
-    def __init__(self, directory: Path | None, resumed_step: int, console: Console | None = None) -> None:
+    `monitored` is the figure that chooses the best weights: the learning curves show it in any case.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        resumed_step: int,
+        console: Console | None = None,
+        monitored: str = "",
+    ) -> None:
         self.directory = directory
+        self._monitored = monitored
         self.console = console or Console()
         self._rows: list[dict[str, Any]] = []
         self._drawn = time.monotonic()
@@ -84,7 +94,7 @@ class Tracker:
         if history["step"]:
             from mtl_dist.curves import draw_learning_curves
 
-            draw_learning_curves(history, self.directory / "learning_curves.png")
+            draw_learning_curves(history, self.directory / "learning_curves.png", self._monitored)
         self._drawn = time.monotonic()
 
     def draw_conflicts(self) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+from mtl_dist.curves import panels_of
 from mtl_dist.tracking import Tracker, history_of, truncated_rows
 
 
@@ -37,6 +38,13 @@ def test_a_resumed_record_equals_one_that_never_stopped(tmp_path: Path) -> None:
         (whole / "history.json").read_text()
     )
     assert (parts / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_learning_curves_show_the_monitored_metric_of_any_number() -> None:
+    names = ["loss", "digit/loss", "digit/accuracy", "digit/f1", "digit/recall", "digit/auroc", "age/loss"]
+    history = {"train": {"loss": [1.0]}, "val": {name: [1.0] for name in names}}
+    shown = ["digit/loss", "digit/auroc", "digit/accuracy", "digit/f1"]
+    assert panels_of(history, "val/digit/auroc") == [["loss"], shown, ["age/loss"]]
 
 
 def test_a_last_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
