@@ -140,7 +140,9 @@ def build_optimizer(
     if settings.kind == "sgd":
         return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.nesterov)
     adam = torch.optim.AdamW if settings.kind == "adamw" else torch.optim.Adam
-    return adam(groups, betas=settings.betas, eps=settings.eps)
+    # The fused kernel takes a third of the time. On a CPU it reads memory end to end: a gradient must lie
+    # as its weight does (channels-last or not), which autograd and DDP see to.
+    return adam(groups, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def _group(name: str, lr: float, weight_decay: float, parameters: list[nn.Parameter]) -> dict[str, object]:
