@@ -90,10 +90,10 @@ def mistake(*arguments: str) -> str:
     return line
 
 
-def local_run(name: str, num_ranks: int, *overrides: str) -> Path:
+def local_run(name: str, num_ranks: int, *overrides: str, recipe: str = "recipe.yaml") -> Path:
     """The same recipe on this machine, undisturbed."""
     run = Path(name).absolute()
-    mtl("launch", "recipe.yaml", "--nproc", str(num_ranks), "--run-dir", str(run), *overrides)
+    mtl("launch", recipe, "--nproc", str(num_ranks), "--run-dir", str(run), *overrides)
     return run
 
 

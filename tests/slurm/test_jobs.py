@@ -41,6 +41,25 @@ LONG = ("train.max_steps=100000",)
 # on or off does not grow. The losses of the batches differ by a tenth: another order would be seen at once.
 SMOOTH = ("model.backbone=shufflenet_v2_x0_5", "optim.kind=sgd", "optim.lr=1e-4", "train.max_steps=30")
 
+# Three tasks whose loss falls by a quarter in 30 steps want smaller ones: 2e-6 is left of rounding errors.
+DIGITS = ("model.norm=group", "train.global_batch=16", "train.log_every=1", *SMOOTH)
+DIGITS += ("optim.lr=1e-5", "optim.momentum=0")
+
+
+def test_two_nodes_end_with_the_weights_of_two_and_of_four_local_ranks(cluster: Cluster, work: Path) -> None:
+    recipe, run = ROOT / "configs" / "digits.yaml", work / "digits"
+    submit(recipe, PROFILE, Shape(2, 2), overrides=DIGITS, run_dir=run)
+    wait_for("the end", lambda: has_ended(run))
+    weights, losses = weights_of(run, 30), [row["train/loss"] for row in step_rows(run)]
+    assert len(losses) == 30
+    four, two = (local_run(f"digits-{n}", n, *DIGITS, recipe=str(recipe)) for n in (4, 2))
+    for name, weight in weights_of(four, 30).items():
+        assert torch.equal(weights[name], weight), name
+    for name, weight in weights_of(two, 30).items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+    assert losses == [row["train/loss"] for row in step_rows(four)]
+    assert losses == pytest.approx([row["train/loss"] for row in step_rows(two)], rel=1e-5)
+
 
 def test_a_requeued_run_in_a_container_may_have_another_number_of_ranks(cluster: Cluster, work: Path) -> None:
     expected, run = local_run("smooth", 4, *SMOOTH), work / "elastic"
