@@ -81,7 +81,6 @@ def worst_case_shift(
         linear_T = push_T - level * inverse_T
         x_T = nonnegative_qp(cosines_TT, linear_T[None], passive_T)[0]
         square = float(x_T @ cosines_TT @ x_T)
-        # Not `x > 0`: an interior point's zeros are not quite.
         passive_T = (x_T > cosines_TT @ x_T + linear_T)[None]
         reached = abs(square - radius_square) <= 1e-10 * radius_square
         if reached or (level == highest and square < radius_square) or level <= low:

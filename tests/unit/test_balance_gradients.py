@@ -239,7 +239,17 @@ def test_a_gramian_that_is_not_finite_keeps_the_last_weights_and_is_counted(
     assert "step 1" in caplog.text and "not finite" in caplog.text
 
 
-@pytest.mark.parametrize("settings", [NashSettings(), FairGradSettings(), CAGradSettings()], ids=name)
+ITERATIVE = [
+    NashSettings(),
+    FairGradSettings(),
+    CAGradSettings(),
+    MGDASettings(),
+    UPGradSettings(),
+    DualProjSettings(),
+]
+
+
+@pytest.mark.parametrize("settings", ITERATIVE, ids=name)
 def test_a_solve_that_does_not_converge_keeps_the_last_weights_and_is_counted(
     settings: BalanceSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -248,7 +258,8 @@ def test_a_solve_that_does_not_converge_keeps_the_last_weights_and_is_counted(
     balancer = build(settings, 3)
     present_T, losses_T = all_present(3), losses(3)
     first_T = balancer.weights(present_T=present_T, key=(0, 0), losses_T=losses_T, gramian_TT=gramian_TT)
-    monkeypatch.setattr(solvers, "MAX_NEWTON_STEPS", 0)
+    for limit in ("MAX_NEWTON_STEPS", "MAX_EXCHANGES", "MAX_REPAIRS"):
+        monkeypatch.setattr(solvers, limit, 0)
     monkeypatch.setattr("mtl_dist.balance.cagrad.MAX_LEVELS", 0)
     with caplog.at_level(logging.WARNING):
         again_T = balancer.weights(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +34,19 @@ def gradients(seed: int) -> Tensor:
     return jacobian_TP
 
 
+def dependent_gradients() -> Iterator[Tensor]:
+    """40 gradients that span 1 to 39 dimensions, or repeat 2 to 20 vectors with random signs."""
+    for rank in range(1, 40):
+        generator = torch.Generator().manual_seed(rank)
+        yield torch.randn(40, rank, generator=generator, dtype=torch.float64)
+    for num_vectors in range(2, 21):
+        generator = torch.Generator().manual_seed(num_vectors)
+        vectors_NP = torch.randn(num_vectors, 1000, generator=generator, dtype=torch.float64)
+        chosen_T = torch.randint(num_vectors, (40,), generator=generator)
+        signs_T = torch.randint(2, (40,), generator=generator) * 2 - 1
+        yield vectors_NP[chosen_T] * signs_T[:, None]
+
+
 def float32_gramian(jacobian_TP: Tensor) -> Tensor:
     """As training sees it: rounded, then solved in float64."""
     return (jacobian_TP @ jacobian_TP.T).float().double()
@@ -52,10 +67,17 @@ def test_the_quadratic_program_meets_its_optimality_conditions() -> None:
             assert_optimal(cosines_TT, linear_NT, nonnegative_qp(cosines_TT, linear_NT))
 
 
-def test_the_interior_point_alone_finds_the_same_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quadratic_program_meets_them_also_where_many_gradients_span_few_dimensions() -> None:
+    for jacobian_TP in dependent_gradients():
+        cosines_TT = angles(float32_gramian(jacobian_TP)).cosines_TT
+        for linear_NT in (cosines_TT, cosines_TT.mean(dim=0, keepdim=True), -torch.ones_like(cosines_TT[:1])):
+            assert_optimal(cosines_TT, linear_NT, nonnegative_qp(cosines_TT, linear_NT))
+
+
+def test_the_path_alone_finds_the_same_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     problems = [angles(float32_gramian(gradients(seed))).cosines_TT for seed in SEEDS]
     expected = [nonnegative_qp(cosines_TT, cosines_TT) for cosines_TT in problems]
-    monkeypatch.setattr(solvers, "PATIENCE", 0)
+    monkeypatch.setattr(solvers, "MAX_EXCHANGES", 0)
     for cosines_TT, expected_NT in zip(problems, expected, strict=True):
         found_NT = nonnegative_qp(cosines_TT, cosines_TT)
         assert_optimal(cosines_TT, cosines_TT, found_NT)
@@ -63,10 +85,12 @@ def test_the_interior_point_alone_finds_the_same_solution(monkeypatch: pytest.Mo
 
 
 def test_a_quadratic_program_that_does_not_end_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solvers, "PATIENCE", 0)
-    monkeypatch.setattr(solvers, "MAX_INTERIOR_STEPS", 2)
-    with pytest.raises(NotConvergedError, match="2 interior steps"):
-        nonnegative_qp(torch.eye(3, dtype=torch.float64), -torch.ones(1, 3, dtype=torch.float64))
+    monkeypatch.setattr(solvers, "MAX_EXCHANGES", 0)
+    monkeypatch.setattr(solvers, "MAX_PIVOTS_PER_TASK", 0)
+    monkeypatch.setattr(solvers, "MAX_REPAIRS", 1)
+    cosines_TT = angles(float32_gramian(gradients(0))).cosines_TT
+    with pytest.raises(NotConvergedError, match="after 1 repairs"):
+        nonnegative_qp(cosines_TT, cosines_TT)
 
 
 @pytest.mark.parametrize("power", [0.2, 0.5, 1.0, 3.0])
