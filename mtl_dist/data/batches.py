@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,11 +26,13 @@ from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.mixing import Samples
 from mtl_dist.data.randomness import Draws, derive_key
-from mtl_dist.data.reader import Sample, SplitReader, UnreadableSample
+from mtl_dist.data.reader import SplitReader, UnreadableSample
 from mtl_dist.data.small import read_small
 from mtl_dist.data.transforms import Transform
 from mtl_dist.errors import UserError
 from mtl_dist.specs import IGNORE, TaskInfo
+
+_GROUP, _GROUP_BYTES = 8, 1 << 20  # samples, and bytes of image files, that are decoded side by side
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,17 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class _Arrays:
+    """What the samples of a batch are written into."""
+
+    images_BHWC: Tensor
+    masks_BHW: dict[str, Tensor]
+    targets: dict[str, np.ndarray]
+    labelled: dict[str, np.ndarray]
+    keys: list[str]
+
+
+@dataclass(frozen=True)
 class BatchBuilder:
     """Builds batches from the rows of some sources.
 
@@ -145,16 +158,11 @@ class BatchBuilder:
         valid, keys, bad = real.copy(), [""] * len(positions), []
         done = self._build_small(samples, images_BHWC, labelled, targets, keys)
         self._fetch_ahead(samples, labelled, ~done)
-        for i, (source, epoch, row) in enumerate(samples):
-            if done[i]:
-                continue
-            try:
-                tasks = [name for name, has in labelled.items() if has[i]]
-                sample = self.readers[source].read(row, tuple(name for name in tasks if name in masks_BHW))
-                draws = Draws(derive_key(self.key, source, epoch, row))
-                labels = self._labels(sample.labels, [name for name in tasks if name in targets])
-                image_CHW, masks = self._pixels(sample, labels, draws)
-            except (UnreadableSample, UnreadableImage) as error:
+        each = list(samples)
+        into = _Arrays(images_BHWC, masks_BHW, targets, labelled, keys)
+        for group in self._groups(samples, np.flatnonzero(~done)):
+            for i, error in _in_turns({i: self._fill(into, i, *each[i]) for i in group}):
+                source, _, row = each[i]
                 problem = f"{self.readers[source].where(row)}: {error}."
                 if self.fail_on_bad:
                     advice = "Mend the dataset, or set `data.on_bad_sample: {kind: skip}`."
@@ -165,15 +173,6 @@ class BatchBuilder:
                 images_BHWC[i] = 0
                 for target in masks_BHW.values():
                     target[i] = IGNORE
-                continue
-            keys[i] = sample.key
-            images_BHWC[i] = image_CHW.permute(1, 2, 0)
-            for name, target in masks_BHW.items():
-                target[i] = masks.get(name, IGNORE)
-            for name, value in labels.items():
-                targets[name][i] = value
-            for name in itertools.chain.from_iterable(self.boxes.values()):
-                labelled[name][i] &= name in labels
         labelled = {name: mask & valid for name, mask in labelled.items()}
         blended = None
         if self.blender is not None:
@@ -238,10 +237,34 @@ class BatchBuilder:
     def _labels(self, labels: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
         return {name: _label(name, self.infos[name], labels) for name in tasks}
 
-    def _pixels(
-        self, sample: Sample, labels: dict[str, Any], draws: Draws
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The image and the masks as the batch wants them; boxes among the labels move along, or out."""
+    def _groups(self, samples: Samples, wanted: np.ndarray) -> Iterator[list[int]]:
+        """The `wanted` samples, a few at a time: what these are decoded to shall not fill the memory."""
+        sizes = np.zeros(len(samples.rows), dtype=np.int64)
+        for source, reader in enumerate(self.readers):
+            mine = samples.sources == source
+            sizes[mine] = reader.spans("image", samples.rows[mine])[1]
+        group: list[int] = []
+        num_bytes = 0
+        for i in wanted.tolist():
+            if group and (len(group) == _GROUP or num_bytes + sizes[i] > _GROUP_BYTES):
+                yield group
+                group, num_bytes = [], 0
+            group.append(i)
+            num_bytes += sizes[i]
+        if group:
+            yield group
+
+    def _fill(self, into: _Arrays, i: int, source: int, epoch: int, row: int) -> Iterator[None]:
+        """Fill in sample `i`, in steps; boxes among the labels move along with the pixels, or out.
+
+        Raises:
+            UnreadableSample, UnreadableImage: it cannot be read; nothing was written.
+        """
+        tasks = [name for name, has in into.labelled.items() if has[i]]
+        sample = self.readers[source].read(row, tuple(name for name in tasks if name in into.masks_BHW))
+        draws = Draws(derive_key(self.key, source, epoch, row))
+        labels = self._labels(sample.labels, [name for name in tasks if name in into.targets])
+        yield
         picture = open_picture(sample.image, self.channels, self.image_dtype)
         masks = {name: decode_mask(data) for name, data in sample.masks.items()}
         for name, mask in masks.items():
@@ -255,12 +278,23 @@ class BatchBuilder:
         }
         for task in itertools.chain.from_iterable(self.boxes.values()):
             labels.pop(task, None)
-        image_CHW, masks, seen = self.transform.view_with_boxes(picture, masks, boxes, draws)
+        shown = self.transform.source(picture.size, draws)
+        yield
+        resizing = self.transform.decode(picture, shown)
+        yield
+        image_CHW, masks, seen = self.transform.finish(resizing, shown, picture.size, masks, boxes, draws)
         for name, edges in seen.items():
             labels.update(zip(self.boxes[name], edges, strict=True))
         for name, mask in masks.items():
             _check_classes(name, mask, self.infos[name])
-        return image_CHW, masks
+        into.keys[i] = sample.key
+        into.images_BHWC[i] = image_CHW.permute(1, 2, 0)
+        for name, target in into.masks_BHW.items():
+            target[i] = masks.get(name, IGNORE)
+        for name, value in labels.items():
+            into.targets[name][i] = value
+        for name in itertools.chain.from_iterable(self.boxes.values()):
+            into.labelled[name][i] &= name in labels
 
     def _fetch_ahead(self, samples: Samples, labelled: Mapping[str, np.ndarray], wanted: np.ndarray) -> None:
         """Let each reader ask for what it will be asked for, all at once where that is worth it."""
@@ -295,6 +329,25 @@ class BatchBuilder:
             elif info.kind == "regression":
                 targets[name] = np.zeros(batch_size, dtype=np.float32)
         return targets
+
+
+def _in_turns(
+    samples: dict[int, Iterator[None]],
+) -> Iterator[tuple[int, UnreadableSample | UnreadableImage]]:
+    """Take these samples through their steps side by side; those that fail come back with the error.
+
+    Sample by sample, every step would find that the others have driven its code out of the processor's
+    caches: that costs a photograph a tenth of its time.
+    """
+    while samples:
+        for i, steps in list(samples.items()):
+            try:
+                next(steps)
+            except StopIteration:
+                del samples[i]
+            except (UnreadableSample, UnreadableImage) as error:
+                del samples[i]
+                yield i, error
 
 
 def _first(size: int, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -30,7 +30,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from mtl_dist.data.images import UnreadableImage, open_image
 from mtl_dist.data.manifest import ImageDtype
-from mtl_dist.data.pictures import Box, DecodedPicture, Picture
+from mtl_dist.data.pictures import Box, DecodedPicture, Picture, Resizing
 from mtl_dist.data.turbojpeg import Jpeg, find_turbojpeg, is_turned, open_jpeg, version_of
 
 # An optional dependency.
@@ -94,11 +94,11 @@ class _JpegPicture(Picture):
     def size(self) -> tuple[int, int]:
         return self.jpeg.size
 
-    def show(self, box: Box, size: tuple[int, int]) -> Tensor:
-        shown = self.jpeg.show(box, size)
-        if shown is None:
-            return DecodedPicture(decode_image(self.jpeg.data, self.jpeg.channels)).show(box, size)
-        return shown
+    def decode(self, box: Box, size: tuple[int, int]) -> Resizing:
+        resizing = self.jpeg.decode(box, size)
+        if resizing is None:
+            return DecodedPicture(decode_image(self.jpeg.data, self.jpeg.channels)).decode(box, size)
+        return resizing
 
 
 def decoder_name() -> str:

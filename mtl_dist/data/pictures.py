@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Resizing: TypeAlias = Callable[[], Tensor]
+"""What is left to be done when the pixels are there: returns them resized, (C, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,16 @@ class Picture(ABC):
         """Height and width."""
 
     @abstractmethod
-    def show(self, box: Box, size: tuple[int, int]) -> Tensor:
-        """What lies in the box, resized with antialiasing to (C, *size).
+    def decode(self, box: Box, size: tuple[int, int]) -> Resizing:
+        """Decode what lies in the box; what is returned resizes it, with antialiasing, to (C, *size).
 
         Raises:
             UnreadableImage: the image is damaged.
         """
+
+    def show(self, box: Box, size: tuple[int, int]) -> Tensor:
+        """Both at once."""
+        return self.decode(box, size)()
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,8 @@ class DecodedPicture(Picture):
     def size(self) -> tuple[int, int]:
         return self.image_CHW.shape[-2], self.image_CHW.shape[-1]
 
-    def show(self, box: Box, size: tuple[int, int]) -> Tensor:
-        return resized(box.of(self.image_CHW), size, "bilinear")
+    def decode(self, box: Box, size: tuple[int, int]) -> Resizing:
+        return partial(resized, box.of(self.image_CHW), size, "bilinear")
 
 
 def resized(image: Tensor, size: tuple[int, int], mode: Literal["bilinear", "nearest-exact"]) -> Tensor:

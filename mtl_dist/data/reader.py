@@ -323,7 +323,7 @@ class SplitReader:
         if isinstance(location, Url) and self._cache is None:
             ahead = self._ahead.get((shard, offset, size))
             return memoryview(bytearray(location.read(offset, size) if ahead is None else ahead))
-        data = memoryview(bytearray(size))
+        data = np.empty(size, np.uint8).data  # a bytearray would be zeroed first
         filled = 0
         while filled < size:
             try:

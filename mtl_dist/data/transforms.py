@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.boxes import box_of, edges_in, shown_box
-from mtl_dist.data.pictures import Box, DecodedPicture, Picture, resized
+from mtl_dist.data.pictures import Box, DecodedPicture, Picture, Resizing, resized
 from mtl_dist.data.rand_augment import RandAugmentSettings, rand_augment
 from mtl_dist.data.randomness import Draws
 from mtl_dist.errors import UserError
@@ -158,15 +158,46 @@ class Transform:
         draws: Draws,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, list[float]]]:
         """The same with boxes: left, top, right and bottom in pixels; those that are seen come back."""
-        source = self._source(*picture.size, draws)
+        source = self.source(picture.size, draws)
+        return self.finish(self.decode(picture, source), source, picture.size, masks, boxes, draws)
+
+    def source(self, size: tuple[int, int], draws: Draws) -> Box:
+        """The first step: the part to show of an image of this size."""
+        height, width = size
+        if self.augment.crop_scale != (1.0, 1.0):
+            return _random_box(height, width, self.augment.crop_scale, self.augment.crop_ratio, draws)
+        if self.resize != "crop":
+            return Box(0, 0, height, width)
+        scale = min(height / self.size[0], width / self.size[1])
+        box_height, box_width = max(1, round(self.size[0] * scale)), max(1, round(self.size[1] * scale))
+        return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+    def decode(self, picture: Picture, source: Box) -> Resizing:
+        """The second step: decode that part.
+
+        Raises:
+            UnreadableImage: the image is damaged.
+        """
+        return picture.decode(source, self._inner(source))
+
+    def finish(
+        self,
+        resizing: Resizing,
+        source: Box,
+        size: tuple[int, int],
+        masks: Mapping[str, Tensor],
+        boxes: Mapping[str, Sequence[float]],
+        draws: Draws,
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, list[float]]]:
+        """The last step: all that follows, on the decoded part `source` of an image of this `size`."""
         inner = self._inner(source)
-        image_CHW = picture.show(source, inner)
+        image_CHW = resizing()
         views = {name: resized(source.of(mask)[None], inner, "nearest-exact") for name, mask in masks.items()}
         if inner != self.size:
             image_CHW = _padded(image_CHW, self.size, 0)
             views = {name: _padded(mask, self.size, IGNORE) for name, mask in views.items()}
         for name, edges in boxes.items():  # from here on they go with the masks
-            views[name] = _padded_box(shown_box(box_of(edges, picture.size), source, inner), inner, self.size)
+            views[name] = _padded_box(shown_box(box_of(edges, size), source, inner), inner, self.size)
 
         for flipped, axis, flip in (
             (self.augment.flip, -1, vision.horizontal_flip),
@@ -190,7 +221,7 @@ class Transform:
         Padding is cut off again; where the image was cropped, the border's values go on to its edge.
         """
         height, width = size
-        source = self._source(height, width, Draws(0))
+        source = self.source(size, Draws(0))
         inner_height, inner_width = self._inner(source)
         scale_y, scale_x = maps_BCHW.shape[-2] / self.size[0], maps_BCHW.shape[-1] / self.size[1]
         shown = Box(
@@ -210,7 +241,7 @@ class Transform:
 
     def restored_box(self, edges: Sequence[float], size: tuple[int, int]) -> list[float]:
         """A box in the view of an image that was not augmented, in pixels of the image of `size`."""
-        source = self._source(*size, Draws(0))
+        source = self.source(size, Draws(0))
         inner = self._inner(source)
         (top, left), (height, width) = _margins(inner, self.size), inner
         scales = (source.width / width, source.height / height) * 2
@@ -229,16 +260,6 @@ class Transform:
                     f"{dtype}, found {tuple(image_CHW.shape)} of {image_CHW.dtype}."
                 )
         return image_CHW, masks
-
-    def _source(self, height: int, width: int, draws: Draws) -> Box:
-        """The part of the image to show."""
-        if self.augment.crop_scale != (1.0, 1.0):
-            return _random_box(height, width, self.augment.crop_scale, self.augment.crop_ratio, draws)
-        if self.resize != "crop":
-            return Box(0, 0, height, width)
-        scale = min(height / self.size[0], width / self.size[1])
-        box_height, box_width = max(1, round(self.size[0] * scale)), max(1, round(self.size[1] * scale))
-        return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
     def _inner(self, source: Box) -> tuple[int, int]:
         """The size of the shown part; smaller than `size` where it is to be padded."""

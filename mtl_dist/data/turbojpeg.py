@@ -24,7 +24,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mtl_dist.data.pictures import Box, resized
+from mtl_dist.data.pictures import Box, Resizing, resized
 from mtl_dist.errors import UserError
 
 VARIABLE = "MTL_TURBOJPEG"
@@ -144,14 +144,15 @@ class Jpeg:
 
     turbojpeg: TurboJpeg
     data: memoryview
+    address: int
     channels: int
     size: tuple[int, int]
     mcu_size: tuple[int, int]
 
-    def show(self, box: Box, size: tuple[int, int]) -> Tensor | None:
-        """What lies in the box, resized with antialiasing to (C, *size); nothing where the decoder grumbles.
+    def decode(self, box: Box, size: tuple[int, int]) -> Resizing | None:
+        """Decode what lies in the box, to be resized to (C, *size); nothing where the decoder grumbles.
 
-        As `Picture.show`, but for what is left to the ordinary decoder.
+        As `Picture.decode`, but for what is left to the ordinary decoder.
         """
         smallest = min(box.height / size[0], box.width / size[1]) / _OVERSAMPLING
         scale = next((scale for scale in _SCALES if scale <= smallest), 1)
@@ -161,18 +162,11 @@ class Jpeg:
             return None
         if scale == 1:
             inside = Box(box.top - region.top, box.left - region.left, box.height, box.width)
-            return resized(inside.of(pixels_HWC.permute(2, 0, 1)), size, "bilinear")
-        # The box lies between these pixels, which only Pillow can resize; it would look beyond its edges too.
+            return partial(resized, inside.of(pixels_HWC.permute(2, 0, 1)), size, "bilinear")
         top, left = box.top / scale - region.top, box.left / scale - region.left
         bottom = min(top + box.height / scale, region.height)
         right = min(left + box.width / scale, region.width)
-        rows, columns = slice(int(top), math.ceil(bottom)), slice(int(left), math.ceil(right))
-        pixels = pixels_HWC[rows, columns].numpy()
-        image = Image.fromarray(pixels if self.channels == 3 else pixels[..., 0])
-        corners = (left - columns.start, top - rows.start, right - columns.start, bottom - rows.start)
-        image = image.resize(size[::-1], Image.Resampling.BILINEAR, corners)
-        shown = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return shown.view(*size, self.channels).permute(2, 0, 1)
+        return partial(_resized_between, pixels_HWC, (left, top, right, bottom), size)
 
     def _region(self, box: Box, scale: int) -> Box:
         """The blocks under the box, in pixels of the image at 1/scale.
@@ -194,17 +188,15 @@ class Jpeg:
         library, instance = self.turbojpeg.library, self.turbojpeg.instance
         pixels_HWC = torch.empty(region.height, region.width, self.channels, dtype=torch.uint8)
         whole = (region.height, region.width) == tuple(-(-side // scale) for side in self.size)
+        file, pixel_format = (self.address, len(self.data)), _PIXEL_FORMATS[self.channels]
         cut = _Region() if whole else _Region(region.left, region.top, region.width, region.height)
-        address = _address(self.data)
         failed = (
             # The region is in scaled pixels, and an earlier one must not be judged by the new scale.
             library.tj3SetCroppingRegion(instance, _Region())
-            or library.tj3DecompressHeader(instance, address, len(self.data))
+            or library.tj3DecompressHeader(instance, *file)
             or library.tj3SetScalingFactor(instance, _Factor(1, scale))
             or library.tj3SetCroppingRegion(instance, cut)
-            or library.tj3Decompress8(
-                instance, address, len(self.data), pixels_HWC.data_ptr(), 0, _PIXEL_FORMATS[self.channels]
-            )
+            or library.tj3Decompress8(instance, *file, pixels_HWC.data_ptr(), 0, pixel_format)
         )
         if failed:
             self.turbojpeg.discard_instance()
@@ -231,10 +223,29 @@ def open_jpeg(data: memoryview, channels: int) -> Jpeg | None:
     ):
         return None
     size = library.tj3Get(instance, _HEIGHT), library.tj3Get(instance, _WIDTH)
-    return Jpeg(turbojpeg, data, channels, size, _MCU_SIZES[subsampling])
+    return Jpeg(turbojpeg, data, address, channels, size, _MCU_SIZES[subsampling])
+
+
+def _resized_between(
+    pixels_HWC: Tensor, edges: tuple[float, float, float, float], size: tuple[int, int]
+) -> Tensor:
+    """What lies within edges (left, top, right, bottom) between pixels, as (C, *size).
+
+    Only Pillow can do that; it would look beyond the edges too.
+    """
+    left, top, right, bottom = edges
+    rows, columns = slice(int(top), math.ceil(bottom)), slice(int(left), math.ceil(right))
+    pixels, channels = pixels_HWC[rows, columns].numpy(), pixels_HWC.shape[2]
+    image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
+    corners = (left - columns.start, top - rows.start, right - columns.start, bottom - rows.start)
+    image = image.resize(size[::-1], Image.Resampling.BILINEAR, corners)
+    shown = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return shown.view(*size, channels).permute(2, 0, 1)
 
 
 def _address(data: memoryview) -> int:
+    if not data.readonly:  # in a fifth of the time
+        return ctypes.addressof(ctypes.c_char.from_buffer(data))
     address: int = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
     return address
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from mtl_dist.batch import Batch
 from mtl_dist.config.loading import load_settings
-from mtl_dist.data import batch_loader
+from mtl_dist.data import batch_loader, batches
 from mtl_dist.data.cuts import EvaluationCut, TrainingCut
 from mtl_dist.data.loader import BatchLoader, Data, eval_loader, open_data, train_loader
 from mtl_dist.data.manifest import read_manifest, write_manifest
@@ -580,6 +580,18 @@ def test_broken_samples_can_be_masked_and_are_named_and_counted(
         assert not any(has[bad].any() for has in batch.labelled.values())
     for key in ("sample00003", "sample00017"):
         assert sum(key in message and "damaged JPEG" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("group", [(1, 1 << 20), (3, 1 << 20), (8, 1)])
+def test_how_many_samples_are_decoded_side_by_side_changes_nothing(
+    rotten: Path, monkeypatch: pytest.MonkeyPatch, group: tuple[int, int]
+) -> None:
+    skip = {"kind": "skip", "max_fraction": 0.1}
+    data = opened(rotten, on_bad_sample=skip, augment={"crop_scale": [0.3, 1.0], "flip": True})
+    expected = contents(training(data))
+    monkeypatch.setattr(batches, "_GROUP", group[0])
+    monkeypatch.setattr(batches, "_GROUP_BYTES", group[1])
+    assert contents(training(data)) == expected
 
 
 def test_too_many_broken_samples_end_the_run(rotten: Path) -> None:

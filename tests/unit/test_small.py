@@ -139,7 +139,7 @@ def test_augmented_samples_are_as_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["grey_png", "grey_npy", "colour_png"])
 def test_plain_small_samples_take_the_short_way(kind: str, tmp_path: Path) -> None:
     path = write(tmp_path / "data", *FILES[kind])
-    with patch.object(batches.BatchBuilder, "_pixels", side_effect=AssertionError("the long way")):
+    with patch.object(batches.BatchBuilder, "_fill", side_effect=AssertionError("the long way")):
         assert sum(len(batch) for batch in loaded(path)) == 2 * COUNT + -2 * COUNT % 8
 
 

@@ -47,9 +47,9 @@ def whole(data: memoryview, box: Box, size: tuple[int, int], channels: int = 3) 
 def part(data: memoryview, box: Box, size: tuple[int, int], channels: int = 3) -> torch.Tensor:
     opened = open_jpeg(data, channels)
     assert opened is not None
-    shown = opened.show(box, size)
-    assert shown is not None
-    return shown
+    resizing = opened.decode(box, size)
+    assert resizing is not None
+    return resizing()
 
 
 @st.composite
