@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from mtl_dist.balance.balancer import BalancedTasks
 from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
-from mtl_dist.balance.solvers import NotConvergedError, angles, nonnegative_qp, stationary
+from mtl_dist.balance.solvers import (
+    MAX_PIVOTS_PER_TASK,
+    NotConvergedError,
+    angles,
+    exchange_basic,
+    nonnegative_qp,
+    stationary,
+)
 
 MAX_LEVELS = 60
 
@@ -75,13 +83,16 @@ def worst_case_shift(
     high = min((1 + c) * mean_square, highest)
     if radius_square == 0:
         return torch.zeros_like(lengths_T)
-    passive_T: Tensor | None = None
+    passive_T = _positive_along_the_levels(cosines_TT, push_T, inverse_T, high, radius_square)
     level = high
+    if passive_T.any():
+        level = min(high, _level_of_radius(cosines_TT, push_T, inverse_T, passive_T, radius_square))
+    # Rounding may have misled the path; then a search between two levels mends it.
     for _ in range(MAX_LEVELS):
         linear_T = push_T - level * inverse_T
-        x_T = nonnegative_qp(cosines_TT, linear_T[None], passive_T)[0]
+        x_T = nonnegative_qp(cosines_TT, linear_T[None], passive_T[None])[0]
         square = float(x_T @ cosines_TT @ x_T)
-        passive_T = (x_T > cosines_TT @ x_T + linear_T)[None]
+        passive_T = x_T > cosines_TT @ x_T + linear_T
         reached = abs(square - radius_square) <= 1e-10 * radius_square
         if reached or (level == highest and square < radius_square) or level <= low:
             return x_T / lengths_T
@@ -89,10 +100,37 @@ def worst_case_shift(
             high = level
         else:
             low = level
-        level = _level_of_radius(cosines_TT, push_T, inverse_T, passive_T[0], radius_square)
+        level = _level_of_radius(cosines_TT, push_T, inverse_T, passive_T, radius_square)
         if not low < level < high:
             level = (low + high) / 2
     raise NotConvergedError(f"the level of the worst task still moves after {MAX_LEVELS} steps")
+
+
+def _positive_along_the_levels(
+    cosines_TT: Tensor, push_T: Tensor, inverse_T: Tensor, high: float, radius_square: float
+) -> Tensor:
+    """Which entries are positive where |s|^2 reaches `radius_square`, or at the level `high` before it.
+
+    As the level rises from where no shift is needed, entry after entry or its slack reaches 0 and becomes the
+    other (parametric principal pivoting, as in solvers.py: the variables are A (the others) + a + level * p).
+    """
+    num_tasks = len(push_T)
+    sides = torch.stack([push_T, -inverse_T], dim=1)
+    tableaus = torch.cat([cosines_TT, sides], dim=1)[None].numpy()
+    push, inverse = push_T.numpy(), inverse_T.numpy()
+    positive = np.zeros(num_tasks, dtype=bool)
+    for _ in range(MAX_PIVOTS_PER_TASK * num_tasks):
+        start, rise = tableaus[0, :, -2], tableaus[0, :, -1]
+        levels = np.divide(start, -rise, out=np.full_like(start, np.inf), where=rise < 0)
+        entry = levels.argmin()
+        level = levels[entry]
+        # On the positive entries C x = level / length - push.
+        x = start[positive] + level * rise[positive]
+        if level >= high or x @ (level * inverse[positive] - push[positive]) >= radius_square:
+            break
+        exchange_basic(tableaus, entry[None])
+        positive[entry] ^= True
+    return torch.from_numpy(positive)
 
 
 def _level_of_radius(

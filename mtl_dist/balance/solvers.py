@@ -154,17 +154,22 @@ def _pivot_along_a_path(matrix_TT: Tensor, linear_NT: Tensor, passive_NT: Tensor
             open_N, tableaus, entry = open_N[moving], tableaus[moving], entry[moving]
             if len(open_N) == 0:
                 break
-        rows = np.arange(len(entry))
-        column = tableaus[rows, :, entry]
-        row = tableaus[rows, entry]
-        pivot = row[rows, entry][:, None]
-        row /= -pivot
-        tableaus += column[:, :, None] * row[:, None, :]
-        tableaus[rows, entry] = row
-        tableaus[rows, :, entry] = column / pivot
-        tableaus[rows, entry, entry] = 1 / pivot[:, 0]
+        exchange_basic(tableaus, entry)
         passive[open_N, entry] ^= True
     return torch.from_numpy(passive)
+
+
+def exchange_basic(tableaus: Array, entry: numpy.typing.NDArray[np.int64]) -> None:
+    """In each tableau, variables = A (the others) + ..., variable `entry` changes places with its other."""
+    rows = np.arange(len(entry))
+    column = tableaus[rows, :, entry]
+    row = tableaus[rows, entry]
+    pivot = row[rows, entry][:, None]
+    row /= -pivot
+    tableaus += column[:, :, None] * row[:, None, :]
+    tableaus[rows, entry] = row
+    tableaus[rows, :, entry] = column / pivot
+    tableaus[rows, entry, entry] = 1 / pivot[:, 0]
 
 
 def dual_cone_shift(cosines_TT: Tensor, targets_NT: Tensor) -> Tensor:

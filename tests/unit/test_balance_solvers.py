@@ -127,7 +127,7 @@ def test_gradients_are_stationary_when_a_convex_combination_of_them_vanishes() -
     assert not stationary(angles(star_TP[:2] @ star_TP[:2].T).cosines_TT)
 
 
-def test_cagrad_finds_its_level_in_a_few_solves_also_among_dependent_gradients(
+def test_cagrad_finds_its_level_in_two_solves_also_among_dependent_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     solves = 0
@@ -146,4 +146,4 @@ def test_cagrad_finds_its_level_in_a_few_solves_also_among_dependent_gradients(
             ones_T = torch.ones(40, dtype=torch.float64)
             solves = 0
             cagrad.worst_case_shift(cosines_TT, ones_T, ones_T / 40, 0.4, torch.inf)
-            assert solves <= 10
+            assert solves <= 2
