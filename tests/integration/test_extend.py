@@ -205,6 +205,7 @@ def test_two_ranks_with_all_own_parts_learn_what_one_process_learns(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert called in done.stdout
+    assert "warning  the same image in train of mixed and val of scans: " in done.stdout
     assert logged_losses(project / run) == pytest.approx(one_process, rel=1e-4)
     answer = mtl_dist.load(project / run).predict(project / "scans" / "3_3.png")
     assert answer["ink"]["mask"].shape == (SIZE, SIZE)
