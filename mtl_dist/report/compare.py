@@ -142,6 +142,8 @@ def compare(plan: Plan, directory: Path, nproc: int | None, console: Console) ->
     comparison = comparison_of(plan, runs)
     write(comparison, directory)
     show(comparison, console)
+    for note in comparison.notes[len(plan.notes) :]:
+        console.print(note, markup=False, highlight=False)
     console.print(f"All of it is in {directory}.", markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -222,8 +224,8 @@ def _shorter_runs(runs: Sequence[Run], seed: int) -> list[str]:
     of_seed = [run for run in runs if run.seed == seed]
     most = max((run.num_images for run in of_seed), default=0)
     return [
-        f"{run.contender.name}: trained on {run.num_images:,} samples, where others see {most:,}: the datasets "
-        "without its labels are left out."
+        f"{run.contender.name}: trained on {run.num_images:,} samples, where others see {most:,}: "
+        "the datasets without its labels are left out."
         for run in of_seed
         if run.contender.single and run.num_images < most
     ]

@@ -1,8 +1,8 @@
 """What `mtl compare` trains: single-task models, equal weights and the chosen methods, each with every seed.
 
 All have the same data, model, optimizer, epochs and seeds; a single-task model sees the same samples, also
-those without a label of its task, but not the datasets that know nothing of it: of disjoint datasets it trains
-on its own, as often as the others do, in fewer steps.
+those without a label of its task, but not the datasets that know nothing of it: of disjoint datasets it
+trains on its own, as often as the others do, in fewer steps.
 """
 
 from __future__ import annotations

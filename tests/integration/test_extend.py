@@ -186,6 +186,7 @@ def one_process(project: Path, mix: list[str]) -> list[float]:
     return logged_losses(project / "one")
 
 
+@pytest.mark.timeout(660)
 @pytest.mark.parametrize(
     ("engine", "called"),
     [
@@ -201,7 +202,7 @@ def test_two_ranks_with_all_own_parts_learn_what_one_process_learns(
     run = "-".join(called.split())
     command = [sys.executable, "-m", "mtl_dist", "launch", "recipe.yaml", *mix, *engine, "--nproc", "2"]
     done = subprocess.run(
-        [*command, "--run-dir", run], cwd=project, env=environ, capture_output=True, text=True, timeout=240
+        [*command, "--run-dir", run], cwd=project, env=environ, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert called in done.stdout

@@ -267,8 +267,6 @@ def test_a_single_task_model_that_has_only_its_own_dataset_costs_what_it_trains(
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     # Half as long per image, for 100 and for 40 of the 100 images that the others see.
     assert found["contenders"]["single-task"]["time_ratio_to_equal"] == pytest.approx((1 + 0.4) / 2)
-    note = (
-        "single-task value: trained on 40 samples, where others see 100: the datasets without its labels are"
-    )
+    note = "single-task value: trained on 40 samples, where others see 100: the datasets without"
     assert any(line.startswith(note) for line in found["notes"])
     assert note in text.getvalue()
