@@ -31,19 +31,18 @@ def digests_path(directory: Place, split: str) -> Place:
 
 
 def same_rows(few: np.ndarray, many: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of two columns of digests that agree, one pair for each digest that both hold.
+    """The rows of a column of digests that another one holds too, and the first row there of each.
 
     Takes memory for `few` alone: `many` may be a mapping of a file.
     """
-    values, rows = np.unique(few, return_index=True)
-    found_in_few, found_in_many = [], []
+    values, inverse = np.unique(few, return_inverse=True)
+    partner = np.full(len(values), -1)
     for start in range(0, len(many) if len(values) else 0, _ROWS_AT_A_TIME):
         part = many[start : start + _ROWS_AT_A_TIME]
         at = np.minimum(np.searchsorted(values, part), len(values) - 1)
         hits = np.flatnonzero(values[at] == part)
-        found_in_few.append(rows[at[hits]])
-        found_in_many.append(hits + start)
-    if not found_in_few:
-        return np.empty(0, int), np.empty(0, int)
-    in_few, first = np.unique(np.concatenate(found_in_few), return_index=True)
-    return in_few, np.concatenate(found_in_many)[first]
+        found, first = np.unique(at[hits], return_index=True)
+        partner[found] = np.where(partner[found] < 0, start + hits[first], partner[found])
+    partners = partner[inverse]
+    in_few = np.flatnonzero(partners >= 0)
+    return in_few, partners[in_few]

@@ -106,7 +106,7 @@ def image_format(kinds: Sequence[Mapping[str, str]]) -> tuple[int, ImageDtype]:
 
 
 def check_conventions(name: str, results: Sequence[ShardResult]) -> None:
-    """Refuse masks of one task of which some hold class indices and others greys.
+    """Refuse masks of one task of which some hold class indices and others greys, or only dark greys.
 
     Raises:
         UserError: they do; with an example of each.
@@ -119,6 +119,12 @@ def check_conventions(name: str, results: Sequence[ShardResult]) -> None:
             f"task {name!r}: expected one kind of masks, found class indices (0, 1) in {examples['index']} "
             f"and greys up to 255 in {examples['grey']}. "
             f"Name the classes by their values in the masks, for example 0:background,1:{name}."
+        )
+    if "grey" in examples and not sum(result.mask_pixels[name][1] for result in results):
+        raise UserError(
+            f"task {name!r}: expected greys of 128 and above for {name} in some mask, found darker ones "
+            f"alone, as in {examples['grey']}. "
+            f"Name the classes by their values in the masks, for example 0:background,7:{name}."
         )
 
 
