@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mtl_dist.assemble import load_root
@@ -121,8 +121,17 @@ def _encoded(image: ImageLike) -> bytes:
         image = image.cpu().movedim(0, -1).numpy()
     if isinstance(image, np.ndarray):
         np.save(buffer, np.ascontiguousarray(image))
+    elif isinstance(image, Image.Image):
+        upright = ImageOps.exif_transpose(image)  # a PNG of it would not say that it is to be turned
+        if upright.mode == "F":
+            raise UnreadableImage("a PIL image of mode F. Give its values as an array")
+        known = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+        (upright if upright.mode in known else upright.convert("RGB")).save(buffer, format="PNG")
     else:
-        image.save(buffer, format="PNG")
+        raise UserError(
+            "image: expected a path, bytes, a PIL image, an array or a tensor, found "
+            f"{type(image).__name__}. Several go to predict_many."
+        )
     return buffer.getvalue()
 
 

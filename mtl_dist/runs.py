@@ -36,6 +36,7 @@ from mtl_dist.checkpoint import (
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.data.decode import decoder_name
 from mtl_dist.data.loader import Data, eval_loader, open_data, train_loader
+from mtl_dist.data.shared_images import shared_images
 from mtl_dist.durable import write_text
 from mtl_dist.ema import Ema
 from mtl_dist.engine.connect import connect, connect_without_engine
@@ -322,6 +323,8 @@ def introduce(
     why_not = trainer.root.why_no_diagnosis
     if recipe.balance.diagnose_every and why_not and len(recipe.tasks) > 1:
         tracker.say(f"balance  the tasks' gradients are not compared: {why_not}.")
+    for line in world.on_main(lambda: list(shared_images(data))):
+        tracker.say(f"warning  {line}")
     if "val" not in data.splits:
         tracker.say(
             "warning  the data has no val split: nothing is evaluated, the newest checkpoint is the best."

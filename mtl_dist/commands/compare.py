@@ -41,7 +41,7 @@ def compare(
 ) -> None:
     """Train single-task models, equal weights and methods of balancing, and say which is better.
 
-    All with the same data, model, steps and seeds, one after the other. Prints mean and spread of every
+    All with the same data, model, epochs and seeds, one after the other. Prints mean and spread of every
     metric, how much worse than single-task models each way is (delta_m, in three conventions), and time and
     memory in parts of those with equal weights; writes them as comparison.json, comparison.png and
     conflicts.png. A method may have options: cagrad:c=0.5:level=features. Ctrl-C saves; the same command goes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtl_dist.data.columns import columns_dtype, counted, labels_path
+from mtl_dist.data.digests import DIGEST_DTYPE, digest_of, digests_path
 from mtl_dist.data.images import UnreadableImage, examine_image
 from mtl_dist.data.manifest import Manifest, ShardInfo, SplitInfo, read_manifest
 from mtl_dist.data.reader import SplitReader
@@ -74,7 +76,7 @@ def _problems(directory: Location, manifest: Manifest) -> Iterator[str]:
     """What is wrong with the files, one line each."""
     kinds = {name: info.kind for name, info in manifest.tasks.items()}
     for split, info in manifest.splits.items():
-        rows = []
+        rows, digests = [], list[bytes]()
         for shard in info.shards:
             path = beside(directory, shard.path)
             problem = _problem_of(path, shard)
@@ -82,8 +84,11 @@ def _problems(directory: Location, manifest: Manifest) -> Iterator[str]:
                 yield f"{path}: {problem}"
             elif manifest.labels == "json" and isinstance(path, Path):
                 rows.append(scan_shard(path, kinds))
+                digests += _digests_in(path, rows[-1]) if manifest.digests else []
         if isinstance(directory, Path):
             yield from _column_problems(directory, manifest, split)
+            if manifest.digests:
+                yield from _digest_problems(digests_path(directory, split), info, digests)
         if rows and len(rows) == len(info.shards) and isinstance(directory, Path):
             yield from _index_problems(index_path(directory, split), np.concatenate(rows))
 
@@ -108,6 +113,28 @@ def _column_problems(directory: Path, manifest: Manifest, split: str) -> Iterato
         expected = counts.class_counts if manifest.tasks[task].classes else (counts.present,)
         if counted(columns, task, manifest.tasks[task]) != expected:
             yield f"{path}: other labels of {task} than were counted when it was written"
+
+
+def _digests_in(path: Path, rows: np.ndarray) -> list[bytes]:
+    """The digests of the images of a shard."""
+    spans = zip(rows["image_offset"].tolist(), rows["image_size"].tolist(), strict=True)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+        return [digest_of(tar[offset : offset + size]) for offset, size in spans]
+
+
+def _digest_problems(path: Path, split: SplitInfo, expected: Sequence[bytes]) -> Iterator[str]:
+    """What is wrong with the digests of a split; `expected` are those of all its images, if all were read."""
+    if not path.is_file():
+        yield f"{path}: missing"
+        return
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        yield f"{path}: no digests ({error})"
+        return
+    is_whole = found.dtype == DIGEST_DTYPE and found.shape == (split.num_samples,)
+    if not is_whole or (len(expected) == split.num_samples and found.tobytes() != b"".join(expected)):
+        yield f"{path}: does not fit its shards"
 
 
 def _problem_of(path: Location, shard: ShardInfo) -> str | None:

@@ -69,7 +69,7 @@ class Manifest:
     are read). `tasks` carries the statistics of the training split (of the first split where there is none
     called "train").
     `notes` are lines the preparation had to say (skipped rows, duplicates across splits). `labels` says
-    where a reader finds the labels that are not masks.
+    where a reader finds the labels that are not masks, `digests` whether those of the images are kept.
     """
 
     channels: int
@@ -79,6 +79,7 @@ class Manifest:
     name: str = ""
     notes: tuple[str, ...] = field(default=())
     labels: LabelPlace = "json"
+    digests: bool = False
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -150,4 +151,5 @@ def _parse(raw: dict[str, Any]) -> Manifest:
         },
         notes=tuple(raw["notes"]),
         labels=raw.get("labels", "json"),
+        digests=raw.get("digests", False),
     )

@@ -24,6 +24,7 @@ import numpy as np
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.columns import NO_CLASS, columns_dtype, labels_at, labels_path
 from mtl_dist.data.derived import Derivation
+from mtl_dist.data.digests import DIGEST_DTYPE, digests_path
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.data.remote import Location, Url, beside, read_together
 from mtl_dist.data.shards import index_dtype, index_path, read_key, segmentation_tasks
@@ -81,6 +82,7 @@ class SplitReader:
         self._segmentation = segmentation_tasks({name: info.kind for name, info in manifest.tasks.items()})
         self._index_path = index_path(directory, split)
         self._columns_path = labels_path(directory, split)
+        self._digests_path = digests_path(directory, split) if manifest.digests else None
         self._labels_in_json = manifest.labels == "json"
         self._infos = manifest.tasks
         self._derived = dict(derived or {})
@@ -147,6 +149,14 @@ class SplitReader:
             )
         column: np.ndarray = self._column_rows()[task]
         return column
+
+    def digests(self) -> np.ndarray | None:
+        """By which the same image is found elsewhere, uint64 (num_samples,); None where none are kept.
+
+        Raises:
+            UserError: the file that the manifest promises is missing or of other samples.
+        """
+        return None if self._digests_path is None else self._table(self._digests_path, DIGEST_DTYPE)
 
     def read(self, row: int, masks: tuple[str, ...] = ()) -> Sample:
         """The sample at `row`, with its masks of the tasks named.
@@ -289,8 +299,8 @@ class SplitReader:
             self._column_rows(), row, [name for name, bit in self._bits.items() if labelled & bit]
         )
 
-    def _table(self, location: Location, dtype: np.dtype[np.void]) -> np.ndarray:
-        """The rows of an index or of label columns, memory-mapped."""
+    def _table(self, location: Location, dtype: np.dtype[Any]) -> np.ndarray:
+        """The rows of an index, of label columns or of digests, memory-mapped."""
         try:
             if isinstance(location, Path):
                 # As a plain array: every access to a `memmap` object costs what reading a sample costs.

@@ -75,6 +75,12 @@ class Run:
         return status.reason if status is not None and status.state == "failed" else ""
 
     @property
+    def num_images(self) -> int:
+        """The samples that it has trained on."""
+        status = read_status(self.directory)
+        return status.position if status is not None else 0
+
+    @property
     def evaluation(self) -> dict[str, dict[str, dict[str, float | None]]]:
         path = RunFolder(self.directory).evaluation / "metrics.json"
         found: dict[str, dict[str, dict[str, float | None]]] = {}
@@ -136,6 +142,8 @@ def compare(plan: Plan, directory: Path, nproc: int | None, console: Console) ->
     comparison = comparison_of(plan, runs)
     write(comparison, directory)
     show(comparison, console)
+    for note in comparison.notes[len(plan.notes) :]:
+        console.print(note, markup=False, highlight=False)
     console.print(f"All of it is in {directory}.", markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -207,7 +215,20 @@ def comparison_of(plan: Plan, runs: Sequence[Run]) -> Comparison:
     if not any(row.name == CONTROL for row in rows):
         raise UserError(f"{CONTROL}: expected the control to finish with some seed, found that it did not.")
     failures = {f"{run.contender.name}, seed {run.seed}": run.failure for run in runs if run.failure}
-    return Comparison(kinds, split, plan.seeds, rows, conflicts, failures, plan.notes)
+    notes = (*plan.notes, *_shorter_runs(done, plan.seeds[0]))
+    return Comparison(kinds, split, plan.seeds, rows, conflicts, failures, notes)
+
+
+def _shorter_runs(runs: Sequence[Run], seed: int) -> list[str]:
+    """Which single-task models have seen fewer samples than the others, and why."""
+    of_seed = [run for run in runs if run.seed == seed]
+    most = max((run.num_images for run in of_seed), default=0)
+    return [
+        f"{run.contender.name}: trained on {run.num_images:,} samples, where others see {most:,}: "
+        "the datasets without its labels are left out."
+        for run in of_seed
+        if run.contender.single and run.num_images < most
+    ]
 
 
 def _metrics_of(runs: Sequence[Run]) -> tuple[str, dict[Run, dict[str, dict[str, float]]]]:
@@ -246,7 +267,11 @@ def _row(
 def _single_row(
     runs: Sequence[Run], metrics: Mapping[str, Mapping[str, Spread]], seeds: Sequence[int]
 ) -> Row:
-    """The single-task models as one: all of them together cost what they cost one after the other."""
+    """The single-task models as one: all of them together cost what they cost one after the other.
+
+    Their time is that per image of a training of all data, of which each may see its own datasets alone.
+    """
+    most = max(run.num_images for run in runs)
     by_seed = [[run for run in runs if run.contender.single and run.seed == seed] for seed in seeds]
     complete = [own for own in by_seed if len(own) == len(metrics)]
     return Row(
@@ -254,6 +279,8 @@ def _single_row(
         num_runs=len(complete),
         metrics=metrics,
         delta_m={},
-        seconds_per_image=Spread(tuple(sum(run.seconds_per_image for run in own) for own in complete)),
+        seconds_per_image=Spread(
+            tuple(sum(run.seconds_per_image * run.num_images / most for run in own) for own in complete)
+        ),
         peak_memory=Spread(tuple(max(run.peak_memory for run in own) for own in complete)),
     )

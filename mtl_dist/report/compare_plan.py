@@ -1,7 +1,8 @@
 """What `mtl compare` trains: single-task models, equal weights and the chosen methods, each with every seed.
 
-All have the same data, model, optimizer, steps and seeds; a single-task model sees the same samples, also
-those without a label of its task.
+All have the same data, model, optimizer, epochs and seeds; a single-task model sees the same samples, also
+those without a label of its task, but not the datasets that know nothing of it: of disjoint datasets it
+trains on its own, as often as the others do, in fewer steps.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def plan_comparison(path: Path, overrides: Sequence[str], methods: Sequence[str]
     contenders = [_single(given, task, notes) for task in given.tasks]
     contenders += [_balanced(path, overrides, given, name, notes) for name in names]
     if given.monitor.patience is not None:
-        notes.append("monitor.patience is not used: all train for the same number of steps.")
+        notes.append("monitor.patience is not used: all train for as long as the recipe says.")
     seed = given.train.seed
     return Plan(
         tasks=given.tasks,
@@ -143,7 +144,7 @@ def _key_and_value(name: str, option: str) -> str:
 
 
 def _fair(contender: Contender) -> Contender:
-    """The same number of steps and an evaluation at the end for all, under the contender's name."""
+    """No early end and an evaluation at the end for all, under the contender's name."""
     recipe = contender.recipe
     recipe = _with(
         recipe,

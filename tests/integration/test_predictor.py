@@ -63,6 +63,33 @@ def test_a_batch_answers_as_its_images_do_one_by_one(run: Path) -> None:
             assert np.allclose(other["shape"]["probability"], one["shape"]["probability"], atol=1e-4)
 
 
+def test_an_opened_image_answers_as_its_file_does(run: Path, tmp_path: Path) -> None:
+    predictor = mtl_dist.load(run)
+    for name, mode, orientation in (
+        ("turned.jpg", "RGB", 6),
+        ("print.jpg", "CMYK", 1),
+        ("video.jpg", "YCbCr", 1),
+    ):
+        picture = Image.fromarray(image_of(5)).convert(mode)
+        exif = picture.getexif()
+        exif[0x112] = orientation
+        picture.save(tmp_path / name, exif=exif)
+        from_file = predictor.predict(tmp_path / name)
+        with Image.open(tmp_path / name) as opened:
+            answer = predictor.predict(opened)
+        assert answer["digit"]["probabilities"] == from_file["digit"]["probabilities"], name
+        assert np.array_equal(answer["shape"]["probability"], from_file["shape"]["probability"]), name
+    picture = Image.fromarray(image_of(5))
+    colours = predictor.predict(picture.convert("YCbCr"))["value"]["value"]
+    assert colours == pytest.approx(predictor.predict(picture)["value"]["value"], abs=0.05)
+
+
+@pytest.mark.parametrize("odd", [5, [], None, Image.new("F", (4, 4))])
+def test_what_is_no_image_is_refused_in_one_line(run: Path, odd: object) -> None:
+    with pytest.raises(UserError, match=r"expected a path, bytes, a PIL image, an array or a tensor|mode F"):
+        mtl_dist.load(run).predict(odd)  # type: ignore[arg-type]
+
+
 def test_values_that_are_not_those_of_the_training_files_are_refused(run: Path) -> None:
     with pytest.raises(UserError, match="expected a readable image, found: an image of float32 values"):
         mtl_dist.load(run).predict(image_of(5).astype(np.float32) / 255)

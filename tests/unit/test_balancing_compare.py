@@ -206,6 +206,7 @@ def pretend(run: Run, nproc: int | None) -> int:
         "status.json": {
             "state": "failed" if failed else "done",
             "reason": "the loss is nan" if failed else "",
+            "position": 100,
         },
         "environment.json": [{}, {"peak_memory_bytes": 100 * len(tasks)}],
     }
@@ -247,3 +248,25 @@ def test_a_run_that_fails_is_told_and_left_out(tmp_path: Path, monkeypatch: pyte
     assert rows["equal"]["seconds_per_image"]["mean"] == pytest.approx(2 * (1 / 100 + 1 / 50) / 2)
     assert rows["single-task"]["time_ratio_to_equal"] == pytest.approx(1.0)
     assert rows["single-task"]["memory_ratio_to_equal"] == pytest.approx(0.5)
+
+
+def test_a_single_task_model_that_has_only_its_own_dataset_costs_what_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pretend_disjoint(run: Run, nproc: int | None) -> int:
+        code = pretend(run, nproc)
+        if run.contender.single == "value":
+            status = run.directory / "status.json"
+            status.write_text(status.read_text().replace("100", "40"))
+        return code
+
+    monkeypatch.setattr("mtl_dist.report.compare._train", pretend_disjoint)
+    text = io.StringIO()
+    plan = plan_comparison(write_recipe(tmp_path), [], [], 1)
+    compare(plan, tmp_path / "out", None, Console(file=text, width=200))
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    # Half as long per image, for 100 and for 40 of the 100 images that the others see.
+    assert found["contenders"]["single-task"]["time_ratio_to_equal"] == pytest.approx((1 + 0.4) / 2)
+    note = "single-task value: trained on 40 samples, where others see 100: the datasets without"
+    assert any(line.startswith(note) for line in found["notes"])
+    assert note in text.getvalue()

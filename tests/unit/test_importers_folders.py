@@ -116,6 +116,29 @@ def test_every_class_has_a_training_sample_however_small_it_is() -> None:
     assert {stratum for stratum, split in zip(strata, splits, strict=True) if split == "train"} == set(strata)
 
 
+@pytest.mark.parametrize("size", [3, 4, 5, 6, 7])
+def test_small_classes_share_out_every_split(size: int) -> None:
+    strata = [number % 40 for number in range(40 * size)]
+    splits = Counter(split_by_fractions([f"k{i}" for i in range(40 * size)], strata, (0.8, 0.1, 0.1), seed=0))
+    assert splits["train"] == pytest.approx(0.8 * 40 * size, abs=4 * size)
+    assert splits["val"] >= 2 * size and splits["test"] >= 2 * size
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 6, 7])
+def test_a_few_pictures_are_for_training_and_validation(size: int) -> None:
+    splits = split_by_fractions([f"k{i}" for i in range(size)], [0] * size, (0.8, 0.1, 0.1), seed=0)
+    assert Counter(splits) == {"train": size - 1, "val": 1}
+
+
+def test_where_nothing_can_be_held_out_the_note_says_so(tmp_path: Path) -> None:
+    files = {f"train/{breed}/0.jpg": picture(number) for number, breed in enumerate("abc")}
+    manifest = prepare_folders(fill(tmp_path / "src", files), tmp_path / "out", "breed", None, HERE, val=0.2)
+    assert list(manifest.splits) == ["train"]
+    assert manifest.notes == (
+        "nothing of train held out as val: too few samples of each class for 0.2 of them",
+    )
+
+
 def test_split_names_have_their_usual_spelling(tmp_path: Path) -> None:
     files = {name.replace("val/", "Valid/"): data for name, data in cats().items()}
     manifest = prepare_folders(fill(tmp_path / "src", files), tmp_path / "out", "breed", options=HERE)

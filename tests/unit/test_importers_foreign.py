@@ -312,6 +312,15 @@ def test_splits_come_from_names_or_are_said(tmp_path: Path) -> None:
         index_tars([*tars, tars[1]], tmp_path / "c", MAPPING, options=ONE)
 
 
+def test_an_image_in_two_splits_is_noted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train.tar", samples(1, 2, 3))
+    write_tar(tmp_path / "val.tar", samples(8, 2))
+    manifest = index_tars([str(tmp_path)], tmp_path / "data", MAPPING, options=ONE)
+    twice = "part.v1/00002"
+    assert f"the same image in train and val: 1 ({twice} = {twice})" in manifest.notes
+    assert manifest.digests
+
+
 def test_the_command_line_indexes_and_says_what_it_found(root: Path, tmp_path: Path) -> None:
     words = ["index", str(root / "tars/train-{000..001}.tar"), str(tmp_path / "data"), "--image", "left.png"]
     words += ["--classification", "label=cls", "--regression", "age=json:age", "--unit", "age=years"]

@@ -175,6 +175,13 @@ def test_an_unreadable_mask_is_named(tmp_path: Path) -> None:
     refused(tmp_path, src, r"masks/c\.png: expected a readable image, found")
 
 
+def test_masks_whose_greys_are_all_dark_are_no_empty_masks(tmp_path: Path) -> None:
+    skin(tmp_path / "skin")
+    names = [path.name for path in (tmp_path / "skin" / "masks").iterdir()]
+    src = fill(tmp_path / "skin", {f"masks/{name}": mask(7) for name in names})
+    refused(tmp_path, src, r"expected greys of 128 and above for .* found darker ones alone, as in .*\.png")
+
+
 def test_masks_of_indices_and_masks_of_greys_do_not_mix_in_a_task(tmp_path: Path) -> None:
     src = fill(skin(tmp_path / "skin"), {"masks/c.png": mask(1)})
     refused(tmp_path, src, r"found class indices \(0, 1\) in .*c\.png and greys up to 255 in .*\.png")

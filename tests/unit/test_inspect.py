@@ -108,6 +108,18 @@ def test_an_index_that_does_not_fit_is_found(dataset: Path) -> None:
     )
 
 
+def test_digests_that_do_not_fit_are_found(dataset: Path) -> None:
+    digests = np.load(dataset / "train.digests.npy")
+    digests[3] ^= 1
+    np.save(dataset / "train.digests.npy", digests)
+    (dataset / "val.digests.npy").unlink()
+    problems = inspect_dataset(dataset, verify=True).problems
+    assert problems == (
+        f"{dataset / 'train.digests.npy'}: does not fit its shards",
+        f"{dataset / 'val.digests.npy'}: missing",
+    )
+
+
 def test_rows_are_spread_over_the_whole_split() -> None:
     assert spread(5, 10) == [0, 1, 2, 3, 4]
     assert spread(100, 3) == [0, 49, 99]

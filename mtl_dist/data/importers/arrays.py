@@ -19,7 +19,7 @@ from mtl_dist.data.importers.measures import MEASURES
 from mtl_dist.data.importers.packing import PackOptions, Progress, pack
 from mtl_dist.data.importers.pixels import encoded_picture
 from mtl_dist.data.importers.sources import Source
-from mtl_dist.data.importers.splitting import SPLIT_NAMES, split_by_fractions
+from mtl_dist.data.importers.splitting import SPLIT_NAMES, held_out_note, split_by_fractions
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.errors import UserError
 
@@ -106,8 +106,6 @@ def pack_arrays(
         raise UserError(f"--val: expected a share from 0 up to 1, found {held_out:g}.")
     finest = max(classes, key=lambda task: len(classes[task]))
     notes = []
-    if held_out:
-        notes.append(f"{held_out:g} of train held out as val, by {finest}, with seed {options.seed}")
 
     records: dict[str, list[Record]] = {split: [] for split in (*SPLIT_NAMES, *splits)}
     training: list[Record] = []
@@ -117,9 +115,10 @@ def pack_arrays(
     if held_out:
         strata = [str(record.labels[finest]) for record in training]
         keys = [record.key for record in training]
-        for record, split in zip(
-            training, split_by_fractions(keys, strata, (1 - held_out, held_out), options.seed), strict=True
-        ):
+        fractions = (1 - held_out, held_out)
+        chosen = split_by_fractions(keys, strata, fractions, options.seed)
+        notes.append(held_out_note(held_out, finest, options.seed, chosen))
+        for record, split in zip(training, chosen, strict=True):
             records[split].append(record)
     else:
         records["train"] = training

@@ -14,6 +14,7 @@ from mtl_dist.data.importers.splitting import (
     DEFAULT_FRACTIONS,
     SPLIT_NAMES,
     class_order,
+    held_out_note,
     split_by_fractions,
     split_name,
     unique_keys,
@@ -78,7 +79,7 @@ def prepare_folders(
         _check_known_classes(src, classes, labels, splits)
         if val is not None:
             splits = _held_out(src, keys, labels, splits, val, options.seed)
-            notes.append(f"{val:g} of train held out as val, by class, with seed {options.seed}")
+            notes.append(held_out_note(val, "class", options.seed, splits))
     else:
         if val is not None:
             raise UserError(f"{src}: expected --split for folders without splits, found --val. Use that.")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mtl_dist.data.columns import label_columns, labels_path
+from mtl_dist.data.digests import DIGEST_DTYPE, digests_path
 from mtl_dist.data.importers.jobs import check_skipped, run_jobs
 from mtl_dist.data.importers.labels import (
     ClassNames,
@@ -26,7 +27,13 @@ from mtl_dist.data.importers.labels import (
 )
 from mtl_dist.data.importers.packing import STANDARD, PackOptions, Progress, silent
 from mtl_dist.data.importers.splitting import SPLIT_NAMES, split_name
-from mtl_dist.data.importers.summary import image_format, image_notes, label_notes, with_facts
+from mtl_dist.data.importers.summary import (
+    duplicate_notes,
+    image_format,
+    image_notes,
+    label_notes,
+    with_facts,
+)
 from mtl_dist.data.importers.tables import Row
 from mtl_dist.data.importers.tar_scan import LabelField, TarFacts, TarScan, image_extensions, scan_tar
 from mtl_dist.data.manifest import MANIFEST_NAME, LabelCounts, Manifest, ShardInfo, SplitInfo, write_manifest
@@ -225,6 +232,8 @@ def _write(
     infos: dict[str, SplitInfo] = {}
     values: dict[str, dict[str, list[Label | None]]] = {}
     files: dict[Path, np.ndarray] = {}
+    digests: dict[str, np.ndarray] = {}
+    keys: dict[str, list[str]] = {}
     start = 0
     for split, paths in splits.items():
         of_split = [by_path[str(path)] for path in paths]
@@ -235,7 +244,10 @@ def _write(
         start += len(rows)
         for bit, task in enumerate(tasks):
             rows["labelled"] |= _labelled(task, rows, columns).astype(np.uint64) << np.uint64(bit)
+        digests[split] = np.frombuffer(b"".join(facts.digests for facts in of_split), DIGEST_DTYPE)
+        keys[split] = [key for facts in of_split for key in facts.keys]
         files[index_path(out, split)] = rows
+        files[digests_path(out, split)] = digests[split]
         files[labels_path(out, split)] = label_columns(tasks, columns, len(rows))
         counts = {task: _counts(task, info, rows, columns, of_split) for task, info in tasks.items()}
         shards = tuple(_beside(out, facts.info) for facts in of_split if facts.info.num_samples)
@@ -263,8 +275,10 @@ def _write(
         notes=(
             *image_notes([facts.oddities for facts in found], skipped),
             *label_notes(tasks, {name: info.labels for name, info in infos.items()}, training),
+            *duplicate_notes(digests, keys),
         ),
         labels="columns",
+        digests=True,
     )
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from mtl_dist.data.digests import DIGEST_SIZE, digest_of
 from mtl_dist.data.images import UnreadableImage, examine_image
 from mtl_dist.data.importers.sources import Readable
 from mtl_dist.data.manifest import FORMAT_VERSION, ShardInfo
@@ -35,7 +36,6 @@ from mtl_dist.specs import TaskKind
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-DIGEST_SIZE = 16
 FINISHED = ".finished"
 """The folder, beside the shards being written, that holds the results of the finished ones."""
 
@@ -92,8 +92,8 @@ class ShardJob:
 class ShardResult:
     """What a job found: index rows, a digest per stored image, and counts.
 
-    `digests` is one hexadecimal string, the same length per stored image. `skipped` holds the position of
-    each record that was left out, and why. `image_kinds` maps "channels dtype" to an example; `conventions`
+    `digests` is one hexadecimal string, one image after the other. `skipped` holds the position of each
+    record that was left out, and why. `image_kinds` maps "channels dtype" to an example; `conventions`
     maps, per mask task, how values were read to an example.
     """
 
@@ -154,7 +154,7 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
                 tick()
                 continue
             shard.write(record.key, image, facts.extension, record.labels, masks)
-            digests.append(hashlib.sha256(image).hexdigest()[: 2 * DIGEST_SIZE])
+            digests.append(digest_of(image).hex())
             image_kinds.setdefault(f"{facts.channels} {facts.dtype}", where)
             oddities.update(facts.oddities)
             tick()
@@ -194,7 +194,7 @@ def check_skipped(reasons: Sequence[str], max_skipped: int) -> None:
 
 def _fingerprint(job: ShardJob) -> str:
     """What the bytes of a shard depend on."""
-    digest = hashlib.sha256(repr((FORMAT_VERSION, job.split, job.number, job.verify)).encode())
+    digest = hashlib.sha256(repr((FORMAT_VERSION, DIGEST_SIZE, job.split, job.number, job.verify)).encode())
     digest.update(
         repr(
             [(name, task.kind, task.classes, dict(task.mask_values)) for name, task in job.tasks.items()]

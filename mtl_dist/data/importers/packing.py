@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from mtl_dist.data.columns import label_columns, labels_path
+from mtl_dist.data.digests import digests_path
 from mtl_dist.data.importers.jobs import (
     FINISHED,
     Record,
@@ -270,6 +271,8 @@ def _finish(
     training = "train" if "train" in packed else next(iter(packed))
     channels, dtype = image_format([result.image_kinds for result in results])
     skipped = [reason for result in results for reason in result.skipped.values()]
+    digests = {split: content.digests for split, content in packed.items()}
+    keys = {split: [record.key for record in content.records] for split, content in packed.items()}
     manifest = Manifest(
         name=name,
         channels=channels,
@@ -290,11 +293,13 @@ def _finish(
             *notes,
             *image_notes([result.oddities for result in results], skipped),
             *label_notes(tasks, labels, training),
-            *duplicate_notes(packed),
+            *duplicate_notes(digests, keys),
         ),
+        digests=True,
     )
     for split, content in packed.items():
         save_index(index_path(directory, split), np.concatenate([result.rows for result in content.results]))
+        save_index(digests_path(directory, split), digests[split])
         columns = {task: [record.labels.get(task) for record in content.records] for task in tasks}
         save_index(
             labels_path(directory, split), label_columns(manifest.tasks, columns, len(content.records))

@@ -10,7 +10,7 @@ import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from mtl_dist.data.shards import MAX_KEY_LENGTH
@@ -84,22 +84,51 @@ def split_by_fractions(
 ) -> list[str]:
     """The split of each key; every stratum (class) is divided by the same fractions.
 
-    A stratum has at least one sample in train.
+    A stratum has at least one sample in train. Where all are so small that a split would have no sample, they
+    are rounded by turns, so that each split has its share of all; val comes before test.
     """
     check_fractions(fractions)
     members: dict[Hashable, list[int]] = defaultdict(list)
     for position, stratum in enumerate(strata):
         members[stratum].append(position)
-    splits = [SPLIT_NAMES[0]] * len(keys)
     for positions in members.values():
         positions.sort(key=lambda i: (_hash(f"{seed}/split/{keys[i]}"), keys[i]))
-        start = max(1, round(fractions[0] * len(positions)))
+    splits = _divided(members, fractions, len(keys), [round] * len(members))
+    if len(set(splits)) < len(fractions):
+        turns = [_rounding((n + 0.5) / len(members)) for n in range(len(members))]
+        splits = _divided(members, fractions, len(keys), turns)
+    if "val" not in splits:
+        splits = ["val" if split == "test" else split for split in splits]
+    return splits
+
+
+def _divided(
+    members: Mapping[Hashable, Sequence[int]],
+    fractions: Sequence[float],
+    num_keys: int,
+    roundings: Sequence[Callable[[float], int]],
+) -> list[str]:
+    """The split of each position, with a way of rounding for each stratum."""
+    splits = [SPLIT_NAMES[0]] * num_keys
+    for positions, rounded in zip(members.values(), roundings, strict=True):
+        start = max(1, rounded(fractions[0] * len(positions)))
         for name, upto in zip(SPLIT_NAMES[1:], _cumulative(fractions)[1:], strict=False):
-            end = max(start, round(upto * len(positions)))
+            end = max(start, rounded(upto * len(positions)))
             for position in positions[start:end]:
                 splits[position] = name
             start = end
     return splits
+
+
+def _rounding(offset: float) -> Callable[[float], int]:
+    return lambda value: math.floor(value + offset)
+
+
+def held_out_note(share: float, by: str, seed: int, splits: Iterable[str]) -> str:
+    """What was held out as val, or that nothing could be."""
+    if "val" in splits:
+        return f"{share:g} of train held out as val, by {by}, with seed {seed}"
+    return f"nothing of train held out as val: too few samples of each {by} for {share:g} of them"
 
 
 def _cumulative(fractions: Sequence[float]) -> list[float]:

@@ -10,7 +10,8 @@ from typing import cast
 
 import numpy as np
 
-from mtl_dist.data.importers.jobs import DIGEST_SIZE, Record, ShardResult, TaskSource
+from mtl_dist.data.digests import DIGEST_DTYPE, same_rows
+from mtl_dist.data.importers.jobs import Record, ShardResult, TaskSource
 from mtl_dist.data.manifest import ImageDtype, LabelCounts
 from mtl_dist.data.shards import Label
 from mtl_dist.errors import UserError
@@ -31,6 +32,11 @@ class PackedSplit:
 
     records: Sequence[Record]
     results: Sequence[ShardResult]
+
+    @property
+    def digests(self) -> np.ndarray:
+        """Those of the images."""
+        return np.frombuffer(bytes.fromhex("".join(result.digests for result in self.results)), DIGEST_DTYPE)
 
 
 def listed(items: Sequence[str]) -> str:
@@ -100,7 +106,7 @@ def image_format(kinds: Sequence[Mapping[str, str]]) -> tuple[int, ImageDtype]:
 
 
 def check_conventions(name: str, results: Sequence[ShardResult]) -> None:
-    """Refuse masks of one task of which some hold class indices and others greys.
+    """Refuse masks of one task of which some hold class indices and others greys, or only dark greys.
 
     Raises:
         UserError: they do; with an example of each.
@@ -113,6 +119,12 @@ def check_conventions(name: str, results: Sequence[ShardResult]) -> None:
             f"task {name!r}: expected one kind of masks, found class indices (0, 1) in {examples['index']} "
             f"and greys up to 255 in {examples['grey']}. "
             f"Name the classes by their values in the masks, for example 0:background,1:{name}."
+        )
+    if "grey" in examples and not sum(result.mask_pixels[name][1] for result in results):
+        raise UserError(
+            f"task {name!r}: expected greys of 128 and above for {name} in some mask, found darker ones "
+            f"alone, as in {examples['grey']}. "
+            f"Name the classes by their values in the masks, for example 0:background,7:{name}."
         )
 
 
@@ -149,20 +161,13 @@ def label_notes(
             yield f"{name}: in other splits but not in {training}: {listed(unseen)}"
 
 
-def duplicate_notes(splits: Mapping[str, PackedSplit]) -> Iterator[str]:
-    """The images of which two splits hold the very same bytes."""
-    digests = {
-        name: np.frombuffer(
-            bytes.fromhex("".join(result.digests for result in split.results)),
-            dtype=f"S{DIGEST_SIZE}",
-        )
-        for name, split in splits.items()
-    }
+def duplicate_notes(digests: Mapping[str, np.ndarray], keys: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """The images of which two splits hold the very same bytes; digests and keys of samples by split."""
     for (first, a), (second, b) in itertools.combinations(digests.items(), 2):
-        _, in_first, in_second = np.intersect1d(a, b, return_indices=True)
+        in_second, in_first = same_rows(b, a)
         if len(in_first):
             pairs = [
-                f"{splits[first].records[i].key} = {splits[second].records[j].key}"
+                f"{keys[first][i]} = {keys[second][j]}"
                 for i, j in zip(in_first.tolist(), in_second.tolist(), strict=True)
             ]
             yield f"the same image in {first} and {second}: {len(pairs)} ({listed(sorted(pairs))})"

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mtl_dist.data.digests import digest_of
 from mtl_dist.data.images import IMAGE_EXTENSIONS, UnreadableImage, examine_image
 from mtl_dist.data.importers.tables import Cell
 from mtl_dist.data.manifest import ShardInfo
@@ -90,7 +91,8 @@ class TarScan:
 class TarFacts:
     """What a scan found: the shard, offsets and sizes of images and masks, and the labels as text.
 
-    `rows` are index rows whose `labelled` is still 0. `skipped` are the samples left out, and why.
+    `rows` are index rows whose `labelled` is still 0. `skipped` are the samples left out, and why. `digests`
+    are those of the images, one after the other.
     """
 
     info: ShardInfo
@@ -101,6 +103,7 @@ class TarFacts:
     image_kinds: dict[str, str] = field(default_factory=dict)
     oddities: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    digests: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,14 @@ def scan_tar(scan: TarScan, tick: Callable[[], None]) -> TarFacts:
         {task: np.zeros(count, np.int64) for task, count in scan.mask_classes.items()},
     )
     rows: list[tuple[int, ...]] = []
+    digests: list[bytes] = []
     oddities: Counter[str] = Counter()
     with _opened_file(scan.path) as file:
         stream = _HashingReader(file)
         for key, members in _samples(scan, stream):
             where = f"{scan.path}, sample {key}"
             try:
-                rows.append(_row(scan, key, members, facts, oddities))
+                rows.append(_row(scan, key, members, facts, oddities, digests))
             except _Skipped as reason:
                 facts.skipped.append(f"{where}: {reason}.")
                 continue
@@ -150,13 +154,19 @@ def scan_tar(scan: TarScan, tick: Callable[[], None]) -> TarFacts:
         stream.drain()
     facts.rows = np.array(rows, dtype)
     facts.oddities = dict(oddities)
+    facts.digests = b"".join(digests)
     facts.info = ShardInfo(str(scan.path), len(rows), stream.num_bytes, stream.hash.hexdigest())
     tick()
     return facts
 
 
 def _row(
-    scan: TarScan, key: str, members: Mapping[str, _Member], facts: TarFacts, oddities: Counter[str]
+    scan: TarScan,
+    key: str,
+    members: Mapping[str, _Member],
+    facts: TarFacts,
+    oddities: Counter[str],
+    digests: list[bytes],
 ) -> tuple[int, ...]:
     """A sample's row in the index; what its image and its masks are is added to `facts`."""
     where = f"{scan.path}, sample {key}"
@@ -195,6 +205,7 @@ def _row(
         row += [member.offset, len(member.data)]
     facts.image_kinds.setdefault(f"{picture.channels} {picture.dtype}", where)
     oddities.update(picture.oddities)
+    digests.append(digest_of(image.data))
     return tuple(row)
 
 

@@ -1,0 +1,54 @@
+"""Whether training, validation and test share images, over all datasets of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+
+import numpy as np
+
+from mtl_dist.data.digests import same_rows
+from mtl_dist.data.loader import Data, Source
+
+_LISTED = 3
+
+
+def shared_images(data: Data) -> Iterator[str]:
+    """One line for each two sources of different splits that hold the same images, and one about the unknown.
+
+    Raises:
+        UserError: the digests of a split are missing, or are those of other samples.
+    """
+    digests = {split: [source.reader.digests() for source in data.sources[split]] for split in data.splits}
+    unknown = [
+        _name(source)
+        for split, sources in data.sources.items()
+        for source, found in zip(sources, digests[split], strict=True)
+        if found is None
+    ]
+    for first, second in combinations(data.splits, 2):
+        for ours, many in zip(data.sources[first], digests[first], strict=True):
+            for theirs, few in zip(data.sources[second], digests[second], strict=True):
+                if many is None or few is None:
+                    continue
+                in_theirs, in_ours = same_rows(few, many)
+                if len(in_theirs):
+                    keys = _keys(ours, in_ours, theirs, in_theirs)
+                    yield f"the same image in {_name(ours)} and {_name(theirs)}: {len(in_theirs)} ({keys})."
+    if unknown and len(data.splits) > 1:
+        yield (
+            f"whether splits share images is not known of {', '.join(unknown)}: prepared without digests. "
+            "Prepare or index again to know."
+        )
+
+
+def _keys(ours: Source, our_rows: np.ndarray, theirs: Source, their_rows: np.ndarray) -> str:
+    """The first few pairs of samples, by their keys."""
+    pairs = zip(our_rows[:_LISTED].tolist(), their_rows[:_LISTED].tolist(), strict=True)
+    listed = "; ".join(f"{ours.reader.key(i)} = {theirs.reader.key(j)}" for i, j in pairs)
+    more = len(our_rows) - _LISTED
+    return f"{listed} and {more} more" if more > 0 else listed
+
+
+def _name(source: Source) -> str:
+    return f"{source.facts.split} of {source.facts.path.name}"

@@ -1,0 +1,100 @@
+"""Images that training, validation and test share are found, within a dataset and over those of a mix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtl_dist.data.digests import DIGEST_DTYPE, digest_of, digests_path, same_rows
+from mtl_dist.data.importers.jobs import Record, TaskSource
+from mtl_dist.data.importers.packing import PackOptions, pack
+from mtl_dist.data.loader import open_data
+from mtl_dist.data.manifest import read_manifest
+from mtl_dist.data.reader import SplitReader
+from mtl_dist.data.settings import DataSettings
+from mtl_dist.data.shared_images import shared_images
+from mtl_dist.errors import UserError
+from tests.tiny_datasets import image_of, png, write_dataset
+
+DIGESTS = st.lists(st.integers(0, 40), max_size=30).map(lambda values: np.array(values, DIGEST_DTYPE))
+
+
+def write(directory: Path, task: str, splits: Mapping[str, Sequence[int]]) -> Path:
+    """A dataset of one task whose images are those of these numbers."""
+    records = {
+        split: [Record(f"{split}{number}", png(image_of(number)), {task: number % 2}) for number in numbers]
+        for split, numbers in splits.items()
+    }
+    pack(
+        records,
+        directory,
+        {task: TaskSource("classification", ("a", "b"))},
+        directory.name,
+        options=PackOptions(workers=1, shard_samples=3),
+    )
+    return directory
+
+
+def lines(root: Path, tasks: Sequence[str], **sources: Any) -> list[str]:
+    settings = DataSettings.model_validate({"image_size": 8, **sources}, strict=False)
+    return list(shared_images(open_data(settings, tasks, root)))
+
+
+@given(DIGESTS, DIGESTS)
+def test_each_row_that_the_other_column_holds_is_found_with_the_first_row_there(
+    few: np.ndarray, many: np.ndarray
+) -> None:
+    in_few, in_many = same_rows(few, many)
+    assert in_few.tolist() == [row for row, value in enumerate(few) if value in many]
+    assert in_many.tolist() == [many.tolist().index(value) for value in few[in_few].tolist()]
+
+
+def test_a_prepared_dataset_keeps_the_digest_of_every_image(tmp_path: Path) -> None:
+    write(tmp_path / "cats", "breed", {"train": range(8)})
+    reader = SplitReader(tmp_path / "cats", read_manifest(tmp_path / "cats"), "train")
+    digests = reader.digests()
+    assert digests is not None
+    for row in range(8):
+        assert digests[row].tobytes() == digest_of(bytes(reader.read(row).image))
+
+
+def test_an_image_of_one_datasets_training_in_anothers_validation_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "cats", "breed", {"train": range(8), "val": [20, 21]})
+    write(tmp_path / "moods", "mood", {"train": [30, 20, 31], "val": [5, 32], "test": [33, 31]})
+    mix = [{"path": "cats"}, {"path": "moods"}]
+    assert lines(tmp_path, ["breed", "mood"], train=mix) == [
+        "the same image in train of cats and val of moods: 1 (train5 = val5).",
+        "the same image in train of moods and val of cats: 1 (train20 = val20).",
+        "the same image in train of moods and test of moods: 1 (train31 = test31).",
+    ]
+    assert lines(tmp_path, ["breed"], train=mix) == []
+
+
+def test_many_shared_images_are_counted_and_the_first_named(tmp_path: Path) -> None:
+    write(tmp_path / "cats", "breed", {"train": range(8), "val": range(8)})
+    (line,) = lines(tmp_path, ["breed"], train=[{"path": "cats"}])
+    assert line.startswith("the same image in train of cats and val of cats: 8 (")
+    assert line.endswith(" and 5 more).")
+    assert line.count(" = ") == 3
+
+
+def test_of_a_dataset_without_digests_it_is_said_that_nothing_is_known(tmp_path: Path) -> None:
+    write(tmp_path / "cats", "breed", {"train": range(4), "val": [3]})
+    write_dataset(tmp_path / "old", {"train": 6, "val": 3})
+    assert not read_manifest(tmp_path / "old").digests
+    known, unknown = lines(tmp_path, ["breed", "tags"], train=[{"path": "cats"}, {"path": "old"}])
+    assert known.startswith("the same image in train of cats and val of cats: 1 ")
+    assert unknown.startswith("whether splits share images is not known of train of old, val of old: ")
+
+
+def test_digests_that_are_promised_and_missing_are_one_line(tmp_path: Path) -> None:
+    write(tmp_path / "cats", "breed", {"train": range(4), "val": [9]})
+    digests_path(tmp_path / "cats", "val").unlink()
+    with pytest.raises(UserError, match=r"val\.digests\.npy: expected .*, found no such file"):
+        lines(tmp_path, ["breed"], train=[{"path": "cats"}])
