@@ -66,9 +66,11 @@ def checkpointing_cases() -> list[Case]:
 
 
 def low_precision_cases() -> list[Case]:
+    """Each precision without gradient checkpointing, and with one way to recompute."""
     return [
-        Case(balance, "full", 2, precision, num_steps=1)
-        for precision, balance in product(LOW_PRECISIONS, BALANCES)
+        Case(balance, "full", 2, precision, num_steps=1, checkpointing=checkpointing)
+        for precision, recomputing in zip(LOW_PRECISIONS, CHECKPOINTINGS, strict=True)
+        for checkpointing, balance in product(("off", recomputing), BALANCES)
     ]
 
 
@@ -107,7 +109,8 @@ def checkpointing_outcomes(engine: EngineName) -> Outcomes:
 @cache
 def low_precision_outcomes(engine: EngineName) -> Outcomes:
     """Every method in bf16 and fp16: the numbers of one process with the same micro-batches, which round
-    alike; and for one process itself, those of float32 as far as the rounding lets them."""
+    alike, and all activations stored; for one process itself, those of float32 as far as the rounding lets
+    them."""
     cases = low_precision_cases()
     found = shared_pool(size_of(engine)).run(train_all, engine, cases)[0]
     outcomes = {}
@@ -119,11 +122,12 @@ def low_precision_outcomes(engine: EngineName) -> Outcomes:
 def _low_outcome(found: Result, case: Case, num_ranks: int) -> str:
     if found.skipped[0]:
         return "wrong: the step was skipped"
+    plain = case.with_(checkpointing="off")
     if num_ranks > 1:
-        expected = same_micro_batches(case.with_(accumulation=num_ranks * case.accumulation))
+        expected = same_micro_batches(plain.with_(accumulation=num_ranks * case.accumulation))
         largest = LARGEST_DIFFERENCE
     else:
-        expected = reference(case.with_(precision="fp32"))
+        expected = reference(plain.with_(precision="fp32"))
         largest = ROUNDING[case.precision]
     if found.num_unconverged != expected.num_unconverged:
         return "wrong: no weights were found"
@@ -146,9 +150,10 @@ def render() -> str:
         "the file to that. *yes*: for full, partial and disjoint labels, and with 1 and 2 micro-batches per",
         f"step, the tasks' weights and the model's update are those of one process with the whole batch, to"
         f" {LARGEST_DIFFERENCE:g}",
-        "of the largest, also with gradient checkpointing by stage or by block; in bf16 and fp16 those of",
-        "one process with the same micro-batches. The last three columns are of all engines which are not",
-        "refused. A number is a refusal at the start of the run, below the table.",
+        "of the largest, also with gradient checkpointing by stage or by block; in bf16 and fp16, with and",
+        "without checkpointing, those of one process with the same micro-batches without it. The last three",
+        "columns are of all engines which are not refused. A number is a refusal at the start of the run,",
+        "below the table.",
         "",
         "| method | level | one process | DDP | ZeRO 1 | ZeRO 2 | ZeRO 3 | disjoint labels | bf16 | fp16 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
