@@ -37,12 +37,17 @@ ACCUMULATIONS = (1, 2)
 CHECKPOINTINGS: tuple[Checkpointing, ...] = ("stage", "block")
 LOW_PRECISIONS: tuple[Precision, ...] = ("bf16", "fp16")
 
+RECOMPUTING_ENGINES: tuple[EngineName, ...] = ("single", "ddp", "zero3")
+"""Where low precisions meet gradient checkpointing; ZeRO 1 and 2 have the weights of DDP, in minutes."""
+
 LARGEST_DIFFERENCE = 1e-5
 """Between float32 sums of another order, see `difference`; in one process 3e-6 was the largest seen."""
 
 ROUNDING = {"bf16": 0.2, "fp16": 0.05}
 """Between a low precision and float32: the rounding of gradients (2^-9, 2^-12), which the solvers of some
 methods enlarge where gradients are nearly parallel; 0.12 and 0.02 were the largest seen."""
+
+CASES_AT_A_TIME = 31
 
 Outcomes = dict[Case, str]
 """How each training ended: \"\" for well, a refusal, or what was wrong."""
@@ -65,20 +70,32 @@ def checkpointing_cases() -> list[Case]:
     ]
 
 
-def low_precision_cases() -> list[Case]:
+def low_precision_cases(engine: EngineName) -> list[Case]:
     """Each precision without gradient checkpointing, and with one way to recompute."""
     return [
         Case(balance, "full", 2, precision, num_steps=1, checkpointing=checkpointing)
         for precision, recomputing in zip(LOW_PRECISIONS, CHECKPOINTINGS, strict=True)
-        for checkpointing, balance in product(("off", recomputing), BALANCES)
+        for checkpointing in (("off", recomputing) if engine in RECOMPUTING_ENGINES else ("off",))
+        for balance in BALANCES
     ]
+
+
+def by_rank(engine: EngineName, cases: list[Case]) -> list[list[Result]]:
+    """What each rank found, asked for some of the cases at a time: an answer may only take so long."""
+    pool = shared_pool(size_of(engine))
+    found: list[list[Result]] = [[] for _ in range(size_of(engine))]
+    for start in range(0, len(cases), CASES_AT_A_TIME):
+        answers = pool.run(train_all, engine, cases[start : start + CASES_AT_A_TIME])
+        for own, answer in zip(found, answers, strict=True):
+            own += answer
+    return found
 
 
 @cache
 def exact_outcomes(engine: EngineName) -> Outcomes:
     """Every method in float32: the numbers of one process with whole windows, or a refusal."""
     cases = exact_cases()
-    found = shared_pool(size_of(engine)).run(train_all, engine, cases)
+    found = by_rank(engine, cases)
     outcomes = {}
     for case, first, *others in zip(cases, *found, strict=True):
         outcomes[case] = first.refusal or _exact_outcome(first, others, reference(case))
@@ -98,7 +115,7 @@ def _exact_outcome(first: Result, others: list[Result], expected: Result) -> str
 def checkpointing_outcomes(engine: EngineName) -> Outcomes:
     """Every method with gradient checkpointing: the numbers of one process which stores all activations."""
     cases = checkpointing_cases()
-    found = shared_pool(size_of(engine)).run(train_all, engine, cases)
+    found = by_rank(engine, cases)
     outcomes = {}
     for case, first, *others in zip(cases, *found, strict=True):
         plain = case.with_(checkpointing="off")
@@ -111,8 +128,8 @@ def low_precision_outcomes(engine: EngineName) -> Outcomes:
     """Every method in bf16 and fp16: the numbers of one process with the same micro-batches, which round
     alike, and all activations stored; for one process itself, those of float32 as far as the rounding lets
     them."""
-    cases = low_precision_cases()
-    found = shared_pool(size_of(engine)).run(train_all, engine, cases)[0]
+    cases = low_precision_cases(engine)
+    found = by_rank(engine, cases)[0]
     outcomes = {}
     for case, first in zip(cases, found, strict=True):
         outcomes[case] = first.refusal or _low_outcome(first, case, size_of(engine))
@@ -150,10 +167,10 @@ def render() -> str:
         "the file to that. *yes*: for full, partial and disjoint labels, and with 1 and 2 micro-batches per",
         f"step, the tasks' weights and the model's update are those of one process with the whole batch, to"
         f" {LARGEST_DIFFERENCE:g}",
-        "of the largest, also with gradient checkpointing by stage or by block; in bf16 and fp16, with and",
-        "without checkpointing, those of one process with the same micro-batches without it. The last three",
-        "columns are of all engines which are not refused. A number is a refusal at the start of the run,",
-        "below the table.",
+        "of the largest, also with gradient checkpointing by stage or by block; in bf16 and fp16 those of",
+        "one process with the same micro-batches and without checkpointing (bf16 by stage, fp16 by block:",
+        "in one process, under DDP and ZeRO 3). The last three columns are of all engines which are not",
+        "refused. A number is a refusal at the start of the run, below the table.",
         "",
         "| method | level | one process | DDP | ZeRO 1 | ZeRO 2 | ZeRO 3 | disjoint labels | bf16 | fp16 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -96,14 +96,11 @@ def _problems(directory: Location, manifest: Manifest) -> Iterator[str]:
 def _column_problems(directory: Path, manifest: Manifest, split: str) -> Iterator[str]:
     """What is wrong with the label columns of a split: they must hold what the manifest counted."""
     path, info = labels_path(directory, split), manifest.splits[split]
-    if not path.is_file():
-        if manifest.labels == "columns":
-            yield f"{path}: missing"
+    if not path.is_file() and manifest.labels == "json":
         return
-    try:
-        columns = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        yield f"{path}: no label columns ({error})"
+    columns = _table(path, "label columns")
+    if isinstance(columns, str):
+        yield columns
         return
     if columns.dtype != columns_dtype(manifest.tasks) or columns.shape != (info.num_samples,):
         yield f"{path}: not the columns of the tasks and samples in the manifest"
@@ -124,13 +121,9 @@ def _digests_in(path: Path, rows: np.ndarray) -> list[bytes]:
 
 def _digest_problems(path: Path, split: SplitInfo, expected: Sequence[bytes]) -> Iterator[str]:
     """What is wrong with the digests of a split; `expected` are those of all its images, if all were read."""
-    if not path.is_file():
-        yield f"{path}: missing"
-        return
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        yield f"{path}: no digests ({error})"
+    found = _table(path, "digests")
+    if isinstance(found, str):
+        yield found
         return
     is_whole = found.dtype == DIGEST_DTYPE and found.shape == (split.num_samples,)
     if not is_whole or (len(expected) == split.num_samples and found.tobytes() != b"".join(expected)):
@@ -150,16 +143,22 @@ def _problem_of(path: Location, shard: ShardInfo) -> str | None:
 
 
 def _index_problems(path: Path, expected: np.ndarray) -> Iterator[str]:
-    if not path.is_file():
-        yield f"{path}: missing"
-        return
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        yield f"{path}: no index ({error})"
-        return
-    if found.dtype != expected.dtype or not np.array_equal(found, expected):
+    found = _table(path, "index")
+    if isinstance(found, str):
+        yield found
+    elif found.dtype != expected.dtype or not np.array_equal(found, expected):
         yield f"{path}: does not fit its shards"
+
+
+def _table(path: Path, what: str) -> np.ndarray | str:
+    """The rows in a file of the dataset, or why there are none."""
+    if not path.is_file():
+        return f"{path}: missing"
+    try:
+        rows: np.ndarray = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        return f"{path}: no {what} ({error})"
+    return rows
 
 
 def render(inspection: Inspection) -> RenderableType:

@@ -44,15 +44,15 @@ def test_every_method_works_in_low_precision(engine: EngineName) -> None:
     assert wrong == {}
 
 
-def test_the_support_matrix_says_what_these_tests_found() -> None:
-    assert DOCUMENT.read_text() == render(), "write it anew with `python -m tests.support_matrix`"
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradient_checkpointing_changes_nothing_for_any_method(engine: EngineName) -> None:
     outcomes = checkpointing_outcomes(engine)
     wrong = {str(case): said for case, said in outcomes.items() if said.startswith("wrong")}
     assert wrong == {}
+
+
+def test_the_support_matrix_says_what_these_tests_found() -> None:
+    assert DOCUMENT.read_text() == render(), "write it anew with `python -m tests.support_matrix`"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
