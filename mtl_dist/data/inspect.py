@@ -98,7 +98,7 @@ def _column_problems(directory: Path, manifest: Manifest, split: str) -> Iterato
     path, info = labels_path(directory, split), manifest.splits[split]
     if not path.is_file() and manifest.labels == "json":
         return
-    columns = _table(path, "label columns")
+    columns = _rows_in(path, "label columns")
     if isinstance(columns, str):
         yield columns
         return
@@ -121,7 +121,7 @@ def _digests_in(path: Path, rows: np.ndarray) -> list[bytes]:
 
 def _digest_problems(path: Path, split: SplitInfo, expected: Sequence[bytes]) -> Iterator[str]:
     """What is wrong with the digests of a split; `expected` are those of all its images, if all were read."""
-    found = _table(path, "digests")
+    found = _rows_in(path, "digests")
     if isinstance(found, str):
         yield found
         return
@@ -143,14 +143,14 @@ def _problem_of(path: Location, shard: ShardInfo) -> str | None:
 
 
 def _index_problems(path: Path, expected: np.ndarray) -> Iterator[str]:
-    found = _table(path, "index")
+    found = _rows_in(path, "index")
     if isinstance(found, str):
         yield found
     elif found.dtype != expected.dtype or not np.array_equal(found, expected):
         yield f"{path}: does not fit its shards"
 
 
-def _table(path: Path, what: str) -> np.ndarray | str:
+def _rows_in(path: Path, what: str) -> np.ndarray | str:
     """The rows in a file of the dataset, or why there are none."""
     if not path.is_file():
         return f"{path}: missing"
