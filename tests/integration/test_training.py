@@ -98,7 +98,9 @@ def test_two_ranks_give_one_ranks_losses(recipe: Path, ranks: RankPool, tmp_path
 
 def test_accumulation_gives_the_same_updates(recipe: Path, tmp_path: Path) -> None:
     for accumulation in (1, 2, 4):
-        train_run(recipe, tmp_path / str(accumulation), [f"train.accumulation={accumulation}"], dropout=False)
+        # AdamW makes a whole step of a gradient that is 0 but for rounding, unless `eps` is larger than that.
+        how = [f"train.accumulation={accumulation}", "optim.eps=1e-3"]
+        train_run(recipe, tmp_path / str(accumulation), how, dropout=False)
     expected = tensors_at(tmp_path / "1", NUM_STEPS)
     for accumulation in (2, 4):
         found = tensors_at(tmp_path / str(accumulation), NUM_STEPS)
