@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -100,3 +102,26 @@ def test_each_kind_lowers_a_loss(model: MultitaskModel, kind: str) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_the_fused_kernel_moves_every_weight_as_the_plain_one_does(
+    model: MultitaskModel, memory_format: torch.memory_format
+) -> None:
+    model.lie_in(memory_format)
+    other = copy.deepcopy(model)
+    # A large `eps`: AdamW would make a whole step of a gradient that is 0 but for rounding.
+    settings = OptimSettings(lr=1e-2, eps=1e-3)
+    fused = build_optimizer(settings, model.eval(), TASKS, [])
+    plain = torch.optim.AdamW(other.eval().parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0, fused=False)
+    for group in fused.param_groups:
+        group["weight_decay"] = 0.0
+    images = torch.rand(4, 1, 8, 8) * 255
+    for _ in range(3):
+        for each, optimizer in ((model, fused), (other, plain)):
+            outputs = each(images)
+            (outputs["age"].square().mean() + outputs["kind"].square().mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, weight in other.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-5, atol=1e-6, msg=name)
