@@ -44,6 +44,14 @@ persist() {
   "$@" || { sleep 5; "$@"; } || { sleep 20; "$@"; } || { sleep 60; "$@"; }
 }"""
 
+# When a rank dies, srun has the others ended by a message whose receiver waits for KillWait (30 s). Slurm
+# holds it for lost after MessageTimeout (10 s) and repeats it a minute later, when the next attempt trains,
+# to a step of that number, which is 0 again after a requeue. So each attempt's ranks are another step.
+ANOTHER_STEP = """\
+for ((step = 0; step < ${SLURM_RESTART_COUNT:-0} % 8; step++)); do
+  srun --nodes=1 --ntasks=1 --ntasks-per-node=1 true
+done"""
+
 # The verdict is given once, whatever is sent to the script now: its programs ignore what it ignores.
 DEAF = "trap '' USR1 USR2 TERM"
 
@@ -150,6 +158,7 @@ def setup_lines(folder: Path, profile: ClusterProfile, shape: Shape) -> list[str
         CHOOSE_PORT,
         f"export MTL_END_TIME=${{SLURM_JOB_END_TIME:-$({END_TIME})}} MTL_SAVE_MARGIN={profile.save_margin_s}",
         *profile.setup,
+        ANOTHER_STEP,
         f'echo "$(date -Is) {STARTED}: job $JOB on $SLURM_JOB_NODELIST"',
     ]
     return lines

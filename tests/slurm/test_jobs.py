@@ -25,8 +25,9 @@ from slurm_cluster import (
 
 from mtl_dist.launch.attempts import read_attempts
 from mtl_dist.launch.jobs import has_ended, view_runs
+from mtl_dist.launch.profile import ClusterProfile
 from mtl_dist.launch.records import read_jobs
-from mtl_dist.launch.script import Shape
+from mtl_dist.launch.script import Shape, build_executor, script_text
 from mtl_dist.launch.slurm import submit
 from mtl_dist.launch.squeue import live_jobs
 
@@ -44,6 +45,34 @@ SMOOTH = ("model.backbone=shufflenet_v2_x0_5", "optim.kind=sgd", "optim.lr=1e-4"
 # Three tasks whose loss falls by a quarter in 30 steps want smaller ones: 2e-6 is left of rounding errors.
 DIGITS = ("model.norm=group", "train.global_batch=16", "train.log_every=1", *SMOOTH)
 DIGITS += ("optim.lr=1e-5", "optim.momentum=0", "train.evaluate_at_end=false")
+
+
+# Called as Python in a job: its second rank dies at once, and the first is deaf to all but SIGKILL. The
+# attempt after that listens for 45 s.
+PRETENDED_PYTHON = """#!/bin/bash
+restarts=${SLURM_RESTART_COUNT:-0}
+[[ "$*" == *launch.attempts* ]] && exit $(( restarts > 0 ))
+echo "attempt $restarts is step $SLURM_STEP_ID" >> heard
+trap 'echo "attempt $restarts hears SIGTERM" >> heard' TERM
+(( restarts + SLURM_PROCID == 1 )) && (( restarts == 0 )) && exit 1
+while (( SECONDS < 45 )); do sleep 0.2; done
+echo "attempt $restarts ends" >> heard
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def crashed(cluster: Cluster, work: Path) -> Path:
+    """What is heard by a job that crashes; it runs beside the tests, because Slurm takes its time."""
+    folder = work / "crashed"
+    (folder / "jobs").mkdir(parents=True)
+    (folder / "heard").touch()
+    python = folder / "python"
+    python.write_text(PRETENDED_PYTHON)
+    python.chmod(0o755)
+    profile = ClusterProfile(python=str(python), partition="low", gpus_per_task=0, cpus_per_task=1)
+    script = script_text(build_executor(folder, "crashed", profile, Shape(1, 2), dry_run=True))
+    subprocess.run(["sbatch", f"--chdir={folder}"], input=script, check=True, capture_output=True, text=True)
+    return folder / "heard"
 
 
 def test_two_nodes_end_with_the_weights_of_two_and_of_four_local_ranks(cluster: Cluster, work: Path) -> None:
@@ -182,6 +211,13 @@ def test_the_doctor_looks_at_every_node_of_a_cluster(cluster: Cluster, work: Pat
     assert "between 4 ranks" in printed
     assert "4 ranks differ from one process" in printed
     assert "mtl-node2" in printed
+
+
+def test_a_kill_that_slurm_repeats_a_minute_later_does_not_meet_the_next_attempt(crashed: Path) -> None:
+    wait_for("the end of the second attempt", lambda: crashed.read_text().count("attempt 1 ends") == 2)
+    heard = set(crashed.read_text().splitlines())
+    first = {"attempt 0 is step 0", "attempt 0 hears SIGTERM"}
+    assert heard == first | {"attempt 1 is step 1", "attempt 1 ends"}
 
 
 def test_a_cluster_without_accounting_does_as_well(work: Path) -> None:

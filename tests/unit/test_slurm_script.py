@@ -187,6 +187,17 @@ def test_the_ranks_learn_the_jobs_end_or_that_nobody_knows_it(tmp_path: Path, an
     assert calls_of(tmp_path, "end") == ["1893456000" if answer.startswith("date") else ""]
 
 
+@pytest.mark.parametrize("restarts", ["", "0", "3", "8", "11"])
+def test_the_ranks_of_attempts_that_follow_each_other_are_steps_of_different_numbers(
+    tmp_path: Path, restarts: str
+) -> None:
+    programs = {"squeue": "echo RUNNING", "scontrol": "", "python": "exit 1", "srun": ""}
+    run_script(tmp_path, programs, {"SLURM_RESTART_COUNT": restarts})
+    *before, ranks = calls_of(tmp_path, "srun")
+    assert len(before) == int(restarts or 0) % 8
+    assert "submitit" in ranks and all(call.endswith(" true") for call in before)
+
+
 def test_signals_to_the_script_do_not_reach_the_verdict(tmp_path: Path) -> None:
     signals = "for name in USR1 USR2 TERM; do kill -$name $PPID; kill -$name $$; done; exit 0"
     programs = {"squeue": "echo RUNNING", "scontrol": "", "srun": "kill -USR2 $PPID", "python": signals}
