@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,22 @@ def test_rows_without_their_image_are_skipped_up_to_a_bound(tmp_path: Path) -> N
     assert manifest.notes[0].startswith("rows without their image, left out: 1 (")
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+def test_pictures_that_the_table_does_not_name_are_noted_and_masks_are_none(
+    tmp_path: Path, zipped: bool
+) -> None:
+    more = {"images/train/b_mask.png": mask(255), "images/train/new.png": FILES["d.png"], "images/x.txt": ""}
+    src = fill(tmp_path / "skin", {**LAYOUT, **more, "elsewhere/y.png": FILES["e.png"]})
+    (src / "labels.json").write_text(
+        '{"a.png": {"dx": 1}, "b.png": {"dx": 0, "m": "b_mask.png"}, "c.png": {"dx": 1}}'
+    )
+    if zipped:
+        src = Path(shutil.make_archive(str(src), "zip", src))
+    tasks = {"classification": {"diagnosis": "dx"}, "segmentation": {"lesion": "m"}}
+    manifest = prepare(src, tmp_path / "out", **tasks)
+    assert "pictures beside them without a row, left out: 1 (images/train/new.png)" in manifest.notes
+
+
 def test_a_task_without_labels_in_training_is_noted(tmp_path: Path) -> None:
     table = "file,split,age,dx\na.png,train,,x\nb.png,train,,x\nc.png,val,5,y\n"
     manifest = prepare(
@@ -239,7 +256,7 @@ def test_a_task_without_labels_in_training_is_noted(tmp_path: Path) -> None:
         regression={"age": "age"},
         classification={"dx": "dx"},
     )
-    assert manifest.notes == ("dx: in other splits but not in train: y", "age: no labels in train")
+    assert manifest.notes[-2:] == ("dx: in other splits but not in train: y", "age: no labels in train")
     assert (manifest.tasks["age"].mean, manifest.tasks["age"].std) == (0.0, 1.0)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -92,3 +94,17 @@ class MaskFolder:
         if len(candidates) > 1:
             raise UserError(f"{image}: expected one mask, found {', '.join(candidates[:3])}.")
         return self.tree.source(candidates[0]) if candidates else None
+
+
+def unnamed_images(tree: Tree, images: Iterable[Source], masks: Iterable[Source]) -> list[str]:
+    """The pictures in the folders of `images` that are neither of them nor masks, by path in the tree."""
+    paths = [os.path.normpath(image.path) for image in images]
+    folders = {os.path.dirname(path) for path in paths}
+    known = {*paths, *(os.path.normpath(mask.path) for mask in masks)}
+    if tree.is_archive:
+        found = [name for name in tree.files if os.path.dirname(name) in folders]
+    else:
+        listed = ((folder, name) for folder in folders for name in os.listdir(folder))
+        found = [os.path.join(folder, name) for folder, name in listed if not name.startswith(".")]
+    unnamed = [name for name in found if name not in known and extension_of(name) in IMAGE_EXTENSIONS]
+    return sorted(name if tree.is_archive else os.path.relpath(name, tree.root) for name in unnamed)

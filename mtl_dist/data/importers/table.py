@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mtl_dist.data.importers.finding import FileFinder, MaskFolder
+from mtl_dist.data.importers.finding import FileFinder, MaskFolder, unnamed_images
 from mtl_dist.data.importers.jobs import Record, TaskSource, check_skipped
 from mtl_dist.data.importers.labels import (
     ClassNames,
@@ -76,6 +76,9 @@ def prepare_table(
     notes: list[str] = []
     rows = _without_repeated(_find_images(table, image, finder, options.max_skipped, notes), request, notes)
     tasks, labels, masks = _read_tasks(request, table, finder, rows)
+    all_masks = [mask for column in masks.values() for mask in column if mask is not None]
+    if unnamed := unnamed_images(table.tree, [row.source for row in rows], all_masks):
+        notes.append(f"pictures beside them without a row, left out: {len(unnamed)} ({listed(unnamed)})")
 
     keys = unique_keys([row.path for row in rows])
     first = next(iter(classification), None)
