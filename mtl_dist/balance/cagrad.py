@@ -118,7 +118,7 @@ def _positive_along_the_levels(
     sides = torch.stack([push_T, -inverse_T], dim=1)
     tableaus = torch.cat([cosines_TT, sides], dim=1)[None].numpy()
     push, inverse = push_T.numpy(), inverse_T.numpy()
-    positive = np.zeros(num_tasks, dtype=bool)
+    positive, one = np.zeros(num_tasks, dtype=bool), np.zeros(1, dtype=np.intp)
     for _ in range(MAX_PIVOTS_PER_TASK * num_tasks):
         start, rise = tableaus[0, :, -2], tableaus[0, :, -1]
         levels = np.divide(start, -rise, out=np.full_like(start, np.inf), where=rise < 0)
@@ -128,7 +128,7 @@ def _positive_along_the_levels(
         x = start[positive] + level * rise[positive]
         if level >= high or x @ (level * inverse[positive] - push[positive]) >= radius_square:
             break
-        exchange_basic(tableaus, entry[None])
+        exchange_basic(tableaus, one, entry[None])
         positive[entry] ^= True
     return torch.from_numpy(positive)
 

@@ -11,7 +11,7 @@ T tasks, N problems of the same matrix solved at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing
@@ -20,6 +20,8 @@ from torch import Tensor
 
 RIDGE = 1e-6
 ROUNDING = 1e-13
+NEARLY_DEPENDENT = 0.1
+NEARLY_ALIKE = 0.99
 MAX_EXCHANGES = 3
 MAX_REPAIRS = 5
 MAX_PIVOTS_PER_TASK = 10
@@ -27,7 +29,9 @@ SMALLEST_PUSH = 1e-12
 MAX_NEWTON_STEPS = 200
 
 
-Array: TypeAlias = np.typing.NDArray[np.float64]
+Array: TypeAlias = np.typing.NDArray[np.floating[Any]]
+Bools: TypeAlias = np.typing.NDArray[np.bool_]
+Integers: TypeAlias = np.typing.NDArray[np.intp]
 
 
 class NotConvergedError(ArithmeticError):
@@ -72,54 +76,65 @@ def nonnegative_qp(matrix_TT: Tensor, linear_NT: Tensor, passive_NT: Tensor | No
 
     Block pivoting (Kim and Park, https://doi.org/10.1137/110821172): guess which entries are not 0
     (`passive_NT`), solve for them, exchange all that came out infeasible. A few exchanges settle almost
-    every problem to the last digit; they can cycle where gradients are many and dependent, and what they
-    leave goes on entry by entry, which ends.
+    every problem to the last digit. They can cycle where gradients are dependent; there, and with what they
+    leave, it goes on entry by entry, which ends.
 
     Raises:
         NotConvergedError: neither ended.
     """
-    passive_NT = linear_NT < 0 if passive_NT is None else passive_NT
-    x_NT, passive_NT, unsolved_N = _exchange(matrix_TT, linear_NT, passive_NT, MAX_EXCHANGES)
-    if unsolved_N.any():
-        linear, passive = linear_NT[unsolved_N], passive_NT[unsolved_N]
-        passive = _pivot_along_a_path(matrix_TT, linear, passive)
-        x_NT[unsolved_N], _, still_unsolved = _exchange(matrix_TT, linear, passive, MAX_REPAIRS)
-        if still_unsolved.any():
-            raise NotConvergedError(
-                f"a quadratic program is wrong after {MAX_REPAIRS} repairs of its path's end"
-            )
-    return x_NT
+    # In NumPy, whose small operations cost a third of torch's.
+    matrix, linear = matrix_TT.numpy(), linear_NT.numpy()
+    passive = linear < 0 if passive_NT is None else passive_NT.numpy()
+    num_exchanges = 0 if len(linear) > 1 and _will_cycle(matrix) else MAX_EXCHANGES
+    x, passive, unsolved = _exchange(matrix, linear, passive, num_exchanges)
+    if unsolved.any():
+        linear, guess = linear[unsolved], passive[unsolved][0]
+        if len(linear) > 1:
+            # What solves their mean is not far from what solves each of them.
+            mean = torch.from_numpy(linear.mean(axis=0, keepdims=True))
+            guess = nonnegative_qp(matrix_TT, mean)[0].numpy() > 0
+        x[unsolved] = _follow_a_path(matrix, linear, guess)
+    return torch.from_numpy(x)
 
 
-def _exchange(
-    matrix_TT: Tensor, linear_NT: Tensor, passive_NT: Tensor, max_exchanges: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _will_cycle(matrix: Array) -> bool:
+    """Whether exchanges are in vain: among gradients in general position that span fewer dimensions than they
+    are, but not much fewer. A wrong answer costs time only."""
+    num_tasks = len(matrix)
+    rank = np.count_nonzero(np.linalg.cholesky(matrix).diagonal() ** 2 > NEARLY_DEPENDENT)
+    are_distinct = np.count_nonzero(np.abs(matrix) > NEARLY_ALIKE) == num_tasks
+    return bool(num_tasks / 5 < rank < num_tasks and are_distinct)
+
+
+def _exchange(matrix: Array, linear: Array, passive: Bools, max_exchanges: int) -> tuple[Array, Bools, Bools]:
     """Block pivoting from a guess: the solutions, the next guesses, and which problems are unsolved."""
-    x_NT, passive_NT = torch.zeros_like(linear_NT), passive_NT.clone()
-    unsolved_N = torch.ones(len(linear_NT), dtype=torch.bool)
-    open_N = torch.arange(len(linear_NT))
+    x, passive = np.zeros_like(linear), passive.copy()
+    unsolved = np.ones(len(linear), dtype=bool)
+    diagonal = np.arange(len(matrix))
     for _ in range(max_exchanges):
-        linear, passive = linear_NT[open_N], passive_NT[open_N]
-        kept = passive.to(linear.dtype)
-        squares = matrix_TT * kept[:, :, None] * kept[:, None, :]
-        squares.diagonal(dim1=1, dim2=2).add_(1 - kept)
-        x = torch.cholesky_solve((-linear * kept)[:, :, None], torch.linalg.cholesky(squares))[:, :, 0]
-        slack = (x @ matrix_TT + linear) * (1 - kept)
-        # Rounding makes a slack negative, never an entry: along directions which only the ridge holds, an
-        # entry of -1e-10 is a slack of 1e-16, and is better left out.
-        lowest_slack = -ROUNDING * (linear.abs() + x.abs()).amax(dim=1, keepdim=True)
-        wrong = (x < 0) | (slack < lowest_slack)
-        x_NT[open_N] = x
-        passive_NT[open_N] = passive ^ wrong
-        unsolved_N[open_N] = wrong.any(dim=1)
-        open_N = unsolved_N.nonzero()[:, 0]
-        if len(open_N) == 0:
+        q, kept = linear[unsolved], passive[unsolved]
+        squares = matrix * kept[:, :, None] * kept[:, None, :]
+        squares[:, diagonal, diagonal] += ~kept
+        found = np.linalg.solve(squares, (-q * kept)[:, :, None])[:, :, 0]
+        wrong = _wrong(matrix, q, kept, found)
+        x[unsolved] = found
+        passive[unsolved] ^= wrong
+        unsolved[unsolved] = wrong.any(axis=1)
+        if not unsolved.any():
             break
-    return x_NT, passive_NT, unsolved_N
+    return x, passive, unsolved
 
 
-def _pivot_along_a_path(matrix_TT: Tensor, linear_NT: Tensor, passive_NT: Tensor) -> Tensor:
-    """Which entries of each `nonnegative_qp` are not 0, from a guess that may be far off.
+def _wrong(matrix: Array, linear: Array, passive: Bools, x: Array) -> Bools:
+    """Which entries of x, or else their slacks, are negative."""
+    # Rounding makes a slack negative, never an entry: along directions which only the ridge holds, an
+    # entry of -1e-10 is a slack of 1e-16, and is better left out.
+    size = (np.abs(linear) + np.abs(x)).max(axis=1, keepdims=True)
+    return np.where(passive, x < 0, x @ matrix + linear < -ROUNDING * size)
+
+
+def _follow_a_path(matrix: Array, linear: Array, guess: Bools) -> Array:
+    """The solutions of `nonnegative_qp`, from one guess for all that may be far off.
 
     Parametric principal pivoting (Cottle, Pang and Stone, The Linear Complementarity Problem, 4.5): with
     enough of a push t p, p > 0, the guess is right. As t falls to 0, entry after entry or its slack reaches
@@ -127,49 +142,61 @@ def _pivot_along_a_path(matrix_TT: Tensor, linear_NT: Tensor, passive_NT: Tensor
     the guess is good.
 
     A tableau holds the basic variables (the entries believed not 0, the slacks of the others) as
-    A (the non-basic ones) + a + t p: [A, a, p], in NumPy, whose small operations cost a third of torch's.
+    A (the non-basic ones) + a + t p: [A, a, p].
     """
-    num_problems, num_tasks = linear_NT.shape
-    basic = torch.diag_embed(passive_NT.to(linear_NT.dtype))
-    identity_TT = torch.eye(num_tasks, dtype=linear_NT.dtype)
-    sides = torch.cat([matrix_TT - matrix_TT @ basic - basic, linear_NT[:, :, None]], dim=2)
-    solved = torch.linalg.solve(identity_TT - basic - matrix_TT @ basic, sides)
-    start_NT, sizes_NT = solved[:, :, -1], solved[:, :, -1].abs()
-    push_NT = torch.where(
-        passive_NT,
-        torch.where(passive_NT, sizes_NT, 0.0).amax(dim=1, keepdim=True),
-        torch.where(passive_NT, 0.0, sizes_NT).amax(dim=1, keepdim=True),
+    num_problems, num_tasks = linear.shape
+    identity = np.eye(num_tasks)
+    basic, products = identity * guess, matrix * guess
+    sides = np.concatenate([matrix - products - basic, linear.T], axis=1)
+    solved = np.linalg.solve(identity - basic - products, sides)
+    start = solved[:, num_tasks:].T
+    size = np.abs(start)
+    push = np.where(
+        guess,
+        np.where(guess, size, 0.0).max(axis=1, keepdims=True),
+        np.where(guess, 0.0, size).max(axis=1, keepdims=True),
     )
+    tableaus = np.empty((num_problems, num_tasks, num_tasks + 2))
+    tableaus[:, :, :-2], tableaus[:, :, -2] = solved[:, :num_tasks], start
     # Not all alike: what reaches 0 together could be pivoted to and fro.
-    push_NT = (push_NT + SMALLEST_PUSH) * torch.linspace(1, 1.3, num_tasks, dtype=start_NT.dtype)
-    tableaus = torch.cat([solved, push_NT[:, :, None]], dim=2).numpy()
-    passive = passive_NT.numpy().copy()
-    open_N = np.arange(num_problems)
+    tableaus[:, :, -1] = (push + SMALLEST_PUSH) * np.linspace(1, 1.3, num_tasks)
+    passive = np.tile(guess, (num_problems, 1))
+    start, push = tableaus[:, :, -2], tableaus[:, :, -1]
     for _ in range(MAX_PIVOTS_PER_TASK * num_tasks):
-        start, push = tableaus[:, :, -2], tableaus[:, :, -1]
         ratios = np.divide(start, push, out=np.full_like(start, np.inf), where=push > 0)
-        entry = ratios.argmin(axis=1)
-        moving = ratios[np.arange(len(entry)), entry] < 0
-        if not moving.all():
-            open_N, tableaus, entry = open_N[moving], tableaus[moving], entry[moving]
-            if len(open_N) == 0:
-                break
-        exchange_basic(tableaus, entry)
-        passive[open_N, entry] ^= True
-    return torch.from_numpy(passive)
+        entries = ratios.argmin(axis=1)
+        moving = np.flatnonzero(ratios.min(axis=1) < 0)
+        if len(moving) == 0:
+            break
+        exchange_basic(tableaus, moving, entries[moving])
+        passive[moving, entries[moving]] ^= True
+    # Where the entries are basic, A is minus their inverse: it takes off what rounding left.
+    x = np.where(passive, start, 0.0)
+    rest = np.where(passive, x @ matrix + linear, 0.0)
+    x -= np.where(passive, np.einsum("nij,nj->ni", tableaus[:, :, :-2], rest), 0.0)
+    unsolved = _wrong(matrix, linear, passive, x).any(axis=1)
+    x[unsolved], _, unsolved = _exchange(matrix, linear[unsolved], passive[unsolved], MAX_REPAIRS)
+    if unsolved.any():
+        raise NotConvergedError(f"a quadratic program is wrong after {MAX_REPAIRS} repairs of its path's end")
+    return x
 
 
-def exchange_basic(tableaus: Array, entry: numpy.typing.NDArray[np.int64]) -> None:
-    """In each tableau, variables = A (the others) + ..., variable `entry` changes places with its other."""
-    rows = np.arange(len(entry))
-    column = tableaus[rows, :, entry]
-    row = tableaus[rows, entry]
-    pivot = row[rows, entry][:, None]
+def exchange_basic(tableaus: Array, moving: Integers, entries: Integers) -> None:
+    """In each tableau `moving`, variables = A (the others) + ..., an entry changes places with its other."""
+    column, row = tableaus[moving, :, entries], tableaus[moving, entries]
+    pivot = row[np.arange(len(moving)), entries][:, None]
     row /= -pivot
-    tableaus += column[:, :, None] * row[:, None, :]
-    tableaus[rows, entry] = row
-    tableaus[rows, :, entry] = column / pivot
-    tableaus[rows, entry, entry] = 1 / pivot[:, 0]
+    columns, rows = column, row
+    if len(moving) < len(tableaus):
+        columns, rows = np.zeros(tableaus.shape[:2]), np.zeros(tableaus.shape[::2])
+        columns[moving], rows[moving] = column, row
+    # NumPy's own product of columns and rows takes three times as long.
+    torch.from_numpy(tableaus).baddbmm_(
+        torch.from_numpy(columns[:, :, None]), torch.from_numpy(rows[:, None, :])
+    )
+    tableaus[moving, entries] = row
+    tableaus[moving, :, entries] = column / pivot
+    tableaus[moving, entries, entries] = 1 / pivot[:, 0]
 
 
 def dual_cone_shift(cosines_TT: Tensor, targets_NT: Tensor) -> Tensor:

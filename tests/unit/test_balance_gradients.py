@@ -6,6 +6,7 @@ import logging
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -258,8 +259,8 @@ def test_a_solve_that_does_not_converge_keeps_the_last_weights_and_is_counted(
     balancer = build(settings, 3)
     present_T, losses_T = all_present(3), losses(3)
     first_T = balancer.weights(present_T=present_T, key=(0, 0), losses_T=losses_T, gramian_TT=gramian_TT)
-    for limit in ("MAX_NEWTON_STEPS", "MAX_EXCHANGES", "MAX_REPAIRS"):
-        monkeypatch.setattr(solvers, limit, 0)
+    monkeypatch.setattr(solvers, "MAX_NEWTON_STEPS", 0)
+    monkeypatch.setattr(solvers, "_wrong", lambda matrix, linear, passive, x: np.full(x.shape, True))
     monkeypatch.setattr("mtl_dist.balance.cagrad.MAX_LEVELS", 0)
     with caplog.at_level(logging.WARNING):
         again_T = balancer.weights(

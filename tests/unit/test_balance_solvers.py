@@ -74,6 +74,15 @@ def test_the_quadratic_program_meets_them_also_where_many_gradients_span_few_dim
             assert_optimal(cosines_TT, linear_NT, nonnegative_qp(cosines_TT, linear_NT))
 
 
+def test_many_problems_are_solved_like_each_alone() -> None:
+    for jacobian_TP in dependent_gradients():
+        cosines_TT = angles(float32_gramian(jacobian_TP)).cosines_TT
+        together_NT = nonnegative_qp(cosines_TT, cosines_TT)
+        for q_T, x_T in zip(cosines_TT[::13], together_NT[::13], strict=True):
+            alone_T = nonnegative_qp(cosines_TT, q_T[None])[0]
+            torch.testing.assert_close(x_T, alone_T, rtol=1e-5, atol=1e-7)
+
+
 def test_the_path_alone_finds_the_same_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     problems = [angles(float32_gramian(gradients(seed))).cosines_TT for seed in SEEDS]
     expected = [nonnegative_qp(cosines_TT, cosines_TT) for cosines_TT in problems]
