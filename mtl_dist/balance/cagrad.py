@@ -15,7 +15,7 @@ from mtl_dist.balance.solvers import (
     MAX_PIVOTS_PER_TASK,
     NotConvergedError,
     angles,
-    exchange_basic,
+    exchange_one,
     nonnegative_qp,
     stationary,
 )
@@ -115,20 +115,19 @@ def _positive_along_the_levels(
     other (parametric principal pivoting, as in solvers.py: the variables are A (the others) + a + level * p).
     """
     num_tasks = len(push_T)
-    sides = torch.stack([push_T, -inverse_T], dim=1)
-    tableaus = torch.cat([cosines_TT, sides], dim=1)[None].numpy()
+    tableau = torch.cat([cosines_TT, push_T[:, None], -inverse_T[:, None]], dim=1).numpy()
+    start, rise = tableau[:, -2], tableau[:, -1]
     push, inverse = push_T.numpy(), inverse_T.numpy()
-    positive, one = np.zeros(num_tasks, dtype=bool), np.zeros(1, dtype=np.intp)
+    positive = np.zeros(num_tasks, dtype=bool)
     for _ in range(MAX_PIVOTS_PER_TASK * num_tasks):
-        start, rise = tableaus[0, :, -2], tableaus[0, :, -1]
-        levels = np.divide(start, -rise, out=np.full_like(start, np.inf), where=rise < 0)
-        entry = levels.argmin()
+        levels = np.divide(start, -rise, out=np.full(num_tasks, np.inf), where=rise < 0)
+        entry = int(levels.argmin())
         level = levels[entry]
         # On the positive entries C x = level / length - push.
-        x = start[positive] + level * rise[positive]
-        if level >= high or x @ (level * inverse[positive] - push[positive]) >= radius_square:
+        x = (start + level * rise) * positive
+        if level >= high or x @ (level * inverse - push) >= radius_square:
             break
-        exchange_basic(tableaus, one, entry[None])
+        exchange_one(tableau, entry)
         positive[entry] ^= True
     return torch.from_numpy(positive)
 

@@ -103,7 +103,7 @@ def _will_cycle(matrix: Array) -> bool:
     num_tasks = len(matrix)
     rank = np.count_nonzero(np.linalg.cholesky(matrix).diagonal() ** 2 > NEARLY_DEPENDENT)
     are_distinct = np.count_nonzero(np.abs(matrix) > NEARLY_ALIKE) == num_tasks
-    return bool(num_tasks / 5 < rank < num_tasks and are_distinct)
+    return bool(num_tasks / 8 < rank < num_tasks and are_distinct)
 
 
 def _exchange(matrix: Array, linear: Array, passive: Bools, max_exchanges: int) -> tuple[Array, Bools, Bools]:
@@ -181,8 +181,22 @@ def _follow_a_path(matrix: Array, linear: Array, guess: Bools) -> Array:
     return x
 
 
+def exchange_one(tableau: Array, entry: int) -> None:
+    """In variables = A (the others) + ..., one variable changes places with its other."""
+    column, row = tableau[:, entry].copy(), tableau[entry].copy()
+    pivot = column[entry]
+    row /= -pivot
+    tableau += column[:, None] * row
+    tableau[entry] = row
+    tableau[:, entry] = column / pivot
+    tableau[entry, entry] = 1 / pivot
+
+
 def exchange_basic(tableaus: Array, moving: Integers, entries: Integers) -> None:
-    """In each tableau `moving`, variables = A (the others) + ..., an entry changes places with its other."""
+    """`exchange_one` in each of the tableaus `moving`."""
+    if len(tableaus) == 1:
+        exchange_one(tableaus[0], int(entries[0]))
+        return
     column, row = tableaus[moving, :, entries], tableaus[moving, entries]
     pivot = row[np.arange(len(moving)), entries][:, None]
     row /= -pivot
