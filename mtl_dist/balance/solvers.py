@@ -170,7 +170,7 @@ def _follow_a_path(matrix: Array, linear: Array, guess: Bools) -> Array:
             break
         exchange_basic(tableaus, moving, entries[moving])
         passive[moving, entries[moving]] ^= True
-    # Where the entries are basic, A is minus their inverse: it takes off what rounding left.
+    # Among the basic entries A is the inverse of M: it takes off what rounding left.
     x = np.where(passive, start, 0.0)
     rest = np.where(passive, x @ matrix + linear, 0.0)
     x -= np.where(passive, np.einsum("nij,nj->ni", tableaus[:, :, :-2], rest), 0.0)
