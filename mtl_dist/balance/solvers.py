@@ -112,6 +112,8 @@ def _exchange(matrix: Array, linear: Array, passive: Bools, max_exchanges: int) 
     unsolved = np.ones(len(linear), dtype=bool)
     diagonal = np.arange(len(matrix))
     for _ in range(max_exchanges):
+        if not unsolved.any():
+            break
         q, kept = linear[unsolved], passive[unsolved]
         squares = matrix * kept[:, :, None] * kept[:, None, :]
         squares[:, diagonal, diagonal] += ~kept
@@ -120,8 +122,6 @@ def _exchange(matrix: Array, linear: Array, passive: Bools, max_exchanges: int) 
         x[unsolved] = found
         passive[unsolved] ^= wrong
         unsolved[unsolved] = wrong.any(axis=1)
-        if not unsolved.any():
-            break
     return x, passive, unsolved
 
 
