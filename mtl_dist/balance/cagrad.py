@@ -123,9 +123,11 @@ def _positive_along_the_levels(
         levels = np.divide(start, -rise, out=np.full(num_tasks, np.inf), where=rise < 0)
         entry = int(levels.argmin())
         level = levels[entry]
+        if level >= high:
+            break
         # On the positive entries C x = level / length - push.
         x = (start + level * rise) * positive
-        if level >= high or x @ (level * inverse - push) >= radius_square:
+        if x @ (level * inverse - push) >= radius_square:
             break
         exchange_one(tableau, entry)
         positive[entry] ^= True
