@@ -31,7 +31,7 @@ demo: install data/digits/dataset.json
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slurm"
 
-# On a real Slurm of two nodes on this machine, as root, with nothing else running; 7 to 13 minutes.
+# On a real Slurm of two nodes on this machine, as root, with nothing else running; 7 to 15 minutes.
 test-slurm: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/slurm
 

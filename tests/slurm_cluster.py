@@ -148,14 +148,16 @@ def is_queued(job: str) -> Callable[[], bool]:
 
 def ranks_of(job: str) -> dict[int, int]:
     """The process ids of a job's ranks, by rank; data workers are younger and left out, and so is srun."""
-    found: dict[int, list[int]] = {}
+    found: dict[int, list[tuple[float, int]]] = {}
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             environ = process.environ()
             is_ours = environ.get("SLURM_JOB_ID") == job and "submitit.core._submit" in process.cmdline()
             if is_ours and process.name() != "srun":
-                found.setdefault(int(environ["SLURM_PROCID"]), []).append(process.pid)
-    return {rank: min(pids) for rank, pids in found.items()}
+                # Numbers of processes begin again at 1: a younger one may have a smaller number.
+                born = (process.create_time(), process.pid)
+                found.setdefault(int(environ["SLURM_PROCID"]), []).append(born)
+    return {rank: min(processes)[1] for rank, processes in found.items()}
 
 
 # -- what a run has left ----------------------------------------------------------------------------------

@@ -13,10 +13,29 @@ RECIPE = """
 name: slurm-test
 tasks:
   digit: {kind: classification}
-  thickness: {kind: regression, loss: {kind: smooth_l1}}
+  thickness: {kind: regression, loss: {kind: own_losses.LogCosh, scale: 2.0}}
 data: {train: [{path: data/digits}], image_size: 32, workers: 1}
 model: {backbone: simple_cnn, norm: group, head: {dropout: 0.0}}
 train: {max_steps: 160, global_batch: 16, log_every: 1, checkpoint_every: 10, evaluate_at_end: false}
+"""
+
+# A part of the user's own beside the recipe: the jobs import it from their snapshot of it.
+OWN_LOSSES = """
+from dataclasses import dataclass
+
+from mtl_dist.tasks.task import Loss
+
+
+@dataclass(frozen=True)
+class LogCosh(Loss):
+    scale: float = 1.0
+    num_outputs = 1
+
+    def numerators(self, output, target):
+        return ((output[:, 0] - target) / self.scale).cosh().log()
+
+    def denominators(self, target):
+        return (target == target).float()
 """
 
 # With the time limit of two minutes that one disturbance sets, the ranks stop 35 s after their start; Slurm's
@@ -85,6 +104,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "broken-disk.yaml": PROFILE.replace('"1"}', '"1", TEST_DISK_FAILS: "1"}'),
         "held.yaml": f"{PROFILE}sbatch: {{hold: true}}\n",
         "sitecustomize.py": DISK,
+        "own_losses.py": OWN_LOSSES,
     }
     for name, text in files.items():
         Path(name).write_text(text)
