@@ -161,19 +161,26 @@ def _follow_a_path(matrix: Array, linear: Array, guess: Bools) -> Array:
     # Not all alike: what reaches 0 together could be pivoted to and fro.
     tableaus[:, :, -1] = (push + SMALLEST_PUSH) * np.linspace(1, 1.3, num_tasks)
     passive = np.tile(guess, (num_problems, 1))
-    start, push = tableaus[:, :, -2], tableaus[:, :, -1]
+    whole, open_N = tableaus, np.arange(num_problems)
     for _ in range(MAX_PIVOTS_PER_TASK * num_tasks):
+        start, push = tableaus[:, :, -2], tableaus[:, :, -1]
         ratios = np.divide(start, push, out=np.full_like(start, np.inf), where=push > 0)
         entries = ratios.argmin(axis=1)
-        moving = np.flatnonzero(ratios.min(axis=1) < 0)
+        moving = np.flatnonzero(ratios[np.arange(len(entries)), entries] < 0)
         if len(moving) == 0:
             break
+        if 2 * len(moving) <= len(tableaus):
+            # Those at their end need not be carried along.
+            whole[open_N] = tableaus
+            open_N, tableaus, entries = open_N[moving], tableaus[moving], entries[moving]
+            moving = np.arange(len(moving))
         exchange_basic(tableaus, moving, entries[moving])
-        passive[moving, entries[moving]] ^= True
+        passive[open_N[moving], entries[moving]] ^= True
+    whole[open_N] = tableaus
     # Among the basic entries A is the inverse of M: it takes off what rounding left.
-    x = np.where(passive, start, 0.0)
+    x = np.where(passive, whole[:, :, -2], 0.0)
     rest = np.where(passive, x @ matrix + linear, 0.0)
-    x -= np.where(passive, np.einsum("nij,nj->ni", tableaus[:, :, :-2], rest), 0.0)
+    x -= np.where(passive, np.einsum("nij,nj->ni", whole[:, :, :-2], rest), 0.0)
     unsolved = _wrong(matrix, linear, passive, x).any(axis=1)
     x[unsolved], _, unsolved = _exchange(matrix, linear[unsolved], passive[unsolved], MAX_REPAIRS)
     if unsolved.any():
