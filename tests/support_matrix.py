@@ -71,11 +71,11 @@ def checkpointing_cases() -> list[Case]:
 
 
 def low_precision_cases(engine: EngineName) -> list[Case]:
-    """Each precision, with one way to recompute where the engine is one for that."""
-    recomputing = CHECKPOINTINGS if engine in RECOMPUTING_ENGINES else ("off", "off")
+    """Each precision without gradient checkpointing, and with one way to recompute."""
     return [
         Case(balance, "full", 2, precision, num_steps=1, checkpointing=checkpointing)
-        for precision, checkpointing in zip(LOW_PRECISIONS, recomputing, strict=True)
+        for precision, recomputing in zip(LOW_PRECISIONS, CHECKPOINTINGS, strict=True)
+        for checkpointing in (("off", recomputing) if engine in RECOMPUTING_ENGINES else ("off",))
         for balance in BALANCES
     ]
 

@@ -256,7 +256,11 @@ def test_a_task_without_labels_in_training_is_noted(tmp_path: Path) -> None:
         regression={"age": "age"},
         classification={"dx": "dx"},
     )
-    assert manifest.notes[-2:] == ("dx: in other splits but not in train: y", "age: no labels in train")
+    assert manifest.notes == (
+        "pictures beside them without a row, left out: 2 (d.png; e.png)",
+        "dx: in other splits but not in train: y",
+        "age: no labels in train",
+    )
     assert (manifest.tasks["age"].mean, manifest.tasks["age"].std) == (0.0, 1.0)
 
 
