@@ -1,18 +1,14 @@
 """Multi-MNIST from MNIST's four files: two overlapping digits in one picture, to be read apart.
 
-    python -m benchmarks.multi_mnist MNIST OUT [--train 60000] [--val 5000] [--test 10000]
-    mtl compare benchmarks/multi-mnist.yaml --seeds 3 --methods uncertainty,famo,cagrad
-
 The protocol of https://github.com/isl-org/MultiObjectiveOptimization (multi_mnist_loader.py; Sener and
 Koltun, https://arxiv.org/abs/1810.04650): on a canvas of 36 x 36 one digit at the top left, another picture's
 digit 6 pixels further down and right, the brighter of both where they overlap, resized to 28 x 28 by the
-nearest pixel. The tasks are `left` and `right`. The second digits are drawn from a seed. `--val` pictures of
-the training set validate; the test pictures are made of MNIST's test set alone.
+nearest pixel. The tasks are `left` and `right`. The second digits are drawn from a seed. The test
+pictures are made of MNIST's test set alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import io
 from pathlib import Path
@@ -57,27 +53,14 @@ def records(folder: Path, part: str, num: int, seed: int) -> list[Record]:
     return made
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("mnist", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--train", type=int, default=60000, help="training pictures, --val of them included")
-    parser.add_argument("--val", type=int, default=5000)
-    parser.add_argument("--test", type=int, default=10000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    training = records(options.mnist, "train", options.train, options.seed)
+def prepare_multi_mnist(mnist: Path, out: Path, train: int, val: int, test: int, seed: int) -> None:
+    """Write the dataset; the last `val` of the `train` training pictures validate."""
+    training = records(mnist, "train", train, seed)
     splits = {
-        "train": training[: -options.val],
-        "val": training[-options.val :],
-        "test": records(options.mnist, "t10k", options.test, options.seed + 1),
+        "train": training[:-val],
+        "val": training[-val:],
+        "test": records(mnist, "t10k", test, seed + 1),
     }
     digit = TaskSource("classification", tuple("0123456789"))
-    pack(splits, options.out, {"left": digit, "right": digit}, "multi-mnist")
-    print(f"{options.out}: {', '.join(f'{len(own):,} {split}' for split, own in splits.items())}")
-
-
-if __name__ == "__main__":
-    main()
+    pack(splits, out, {"left": digit, "right": digit}, "multi-mnist")
+    print(f"{out}: {', '.join(f'{len(own):,} {split}' for split, own in splits.items())}")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mtl_dist import __version__
-from mtl_dist.commands import bench, cluster, compare, data, machine, runs
+from mtl_dist.commands import cluster, compare, data, machine, runs
 from mtl_dist.commands.errors import CommandGroup
 
 app = typer.Typer(
@@ -27,7 +27,6 @@ runs.add_to(app)
 compare.add_to(app)
 cluster.add_to(app)
 machine.add_to(app)
-bench.add_to(app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -24,7 +24,7 @@ DIGITS = ROOT / "configs" / "digits.yaml"
 COMMANDS = ["prepare digits", "prepare folders", "prepare table", "prepare idx", "prepare cifar"]
 COMMANDS += ["prepare stacks", "inspect", "train", "launch"]
 COMMANDS += ["evaluate", "predict", "verify", "submit", "status", "logs", "cancel", "doctor"]
-COMMANDS += ["compare", "bench loader", "bench balance"]
+COMMANDS += ["compare"]
 
 
 def mtl(*arguments: str | Path) -> Result:

@@ -1,4 +1,4 @@
-"""`mtl bench memory`: the peak memory of training, and of gathering a checkpoint, case by case.
+"""The peak memory of training, and of gathering a checkpoint, case by case.
 
 Every case has fresh processes. On a GPU the peak is the allocator's. On a CPU it is the most resident memory
 (`VmHWM`) beyond what the process held before it built anything; glibc is told to give every freed block of
@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.training import Scene, build_trainer, first, random_batch
 from mtl_dist.engine.connect import EngineSettings, connect
 from mtl_dist.errors import UserError
 from mtl_dist.models.settings import Checkpointing
-from mtl_dist.report.bench_training import Scene, build_trainer, first, random_batch
 
 _CHECKPOINTINGS: tuple[Checkpointing, ...] = ("off", "stage", "block")
 _STAGES: tuple[int | None, ...] = (None, 0, 1, 2, 3)
@@ -46,7 +46,7 @@ class Peaks:
 def bench_memory(backbone: str, batch: int, image_size: int, ranks: int) -> None:
     """Measure, and print a table of gradient checkpointing and one of engines."""
     if not Path("/proc/self/clear_refs").exists() and not torch.cuda.is_available():
-        raise UserError("bench memory: expected a GPU, or Linux with its /proc, found neither.")
+        raise UserError("memory: expected a GPU, or Linux with its /proc, found neither.")
     console = Console()
     shown = f"{backbone}, fp32, AdamW, {batch} images of {image_size} x {image_size} per rank"
     alone = [
@@ -79,10 +79,11 @@ def _measured(scene: Scene, stage: int | None, ranks: int) -> Peaks:
     command = [sys.executable, "-m"]
     if ranks > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    command += ["mtl_dist.report.bench_memory", json.dumps([asdict(scene), stage])]
+    command += ["benchmarks.memory", json.dumps([asdict(scene), stage])]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     answers = [line for line in done.stdout.splitlines() if line.startswith('{"training"')]
     if done.returncode or not answers:
         raise RuntimeError(f"a training failed:\n{done.stderr[-2000:]}")

@@ -10,9 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mtl_dist.balance.cagrad import CAGradSettings
-from mtl_dist.balance.upgrad import UPGradSettings
-from mtl_dist.report.bench_balance import (
+from benchmarks.balance import (
     LIBMTL,
     METHODS,
     TORCHJD,
@@ -24,6 +22,8 @@ from mtl_dist.report.bench_balance import (
     gramians,
     solve_times,
 )
+from mtl_dist.balance.cagrad import CAGradSettings
+from mtl_dist.balance.upgrad import UPGradSettings
 
 SCENE = Scene("simple_cnn", num_tasks=3, num_masks=0, image_size=32, batch=2, device="cpu")
 

@@ -1,4 +1,4 @@
-"""`mtl bench loader` measures every loader that is installed, on the images given."""
+"""The benchmark of loaders measures every loader that is installed, on the images given."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.loader import bench_loader
+from benchmarks.peer_loaders import PHOTOS
 from mtl_dist.errors import UserError
-from mtl_dist.report.bench_contenders import PHOTOS
-from mtl_dist.report.bench_loader import bench_loader
 
 
 def jpeg(number: int) -> bytes:

@@ -1,4 +1,4 @@
-"""`mtl bench step` and `mtl bench save` measure what they say, at sizes that take a second."""
+"""The benchmarks of a step and of a save measure what they say, at sizes that take a second."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mtl_dist.cli import app
+from benchmarks.__main__ import app
+from benchmarks.step import matrix_product_flops, step_flops
+from benchmarks.training import Laps, Scene, build_trainer
 from mtl_dist.engine.connect import EngineSettings, connect
-from mtl_dist.report.bench_step import matrix_product_flops, step_flops
-from mtl_dist.report.bench_training import Laps, Scene, build_trainer
 
 TINY = Scene("simple_cnn", batch=4, image_size=8)
 SIZES = ["--backbone", "simple_cnn", "--batch", "4", "--image-size", "8"]
 
 
 def lines_of(*arguments: str) -> str:
-    result = CliRunner().invoke(app, ["bench", *arguments])
+    result = CliRunner().invoke(app, [*arguments])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -45,7 +45,7 @@ def test_a_save_is_timed_and_its_size_told() -> None:
     [("--precision", "fp8", "fp32, bf16"), ("--with", "speed", "contiguous, compiled, loader")],
 )
 def test_a_misspelt_choice_is_refused(option: str, value: str, choices: str) -> None:
-    result = CliRunner().invoke(app, ["bench", "step", option, value])
+    result = CliRunner().invoke(app, ["step", option, value])
     assert result.exit_code == 2
     assert f"{option}: expected one of {choices}, found '{value}'" in result.output
 

@@ -1,4 +1,7 @@
-"""The commands about speed: bench loader, bench balance."""
+"""`python -m benchmarks`: speed and memory on this machine, and the data of comparisons.
+
+Every command imports what it needs when it runs, so that `--help` does not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,19 @@ from typing import Annotated
 
 import typer
 
-bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+from mtl_dist.commands.errors import CommandGroup
+
+app = typer.Typer(
+    cls=CommandGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Measure speed and memory on this machine.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
-def add_to(app: typer.Typer) -> None:
-    app.add_typer(bench, name="bench", rich_help_panel="Machine")
-
-
-@bench.command()
+@app.command()
 def loader(
     images: Annotated[
         Path, typer.Argument(exists=True, metavar="IMAGES", help="A folder or a .zip file of JPEGs.")
@@ -30,15 +38,15 @@ def loader(
     batching; and the same for small samples. Takes minutes: let the machine do nothing else.
 
     \b
-      mtl bench loader photos/
-      mtl bench loader photos/ --workers 0 --repeats 3
+      python -m benchmarks loader photos/
+      python -m benchmarks loader photos/ --workers 0 --repeats 3
     """
-    from mtl_dist.report.bench_loader import bench_loader
+    from benchmarks.loader import bench_loader
 
     bench_loader(images, num_images, num_small, workers, repeats)
 
 
-@bench.command()
+@app.command()
 def resume(
     samples: Annotated[int, typer.Option(min=10_000, metavar="N", help="The epoch's length.")] = 10_000_000,
     workers: Annotated[list[int], typer.Option(min=0, metavar="N", help="Worker processes.")] = [0, 2],  # noqa: B006
@@ -48,12 +56,12 @@ def resume(
 
     Needs 32 bytes per sample in the temporary folder, for the index.
     """
-    from mtl_dist.report.bench_resume import bench_resume
+    from benchmarks.resume import bench_resume
 
     bench_resume(samples, workers, repeats)
 
 
-@bench.command()
+@app.command()
 def balance(
     backbone: Annotated[list[str], typer.Option(metavar="NAME", help="The model's backbone.")] = ["resnet18"],  # noqa: B006
     tasks: Annotated[list[int], typer.Option(min=2, metavar="N", help="Tasks.")] = [3],  # noqa: B006
@@ -68,19 +76,19 @@ def balance(
     let the machine do nothing else.
 
     \b
-      mtl bench balance
-      mtl bench balance --backbone resnet18 --backbone resnet50 --tasks 3 --tasks 10
+      python -m benchmarks balance
+      python -m benchmarks balance --backbone resnet18 --backbone resnet50 --tasks 3 --tasks 10
     """
     import torch
 
-    from mtl_dist.report.bench_balance import Scene, bench_balance
+    from benchmarks.balance import Scene, bench_balance
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scenes = [Scene(name, num, masks, image_size, batch, device) for name in backbone for num in tasks]
     bench_balance(scenes, repeats)
 
 
-@bench.command()
+@app.command()
 def step(
     backbone: Annotated[list[str], typer.Option(metavar="NAME", help="One or several.")] = [  # noqa: B006
         "resnet18",
@@ -88,7 +96,7 @@ def step(
     ],
     precision: Annotated[list[str], typer.Option(metavar="NAME", help="fp32, bf16.")] = ["fp32", "bf16"],  # noqa: B006
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images per rank and step.")] = 16,
-    image_size: Annotated[int, typer.Option(min=1, metavar="N")] = 64,
+    image_size: Annotated[int, typer.Option(min=1, metavar="N", help="Pixels of a side.")] = 64,
     also: Annotated[
         list[str], typer.Option("--with", metavar="NAME", help="contiguous, compiled, loader.")
     ] = [],  # noqa: B006
@@ -102,15 +110,15 @@ def step(
     launch, DDP beside DDP.
 
     \b
-      mtl bench step --backbone resnet18
-      mtl bench step --backbone resnet50 --precision bf16 --batch 256 --image-size 224 --with loader
-      torchrun --nproc-per-node 2 -m mtl_dist bench step
+      python -m benchmarks step --backbone resnet18
+      python -m benchmarks step --precision bf16 --batch 256 --image-size 224 --with loader
+      torchrun --nproc-per-node 2 -m benchmarks step
     """
     from typing import get_args
 
+    from benchmarks.step import VARIANTS, bench_step
     from mtl_dist.engine.precision import Precision
     from mtl_dist.errors import UserError
-    from mtl_dist.report.bench_step import VARIANTS, bench_step
 
     for option, given, choices in (
         ("--precision", precision, get_args(Precision)[:2]),
@@ -122,32 +130,56 @@ def step(
     bench_step(backbone, precision, batch, image_size, also, workers, steps, repeats)  # type: ignore[arg-type]
 
 
-@bench.command()
+@app.command()
 def memory(
-    backbone: Annotated[str, typer.Option(metavar="NAME")] = "resnet50",
+    backbone: Annotated[str, typer.Option(metavar="NAME", help="The model's backbone.")] = "resnet50",
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images per rank and step.")] = 16,
-    image_size: Annotated[int, typer.Option(min=1, metavar="N")] = 128,
+    image_size: Annotated[int, typer.Option(min=1, metavar="N", help="Pixels of a side.")] = 128,
     ranks: Annotated[int, typer.Option(min=2, metavar="N", help="For DDP and ZeRO.")] = 2,
 ) -> None:
     """Peak memory with each kind of gradient checkpointing, under DDP and under ZeRO 0 to 3.
 
     And what gathering the whole state for a checkpoint takes, on rank 0 and on the others.
     """
-    from mtl_dist.report.bench_memory import bench_memory
+    from benchmarks.memory import bench_memory
 
     bench_memory(backbone, batch, image_size, ranks)
 
 
-@bench.command()
+@app.command()
 def save(
-    backbone: Annotated[str, typer.Option(metavar="NAME")] = "resnet50",
+    backbone: Annotated[str, typer.Option(metavar="NAME", help="The model's backbone.")] = "resnet50",
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images per rank and step.")] = 8,
-    image_size: Annotated[int, typer.Option(min=1, metavar="N")] = 64,
+    image_size: Annotated[int, typer.Option(min=1, metavar="N", help="Pixels of a side.")] = 64,
     zero_stage: Annotated[int | None, typer.Option(min=0, max=3, help="Under DeepSpeed.")] = None,
     every: Annotated[int, typer.Option(min=2, metavar="N", help="Steps between checkpoints.")] = 20,
     saves: Annotated[int, typer.Option(min=1, metavar="N", help="Take the median of so many.")] = 5,
 ) -> None:
     """How long training stands still for a checkpoint, of which the rest is written in the background."""
-    from mtl_dist.report.bench_save import bench_save
+    from benchmarks.save import bench_save
 
     bench_save(backbone, batch, image_size, zero_stage, every, saves)
+
+
+@app.command("multi-mnist")
+def multi_mnist(
+    mnist: Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="MNIST", help="Its files.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The dataset's folder.")],
+    train: Annotated[int, typer.Option(min=2, metavar="N", help="Training pictures.")] = 60000,
+    val: Annotated[int, typer.Option(min=1, metavar="N", help="Of these, for validation.")] = 5000,
+    test: Annotated[int, typer.Option(min=1, metavar="N", help="Test pictures.")] = 10000,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the second digits' draw.")] = 0,
+) -> None:
+    """Multi-MNIST from MNIST's four files: two overlapping digits in one picture, to be read apart.
+
+    \b
+      python -m benchmarks multi-mnist MNIST data/multi-mnist --train 12000 --val 2000 --test 5000
+      mtl compare benchmarks/multi-mnist.yaml --seeds 3 --methods uncertainty,famo,cagrad
+    """
+    from benchmarks.multi_mnist import prepare_multi_mnist
+
+    prepare_multi_mnist(mnist, out, train, val, test, seed)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")

@@ -1,4 +1,4 @@
-"""`mtl bench save`: how long the step loop stands still for a checkpoint."""
+"""How long the step loop stands still for a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.training import Scene, build_trainer, clock, first, random_batch
 from mtl_dist.checkpoint import Checkpoint, CheckpointWriter
 from mtl_dist.engine.connect import EngineSettings, connect
-from mtl_dist.report.bench_training import Scene, build_trainer, clock, first, random_batch
 
 _INTERVAL = 100
 """The steps between two checkpoints that the share is of."""

@@ -1,4 +1,4 @@
-"""`mtl bench resume` measures what it says, on any number of workers."""
+"""The benchmark of resuming measures what it says, on any number of workers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from mtl_dist.cli import app
-from mtl_dist.report.bench_resume import first_batch, write_sparse_dataset
+from benchmarks.__main__ import app
+from benchmarks.resume import first_batch, write_sparse_dataset
 
 
 def test_each_number_of_workers_has_its_row() -> None:
-    done = CliRunner().invoke(
-        app, ["bench", "resume", "--samples", "20000", "--workers", "0", "--repeats", "1"]
-    )
+    done = CliRunner().invoke(app, ["resume", "--samples", "20000", "--workers", "0", "--repeats", "1"])
     assert done.exit_code == 0, done.output
     assert "An epoch of 20,000 samples." in done.output
     assert "at 90%" in done.output

@@ -1,0 +1,1 @@
+"""What is measured beside others and on this machine: `python -m benchmarks`, in a checkout."""
