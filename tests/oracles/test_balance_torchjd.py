@@ -1,7 +1,7 @@
 """Every method that TorchJD has too, on random gradients: 2 to 20 tasks, also singular ones.
 
 Without torchjd (and for some of its methods quadprog, cvxpy with clarabel, ecos) the comparisons are skipped;
-what each method promises by its definition is tested in tests/unit/test_balance_*.py in any case.
+what each method promises by its definition is tested in tests/unit/balance in any case.
 """
 
 from __future__ import annotations

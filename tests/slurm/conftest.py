@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, mtl, running_cluster
+
+from tests.slurm_cluster import Cluster, mtl, running_cluster
 
 RECIPE = """
 name: slurm-test

@@ -13,7 +13,13 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
-from slurm_cluster import (
+
+from mtl_dist.checkpoint import problems_of, steps_in
+from mtl_dist.launch.attempts import read_attempts
+from mtl_dist.launch.jobs import has_ended, view_runs
+from mtl_dist.launch.script import Shape
+from mtl_dist.launch.slurm import submit
+from tests.slurm_cluster import (
     Cluster,
     has_closed,
     in_training,
@@ -25,12 +31,6 @@ from slurm_cluster import (
     wait_for,
     weights_of,
 )
-
-from mtl_dist.checkpoint import problems_of, steps_in
-from mtl_dist.launch.attempts import read_attempts
-from mtl_dist.launch.jobs import has_ended, view_runs
-from mtl_dist.launch.script import Shape
-from mtl_dist.launch.slurm import submit
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1800)]
 

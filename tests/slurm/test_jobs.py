@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from slurm_cluster import (
+
+from mtl_dist.launch.attempts import read_attempts
+from mtl_dist.launch.jobs import has_ended, view_runs
+from mtl_dist.launch.profile import ClusterProfile
+from mtl_dist.launch.records import read_jobs
+from mtl_dist.launch.script import Shape, build_executor, script_text
+from mtl_dist.launch.slurm import submit
+from mtl_dist.launch.squeue import live_jobs
+from tests.slurm_cluster import (
     ROOT,
     Cluster,
     in_training,
@@ -22,14 +30,6 @@ from slurm_cluster import (
     wait_for,
     weights_of,
 )
-
-from mtl_dist.launch.attempts import read_attempts
-from mtl_dist.launch.jobs import has_ended, view_runs
-from mtl_dist.launch.profile import ClusterProfile
-from mtl_dist.launch.records import read_jobs
-from mtl_dist.launch.script import Shape, build_executor, script_text
-from mtl_dist.launch.slurm import submit
-from mtl_dist.launch.squeue import live_jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(900)]
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from mtl_dist.cli import app
 from mtl_dist.data.manifest import read_manifest
 from tests.source_files import fill
-from tests.unit.test_importers_arrays import cifar_files, idx_files
-from tests.unit.test_importers_stacks import frames_of, write_stacks
+from tests.unit.importers.test_arrays import cifar_files, idx_files
+from tests.unit.importers.test_stacks import frames_of, write_stacks
 
 
 def mtl(*arguments: object) -> str:

@@ -20,7 +20,7 @@ from mtl_dist.launch.slurm import new_submission_folder, removed_on_failure
 from mtl_dist.launch.snapshot import take_snapshot
 from mtl_dist.launch.sweep import point_labels, split_values, sweep_points
 
-PROFILES = sorted((Path(__file__).parents[2] / "slurm").glob("*.yaml"))
+PROFILES = sorted((Path(__file__).parents[3] / "slurm").glob("*.yaml"))
 
 
 def script(**settings: Any) -> str:

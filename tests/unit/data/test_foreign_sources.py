@@ -17,7 +17,7 @@ from mtl_dist.data.importers import foreign
 from mtl_dist.data.loader import Data, open_data, train_loader
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
-from tests.unit.test_importers_foreign import samples, write_tar
+from tests.unit.importers.test_foreign import samples, write_tar
 
 FIELDS = {
     "label": {"kind": "classification", "from": "cls"},

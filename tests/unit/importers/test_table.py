@@ -31,7 +31,7 @@ from tests.source_files import (
     skin,
 )
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA = Path(__file__).parents[4] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the optional data folder {DATA} is not there")
 
 

@@ -18,7 +18,7 @@ from mtl_dist.commands.options import class_names, fractions, named
 from mtl_dist.errors import UserError
 from mtl_dist.launch.local import Launch, plan_launch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DIGITS = ROOT / "configs" / "digits.yaml"
 
 COMMANDS = ["prepare digits", "prepare folders", "prepare table", "prepare idx", "prepare cifar"]

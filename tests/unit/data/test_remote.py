@@ -35,7 +35,7 @@ pytest.importorskip("aiohttp", reason="needs aiohttp to read http URLs")
 CONTENT = bytes(range(256)) * 40
 SIZE = len(CONTENT)
 HASH = hashlib.sha256(CONTENT).hexdigest()
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
