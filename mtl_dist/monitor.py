@@ -31,7 +31,6 @@ class MonitorState:
     """What the monitor remembers between evaluations; part of the checkpoint."""
 
     best: float | None = None
-    best_step: int = 0
     bad_evaluations: int = 0
     plateau_factor: float = 1.0
     plateau_waited: int = 0
@@ -48,14 +47,14 @@ class Monitor:
         self._min_delta = settings.min_delta
         self._plateau = schedule if isinstance(schedule, PlateauSchedule) else None
 
-    def observe(self, value: float, step: int) -> bool:
+    def observe(self, value: float) -> bool:
         """Take in one evaluation; true when it is the best so far. An undefined value never is."""
         state = self.state
         better = not math.isnan(value) and (
             state.best is None or self._sign * (value - state.best) > self._min_delta
         )
         if better:
-            state.best, state.best_step = value, step
+            state.best = value
             state.bad_evaluations = state.plateau_waited = 0
             return True
         state.bad_evaluations += 1

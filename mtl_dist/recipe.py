@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from pydantic import Field, model_validator
 
 from mtl_dist.balance.fixed import FixedSettings
 from mtl_dist.balance.methods import BalanceSettings
+from mtl_dist.config.errors import suggest
 from mtl_dist.config.loading import load_settings
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.settings import DataSettings
@@ -132,7 +132,7 @@ class Recipe(Settings):
             ("model.heads", self.model.heads),
         ):
             problems += [
-                f"{where}.{name}: expected one of the tasks, found {name!r}. {_suggestion(name, self.tasks)}"
+                f"{where}.{name}: expected one of the tasks, found {name!r}. {suggest(name, self.tasks)}"
                 for name in names
                 if name not in self.tasks
             ]
@@ -178,15 +178,7 @@ class Recipe(Settings):
         metric = self.monitor.metric
         if metric in choices:
             return []
-        return [
-            f"monitor.metric: expected a validation figure, found {metric!r}. {_suggestion(metric, choices)}"
-        ]
-
-
-def _suggestion(found: str, choices: Sequence[str] | dict[str, TaskSettings]) -> str:
-    near = get_close_matches(found, list(choices), n=1)
-    listing = f"Choose from: {', '.join(choices)}."
-    return f"Did you mean {near[0]!r}? {listing}" if near else listing
+        return [f"monitor.metric: expected a validation figure, found {metric!r}. {suggest(metric, choices)}"]
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation
 from mtl_dist.monitor import Monitor
 from mtl_dist.optim import OptimSettings, learning_rate_factor, learning_rates, set_learning_rate
+from mtl_dist.randomness import rank_seed
 from mtl_dist.status import State, Status
 from mtl_dist.step import RootModule, WindowTotals, count_labels
 from mtl_dist.stopping import StopAsked, StopSignal
@@ -124,7 +124,7 @@ class Trainer:
                 self._save()
                 return Outcome("stopped", self.step, stopping)
 
-            torch.manual_seed(derive_seed(self.plan.seed, self.step, self.world.rank))
+            torch.manual_seed(rank_seed(self.plan.seed, self.step, self.world.rank))
             epoch = self.position // self.plan.samples_per_epoch
             factor = learning_rate_factor(
                 self.optim, self.step, self.plan.total_steps, epoch, self.monitor.state.plateau_factor
@@ -254,7 +254,7 @@ class Trainer:
                 self._save()
                 return asked.reason
             value = figures.get(self.monitor.metric, math.nan)
-            if self.monitor.observe(value, self.step):
+            if self.monitor.observe(value):
                 best = (self.monitor.metric, value)
         self._unfinished_epoch = None
         self._epoch_sums_T.zero_()
@@ -375,9 +375,3 @@ def windows(batches: Iterable[T], accumulation: int) -> Iterator[list[T]]:
         if len(window) == accumulation:
             yield window
             window = []
-
-
-def derive_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of dropout and the like in one step of one rank: nothing to store, nothing to restore."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

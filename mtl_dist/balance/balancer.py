@@ -28,6 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mtl_dist.config.settings import Settings
+from mtl_dist.randomness import shared_seed
 from mtl_dist.specs import TaskKind
 
 Needs = Literal["nothing", "losses", "gramian", "jacobian"]
@@ -173,10 +174,7 @@ class Balancer(nn.Module, ABC):
 
 def generator(key: Key, device: torch.device | str) -> torch.Generator:
     """A generator for one step: the same on every rank (a CPU's and a GPU's draw different numbers)."""
-    seed, step = key
-    # Multiplied by a large odd number so that (seed, step + 1) and (seed + 1, step) do not collide.
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
-    return torch.Generator(device).manual_seed(mixed)
+    return torch.Generator(device).manual_seed(shared_seed(*key))
 
 
 def masked_softmax(logits_T: Tensor, present_T: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mtl_dist.data.mixing import Samples
-from mtl_dist.data.randomness import derive_key, hash_array, permute
+from mtl_dist.randomness import derive_key, derive_keys, permute
 
 _BLOCKS, _EPOCHS = 1, 2  # what a key made from the stream's is for
 
@@ -49,16 +49,11 @@ class BalancedStream:
         """The samples at these positions; the epoch of each is that of its class."""
         draws, offsets = np.divmod(positions, self.num_classes)
         lengths = np.full_like(offsets, self.num_classes)
-        classes = permute(offsets, lengths, _extended(self._block_key, draws))
+        classes = permute(offsets, lengths, derive_keys(self._block_key, draws))
         sizes = self._sizes[classes]
         epochs, indices = np.divmod(draws, sizes)
-        indices = permute(indices, sizes, _extended(_extended(self._epoch_key, classes), epochs))
+        indices = permute(indices, sizes, derive_keys(derive_keys(self._epoch_key, classes), epochs))
         rows = self._rows[self._starts[classes] + indices].astype(np.int64)
         sources = np.searchsorted(self._ends, rows, side="right")
         starts = np.concatenate([[0], self._ends])
         return Samples(sources, epochs, rows - starts[sources])
-
-
-def _extended(keys: np.ndarray | np.uint64, parts: np.ndarray) -> np.ndarray:
-    """The keys made from each key and one more part, as `derive_key` makes them."""
-    return hash_array(keys ^ hash_array(parts.astype(np.uint64)))

@@ -25,11 +25,11 @@ from mtl_dist.data.decode import decode_mask, open_picture
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.mixing import Samples
-from mtl_dist.data.randomness import Draws, derive_key
 from mtl_dist.data.reader import SplitReader, UnreadableSample
 from mtl_dist.data.small import read_small
 from mtl_dist.data.transforms import Transform
 from mtl_dist.errors import UserError
+from mtl_dist.randomness import Draws, derive_key
 from mtl_dist.specs import IGNORE, TaskInfo
 
 _GROUP, _GROUP_BYTES = 8, 1 << 20  # samples, and bytes of image files, that are decoded side by side

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.pictures import Box
-from mtl_dist.data.randomness import Draws, derive_key
 from mtl_dist.errors import UserError
+from mtl_dist.randomness import Draws, derive_key
 from mtl_dist.specs import TaskInfo, TaskKind
 
 Alpha = Annotated[float, Field(ge=0.01, le=100)]

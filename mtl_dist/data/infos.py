@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 
+from mtl_dist.config.errors import suggest
 from mtl_dist.data.derived import Derivation, DeriveSettings, derivations
 from mtl_dist.data.manifest import LabelCounts, Manifest, SplitInfo, read_manifest
 from mtl_dist.data.remote import Location
@@ -69,11 +69,9 @@ def merge_infos(tasks: Collection[str], sources: Sequence[SourceFacts]) -> dict[
         if having:
             infos[task] = _merge(task, having)
             continue
-        near = get_close_matches(task, known, n=1)
         problems.append(
             f"tasks.{task}: expected a task of the training data, found none of that name. "
-            + (f"Did you mean {near[0]}? " if near else "")
-            + f"Tasks in the data: {', '.join(known) or 'none'}."
+            f"{suggest(task, known, 'Tasks in the data')}"
         )
     problems += disagreements(infos, sources)
     if problems:

@@ -25,7 +25,6 @@ from mtl_dist.data.infos import SourceFacts, disagreements, merge_infos, source_
 from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.mixing import Concatenation, Schedule, Stream
 from mtl_dist.data.order import Order
-from mtl_dist.data.randomness import derive_key
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.settings import (
     DataSettings,
@@ -34,6 +33,7 @@ from mtl_dist.data.settings import (
 )
 from mtl_dist.data.transforms import PRESETS, Transform
 from mtl_dist.errors import UserError
+from mtl_dist.randomness import derive_key
 from mtl_dist.specs import TaskInfo
 
 _ORDER, _AUGMENT, _BLEND = 1, 2, 3  # what a key made from the seed is for

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from mtl_dist.data.randomness import derive_key, hash_array, permutation, permute
+from mtl_dist.randomness import derive_key, hash_array, permutation, permute
 
 ShuffleWindow = Annotated[int, Field(ge=1)] | Literal["off", "full"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
 from mtl_dist.config.settings import Settings
-from mtl_dist.data.randomness import Draws
+from mtl_dist.randomness import Draws
 from mtl_dist.specs import IGNORE
 
 _LARGEST = 30

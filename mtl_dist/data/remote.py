@@ -21,8 +21,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import PlainSerializer, PlainValidator
 
-from mtl_dist.data.randomness import Draws, derive_key
 from mtl_dist.errors import UserError
+from mtl_dist.randomness import Draws, derive_key
 
 log = logging.getLogger(__name__)
 

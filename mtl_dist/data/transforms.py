@@ -26,8 +26,8 @@ from mtl_dist.config.settings import Settings
 from mtl_dist.data.boxes import box_of, edges_in, shown_box
 from mtl_dist.data.pictures import Box, DecodedPicture, Picture, Resizing, resized
 from mtl_dist.data.rand_augment import RandAugmentSettings, rand_augment
-from mtl_dist.data.randomness import Draws
 from mtl_dist.errors import UserError
+from mtl_dist.randomness import Draws
 from mtl_dist.specs import IGNORE
 
 Resize = Literal["stretch", "crop", "pad"]

@@ -101,11 +101,6 @@ def launched_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def launched_rank() -> int:
-    """This process's rank as the launcher says."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def use_cpu() -> bool:
     """Whether this run computes on CPUs: no GPU here, or `ACCELERATE_USE_CPU` asks for it."""
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")

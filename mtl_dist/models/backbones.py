@@ -10,7 +10,6 @@ Shape legend: batch.py.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ import torchvision
 from torch import Tensor, is_grad_enabled, nn
 from torch.fx.proxy import TraceError
 
+from mtl_dist.config.nearest import nearest
 from mtl_dist.errors import UserError
 from mtl_dist.models.checkpointing import Segment, cut, recomputed
 from mtl_dist.models.norms import convert_norms
@@ -202,8 +202,8 @@ def _construct(name: str, image_size: tuple[int, int]) -> tuple[nn.Module, tuple
     """A torchvision model and, where it takes only one, its image size."""
     names = backbone_names()
     if name not in names:
-        near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Choose one of: {', '.join(names)}."
+        near = nearest(name, names)
+        hint = f"Did you mean {near}?" if near else f"Choose one of: {', '.join(names)}."
         raise UserError(
             f"model.backbone: expected simple_cnn or a torchvision classifier, found {name!r}. {hint}"
         )

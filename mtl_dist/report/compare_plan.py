@@ -26,8 +26,6 @@ from mtl_dist.tasks.registry import TaskSettings
 S = TypeVar("S", bound=Settings)
 V = TypeVar("V")
 
-DEFAULT_METHODS = ("uncertainty", "famo", "cagrad")
-
 
 @dataclass(frozen=True, eq=False)
 class Contender:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,8 +45,8 @@ def whole(recipe: Path, ranks: RankPool, tmp_path_factory: pytest.TempPathFactor
 def train_stopped(recipe: Path, run: Path, overrides: list[str], evaluation: int, batch: int) -> str:
     """Train; the last rank is asked to stop at a batch of the evaluation of that number."""
     from mtl_dist import runs, stopping
-    from mtl_dist.engine.world import launched_rank, launched_size
 
+    is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     begun: list[None] = []
     kept = runs.evaluate
 
@@ -54,7 +55,7 @@ def train_stopped(recipe: Path, run: Path, overrides: list[str], evaluation: int
 
         def batches() -> Iterator[object]:
             for number, own in enumerate(loader):
-                if len(begun) == evaluation and number == batch and launched_rank() == launched_size() - 1:
+                if len(begun) == evaluation and number == batch and is_last:
                     asked.append(None)
                 yield own
 

@@ -10,31 +10,31 @@ from mtl_dist.optim import ConstantSchedule, PlateauSchedule
 
 def test_the_best_is_the_largest_or_the_smallest_as_the_mode_says() -> None:
     up = Monitor(MonitorSettings(), "max", ConstantSchedule())
-    assert [up.observe(value, step) for step, value in enumerate([0.5, 0.4, 0.6])] == [True, False, True]
+    assert [up.observe(value) for value in (0.5, 0.4, 0.6)] == [True, False, True]
     down = Monitor(MonitorSettings(), "min", ConstantSchedule())
-    assert [down.observe(value, step) for step, value in enumerate([0.5, 0.4, 0.6])] == [True, True, False]
-    assert (down.state.best, down.state.best_step) == (0.4, 1)
+    assert [down.observe(value) for value in (0.5, 0.4, 0.6)] == [True, True, False]
+    assert down.state.best == 0.4
 
 
 def test_a_change_below_min_delta_is_no_improvement() -> None:
     monitor = Monitor(MonitorSettings(min_delta=0.1), "min", ConstantSchedule())
-    assert monitor.observe(1.0, 1)
-    assert not monitor.observe(0.95, 2)
-    assert monitor.observe(0.85, 3)
+    assert monitor.observe(1.0)
+    assert not monitor.observe(0.95)
+    assert monitor.observe(0.85)
 
 
 def test_an_undefined_value_is_never_the_best() -> None:
     monitor = Monitor(MonitorSettings(), "max", ConstantSchedule())
-    assert not monitor.observe(math.nan, 1)
-    assert monitor.observe(0.1, 2)
+    assert not monitor.observe(math.nan)
+    assert monitor.observe(0.1)
 
 
 def test_patience_counts_evaluations_without_improvement() -> None:
     monitor = Monitor(MonitorSettings(patience=2), "min", ConstantSchedule())
-    for step, value in enumerate([1.0, 1.1, 0.9, 1.0]):
-        monitor.observe(value, step)
+    for value in (1.0, 1.1, 0.9, 1.0):
+        monitor.observe(value)
         assert not monitor.exhausted
-    monitor.observe(1.0, 9)
+    monitor.observe(1.0)
     assert monitor.exhausted
 
 
@@ -42,8 +42,8 @@ def test_a_plateau_lowers_the_factor_down_to_its_minimum() -> None:
     schedule = PlateauSchedule(gamma=0.1, patience=1, minimum=0.05)
     monitor = Monitor(MonitorSettings(), "min", schedule)
     factors = []
-    for step, value in enumerate([1.0, 1.0, 1.0, 1.0, 1.0]):
-        monitor.observe(value, step)
+    for value in (1.0, 1.0, 1.0, 1.0, 1.0):
+        monitor.observe(value)
         factors.append(monitor.state.plateau_factor)
     assert factors == [1.0, 1.0, 0.1, 0.1, 0.05]
 
@@ -51,10 +51,10 @@ def test_a_plateau_lowers_the_factor_down_to_its_minimum() -> None:
 def test_a_restored_monitor_goes_on_where_it_was() -> None:
     schedule = PlateauSchedule(patience=0)
     first = Monitor(MonitorSettings(patience=5), "min", schedule)
-    for step, value in enumerate([1.0, 2.0, 3.0]):
-        first.observe(value, step)
+    for value in (1.0, 2.0, 3.0):
+        first.observe(value)
     second = Monitor(MonitorSettings(patience=5), "min", schedule)
     second.load_state_dict(first.state_dict())
     for monitor in (first, second):
-        monitor.observe(2.5, 4)
+        monitor.observe(2.5)
     assert second.state == first.state

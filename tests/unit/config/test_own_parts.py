@@ -355,8 +355,8 @@ def test_a_monitored_metric_that_does_not_say_its_direction_wants_a_mode() -> No
 
 
 def test_a_transform_that_changes_the_size_is_refused() -> None:
-    from mtl_dist.data.randomness import Draws
     from mtl_dist.data.transforms import PRESETS, Transform
+    from mtl_dist.randomness import Draws
 
     own = load("data.transforms=[mine.parts.Cropping]").data.own_transforms(training=True)
     transform = Transform((8, 8), "stretch", PRESETS["none"], own)

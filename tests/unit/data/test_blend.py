@@ -18,9 +18,9 @@ from mtl_dist.batch import Batch
 from mtl_dist.data import blend as blend_module
 from mtl_dist.data.blend import Blender, BlendSettings, cut_box, draw_beta, mix_up
 from mtl_dist.data.loader import open_data, train_loader
-from mtl_dist.data.randomness import Draws, derive_key
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
+from mtl_dist.randomness import Draws, derive_key
 from mtl_dist.specs import TaskInfo
 from mtl_dist.step import _over_labels, count_labels
 from mtl_dist.tasks.classification import ClassificationSettings

@@ -18,11 +18,11 @@ from mtl_dist.data.loader import open_data, train_loader
 from mtl_dist.data.manifest import LabelCounts, Manifest, SplitInfo, write_manifest
 from mtl_dist.data.pictures import Box, DecodedPicture
 from mtl_dist.data.rand_augment import RandAugmentSettings
-from mtl_dist.data.randomness import Draws
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.data.shards import ShardWriter
 from mtl_dist.data.transforms import PRESETS, AugmentSettings, Transform
 from mtl_dist.errors import UserError
+from mtl_dist.randomness import Draws
 from mtl_dist.specs import TaskInfo
 from tests.tiny_datasets import npy
 

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl_dist.data.order import Order, ShuffleWindow
-from mtl_dist.data.randomness import Draws, derive_key, hash_array, hash_int, permute
+from mtl_dist.randomness import (
+    Draws,
+    derive_key,
+    hash_array,
+    hash_int,
+    permute,
+    rank_seed,
+    shared_seed,
+)
 
 # Chi-square statistics are compared with mean + 6 deviations of their distribution: a good generator fails
 # one such test in more than ten thousand, and the keys are fixed.
@@ -82,6 +90,13 @@ def test_the_hash_never_changes_because_runs_resume_across_versions() -> None:
     # SplitMix64 started at 0 and at its own increment, from its author's reference code.
     assert hash_int(0) == 0xE220A8397B1DCDAF
     assert hash_int(0x9E3779B97F4A7C15) == 0x6E789E6AA1B965F4
+
+
+def test_the_seeds_of_what_torch_draws_never_change() -> None:
+    ranks = [rank_seed(*key) for key in ((0, 0, 0), (0, 1, 0), (7, 1234, 3))]
+    assert ranks == [0x42BB71A313EE0A0A, 0x261C6457B2E48DA9, 0x4C8FF72A6440532A]
+    shared = [shared_seed(*key) for key in ((0, 0), (0, 1), (7, 1234))]
+    assert shared == [0x0, 0x51B54A32D192ED03, 0x2F63FD08B143DD09]
 
 
 def test_keys_of_different_parts_or_orders_differ() -> None:

@@ -7,8 +7,8 @@ import torch
 from torchvision.transforms import v2
 
 from mtl_dist.data.rand_augment import RandAugmentSettings, rand_augment
-from mtl_dist.data.randomness import Draws
 from mtl_dist.data.transforms import PRESETS, AugmentSettings, Transform
+from mtl_dist.randomness import Draws
 from mtl_dist.specs import IGNORE
 
 KEYS = range(60)

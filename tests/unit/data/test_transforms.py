@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from mtl_dist.data.randomness import Draws, derive_key
 from mtl_dist.data.transforms import PRESETS, AugmentSettings, Resize, Transform
+from mtl_dist.randomness import Draws, derive_key
 
 RESIZES: list[Resize] = ["stretch", "crop", "pad"]
 GEOMETRY = AugmentSettings(

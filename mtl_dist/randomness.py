@@ -1,10 +1,16 @@
 """Keyed randomness without state: every number is a pure function of a key and a counter.
 
+All that a run draws comes from here: the order, augmentation and blending of samples from keys
+(`derive_key`), and what torch draws from seeds (`rank_seed`, `shared_seed`). Results depend on these, so what
+they return never changes.
+
 The hash is the finaliser of SplitMix64 (David Stafford's variant 13), the same in Python integers and in
 numpy arrays. It does not depend on the version of a library, as numpy's and torch's generators may.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 import numpy as np
 
@@ -42,6 +48,23 @@ def hash_array(values: np.ndarray) -> np.ndarray:
     values *= np.uint64(_SECOND)
     values ^= values >> np.uint64(31)
     return values
+
+
+def derive_keys(keys: np.ndarray | np.uint64, parts: np.ndarray) -> np.ndarray:
+    """Of each key and one more part: the key that `derive_key` makes of all its parts, uint64 (N,)."""
+    return hash_array(keys ^ hash_array(parts.astype(np.uint64)))
+
+
+def rank_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of dropout and the like in one step of one rank: nothing to store, nothing to restore."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def shared_seed(seed: int, step: int) -> int:
+    """The seed of what all ranks draw alike in one step."""
+    # Multiplied by large odd numbers so that (seed, step + 1) and (seed + 1, step) do not collide.
+    return (seed * _GAMMA + step * _STEP) % 2**63
 
 
 def permutation(key: int, size: int) -> np.ndarray:
