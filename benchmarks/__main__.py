@@ -79,12 +79,14 @@ def balance(
       python -m benchmarks balance
       python -m benchmarks balance --backbone resnet18 --backbone resnet50 --tasks 3 --tasks 10
     """
-    import torch
+    from benchmarks.balance import bench_balance
+    from benchmarks.training import Scene
 
-    from benchmarks.balance import Scene, bench_balance
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    scenes = [Scene(name, num, masks, image_size, batch, device) for name in backbone for num in tasks]
+    scenes = [
+        Scene(name, batch, image_size, num_tasks=num, num_masks=masks, optimizer="sgd")
+        for name in backbone
+        for num in tasks
+    ]
     bench_balance(scenes, repeats)
 
 

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.peer_loaders import PHOTOS, SMALL, SMALL_SIDE, TASK, Contender
+from benchmarks.tables import Findings, Row
 from mtl_dist.data.decode import decoder_name
 from mtl_dist.data.manifest import LabelCounts, Manifest, SplitInfo, write_manifest
 from mtl_dist.data.shards import ShardWriter
@@ -80,38 +80,40 @@ def bench_loader(images: Path, num_images: int, num_small: int, workers: Sequenc
         for contender in contenders:
             if contender.prepare is not None:
                 contender.prepare(directory / "photos", repeated)
-        console.print(
-            _table("crop 224, flip, batches of 64", directory / "photos", contenders, workers, repeats)
-        )
+        title = "crop 224, flip, batches of 64"
+        _findings(title, directory / "photos", contenders, workers, repeats).show(console)
         for extension, small_contenders in SMALL.items():
             small = [_small(photos[number % len(photos)], number, extension) for number in range(num_small)]
             path = _write(directory / extension, small, extension, 1, _SMALL_SHARD_SAMPLES)
             title = f"{SMALL_SIDE}x{SMALL_SIDE} {extension}, batches of 256"
-            console.print(_table(title, path, small_contenders, workers[:1], repeats))
+            _findings(title, path, small_contenders, workers[:1], repeats).show(console)
 
 
-def _table(
+def _findings(
     title: str, directory: Path, contenders: Sequence[Contender], workers: Sequence[int], repeats: int
-) -> Table:
+) -> Findings:
     costs: dict[tuple[str, int], list[Cost]] = {}
     for _ in range(repeats):
         for number in workers:
             for contender in contenders:
                 cost = _measured(contender.batches, directory, number)
                 costs.setdefault((contender.name, number), []).append(cost)
-    table = Table(title=title)
-    for column in ("loader", "workers", "CPU us/image", f"of {_REFERENCE}'s", "images/s"):
-        table.add_column(column, justify="left" if column == "loader" else "right")
+    rows: list[Row] = []
     for number in workers:
         reference = statistics.median(cost.cpu_us for cost in costs[_REFERENCE, number])
         for contender in contenders:
             mine = costs[contender.name, number]
             cpu = statistics.median(cost.cpu_us for cost in mine)
-            speed = statistics.median(cost.images_per_s for cost in mine)
-            row = (contender.name, str(number), f"{cpu:,.1f}", f"{cpu / reference:.2f}", f"{speed:,.0f}")
-            table.add_row(*row)
-        table.add_section()
-    return table
+            rows.append(
+                {
+                    "loader": contender.name,
+                    "workers": number,
+                    "CPU us/image": cpu,
+                    f"of {_REFERENCE}'s": cpu / reference,
+                    "images/s": statistics.median(cost.images_per_s for cost in mine),
+                }
+            )
+    return Findings(title, rows)
 
 
 def _measured(batches: Callable[[Path, int], Any], directory: Path, workers: int) -> Cost:

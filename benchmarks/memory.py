@@ -1,9 +1,4 @@
-"""The peak memory of training, and of gathering a checkpoint, case by case.
-
-Every case has fresh processes. On a GPU the peak is the allocator's. On a CPU it is the most resident memory
-(`VmHWM`) beyond what the process held before it built anything; glibc is told to give every freed block of
-64 KiB or more back at once, so that resident is what is in use.
-"""
+"""The peak memory of training, and of gathering a checkpoint, case by case, each in fresh processes."""
 
 from __future__ import annotations
 
@@ -11,31 +6,43 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.training import Scene, build_trainer, first, random_batch
+from benchmarks.contenders import balanced
+from benchmarks.measuring import MEMORY_ENVIRONMENT, Gauge, first, memory_is_measured
+from benchmarks.tables import Findings, Row
+from benchmarks.training import Scene, build_trainer, random_batch
 from mtl_dist.engine.connect import EngineSettings, connect
 from mtl_dist.errors import UserError
 from mtl_dist.models.settings import Checkpointing
 
-_CHECKPOINTINGS: tuple[Checkpointing, ...] = ("off", "stage", "block")
+CHECKPOINTINGS: tuple[Checkpointing, ...] = ("off", "stage", "block")
 _STAGES: tuple[int | None, ...] = (None, 0, 1, 2, 3)
 _STEPS = 3
 _MEBI = 2**20
 
 
 @dataclass(frozen=True)
+class Case:
+    """One training: under which engine (ZeRO's stage, or None), and with which method or other library."""
+
+    scene: Scene
+    stage: int | None = None
+    contender: str = "equal"
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
 class Peaks:
     """Bytes, by rank: while training, and what gathering the whole state on rank 0 took on top.
 
-    `state` is the size of that state.
+    `state` is the size of that state; both are 0 for a step of another library.
     """
 
     training: list[int]
@@ -45,42 +52,51 @@ class Peaks:
 
 def bench_memory(backbone: str, batch: int, image_size: int, ranks: int) -> None:
     """Measure, and print a table of gradient checkpointing and one of engines."""
-    if not Path("/proc/self/clear_refs").exists() and not torch.cuda.is_available():
-        raise UserError("memory: expected a GPU, or Linux with its /proc, found neither.")
     console = Console()
-    shown = f"{backbone}, fp32, AdamW, {batch} images of {image_size} x {image_size} per rank"
-    alone = [
-        (f"checkpointing {mode}", Scene(backbone, batch, image_size, checkpointing=mode), None, 1)
-        for mode in _CHECKPOINTINGS
-    ]
-    console.print(_table(f"{shown}, one process", alone))
-    together = [
-        ("DDP" if stage is None else f"ZeRO {stage}", Scene(backbone, batch, image_size), stage, ranks)
-        for stage in _STAGES
-    ]
-    console.print(_table(f"{shown}, {ranks} ranks", together))
+    for findings in measure_memory(Scene(backbone, batch, image_size), ranks):
+        findings.show(console)
 
 
-def _table(title: str, cases: Sequence[tuple[str, Scene, int | None, int]]) -> Table:
-    table = Table(title=title)
-    for column in ("", "training, MiB", "gathering on rank 0", "on the others", "the state itself"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, scene, stage, ranks in cases:
-        found = _measured(scene, stage, ranks)
-        others = f"{max(found.gathering[1:]) / _MEBI:,.0f}" if ranks > 1 else ""
-        figures = (max(found.training), found.gathering[0], found.state)
-        training, gathering, state = (f"{figure / _MEBI:,.0f}" for figure in figures)
-        table.add_row(name, training, gathering, others, state)
-    return table
+def measure_memory(scene: Scene, ranks: int) -> Iterator[Findings]:
+    """Gradient checkpointing in one process; with several ranks also the engines.
+
+    Raises:
+        UserError: this machine does not say how much memory a process has used.
+    """
+    if not memory_is_measured():
+        raise UserError("memory: expected a GPU, or Linux with its /proc, found neither.")
+    alone = {f"checkpointing {mode}": Case(replace(scene, checkpointing=mode)) for mode in CHECKPOINTINGS}
+    yield Findings(
+        f"memory of {scene.describe()}, one process, MiB", [_row(name, case) for name, case in alone.items()]
+    )
+    if ranks > 1:
+        together = {
+            "DDP" if stage is None else f"ZeRO {stage}": Case(scene, stage, ranks=ranks) for stage in _STAGES
+        }
+        yield Findings(
+            f"memory of {scene.describe()} per rank, {ranks} ranks, MiB",
+            [_row(name, case) for name, case in together.items()],
+        )
 
 
-def _measured(scene: Scene, stage: int | None, ranks: int) -> Peaks:
+def _row(name: str, case: Case) -> Row:
+    found = peaks(case)
+    return {
+        "": name,
+        "training": max(found.training) / _MEBI,
+        "gathering on rank 0": found.gathering[0] / _MEBI,
+        "on the others": max(found.gathering[1:]) / _MEBI if case.ranks > 1 else None,
+        "the state itself": found.state / _MEBI,
+    }
+
+
+def peaks(case: Case) -> Peaks:
     """One training in processes of its own."""
     command = [sys.executable, "-m"]
-    if ranks > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    command += ["benchmarks.memory", json.dumps([asdict(scene), stage])]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    if case.ranks > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}", "-m"]
+    command += ["benchmarks.memory", json.dumps(asdict(case))]
+    environment = {**os.environ, **MEMORY_ENVIRONMENT}
     environment.setdefault("OMP_NUM_THREADS", "1")
     root = Path(__file__).parents[1]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
@@ -90,55 +106,33 @@ def _measured(scene: Scene, stage: int | None, ranks: int) -> Peaks:
     return Peaks(**json.loads(answers[0]))
 
 
-def measure(scene: Scene, stage: int | None) -> Peaks:
+def measure(case: Case) -> Peaks:
     """Train some steps and gather the state; on every rank, in a fresh process."""
-    connection = connect(EngineSettings(zero_stage=stage), "fp32")  # type: ignore[arg-type]
+    connection = connect(EngineSettings(zero_stage=case.stage), "fp32")  # type: ignore[arg-type]
     world = connection.world
-    if stage is not None:
+    if case.stage is not None:
         from mtl_dist.engine.deepspeed_setup import import_deepspeed
 
         import_deepspeed()
-    batch = random_batch(scene, world.device)
-    gauge = _Gauge(world.device)
-    trainer = build_trainer(scene, connection)
-    trainer.run(first(repeat(batch), _STEPS))
-    training = gauge.peak()
-    host = _Gauge(torch.device("cpu"))
+    if case.contender != "equal":
+        gauge = Gauge(world.device)
+        balanced(case.scene, connection, case.contender)(_STEPS, gauge)
+        return Peaks([gauge.noted], [0], 0)
+    batch = random_batch(case.scene, world.device)
+    gauge = Gauge(world.device)
+    trainer = build_trainer(case.scene, connection)
+    trainer.run(first(repeat(batch), _STEPS), gauge)
+    host = Gauge(torch.device("cpu"))
     full = trainer.engine.full_state()
     gathering = host.peak()
     state = sum(t.nbytes for part in (full.model, full.optimizer) for t in part.values())
-    peaks = Peaks(world.gather(training), world.gather(gathering), world.broadcast(state))
+    found = Peaks(world.gather(gauge.noted), world.gather(gathering), world.broadcast(state))
     connection.close()
-    return peaks
-
-
-class _Gauge:
-    """The most memory in use since it was made, beyond what was in use then."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._before = torch.cuda.memory_allocated(device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
-            self._before = _resident("VmRSS")
-
-    def peak(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) - self._before
-        return _resident("VmHWM") - self._before
-
-
-def _resident(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(name)
+    return found
 
 
 if __name__ == "__main__":
-    settings, wanted_stage = json.loads(sys.argv[1])
-    found = measure(Scene(**settings), wanted_stage)
+    stated = json.loads(sys.argv[1])
+    answer = measure(Case(**stated | {"scene": Scene(**stated["scene"])}))
     if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(asdict(found)), flush=True)
+        print(json.dumps(asdict(answer)), flush=True)

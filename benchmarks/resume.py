@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.tables import Findings, Row
 from mtl_dist.data.loader import open_data, train_loader
 from mtl_dist.data.manifest import LabelCounts, Manifest, ShardInfo, SplitInfo, write_manifest
 from mtl_dist.data.settings import DataSettings, SourceSettings
@@ -31,9 +31,7 @@ BATCH = 64
 
 def bench_resume(num_samples: int, workers: Sequence[int], repeats: int) -> None:
     """Measure with each number of workers, and print a table of medians."""
-    table = Table(title=f"first batch, milliseconds; medians of {repeats}")
-    for column in ("workers", "fresh", "at 90%", "ratio"):
-        table.add_column(column, justify="right")
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="mtl-bench-") as folder:
         length = write_sparse_dataset(Path(folder), num_samples)
         for number in workers:
@@ -43,10 +41,9 @@ def bench_resume(num_samples: int, workers: Sequence[int], repeats: int) -> None
                 times["fresh"].append(first_batch(Path(folder), 0, length, number))
                 times["resumed"].append(first_batch(Path(folder), length * 9 // 10, length, number))
             fresh, resumed = (1e3 * statistics.median(times[name]) for name in ("fresh", "resumed"))
-            table.add_row(str(number), f"{fresh:.1f}", f"{resumed:.1f}", f"{resumed / fresh:.2f}")
-    console = Console()
-    console.print(f"An epoch of {length:,} samples.")
-    console.print(table)
+            rows.append({"workers": number, "fresh": fresh, "at 90%": resumed, "ratio": resumed / fresh})
+    title = f"first batch of an epoch of {length:,} samples, ms; medians of {repeats}"
+    Findings(title, rows).show(Console())
 
 
 def first_batch(directory: Path, start: int, length: int, workers: int) -> float:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.training import Scene, build_trainer, clock, first, random_batch
+from benchmarks.measuring import clock, first
+from benchmarks.training import Scene, build_trainer, random_batch
 from mtl_dist.checkpoint import Checkpoint, CheckpointWriter
 from mtl_dist.engine.connect import EngineSettings, connect
 
@@ -43,7 +44,9 @@ def bench_save(
     ends: list[float] = []
     with tempfile.TemporaryDirectory(prefix="mtl-bench-") as directory:
         writer = _TimedWriter(Path(directory))
-        trainer = build_trainer(scene, connection, writer if world.is_main else None, checkpoint_every=every)
+        trainer = build_trainer(
+            scene, connection, writer=writer if world.is_main else None, checkpoint_every=every
+        )
         # The first save warms up, and one step more is there to see that nothing is saved at the end.
         trainer.run(
             first(repeat(random_batch(scene, world.device)), every * (saves + 1)),

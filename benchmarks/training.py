@@ -1,21 +1,21 @@
-"""What the training benchmarks train: three tasks on one backbone, by the package's own trainer."""
+"""What the training benchmarks train: some tasks on one backbone, by the package's own trainer."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter
 
-from mtl_dist.balance.fixed import FixedSettings
-from mtl_dist.balance.methods import build_balancer
+from mtl_dist.balance.methods import BalanceSettings, build_balancer
 from mtl_dist.batch import Batch
 from mtl_dist.checkpoint import CheckpointWriter
 from mtl_dist.engine.connect import Connection
 from mtl_dist.engine.precision import Precision
 from mtl_dist.models.compiling import compile_parts
-from mtl_dist.models.multitask import build_model
+from mtl_dist.models.multitask import MultitaskModel, build_model
 from mtl_dist.models.settings import Checkpointing, ModelSettings
 from mtl_dist.monitor import Monitor, MonitorSettings
 from mtl_dist.optim import ConstantSchedule, OptimSettings, build_optimizer
@@ -23,75 +23,113 @@ from mtl_dist.specs import TaskInfo, TaskKind
 from mtl_dist.step import RootModule
 from mtl_dist.stopping import StopSignal
 from mtl_dist.tasks.classification import ClassificationSettings
-from mtl_dist.tasks.registry import build_tasks
+from mtl_dist.tasks.registry import TaskSettings, build_tasks
+from mtl_dist.tasks.segmentation import SegmentationSettings
+from mtl_dist.tasks.task import Task
 from mtl_dist.tracking import Tracker
 from mtl_dist.trainer import Plan, Trainer
 
-TASKS = {"object": 10, "colour": 5, "place": 3}
-"""Classification tasks and their numbers of classes."""
-
-OPTIM = OptimSettings(schedule=ConstantSchedule())
+NUM_CLASSES = 10
+EQUAL: Mapping[str, Any] = {"method": "equal"}
 _ENDLESS = 10**12
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One training: `batch` images of `image_size` squared per rank and step."""
+    """One training: `batch` images of `image_size` squared per rank and step.
+
+    The first `num_masks` of the `num_tasks` tasks are segmentations with a U-Net head, the others
+    classifications.
+    """
 
     backbone: str = "resnet18"
     batch: int = 16
     image_size: int = 64
     precision: Precision = "fp32"
+    num_tasks: int = 3
+    num_masks: int = 0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     checkpointing: Checkpointing = "off"
     channels_last: bool = True
     compiled: bool = False
 
+    @property
+    def kinds(self) -> dict[str, TaskKind]:
+        return {
+            f"task{t}": "segmentation" if t < self.num_masks else "classification"
+            for t in range(self.num_tasks)
+        }
+
+    @property
+    def optim(self) -> OptimSettings:
+        return OptimSettings(kind=self.optimizer, schedule=ConstantSchedule())
+
+    def describe(self) -> str:
+        """For a table's title."""
+        masks = f" ({self.num_masks} with a U-Net head)" if self.num_masks else ""
+        images = f"{self.batch} images of {self.image_size} x {self.image_size}"
+        return f"{self.backbone}, {self.precision}, {self.num_tasks} tasks{masks}, {images}"
+
 
 def random_batch(scene: Scene, device: torch.device) -> Batch:
     """Noise, labelled for every task."""
-    everywhere = torch.ones(scene.batch, dtype=torch.bool)
-    size = (scene.batch, 3, scene.image_size, scene.image_size)
-    images_BCHW = torch.randint(0, 256, size, dtype=torch.uint8)
+    num, size = scene.batch, scene.image_size
+    targets = {
+        name: torch.randint(0, NUM_CLASSES, (num, size, size), dtype=torch.uint8)
+        if kind == "segmentation"
+        else torch.randint(0, NUM_CLASSES, (num,))
+        for name, kind in scene.kinds.items()
+    }
+    everywhere = torch.ones(num, dtype=torch.bool)
+    images_BCHW = torch.randint(0, 256, (num, 3, size, size), dtype=torch.uint8)
     batch = Batch(
         images_BCHW=images_BCHW.contiguous(memory_format=torch.channels_last),
-        targets={name: torch.randint(0, number, (scene.batch,)) for name, number in TASKS.items()},
-        labelled=dict.fromkeys(TASKS, everywhere),
+        targets=targets,
+        labelled=dict.fromkeys(targets, everywhere),
         valid_B=everywhere,
-        positions_B=torch.arange(scene.batch),
-        keys=[""] * scene.batch,
+        positions_B=torch.arange(num),
+        keys=[""] * num,
     )
     return batch.to(device)
+
+
+def build_parts(scene: Scene) -> tuple[MultitaskModel, dict[str, Task]]:
+    """The model, the same at every call, and its tasks."""
+    torch.manual_seed(0)
+    classes = tuple(map(str, range(NUM_CLASSES)))
+    infos = {
+        name: TaskInfo(kind, classes=classes, num_labelled=100, class_counts=(10,) * NUM_CLASSES)
+        for name, kind in scene.kinds.items()
+    }
+    settings: dict[str, TaskSettings] = {
+        name: SegmentationSettings() if kind == "segmentation" else ClassificationSettings()
+        for name, kind in scene.kinds.items()
+    }
+    tasks = build_tasks(settings, infos)
+    size = (scene.image_size, scene.image_size)
+    model_settings = ModelSettings(backbone=scene.backbone, checkpointing=scene.checkpointing)
+    model = build_model(model_settings, [task.head for task in tasks.values()], 3, size)
+    model.lie_in(torch.channels_last if scene.channels_last else torch.contiguous_format)
+    return model, tasks
 
 
 def build_trainer(
     scene: Scene,
     connection: Connection,
+    balance: Mapping[str, Any] = EQUAL,
     writer: CheckpointWriter | None = None,
     checkpoint_every: int | None = None,
 ) -> Trainer:
     """The trainer as a run has it, without a run folder."""
     world = connection.world
-    torch.manual_seed(0)
-    kinds: dict[str, TaskKind] = dict.fromkeys(TASKS, "classification")
-    infos = {
-        name: TaskInfo(
-            "classification",
-            classes=tuple(map(str, range(number))),
-            num_labelled=number,
-            class_counts=(1,) * number,
-        )
-        for name, number in TASKS.items()
-    }
-    tasks = build_tasks(dict.fromkeys(TASKS, ClassificationSettings()), infos)
-    size = (scene.image_size, scene.image_size)
-    settings = ModelSettings(backbone=scene.backbone, checkpointing=scene.checkpointing)
-    model = build_model(settings, [task.head for task in tasks.values()], 3, size)
-    model.lie_in(torch.channels_last if scene.channels_last else torch.contiguous_format)
-    balancer = build_balancer(FixedSettings(), list(tasks), kinds, dict.fromkeys(tasks, 1.0))
+    model, tasks = build_parts(scene)
+    adapter: TypeAdapter[BalanceSettings] = TypeAdapter(BalanceSettings)
+    settings = adapter.validate_python(dict(balance))
+    balancer = build_balancer(settings, list(tasks), scene.kinds, dict.fromkeys(tasks, 1.0))
     root = RootModule(model, tasks, balancer, world, scene.precision, seed=0)
     if scene.compiled:
         compile_parts(model, world.device, recomputing=scene.checkpointing != "off")
-    optimizer = build_optimizer(OPTIM, model, list(tasks), [])
+    optimizer = build_optimizer(scene.optim, model, list(tasks), list(balancer.parameters()))
     engine = connection.build(root, optimizer, [root.task_parameters(name) for name in tasks])
     root.served_by(engine)
     plan = Plan(
@@ -107,7 +145,7 @@ def build_trainer(
     return Trainer(
         engine=engine,
         root=root,
-        optim=OPTIM,
+        optim=scene.optim,
         plan=plan,
         monitor=Monitor(MonitorSettings(), "min", ConstantSchedule()),
         ema=None,
@@ -117,46 +155,3 @@ def build_trainer(
         stop=StopSignal(),
         recipe_text="",
     )
-
-
-class Laps:
-    """The clock of one call of `Trainer.run` over `steps + 1` batches; the trainer calls it after each step.
-
-    The first step does not count: it begins before the loop does.
-    """
-
-    def __init__(self, device: torch.device, steps: int) -> None:
-        self._device = device
-        self._steps = steps
-        self._count = 0
-        self._start = self._end = 0.0
-
-    def __call__(self, samples: int) -> None:
-        if self._count == 0:
-            self._start = effort(self._device)
-        elif self._count == self._steps:
-            self._end = effort(self._device)
-        self._count += 1
-
-    @property
-    def seconds_per_step(self) -> float:
-        return (self._end - self._start) / self._steps
-
-
-def effort(device: torch.device) -> float:
-    """Seconds of this process's processor; on a GPU those of the clock, once it has done all."""
-    return clock(device) if device.type == "cuda" else time.process_time()
-
-
-def clock(device: torch.device) -> float:
-    """Seconds; on a GPU once it has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def first(batches: Iterable[Batch], number: int) -> Iterator[Batch]:
-    """So many batches, and no more fetched than these."""
-    source = iter(batches)
-    for _ in range(number):
-        yield next(source)

@@ -13,7 +13,7 @@ from benchmarks.resume import first_batch, write_sparse_dataset
 def test_each_number_of_workers_has_its_row() -> None:
     done = CliRunner().invoke(app, ["resume", "--samples", "20000", "--workers", "0", "--repeats", "1"])
     assert done.exit_code == 0, done.output
-    assert "An epoch of 20,000 samples." in done.output
+    assert "epoch of 20,000 samples" in done.output
     assert "at 90%" in done.output
 
 

@@ -10,9 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
+from benchmarks.measuring import Laps
 from benchmarks.step import matrix_product_flops, step_flops
-from benchmarks.training import Laps, Scene, build_trainer
-from mtl_dist.engine.connect import EngineSettings, connect
+from benchmarks.training import Scene, build_parts
 
 TINY = Scene("simple_cnn", batch=4, image_size=8)
 SIZES = ["--backbone", "simple_cnn", "--batch", "4", "--image-size", "8"]
@@ -58,12 +58,12 @@ def test_laps_count_the_steps_after_the_first() -> None:
 
 
 def test_operations_are_those_of_the_layers() -> None:
-    connection = connect(EngineSettings(), "fp32")
-    whole = step_flops(TINY, connection)
-    assert step_flops(replace(TINY, batch=8), connection) == 2 * whole
+    device = torch.device("cpu")
+    whole = step_flops(TINY, device)
+    assert step_flops(replace(TINY, batch=8), device) == 2 * whole
     # Forward: 2 x weights x positions per image; backward: as much again for the weights, and for the inputs
     # of all layers but the first.
-    model = build_trainer(TINY, connection).root.model
+    model = build_parts(TINY)[0]
     positions = {"backbone.conv1": 64, "backbone.conv2": 16}
     layers = {
         name: 2 * 4 * module.weight.numel() * positions.get(name, 1)
