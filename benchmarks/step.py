@@ -59,7 +59,7 @@ def bench_step(
         torch.cuda.get_device_name(world.device) if on_gpu else "CPU, one thread per rank, processor time"
     )
     how = f"medians of {repeats} turns of {steps} steps"
-    console.print(f"{world.size} ranks, {device}; torch {torch.__version__}; {how}")
+    console.print(f"{connection.describe()}, {device}; torch {torch.__version__}; {how}")
     for backbone in backbones:
         for precision in precisions:
             scene = Scene(backbone, batch, image_size, precision)

@@ -30,7 +30,7 @@ def test_every_contender_gets_a_row_with_its_speed() -> None:
         "--workers", "0", "--steps", "1", "--repeats", "1",
     )  # fmt: skip
     for name in ("plain PyTorch", "ours", "ours, not channels_last", "ours, with loader"):
-        assert re.search(rf"{name} +│ +[\d.,]+ │ +[\d,]+ │ +[\d.]+ │", output), output
+        assert re.search(rf"{name} +│ +[\d.,]+ │ +[\d.,]+ │ +[\d.]+ │", output), output
     assert re.search(r"plain PyTorch .*│ +1\.000 │", output)
 
 
