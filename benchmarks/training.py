@@ -14,6 +14,7 @@ from mtl_dist.batch import Batch
 from mtl_dist.checkpoint import CheckpointWriter
 from mtl_dist.engine.connect import Connection
 from mtl_dist.engine.precision import Precision
+from mtl_dist.figures.run_figures import RunFigures
 from mtl_dist.models.compiling import compile_parts
 from mtl_dist.models.multitask import MultitaskModel, build_model
 from mtl_dist.models.settings import Checkpointing, ModelSettings
@@ -26,7 +27,7 @@ from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.registry import TaskSettings, build_tasks
 from mtl_dist.tasks.segmentation import SegmentationSettings
 from mtl_dist.tasks.task import Task
-from mtl_dist.tracking import Tracker
+from mtl_dist.tracking.tracker import Tracker
 from mtl_dist.trainer import Plan, Trainer
 
 NUM_CLASSES = 10
@@ -151,7 +152,8 @@ def build_trainer(
         ema=None,
         evaluate=None,
         writer=writer,
-        tracker=Tracker(None, 0),
+        tracker=Tracker(None),
+        figures=RunFigures(None),
         stop=StopSignal(),
         recipe_text="",
     )

@@ -22,6 +22,8 @@ from mtl_dist.monitor import MonitorSettings
 from mtl_dist.optim import OptimSettings
 from mtl_dist.tasks.metrics import MEAN_ACCURACY, Mode, metric_names, mode_of
 from mtl_dist.tasks.registry import DEFAULTS, TaskSettings
+from mtl_dist.tracking.registry import DEFAULT as DEFAULT_TRACKING
+from mtl_dist.tracking.registry import TrackingSettings
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -106,6 +108,8 @@ class Recipe(Settings):
     train: TrainSettings = TrainSettings()
     engine: EngineSettings = EngineSettings()
     monitor: MonitorSettings = MonitorSettings()
+    tracking: TrackingSettings = DEFAULT_TRACKING
+    """Where the run's rows go besides its folder: tensorboard, wandb, mlflow, trackio or your own."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:

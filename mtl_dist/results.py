@@ -5,16 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from mtl_dist.durable import write_text
 from mtl_dist.evaluator import Evaluation
+from mtl_dist.figures.confusion import draw_confusion
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.specs import TaskInfo
 
@@ -33,31 +31,6 @@ def write_evaluation(
         writer.writerows([name, *row] for name, row in zip(classes, matrix.astype(int).tolist(), strict=True))
         write_text(stem.with_suffix(".csv"), text.getvalue())
         draw_confusion(matrix, classes, f"{task} ({split})", stem.with_suffix(".png"))
-
-
-def draw_confusion(matrix: np.ndarray, classes: tuple[str, ...], title: str, path: Path) -> None:
-    """Draw a confusion matrix (C, C), rows true; colours are shares of the true class, numbers are counts."""
-    from matplotlib.figure import Figure
-
-    side = min(14.0, 2.5 + 0.42 * len(classes))
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axis = figure.subplots()
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    ticks = range(len(classes))
-    axis.set_xticks(ticks, classes, rotation=90, fontsize=8)
-    axis.set_yticks(ticks, classes, fontsize=8)
-    axis.set_xlabel("predicted")
-    axis.set_ylabel("true")
-    axis.set_title(title, loc="left", fontsize=10)
-    if len(classes) <= 30:
-        for row, column in zip(*np.nonzero(matrix), strict=True):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            count = str(int(matrix[row, column]))
-            axis.text(column, row, count, ha="center", va="center", color=colour, fontsize=7)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
 
 
 def results_table(evaluations: Mapping[str, Evaluation]) -> Table:

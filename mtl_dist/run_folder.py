@@ -6,6 +6,7 @@ runs/<name>/<run id>/
     data.json               what the tasks and images are, so that the run can be used without its data
     class_names.json        class names by index, per task
     log.txt  metrics.jsonl  history.json  learning_curves.png  tensorboard/
+    tracking.json           the run's id in dashboards, kept by resumes
     checkpoints/            see checkpoint.py
     evaluation/             metrics.json, confusion matrices, conflicts.png
 """
@@ -71,6 +72,7 @@ class RunFolder:
         "tensorboard/": "the same for TensorBoard",
         "class_names.json": "class names by index",
         "environment.json": "versions, git commit, devices and peak memory of every start",
+        "tracking.json": "the run's id in dashboards",
         "log.txt": "what the terminal said",
     }
 
@@ -92,6 +94,10 @@ class RunFolder:
             what = "no recipe.yaml in it" if directory.is_dir() else "no such directory"
             raise UserError(f"{directory}: expected a run folder, found {what}.")
         return folder
+
+    def pictures(self) -> list[Path]:
+        """The learning curves, and what the evaluations drew."""
+        return sorted([*self.directory.glob("*.png"), *self.evaluation.glob("*.png")])
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -44,6 +44,7 @@ from mtl_dist.engine.engine import Engine
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation, evaluate
+from mtl_dist.figures.run_figures import RunFigures
 from mtl_dist.models.compiling import compile_parts
 from mtl_dist.optim import build_optimizer
 from mtl_dist.recipe import Recipe, load_recipe, refuse_other_run
@@ -51,7 +52,8 @@ from mtl_dist.results import print_results, write_evaluation
 from mtl_dist.run_folder import RunFolder, new_run_directory
 from mtl_dist.step import RootModule
 from mtl_dist.stopping import StopAsked, StopSignal, agreed_stop, until_stopped
-from mtl_dist.tracking import Tracker
+from mtl_dist.tracking.registry import check_tracking, open_tracker
+from mtl_dist.tracking.tracker import Tracker
 from mtl_dist.trainer import Outcome, Trainer
 
 
@@ -68,6 +70,7 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
     recipe = absolute_paths(recipe)
     accumulation = recipe.train.accumulation_on(world.size)
     check_device(recipe, world.device, connection.choice)
+    check_tracking(recipe.tracking)
 
     # ---- data
     data = open_data(recipe.data, recipe.tasks)
@@ -150,6 +153,17 @@ def build_trainer(
     def evaluate_val() -> Evaluation:
         return evaluate_split(root, data, "val", plan.micro_batch_on(world.size), world, stop)
 
+    tracker = (
+        open_tracker(
+            folder.directory,
+            resumed_step=resumed.step if resumed else 0,
+            tracking=recipe.tracking,
+            name=recipe.name or "run",
+            recipe=recipe.model_dump(mode="json"),
+        )
+        if world.is_main
+        else Tracker(None)
+    )
     trainer = Trainer(
         engine=engine,
         root=root,
@@ -159,11 +173,8 @@ def build_trainer(
         ema=Ema(engine, recipe.optim.ema) if recipe.optim.ema is not None else None,
         evaluate=evaluate_val if "val" in data.splits else None,
         writer=CheckpointWriter(folder.checkpoints, recipe.train.keep_last) if world.is_main else None,
-        tracker=Tracker(
-            folder.directory if world.is_main else None,
-            resumed.step if resumed else 0,
-            monitored=recipe.monitor.metric,
-        ),
+        tracker=tracker,
+        figures=RunFigures(tracker.directory, recipe.monitor.metric, tracker.say),
         stop=stop,
         recipe_text=to_yaml(recipe),
     )
@@ -205,11 +216,13 @@ def run_to_the_end(trainer: Trainer, recipe: Recipe, data: Data, folder: RunFold
     finally:
         trainer.stop.restore()
     tracker.status(trainer.status(outcome.state, outcome.reason))
-    tracker.draw()
-    tracker.draw_conflicts()
+    trainer.figures.draw_curves()
+    trainer.figures.draw_conflicts()
     peaks = world.gather(peak_memory(world.device))
     if world.is_main:
         folder.write_peak_memory(max(peaks))
+        if outcome.state == "done":
+            tracker.pictures(folder.pictures(), outcome.step)
     farewell(tracker, outcome, folder)
     tracker.close()
     return outcome
@@ -296,6 +309,7 @@ def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> str:
     if world.is_main and evaluations:
         for split, evaluation in evaluations.items():
             write_evaluation(folder, split, evaluation, data.infos)
+            tracker.results(evaluation.flat(f"best/{split}"), trainer.step)
         tracker.say(f"Results of {path.name}:")
         print_results(evaluations, tracker.console)
     return ""

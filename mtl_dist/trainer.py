@@ -19,13 +19,14 @@ from mtl_dist.ema import Ema
 from mtl_dist.engine.engine import Engine
 from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation
+from mtl_dist.figures.run_figures import RunFigures
 from mtl_dist.monitor import Monitor
 from mtl_dist.optim import OptimSettings, learning_rate_factor, learning_rates, set_learning_rate
 from mtl_dist.randomness import rank_seed
 from mtl_dist.status import State, Status
 from mtl_dist.step import RootModule, WindowTotals, count_labels
 from mtl_dist.stopping import StopAsked, StopSignal
-from mtl_dist.tracking import Tracker
+from mtl_dist.tracking.tracker import Tracker
 
 T = TypeVar("T")
 
@@ -80,6 +81,7 @@ class Trainer:
         evaluate: Callable[[], Evaluation] | None,
         writer: CheckpointWriter | None,
         tracker: Tracker,
+        figures: RunFigures,
         stop: StopSignal,
         recipe_text: str,
     ) -> None:
@@ -92,6 +94,7 @@ class Trainer:
         self.ema = ema
         self.writer = writer
         self.tracker = tracker
+        self.figures = figures
         self.stop = stop
         self.recipe_text = recipe_text
         self._evaluate = evaluate
@@ -151,11 +154,10 @@ class Trainer:
             clock.worked()
             if self.step % self.plan.log_every == 0:
                 self._log_step(sums_T, totals, result.grad_norm, clock)
-            if (
-                self.position // self.plan.samples_per_epoch > epoch
-                or self.position == self.plan.end_position
-            ):
+            crossed = self.position // self.plan.samples_per_epoch > epoch
+            if crossed:
                 self.root.balancer.end_epoch()
+            if crossed or self.position == self.plan.end_position:
                 reason = self._finish_epoch(epoch)
                 if reason:
                     return Outcome("stopped", self.step, reason)
@@ -186,8 +188,11 @@ class Trainer:
         absent = [name for name, here in zip(self.root.tasks, totals.present_T, strict=True) if not here]
         return [parameter for name in absent for parameter in self.root.task_parameters(name)]
 
-    def _mean_losses(self, local_sums_T: torch.Tensor, counts_T: torch.Tensor) -> dict[str, float]:
-        """Collective: the total and per-task training loss; a task without labels has none.
+    def _mean_losses(
+        self, over: Literal["step", "train"], local_sums_T: torch.Tensor, counts_T: torch.Tensor
+    ) -> dict[str, float]:
+        """Collective: the total and per-task training loss, as in `step/loss` of one global batch or
+        `train/loss` of an epoch; a task without labels has none.
 
         Raises:
             UserError: a loss is not finite, so every later step would be lost.
@@ -203,12 +208,12 @@ class Trainer:
                     "optim.clip_norm, or look at its labels with `mtl inspect`; the last checkpoint is whole."
                 )
         total = sum(self.root.task_weights[name] * loss for name, loss in losses.items())
-        return {"train/loss": total, **{f"train/{name}/loss": loss for name, loss in losses.items()}}
+        return {f"{over}/loss": total, **{f"{over}/{name}/loss": loss for name, loss in losses.items()}}
 
     def _log_step(
         self, sums_T: torch.Tensor, totals: WindowTotals, grad_norm: torch.Tensor, clock: _Clock
     ) -> None:
-        figures = self._mean_losses(sums_T, totals.counts_T)
+        figures = self._mean_losses("step", sums_T, totals.counts_T)
         figures |= {f"lr/{part}": rate for part, rate in learning_rates(self.engine.optimizer).items()}
         figures["grad_norm"] = float(grad_norm)
         scaler = self.engine.scaler
@@ -242,7 +247,7 @@ class Trainer:
         ended = self.position == self.plan.end_position
         every = self.plan.evaluate_every
         due = ended or int(epoch) // every > before // every
-        figures = self._mean_losses(self._epoch_sums_T, self._epoch_counts_T)
+        figures = self._mean_losses("train", self._epoch_sums_T, self._epoch_counts_T)
         best = None
         if self._evaluate is not None and due:
             swapped = self.ema.swapped_in() if self.ema is not None else nullcontext()
@@ -257,11 +262,13 @@ class Trainer:
             if self.monitor.observe(value):
                 best = (self.monitor.metric, value)
         self._unfinished_epoch = None
-        self._epoch_sums_T.zero_()
-        self._epoch_counts_T.zero_()
+        # A plan that ends within an epoch may be lengthened: then its row is to cover the whole epoch.
+        if int(epoch) > before:
+            self._epoch_sums_T.zero_()
+            self._epoch_counts_T.zero_()
         self.tracker.record("epoch", self.step, epoch, figures)
         self.tracker.say(self._epoch_line(epoch, figures, best is not None))
-        self.tracker.update_history()
+        self.figures.refresh()
         self._save(best)
         return ""
 

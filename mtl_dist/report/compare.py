@@ -25,9 +25,9 @@ import torch
 from rich.console import Console
 
 from mtl_dist.config.loading import to_yaml
-from mtl_dist.conflicts import Conflicts, conflicts_in
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
+from mtl_dist.figures.conflicts import Conflicts, conflicts_in
 from mtl_dist.launch.local import Launch, plan_launch, supervise
 from mtl_dist.recipe import load_recipe
 from mtl_dist.report.compare_figures import (

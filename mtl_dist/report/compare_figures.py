@@ -24,7 +24,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mtl_dist.conflicts import Conflicts
+from mtl_dist.figures.conflicts import Conflicts
 from mtl_dist.specs import TaskKind
 from mtl_dist.tasks.metrics import mode_of
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mtl_dist.conflicts import draw_conflicts
 from mtl_dist.durable import write_text
+from mtl_dist.figures.conflicts import draw_conflicts
+from mtl_dist.figures.seeds import draw_seeds
 from mtl_dist.report.compare_figures import CONVENTIONS, METRICS, Comparison, Row, Spread
 
 WIDTH_OF_LABELS, WIDTH_OF_A_COLUMN = 60, 22
-MEAN, SEEDS = "#2f6db5", "#8a8f98"
 
 
 # ---------------------------------------------------------------- terminal
@@ -134,27 +133,10 @@ def _number(value: float) -> float | None:
 
 def draw(comparison: Comparison, path: Path) -> None:
     """Draw the main metric of each task and delta_m over tasks: every seed, mean and standard deviation."""
-    from matplotlib.figure import Figure
-
     panels: dict[str, list[Spread]] = {}
     for task, kind in comparison.kinds.items():
         main = METRICS[kind][0]
         panels[f"{task} {main}"] = [row.metrics[task][main] for row in comparison.rows]
     panels["delta_m over tasks, %"] = [row.delta_m.get("tasks", Spread((0.0,))) for row in comparison.rows]
-    num_rows = len(comparison.rows)
-    figure = Figure(figsize=(1.2 + 2.6 * len(panels), 1.0 + 0.4 * num_rows), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, spreads) in zip(axes, panels.items(), strict=True):
-        for number, spread in enumerate(spreads):
-            axis.plot(spread.known, [number] * len(spread.known), "o", color=SEEDS, markersize=3, alpha=0.8)
-            error = 0.0 if math.isnan(spread.deviation) else spread.deviation
-            axis.errorbar(spread.mean, number, xerr=error, fmt="D", color=MEAN, markersize=5, capsize=3)
-        axis.set_title(title, loc="left", fontsize=9)
-        axis.set_yticks(range(num_rows), [row.name for row in comparison.rows], fontsize=8)
-        axis.tick_params(axis="x", labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="x", alpha=0.25)
-    axes[0].invert_yaxis()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    values = {title: [spread.values for spread in spreads] for title, spreads in panels.items()}
+    draw_seeds([row.name for row in comparison.rows], values, path)

@@ -47,7 +47,7 @@ def train(digits: Path, run: Path, *overrides: str, cpu: bool = False) -> list[f
     device = json.loads((run / "environment.json").read_text())[-1]["device"]
     assert device.startswith("cpu" if cpu else "cuda")
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [row["train/loss"] for row in rows if row["kind"] == "step"]
+    return [row["step/loss"] for row in rows if row["kind"] == "step"]
 
 
 @cache

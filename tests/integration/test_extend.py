@@ -163,7 +163,12 @@ def test_a_run_with_own_parts_is_resumed_evaluated_and_predicted_with(project: P
 
 def logged_losses(run: Path) -> list[float]:
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [row[key] for row in rows for key in row if key.startswith("train/") and key.endswith("loss")]
+    return [
+        row[key]
+        for row in rows
+        for key in row
+        if key.startswith(("step/", "train/")) and key.endswith("loss")
+    ]
 
 
 @pytest.fixture(scope="module")

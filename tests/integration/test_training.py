@@ -135,7 +135,7 @@ def test_a_task_without_any_training_label_trains_the_others_and_is_said(
     moved = {name for name in first if name.startswith("model/") and not torch.equal(first[name], last[name])}
     assert any("heads.digit" in name for name in moved)
     assert not any("heads.age" in name for name in moved)
-    assert all("train/age/loss" not in row for row in rows(tmp_path / "run", "step"))
+    assert all("step/age/loss" not in row for row in rows(tmp_path / "run", "step"))
 
 
 def test_another_recipe_is_refused_in_the_folder_of_a_run(recipe: Path, whole_runs: dict[int, Path]) -> None:

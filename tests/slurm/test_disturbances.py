@@ -182,7 +182,7 @@ def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(scene: Scen
 def test_a_disturbed_run_consumes_every_sample_once_and_in_order(scene: Scene, undisturbed: Path) -> None:
     expected, found = step_rows(undisturbed), step_rows(scene.run)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    assert [row["train/loss"] for row in found] == [row["train/loss"] for row in expected]
+    assert [row["step/loss"] for row in found] == [row["step/loss"] for row in expected]
 
 
 @pytest.mark.parametrize("name", DISTURBANCES)

@@ -79,15 +79,15 @@ def test_two_nodes_end_with_the_weights_of_two_and_of_four_local_ranks(cluster: 
     recipe, run = ROOT / "configs" / "digits.yaml", work / "digits"
     submit(recipe, PROFILE, Shape(2, 2), overrides=DIGITS, run_dir=run)
     wait_for("the end", lambda: has_ended(run))
-    weights, losses = weights_of(run, 30), [row["train/loss"] for row in step_rows(run)]
+    weights, losses = weights_of(run, 30), [row["step/loss"] for row in step_rows(run)]
     assert len(losses) == 30
     four, two = (local_run(f"digits-{n}", n, *DIGITS, recipe=str(recipe)) for n in (4, 2))
     for name, weight in weights_of(four, 30).items():
         assert torch.equal(weights[name], weight), name
     for name, weight in weights_of(two, 30).items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6, msg=name)
-    assert losses == [row["train/loss"] for row in step_rows(four)]
-    assert losses == pytest.approx([row["train/loss"] for row in step_rows(two)], rel=1e-5)
+    assert losses == [row["step/loss"] for row in step_rows(four)]
+    assert losses == pytest.approx([row["step/loss"] for row in step_rows(two)], rel=1e-5)
 
 
 def test_a_requeued_run_in_a_container_may_have_another_number_of_ranks(cluster: Cluster, work: Path) -> None:
@@ -102,8 +102,8 @@ def test_a_requeued_run_in_a_container_may_have_another_number_of_ranks(cluster:
     weights = weights_of(run, 30)
     for name, weight in weights_of(expected, 30).items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6, msg=name)
-    losses = [row["train/loss"] for row in step_rows(run)]
-    assert losses == pytest.approx([row["train/loss"] for row in step_rows(expected)], rel=1e-5)
+    losses = [row["step/loss"] for row in step_rows(run)]
+    assert losses == pytest.approx([row["step/loss"] for row in step_rows(expected)], rel=1e-5)
     commands = (work / "container.log").read_text().splitlines()
     assert [sum(module in command for command in commands) for module in ("submitit", "attempts")] == [3, 2]
 
@@ -132,7 +132,7 @@ def test_a_sweep_is_one_array_of_runs_and_a_chained_job_follows_each(cluster: Cl
         assert "test" in json.loads((run / "evaluation" / "metrics.json").read_text())
     names = [run.name for run in submitted.runs]
     assert names == ["0-lr=1e-3-seed=1", "1-lr=1e-3-seed=2", "2-lr=1e-4-seed=1", "3-lr=1e-4-seed=2"]
-    assert len({step_rows(run)[-1]["train/loss"] for run in submitted.runs}) == 4
+    assert len({step_rows(run)[-1]["step/loss"] for run in submitted.runs}) == 4
 
 
 def test_a_cancelled_run_saves_stays_away_and_can_go_on(cluster: Cluster, work: Path) -> None:

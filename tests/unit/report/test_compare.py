@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mtl_dist.conflicts import conflicts_in
 from mtl_dist.errors import UserError
+from mtl_dist.figures.conflicts import conflicts_in
 from mtl_dist.recipe import load_recipe
 from mtl_dist.report.compare import Run, compare
 from mtl_dist.report.compare_figures import Comparison, Row, Spread, delta_m, relative_drop, spreads

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtl_dist.conflicts import conflicts_in, draw_conflicts
-from mtl_dist.tracking import Tracker
+from mtl_dist.figures.conflicts import conflicts_in, draw_conflicts
+from mtl_dist.figures.run_figures import RunFigures
+from mtl_dist.tracking.registry import open_tracker
 
 ROWS = [
     {"kind": "balance", "balance/cosine/a/b": -0.5, "balance/cosine/a/c": 0.2, "balance/gradient_norm/a": 3},
@@ -56,9 +57,9 @@ def test_the_heat_map_is_a_picture_of_every_panel(tmp_path: Path, num_panels: in
 
 
 def test_a_run_that_compared_gradients_ends_with_the_sentence_and_the_picture(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, 0)
+    tracker = open_tracker(tmp_path)
     tracker.record("balance", 1, 0.5, {"balance/cosine/digit/age": -0.3})
-    tracker.draw_conflicts()
+    RunFigures(tmp_path, say=tracker.say).draw_conflicts()
     tracker.close()
     assert "digit and age fight: the mean cosine" in (tmp_path / "log.txt").read_text()
     assert (tmp_path / "evaluation" / "conflicts.png").is_file()

@@ -6,7 +6,6 @@ were compared (`balance.diagnose_every`).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mtl_dist.balance.diagnostics import FIGHT
+from mtl_dist.figures.saving import save_png
 
 PREFIX = "balance/cosine/"
 
@@ -114,6 +114,4 @@ def draw_conflicts(panels: Mapping[str, Conflicts], path: Path) -> None:
                 colour = "white" if abs(cosine) > 0.6 else "black"
                 axis.text(column, row, f"{cosine:.2f}", ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, ax=list(axes), shrink=0.8, label="mean cosine of gradients")
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    save_png(figure, path)

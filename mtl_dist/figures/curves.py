@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+from mtl_dist.figures.saving import save_png
 
 TRAIN_COLOUR, VAL_COLOUR = "#8a8f98", "#2f6db5"
 
@@ -38,9 +39,7 @@ def draw_learning_curves(history: dict[str, Any], path: Path, monitored: str = "
             axis.grid(alpha=0.25)
             axis.set_xlabel("epoch", fontsize=8)
     axes[0][0].legend(fontsize=8, frameon=False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    save_png(figure, path)
 
 
 def panels_of(history: dict[str, Any], monitored: str) -> list[list[str]]:

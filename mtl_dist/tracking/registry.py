@@ -1,0 +1,137 @@
+"""Which sinks there are: one line per kind, and user-defined ones by import path.
+
+    tracking: [{kind: tensorboard}, {kind: wandb, mode: offline}, {kind: my_project.sinks.Chat, room: lab}]
+
+The record in files is kept in any case.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field
+from rich.console import Console
+
+from mtl_dist.config.parts import OwnParts, OwnSettings
+from mtl_dist.config.settings import Settings
+from mtl_dist.durable import write_text
+from mtl_dist.errors import UserError
+from mtl_dist.tracking.external import (
+    MlflowSettings,
+    TrackioSettings,
+    WandbSettings,
+    open_mlflow,
+    open_trackio,
+    open_wandb,
+)
+from mtl_dist.tracking.files import FilesSink
+from mtl_dist.tracking.sink import RunFacts, Sink
+from mtl_dist.tracking.tensorboard import TensorBoardSink
+from mtl_dist.tracking.tracker import Tracker, switched_off
+
+IDENTITY = "tracking.json"
+"""The file of the run folder that holds the run's id for services, which resumes and requeues keep."""
+
+
+class TensorBoardSettings(Settings):
+    """Event files in the run folder, for `tensorboard --logdir runs`."""
+
+    kind: Literal["tensorboard"] = "tensorboard"
+
+
+class UserSinkSettings(OwnSettings):
+    """A user-defined sink. Its constructor is given `run` (`RunFacts`) where it names it."""
+
+    part_base = "mtl_dist.tracking.sink.Sink"
+    provides = ("run",)
+
+
+SinkSettings: TypeAlias = Annotated[
+    TensorBoardSettings | WandbSettings | MlflowSettings | TrackioSettings,
+    Field(discriminator="kind"),
+    OwnParts((UserSinkSettings,)),
+]
+TrackingSettings: TypeAlias = tuple[SinkSettings, ...]
+
+DEFAULT: TrackingSettings = (TensorBoardSettings(),)
+
+OPENERS: dict[type[Settings], Callable[[Any, RunFacts], Sink]] = {
+    TensorBoardSettings: lambda settings, run: TensorBoardSink(run),
+    WandbSettings: open_wandb,
+    MlflowSettings: open_mlflow,
+    TrackioSettings: open_trackio,
+}
+
+
+def check_tracking(tracking: TrackingSettings) -> None:
+    """Refuse a sink whose package is not installed, before anything starts.
+
+    Raises:
+        UserError: one line per package.
+    """
+    problems = [
+        f"tracking.{number}: expected the package {settings.kind} for {{kind: {settings.kind}}}, found none. "
+        f"Install it: pip install {settings.kind}"
+        for number, settings in enumerate(tracking)
+        if isinstance(settings, WandbSettings | MlflowSettings | TrackioSettings)
+        and find_spec(settings.kind) is None
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def open_tracker(
+    directory: Path,
+    *,
+    resumed_step: int = 0,
+    tracking: TrackingSettings = DEFAULT,
+    name: str = "run",
+    recipe: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> Tracker:
+    """The tracker of rank 0 for the run in `directory`, from `resumed_step` on.
+
+    A sink that cannot be opened is reported, and the run goes on without it; the files must be.
+    """
+    files = FilesSink(directory, resumed_step)
+    run = RunFacts(
+        directory=directory,
+        name=name,
+        run_id=_identity(directory),
+        recipe=recipe or {},
+        resumed_step=resumed_step,
+        rewritten=files.rewritten,
+    )
+    sinks: dict[str, Sink] = {"files": files}
+    failures = []
+    for settings in tracking:
+        kind = getattr(settings, "kind", type(settings).__name__)
+        label = kind if kind not in sinks else f"{kind} ({len(sinks)})"
+        try:
+            sinks[label] = _opened(settings, run)
+        except Exception as error:  # whatever a library, a disk or a network raises
+            failures.append(switched_off(label, error))
+    tracker = Tracker(directory, sinks, console)
+    for line in failures:
+        tracker.say(line)
+    return tracker
+
+
+def _opened(settings: Settings, run: RunFacts) -> Sink:
+    if isinstance(settings, OwnSettings):
+        sink: Sink = settings.make(run=run)
+        return sink
+    return OPENERS[type(settings)](settings, run)
+
+
+def _identity(directory: Path) -> str:
+    path = directory / IDENTITY
+    if not path.is_file():
+        write_text(path, json.dumps({"run_id": uuid.uuid4().hex}))
+    run_id: str = json.loads(path.read_text(encoding="utf-8"))["run_id"]
+    return run_id
