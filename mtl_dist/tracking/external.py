@@ -1,4 +1,4 @@
-"""Dashboards of others, by Accelerate's trackers: Weights & Biases, MLflow, Trackio.
+"""Dashboards of others: Weights & Biases, MLflow, Trackio. Their packages are imported when one is opened.
 
 A run is one run there too, however often it is resumed: it is found again by the id in the run folder. None
 of them deletes a row, so what a resumed run writes again, with the same metrics, is passed over.
@@ -7,18 +7,18 @@ of them deletes a row, so what a resumed run writes again, with the same metrics
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mtl_dist.config.settings import Settings
 from mtl_dist.tracking.sink import Row, RunFacts, Sink
 
-if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
-
 RUN_TAG = "mtl_dist.run_id"
 """The tag by which a run is found again in MLflow, whose ids are the server's."""
+MLFLOW_LONGEST = 6000
+"""The characters of a parameter that MLflow takes."""
 
 
 class WandbSettings(Settings):
@@ -53,94 +53,103 @@ class TrackioSettings(Settings):
     """A Hugging Face Space that shows the run; null: this machine alone."""
 
 
-class ExternalSink(Sink):
-    """A started tracker of Accelerate's, and how its service takes a picture (None: it does not)."""
+class WandbSink(Sink):
+    def __init__(self, settings: WandbSettings, run: RunFacts) -> None:
+        import wandb
 
-    def __init__(
-        self,
-        tracker: GeneralTracker,
-        run: RunFacts,
-        send_picture: Callable[[str, Path, int], None] | None = None,
-    ) -> None:
-        # Without this it would ask Accelerate's own state which rank this is; a sink is on rank 0 alone.
-        tracker.main_process_only = False
-        tracker.start()
-        if not run.resumed_step:
-            tracker.store_init_configuration(flat(run.recipe))
-        self._tracker = tracker
         self._rewritten = run.rewritten
-        self._send_picture = send_picture
+        self._image = wandb.Image
+        self._run = wandb.init(
+            project=settings.project or run.name,
+            entity=settings.entity,
+            mode=settings.mode,
+            id=run.run_id,
+            name=run.directory.name,
+            dir=str(run.directory),
+            config=flat(run.recipe),
+            resume="allow",
+        )
+
+    def row(self, row: Row) -> None:
+        if (row.kind, row.step) not in self._rewritten:
+            self._run.log({"epoch": row.epoch, **finite(row.metrics)}, step=row.step)
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        self._run.log({name: self._image(str(path))}, step=step)
+
+    def results(self, metrics: Mapping[str, float], step: int) -> None:
+        del step
+        self._run.summary.update(finite(metrics))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MlflowSink(Sink):
+    def __init__(self, settings: MlflowSettings, run: RunFacts) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric
+
+        self._rewritten = run.rewritten
+        self._metric = Metric
+        self._client = MlflowClient(settings.uri)
+        name = settings.experiment or run.name
+        experiment = self._client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        known = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run.run_id}'")
+        if known:
+            self._id = known[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
+            return
+        tags = {RUN_TAG: run.run_id}
+        self._id = self._client.create_run(experiment_id, tags=tags, run_name=run.directory.name).info.run_id
+        for key, value in flat(run.recipe).items():
+            self._client.log_param(self._id, key, str(value)[:MLFLOW_LONGEST])
 
     def row(self, row: Row) -> None:
         if (row.kind, row.step) not in self._rewritten:
             self.results({"epoch": row.epoch, **row.metrics}, row.step)
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        if self._send_picture is not None:
-            self._send_picture(name, path, step)
+        del name, step
+        self._client.log_artifact(self._id, str(path))
 
     def results(self, metrics: Mapping[str, float], step: int) -> None:
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._tracker.log(finite, step=step)
+        now = int(time.time() * 1000)
+        entries = [self._metric(name, value, now, step) for name, value in finite(metrics).items()]
+        self._client.log_batch(self._id, metrics=entries)
 
     def close(self) -> None:
-        self._tracker.finish()
+        self._client.set_terminated(self._id)
 
 
-def open_wandb(settings: WandbSettings, run: RunFacts) -> Sink:
-    from accelerate.tracking import WandBTracker
+class TrackioSink(Sink):
+    def __init__(self, settings: TrackioSettings, run: RunFacts) -> None:
+        import trackio
 
-    tracker = WandBTracker(
-        settings.project or run.name,
-        entity=settings.entity,
-        mode=settings.mode,
-        id=run.run_id,
-        name=run.directory.name,
-        dir=str(run.directory),
-        resume="allow",
-    )
+        self._rewritten = run.rewritten
+        self._run = trackio.init(
+            project=settings.project or run.name,
+            name=f"{run.directory.name}-{run.run_id[:8]}",
+            space_id=settings.space_id,
+            config=flat(run.recipe),
+            resume="allow",
+        )
 
-    def send_picture(name: str, path: Path, step: int) -> None:
-        from PIL import Image
+    def row(self, row: Row) -> None:
+        if (row.kind, row.step) not in self._rewritten:
+            self.results({"epoch": row.epoch, **row.metrics}, row.step)
 
-        tracker.log_images({name: [Image.open(path)]}, step=step)
+    def results(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log(finite(metrics), step=step)
 
-    return ExternalSink(tracker, run, send_picture)
-
-
-def open_mlflow(settings: MlflowSettings, run: RunFacts) -> Sink:
-    import mlflow
-    from accelerate.tracking import MLflowTracker
-
-    if settings.uri is not None:
-        mlflow.set_tracking_uri(settings.uri)
-    known = mlflow.search_runs(
-        search_all_experiments=True, filter_string=f"tags.`{RUN_TAG}` = '{run.run_id}'", output_format="list"
-    )
-    tracker = MLflowTracker(
-        settings.experiment or run.name,
-        run_id=known[0].info.run_id if known else None,
-        run_name=run.directory.name,
-        tags={RUN_TAG: run.run_id},
-    )
-
-    def send_picture(name: str, path: Path, step: int) -> None:
-        del name, step
-        tracker.log_artifact(str(path))
-
-    return ExternalSink(tracker, run, send_picture)
+    def close(self) -> None:
+        self._run.finish()
 
 
-def open_trackio(settings: TrackioSettings, run: RunFacts) -> Sink:
-    from accelerate.tracking import TrackioTracker
-
-    tracker = TrackioTracker(
-        settings.project or run.name,
-        name=f"{run.directory.name}-{run.run_id[:8]}",
-        space_id=settings.space_id,
-        resume="allow",
-    )
-    return ExternalSink(tracker, run)
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those that are defined."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field
 from rich.console import Console
@@ -23,25 +23,19 @@ from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.tracking.external import (
     MlflowSettings,
+    MlflowSink,
     TrackioSettings,
+    TrackioSink,
     WandbSettings,
-    open_mlflow,
-    open_trackio,
-    open_wandb,
+    WandbSink,
 )
 from mtl_dist.tracking.files import FilesSink
 from mtl_dist.tracking.sink import RunFacts, Sink
-from mtl_dist.tracking.tensorboard import TensorBoardSink
+from mtl_dist.tracking.tensorboard import TensorBoardSettings, TensorBoardSink
 from mtl_dist.tracking.tracker import Tracker, switched_off
 
 IDENTITY = "tracking.json"
 """The file of the run folder that holds the run's id for services, which resumes and requeues keep."""
-
-
-class TensorBoardSettings(Settings):
-    """Event files in the run folder, for `tensorboard --logdir runs`."""
-
-    kind: Literal["tensorboard"] = "tensorboard"
 
 
 class UserSinkSettings(OwnSettings):
@@ -61,10 +55,10 @@ TrackingSettings: TypeAlias = tuple[SinkSettings, ...]
 DEFAULT: TrackingSettings = (TensorBoardSettings(),)
 
 OPENERS: dict[type[Settings], Callable[[Any, RunFacts], Sink]] = {
-    TensorBoardSettings: lambda settings, run: TensorBoardSink(run),
-    WandbSettings: open_wandb,
-    MlflowSettings: open_mlflow,
-    TrackioSettings: open_trackio,
+    TensorBoardSettings: TensorBoardSink,
+    WandbSettings: WandbSink,
+    MlflowSettings: MlflowSink,
+    TrackioSettings: TrackioSink,
 }
 
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
+from mtl_dist.config.settings import Settings
 from mtl_dist.tracking.sink import Row, RunFacts, Sink
+
+
+class TensorBoardSettings(Settings):
+    """Event files in the run folder, for `tensorboard --logdir runs`."""
+
+    kind: Literal["tensorboard"] = "tensorboard"
 
 
 class TensorBoardSink(Sink):
     """Event files in tensorboard/ of the run folder; what a resumed run writes again is purged."""
 
-    def __init__(self, run: RunFacts) -> None:
+    def __init__(self, settings: TensorBoardSettings, run: RunFacts) -> None:
+        del settings
         # It takes a second to import.
         from torch.utils.tensorboard import SummaryWriter
 

@@ -109,7 +109,7 @@ def run(project: Path, recipe: Recipe) -> Path:
 
 
 def test_every_example_is_at_most_20_lines() -> None:
-    assert len(blocks("python")) == 7
+    assert len(blocks("python")) == 8
     for text in blocks("python"):
         lines = [line for line in text.splitlines()[1:] if line.strip()]
         assert len(lines) <= 20, f"{text.splitlines()[0]}: {len(lines)} lines"
@@ -141,6 +141,11 @@ def test_every_own_part_is_used(recipe: Recipe, run: Path) -> None:
     assert 0 <= figures["top3"] <= 1
     assert -1 <= figures["kappa"] <= 1
     assert figures["accuracy"] <= figures["top3"]
+
+
+def test_a_tracker_of_ones_own_has_every_epoch(run: Path) -> None:
+    lines = (run / "epochs.csv").read_text().splitlines()
+    assert [int(line.split(",")[0]) for line in lines] == [4, 8]
 
 
 def test_the_monitored_metric_may_be_an_own_one(recipe: Recipe, run: Path) -> None:

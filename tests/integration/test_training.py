@@ -159,6 +159,70 @@ def test_evaluations_come_every_so_many_epochs_and_at_the_end(recipe: Path, tmp_
     assert ["val/loss" in row for row in rows(tmp_path / "run", "epoch")] == [False, True, True]
 
 
+def test_an_epoch_that_a_lengthened_run_finishes_is_recorded_whole(recipe: Path, tmp_path: Path) -> None:
+    how = ["optim.schedule={kind: constant}", "train.epochs=1"]
+    train_run(recipe, tmp_path / "whole", how)
+    train_run(recipe, tmp_path / "run", [*how, "train.max_steps=2"])
+    train_run(recipe, tmp_path / "run", how)
+    part, epoch = rows(tmp_path / "run", "epoch")
+    assert (part["step"], part["epoch"]) == (2, pytest.approx(16 / 30, rel=1e-5))
+    assert [epoch] == rows(tmp_path / "whole", "epoch")
+
+
+def test_a_sink_of_the_users_own_gets_the_rows_and_one_that_fails_hurts_nothing(
+    recipe: Path, whole_runs: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_sinks.py").write_text(SINKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    tracking = "tracking=[{kind: my_sinks.Broken}, {kind: my_sinks.Lines, file: lines.txt}]"
+    how = [EVERY_STEP, "optim.ema=0.9", "train.evaluate_at_end=true", tracking]
+    assert train_run(recipe, tmp_path / "run", how) == "done"
+    assert rows(tmp_path / "run", "step") == rows(whole_runs[1], "step")
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("tracking by my_sinks.Broken failed and is switched off") == 1
+    lines = (tmp_path / "lines.txt").read_text().splitlines()
+    assert [line for line in lines if line.startswith("step")] == [
+        f"step {n}" for n in range(1, NUM_STEPS + 1)
+    ]
+    assert "picture learning_curves 12" in lines
+    assert "picture test_digit_confusion 12" in lines
+    assert any(line.startswith("result best/test/digit/accuracy") for line in lines)
+    assert lines[-1] == "closed"
+
+
+SINKS = """
+from pathlib import Path
+
+from mtl_dist.tracking.sink import RunFacts, Sink
+
+
+class Lines(Sink):
+    def __init__(self, run: RunFacts, file: Path) -> None:
+        assert run.recipe["train"]["global_batch"] == 8 and run.run_id
+        self.file = file.open("a")
+
+    def row(self, row):
+        print(row.kind, row.step, file=self.file)
+
+    def picture(self, name, path, step):
+        print("picture", name, step, file=self.file)
+
+    def results(self, metrics, step):
+        for name in metrics:
+            print("result", name, file=self.file)
+
+    def close(self):
+        print("closed", file=self.file)
+        self.file.close()
+
+
+class Broken(Sink):
+    def row(self, row):
+        raise ConnectionError("gone")
+"""
+
+
 def test_another_decoder_is_said_at_a_resume(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
