@@ -20,8 +20,8 @@ from benchmarks.measuring import in_turns, memory_is_measured, ratios
 from benchmarks.memory import Case, peaks
 from benchmarks.tables import Findings, Row
 from benchmarks.training import Scene
-from mtl_dist.balance.balancer import BalancedTasks
-from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
+from mtl_dist.balance.gradient import GradientMethod, Problem
+from mtl_dist.balance.method import BalancedTasks
 from mtl_dist.balance.methods import METHODS as METHOD_CLASSES
 from mtl_dist.engine.connect import Connection, EngineSettings, connect
 from mtl_dist.specs import TaskKind
@@ -108,21 +108,20 @@ def gramians(num_tasks: int) -> dict[str, Tensor]:
     return {name: (rows_TP @ rows_TP.T).float().double() for name, rows_TP in rows.items()}
 
 
-def solve_times(method: type[GradientSettings], num_tasks: int, repeats: int) -> dict[str, float]:
+def solve_times(method: type[GradientMethod], num_tasks: int, repeats: int) -> dict[str, float]:
     """Milliseconds of one solve by kind of Gramian; the median."""
     names = [f"task{t}" for t in range(num_tasks)]
     kinds: list[TaskKind] = ["classification"] * num_tasks
     facts = BalancedTasks(tuple(names), tuple(kinds), (1.0,) * num_tasks)
-    balancer = METHOD_CLASSES[method](method(), facts)
-    assert isinstance(balancer, GradientBalancer)
+    solver = method(method=method.model_fields["method"].default)
     losses_T, present_T = torch.ones(num_tasks, dtype=torch.float64), torch.ones(num_tasks, dtype=torch.bool)
     found = {}
     for kind, gramian_TT in gramians(num_tasks).items():
-        problem = Problem(gramian_TT, losses_T, present_T, (0, 0))
+        problem = Problem(gramian_TT, losses_T, present_T, (0, 0), solver.memory(facts))
         times = []
         for _ in range(repeats + 1):
             start = time.process_time()
-            balancer.solve(problem)
+            solver.solve(problem)
             times.append(time.process_time() - start)
         found[kind] = statistics.median(times[1:]) * 1e3
     return found
@@ -132,7 +131,7 @@ def measure_solvers(repeats: int) -> Findings:
     """One solve of every method that compares gradients."""
     rows: list[Row] = []
     for method in METHOD_CLASSES:
-        if issubclass(method, GradientSettings):
+        if issubclass(method, GradientMethod):
             row: dict[str, str | float | None] = {"method": str(method.model_fields["method"].default)}
             for num_tasks in SOLVED_TASKS:
                 times = solve_times(method, num_tasks, repeats)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mtl_dist.balance.balancer import Level
+from mtl_dist.balance.method import Level
 from mtl_dist.engine.world import World
 
 COLUMNS_IN_CACHE = 16384

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from mtl_dist.balance.fixed import FixedSettings
+from mtl_dist.balance.fixed import Fixed
 from mtl_dist.balance.methods import BalanceSettings
 from mtl_dist.config.errors import suggest
 from mtl_dist.config.loading import load_settings
@@ -103,7 +103,7 @@ class Recipe(Settings):
     """What to learn; where the recipe names none: every task of the training data, with the defaults."""
     data: DataSettings
     model: ModelSettings = ModelSettings()
-    balance: BalanceSettings = FixedSettings()
+    balance: BalanceSettings = Fixed()
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
     engine: EngineSettings = EngineSettings()

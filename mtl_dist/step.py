@@ -23,9 +23,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mtl_dist.balance.balancer import Balancer, Level, Needs
+from mtl_dist.balance.balancer import Balancer
 from mtl_dist.balance.diagnostics import GradientDiagnostics, diagnose
-from mtl_dist.balance.jacobian import JacobianBalancer
+from mtl_dist.balance.method import Level, Needs
 from mtl_dist.batch import Batch
 from mtl_dist.engine.engine import Engine
 from mtl_dist.engine.precision import AUTOCAST_DTYPES, LossScaler, Precision
@@ -344,7 +344,7 @@ class RootModule(nn.Module):
             if level == "parameters":
                 self._gradient_P = weights_T @ looked.local_jacobian
         elif needs == "jacobian":
-            assert isinstance(self.balancer, JacobianBalancer) and losses_T is not None
+            assert losses_T is not None
             jacobian_TP = looked.global_jacobian()
             self._gradient_P = self.balancer.aggregate(
                 jacobian_TP, losses_T=losses_T, present_T=present_T, key=key

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from mtl_dist.balance.checks import check_balance
-from mtl_dist.balance.gradient import GradientSettings
+from mtl_dist.balance.gradient import GradientMethod
 from mtl_dist.balance.methods import METHODS, BalanceSettings, build_balancer
 from mtl_dist.batch import Batch
 from mtl_dist.engine.connect import Connection, EngineSettings, connect
@@ -60,7 +60,7 @@ GRAMIAN_METHODS = tuple(
     sorted(
         settings.model_fields["method"].default
         for settings in METHODS
-        if issubclass(settings, GradientSettings)
+        if issubclass(settings, GradientMethod)
     )
 )
 

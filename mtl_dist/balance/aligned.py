@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from mtl_dist.balance.balancer import BalancedTasks
-from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
+from mtl_dist.balance.gradient import GradientMethod, Problem
 from mtl_dist.balance.solvers import angles, zero_below
+from mtl_dist.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class AlignedSettings(GradientSettings):
-    """`balance: {method: aligned}`"""
-
-    method: Literal["aligned"] = "aligned"
-
-
-class Aligned(GradientBalancer):
+class Aligned(GradientMethod):
     """All principal components of the gradients get the length of the smallest (Aligned-MTL, https://arxiv.org/abs/2305.19000).
 
         G = V diag(l) V^T,    w = sqrt(l_min) V diag(l^-1/2) V^T (1/T, ..., 1/T)
@@ -27,10 +21,11 @@ class Aligned(GradientBalancer):
 
     Where we differ: how many eigenvalues are 0 is read from the cosines, where short gradients count as much
     as long ones; a threshold on l would take the task with the shortest gradient for a dependent one.
+
+    `balance: {method: aligned}`
     """
 
-    def __init__(self, settings: AlignedSettings, tasks: BalancedTasks) -> None:
-        super().__init__(settings, tasks)
+    method: Literal["aligned"] = "aligned"
 
     def solve(self, problem: Problem) -> Tensor:
         """See the class."""

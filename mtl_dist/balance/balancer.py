@@ -1,4 +1,4 @@
-"""The balancer: how the losses of several tasks become one scalar.
+"""The balancer: a method at work, and what it remembers, as a part of the root module.
 
 The root module calls it once per window (the micro-batches of one optimizer step), in this order:
 
@@ -10,89 +10,61 @@ The root module calls it once per window (the micro-batches of one optimizer ste
     4. `observe(...)`         once per window, with its global losses
     5. `end_epoch()`          once per epoch of the data
 
-A *global* loss is the mean over the labelled samples of the whole window on all ranks. An absent task has
-no label in the whole window: its weight is 0, it is in no Gramian, and no state of it changes.
-
-Shapes: T tasks in the fixed order `tasks.names`, P shared parameters.
+`method.py` has the shapes, and what a method is.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from mtl_dist.config.settings import Settings
-from mtl_dist.randomness import shared_seed
-from mtl_dist.specs import TaskKind
-
-Needs = Literal["nothing", "losses", "gramian", "jacobian"]
-Level = Literal["features", "parameters"]
-Key: TypeAlias = tuple[int, int]
-"""(seed, step): the source of every random choice, the same on all ranks."""
-
-SMALLEST_LOSS = 1e-8
-"""Keeps a loss of 0 out of logarithms and denominators."""
+from mtl_dist.balance.jacobian import JacobianMethod
+from mtl_dist.balance.method import BalancedTasks, Key, Method, Needs, State, Window
 
 
-class MethodSettings(Settings):
-    """What all methods have in common.
+class Balancer(nn.Module):
+    """One method for these tasks; its state_dict carries the method's state.
 
-    diagnose_every  compare the tasks' gradients every so many steps, and write down their lengths, the
-                    cosines between them and the weights; 0: never. Methods on gradients know them anyway;
-                    the others read them at the features in that step.
-    """
-
-    diagnose_every: int = Field(default=100, ge=0)
-
-
-@dataclass(frozen=True)
-class BalancedTasks:
-    """The tasks in their fixed order, with what a method may know of them: kind, and weight of the recipe."""
-
-    names: tuple[str, ...]
-    kinds: tuple[TaskKind, ...]
-    weights: tuple[float, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-class Balancer(nn.Module, ABC):
-    """One method of balancing; a part of the root module, whose state_dict carries its state.
-
-    Buffers that every method has:
+    Buffers, besides the method's own:
         last_weights_T   float32, each task's weight in the last window in which it took part: what is used
                          again where a window has no solution
         num_unconverged  int64, the windows that had no solution (no convergence, or numbers not finite)
     """
 
-    needs: ClassVar[Needs]
-    uses_task_weights: ClassVar[bool] = False
-    """Whether `tasks.<name>.weight` means something to the method; otherwise it must be 1."""
-    observes: ClassVar[bool] = False
-    """Whether `observe` learns anything: it costs a sum over the ranks in every window."""
-
     last_weights_T: Tensor
     num_unconverged: Tensor
 
-    level: Level | None = None
-    """Where the gradients are taken, for the methods which need them."""
-    every: int = 1
-    """Solve every so many steps; keep the weights in between."""
-    scale_heads: bool = True
-    """Whether the weights also multiply the gradients of the heads, or only those of the shared part."""
-
-    def __init__(self, tasks: BalancedTasks) -> None:
+    def __init__(self, method: Method, tasks: BalancedTasks) -> None:
         super().__init__()
+        self.method = method
         self.tasks = tasks
-        self.register_buffer("last_weights_T", torch.ones(len(tasks)))
+        self.needs = method.needs
+        self.observes = method.observes
+        self.level = method.where
+        self.every = method.period
+        self.scale_heads = method.scales_heads
+        self.register_buffer("last_weights_T", torch.full((len(tasks),), method.first_weight(len(tasks))))
         self.register_buffer("num_unconverged", torch.zeros((), dtype=torch.int64))
+        for name, value in method.memory(tasks).items():
+            self.register_buffer(name, value)
+        for name, value in method.constants(tasks).items():
+            self.register_buffer(name, value, persistent=False)
+        # One parameter per task, not one vector: an optimizer would move the entries of absent tasks by their
+        # momentum. Of shape (1,): DeepSpeed cannot broadcast a parameter without dimensions.
+        self.scales = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(1)) for name in (tasks.names if method.learns else ())}
+        )
+
+    @property
+    def state(self) -> State:
+        """The method's state; `scales_T` is differentiable."""
+        state = dict(self.named_buffers(recurse=False))
+        if self.method.learns:
+            state["scales_T"] = torch.cat([self.scales[name] for name in self.tasks.names]).float()
+        return state
 
     def needs_at(self, step: int) -> Needs:
         """What `weights` must be given at this step; "nothing" in the steps between two solves."""
@@ -115,7 +87,7 @@ class Balancer(nn.Module, ABC):
 
         Where there is no solution, the last weights are used and `num_unconverged` counts it.
         """
-        proposed_T = self._propose(present_T=present_T, key=key, losses_T=losses_T, gramian_TT=gramian_TT)
+        proposed_T = self.method.propose(Window(present_T, key, losses_T, gramian_TT), self.state)
         usable = (proposed_T.isfinite() | ~present_T).all()
         if losses_T is not None:
             usable &= (losses_T.isfinite() | ~present_T).all()
@@ -123,11 +95,26 @@ class Balancer(nn.Module, ABC):
         self.num_unconverged += ~usable
         return torch.where(present_T, self.last_weights_T, 0.0)
 
-    @abstractmethod
-    def _propose(
-        self, *, present_T: Tensor, key: Key, losses_T: Tensor | None, gramian_TT: Tensor | None
-    ) -> Tensor:
-        """The method's weights (T,); NaN among the present tasks says "no solution"."""
+    @torch.no_grad()
+    def aggregate(self, jacobian_TP: Tensor, *, losses_T: Tensor, present_T: Tensor, key: Key) -> Tensor:
+        """The gradient (P,) of the shared parameters, of a method that needs the "jacobian".
+
+        Once per window, identically on every rank. `jacobian_TP` has one row per task: the gradient of its
+        global loss, in float32. Rows of absent tasks are not looked at and may hold anything. Where J or a
+        loss is not finite the answer is not either, no state changes, and `num_unconverged` counts it: the
+        step must be skipped.
+        """
+        assert isinstance(self.method, JacobianMethod)
+        if not present_T.all():  # J is large: no copy without need.
+            jacobian_TP = torch.where(present_T[:, None], jacobian_TP, 0.0)
+        losses_T = torch.where(present_T, losses_T, 1.0)
+        if not losses_T.isfinite().all():
+            # Counted by `weights`, which sees the same losses.
+            return torch.full_like(jacobian_TP[0], torch.nan)
+        if not torch.stack(torch.aminmax(jacobian_TP)).isfinite().all():
+            self.num_unconverged += 1
+            return torch.full_like(jacobian_TP[0], torch.nan)
+        return self.method.aggregate(jacobian_TP, losses_T, present_T, key, self.state)
 
     def combine(self, losses_T: Tensor, weights_T: Tensor, present_T: Tensor, share: float = 1.0) -> Tensor:
         """The scalar for one backward, from one micro-batch's share of the losses.
@@ -143,21 +130,24 @@ class Balancer(nn.Module, ABC):
 
     def forward(self, losses_T: Tensor, weights_T: Tensor, present_T: Tensor, share: float) -> Tensor:
         """See `combine`."""
-        # Masked before the product: 0 * NaN is NaN, also in the backward.
-        return (weights_T * torch.where(present_T, losses_T, 0.0)).sum()
+        return self.method.combine(losses_T, weights_T, present_T, share, self.state)
 
+    @torch.no_grad()
     def observe(self, losses_T: Tensor, present_T: Tensor) -> None:
-        """Learn from a finished window's global losses, detached."""
+        """Let the method learn from a finished window's global losses."""
+        self.method.observe(losses_T, present_T, self.state)
 
+    @torch.no_grad()
     def end_epoch(self) -> None:
-        """Learn that an epoch of the data has ended."""
+        """Let the method learn that an epoch of the data has ended."""
+        self.method.end_epoch(self.state)
 
     def task_parameters(self, task: str) -> list[nn.Parameter]:
         """The trainable parameters that belong to one task alone; untouched while it is absent.
 
         Like a head's: their gradient is 0 in a window without the task, and the optimizer must pass them by.
         """
-        return []
+        return [self.scales[task]] if self.method.learns else []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Balancer:
         # `root.bfloat16()` would round the state; buffers follow the device, never the precision.
@@ -171,16 +161,10 @@ class Balancer(nn.Module, ABC):
                 self._buffers[name] = before[name].to(after.device)
         return self
 
-
-def generator(key: Key, device: torch.device | str) -> torch.Generator:
-    """A generator for one step: the same on every rank (a CPU's and a GPU's draw different numbers)."""
-    return torch.Generator(device).manual_seed(shared_seed(*key))
-
-
-def masked_softmax(logits_T: Tensor, present_T: Tensor) -> Tensor:
-    """The softmax over the present tasks; 0 elsewhere, also where no task is present."""
-    return torch.where(present_T, logits_T.masked_fill(~present_T, -torch.inf).softmax(dim=0), 0.0)
-
-
-BalancerFactory: TypeAlias = Callable[[Any, BalancedTasks], Balancer]
-"""A method's class: called with its own settings and the tasks."""
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Sizes that the first window decides are known from the checkpoint.
+        for name, buffer in self.named_buffers(recurse=False):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and buffer.numel() == 0:
+                buffer.resize_(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from mtl_dist.balance.balancer import BalancedTasks
-from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
+from mtl_dist.balance.gradient import GradientMethod, Problem
 from mtl_dist.balance.solvers import (
     MAX_PIVOTS_PER_TASK,
     NotConvergedError,
@@ -19,23 +16,15 @@ from mtl_dist.balance.solvers import (
     nonnegative_qp,
     stationary,
 )
+from mtl_dist.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_LEVELS = 60
 
 
-class CAGradSettings(GradientSettings):
-    """`balance: {method: cagrad, c: 0.4, rescale: true}`
-
-    c        how far from the mean gradient to look: 0 is the mean, near 1 comes close to MGDA
-    rescale  divide the update by 1 + c^2, as the authors' experiments do
-    """
-
-    method: Literal["cagrad"] = "cagrad"
-    c: float = Field(default=0.4, ge=0, lt=1)
-    rescale: bool = True
-
-
-class CAGrad(GradientBalancer):
+class CAGrad(GradientMethod):
     """The best update for the worst task, near the mean gradient (https://arxiv.org/abs/2110.14048).
 
         max_d min_k g_k . d    over |d - g0| <= c |g0|,    g0 = mean_k g_k
@@ -47,12 +36,16 @@ class CAGrad(GradientBalancer):
     |s| = c |g0| is found exactly, piece by piece. Where no direction helps every task (a convex combination
     of gradients is 0, or one of them is), t stops at 0, where nobody is hurt, and d may be shorter than the
     ball allows; nothing divides by |g_w|.
+
+    `balance: {method: cagrad, c: 0.4, rescale: true}`
+
+    c        how far from the mean gradient to look: 0 is the mean, near 1 comes close to MGDA
+    rescale  divide the update by 1 + c^2, as the authors' experiments do
     """
 
-    def __init__(self, settings: CAGradSettings, tasks: BalancedTasks) -> None:
-        super().__init__(settings, tasks)
-        self.c = settings.c
-        self.divisor = 1 + settings.c**2 if settings.rescale else 1.0
+    method: Literal["cagrad"] = "cagrad"
+    c: float = Field(default=0.4, ge=0, lt=1)
+    rescale: bool = True
 
     def solve(self, problem: Problem) -> Tensor:
         """See the class."""
@@ -64,7 +57,7 @@ class CAGrad(GradientBalancer):
             cosines_TT = found.cosines_TT[alive_T][:, alive_T]
             highest = torch.inf if alive_T.all() and not stationary(cosines_TT) else 0.0
             weights_T[alive_T] += worst_case_shift(cosines_TT, lengths_T, weights_T[alive_T], self.c, highest)
-        return weights_T / self.divisor
+        return weights_T / (1 + self.c**2 if self.rescale else 1.0)
 
 
 def worst_case_shift(

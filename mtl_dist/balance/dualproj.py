@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from mtl_dist.balance.balancer import BalancedTasks
-from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
+from mtl_dist.balance.gradient import GradientMethod, Problem
 from mtl_dist.balance.solvers import angles, dual_cone_shift
+from mtl_dist.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class DualProjSettings(GradientSettings):
-    """`balance: {method: dualproj}`"""
-
-    method: Literal["dualproj"] = "dualproj"
-
-
-class DualProj(GradientBalancer):
+class DualProj(GradientMethod):
     """The mean gradient, projected to where it hurts no task (GEM's rule; https://arxiv.org/abs/2406.16232).
 
         w = argmin v^T G v over v >= (1/T, ..., 1/T)
 
     Where we differ: the ridge that makes w unique is 1e-6 of each gradient's own square (TorchJD: 1e-4 of the
     sum of all).
+
+    `balance: {method: dualproj}`
     """
 
-    def __init__(self, settings: DualProjSettings, tasks: BalancedTasks) -> None:
-        super().__init__(settings, tasks)
+    method: Literal["dualproj"] = "dualproj"
 
     def solve(self, problem: Problem) -> Tensor:
         """See the class."""

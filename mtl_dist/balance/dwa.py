@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from mtl_dist.balance.balancer import (
-    SMALLEST_LOSS,
-    BalancedTasks,
-    Balancer,
-    Key,
-    MethodSettings,
-    masked_softmax,
-)
+from mtl_dist.balance.method import SMALLEST_LOSS, BalancedTasks, Method, State, Window, masked_softmax
+from mtl_dist.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class DWASettings(MethodSettings):
-    """`balance: {method: dwa, temperature: 2.0}`; a higher temperature is nearer to equal weights."""
-
-    method: Literal["dwa"] = "dwa"
-    temperature: float = Field(default=2.0, gt=0)
-
-
-class DWA(Balancer):
+class DWA(Method):
     """More weight for the tasks whose loss falls slowly (https://arxiv.org/abs/1803.10704).
 
         w_k = T softmax(r / temperature)_k,    r_k = L_k(t-1) / L_k(t-2)
@@ -37,46 +25,43 @@ class DWA(Balancer):
     their number.
 
     State: `epoch_means_2T` (older, newer), `num_epochs_T`, and the running epoch's mean and windows.
+
+    `balance: {method: dwa, temperature: 2.0}`; a higher temperature is nearer to equal weights.
     """
+
+    method: Literal["dwa"] = "dwa"
+    temperature: float = Field(default=2.0, gt=0)
 
     needs = "nothing"
     observes = True
 
-    epoch_means_2T: Tensor
-    num_epochs_T: Tensor
-    running_mean_T: Tensor
-    num_windows_T: Tensor
+    def memory(self, tasks: BalancedTasks) -> dict[str, Tensor]:
+        """See the class."""
+        return {
+            "epoch_means_2T": torch.zeros(2, len(tasks)),
+            "num_epochs_T": torch.zeros(len(tasks), dtype=torch.int64),
+            "running_mean_T": torch.zeros(len(tasks)),
+            "num_windows_T": torch.zeros(len(tasks), dtype=torch.int64),
+        }
 
-    def __init__(self, settings: DWASettings, tasks: BalancedTasks) -> None:
-        super().__init__(tasks)
-        self.temperature = settings.temperature
-        num_tasks = len(tasks)
-        self.register_buffer("epoch_means_2T", torch.zeros(2, num_tasks))
-        self.register_buffer("num_epochs_T", torch.zeros(num_tasks, dtype=torch.int64))
-        self.register_buffer("running_mean_T", torch.zeros(num_tasks))
-        self.register_buffer("num_windows_T", torch.zeros(num_tasks, dtype=torch.int64))
+    def propose(self, window: Window, state: State) -> Tensor:
+        """See the class."""
+        older_T, newer_T = state["epoch_means_2T"]
+        rates_T = torch.where(state["num_epochs_T"] < 2, 1.0, newer_T / older_T.clamp_min(SMALLEST_LOSS))
+        return window.present_T.sum() * masked_softmax(rates_T / self.temperature, window.present_T)
 
-    def _propose(
-        self, *, present_T: Tensor, key: Key, losses_T: Tensor | None, gramian_TT: Tensor | None
-    ) -> Tensor:
-        older_T, newer_T = self.epoch_means_2T
-        rates_T = torch.where(self.num_epochs_T < 2, 1.0, newer_T / older_T.clamp_min(SMALLEST_LOSS))
-        return present_T.sum() * masked_softmax(rates_T / self.temperature, present_T)
-
-    @torch.no_grad()
-    def observe(self, losses_T: Tensor, present_T: Tensor) -> None:
+    def observe(self, losses_T: Tensor, present_T: Tensor, state: State) -> None:
         """Take one window into the running means; a loss that is not finite is no loss."""
         counted_T = present_T & losses_T.isfinite()
-        self.num_windows_T += counted_T
-        change_T = (losses_T - self.running_mean_T) / self.num_windows_T.clamp_min(1)
-        self.running_mean_T += torch.where(counted_T, change_T, 0.0)
+        num_windows_T = state["num_windows_T"].add_(counted_T)
+        change_T = (losses_T - state["running_mean_T"]) / num_windows_T.clamp_min(1)
+        state["running_mean_T"].add_(torch.where(counted_T, change_T, 0.0))
 
-    @torch.no_grad()
-    def end_epoch(self) -> None:
+    def end_epoch(self, state: State) -> None:
         """The running means become the newest epoch's."""
-        seen_T = self.num_windows_T > 0
-        rolled_2T = torch.stack([self.epoch_means_2T[1], self.running_mean_T])
-        self.epoch_means_2T.copy_(torch.where(seen_T, rolled_2T, self.epoch_means_2T))
-        self.num_epochs_T += seen_T
-        self.running_mean_T.zero_()
-        self.num_windows_T.zero_()
+        means_2T, seen_T = state["epoch_means_2T"], state["num_windows_T"] > 0
+        rolled_2T = torch.stack([means_2T[1], state["running_mean_T"]])
+        means_2T.copy_(torch.where(seen_T, rolled_2T, means_2T))
+        state["num_epochs_T"].add_(seen_T)
+        state["running_mean_T"].zero_()
+        state["num_windows_T"].zero_()

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from mtl_dist.balance.balancer import BalancedTasks
-from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
+from mtl_dist.balance.gradient import GradientMethod, Problem
 from mtl_dist.balance.solvers import angles, power_balance
+from mtl_dist.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class FairGradSettings(GradientSettings):
-    """`balance: {method: fairgrad, alpha: 1.0}`; 1 is proportional fairness, more looks at the worst task."""
-
-    method: Literal["fairgrad"] = "fairgrad"
-    alpha: float = Field(default=1.0, gt=0)
-
-
-class FairGrad(GradientBalancer):
+class FairGrad(GradientMethod):
     """An alpha-fair sharing of the update among the tasks (https://arxiv.org/abs/2402.15638).
 
         G a = a^(-1 / alpha),    a > 0,    w = a
@@ -29,14 +23,16 @@ class FairGrad(GradientBalancer):
 
     Where we differ: Newton's method to the solution, instead of SciPy's least squares. A task without
     gradient has weight 0.
+
+    `balance: {method: fairgrad, alpha: 1.0}`; 1 is proportional fairness, more looks at the worst task.
     """
 
-    def __init__(self, settings: FairGradSettings, tasks: BalancedTasks) -> None:
-        super().__init__(settings, tasks)
-        self.power = 1 / settings.alpha
+    method: Literal["fairgrad"] = "fairgrad"
+    alpha: float = Field(default=1.0, gt=0)
 
     def solve(self, problem: Problem) -> Tensor:
         """See the class."""
+        power = 1 / self.alpha
         found = angles(problem.gramian_TT)
         alive_T = found.lengths_T > 0
         weights_T = torch.zeros_like(found.lengths_T)
@@ -45,8 +41,6 @@ class FairGrad(GradientBalancer):
             # C x = length^(p - 1) x^-p, and a grows by m^(-2 / (1 + p)).
             mean = found.lengths_T[alive_T].log().mean().exp()
             lengths_T = found.lengths_T[alive_T] / mean
-            share_T = power_balance(
-                found.cosines_TT[alive_T][:, alive_T], lengths_T.pow(self.power - 1), self.power
-            )
-            weights_T[alive_T] = share_T / lengths_T * mean.pow(-2 / (1 + self.power))
+            share_T = power_balance(found.cosines_TT[alive_T][:, alive_T], lengths_T.pow(power - 1), power)
+            weights_T[alive_T] = share_T / lengths_T * mean.pow(-2 / (1 + power))
         return weights_T

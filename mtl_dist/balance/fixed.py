@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from mtl_dist.balance.method import BalancedTasks, Method, State, Window
+from mtl_dist.lazy import torch
 
-from mtl_dist.balance.balancer import BalancedTasks, Balancer, Key, MethodSettings
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class FixedSettings(MethodSettings):
-    """`balance: {method: fixed}`, the default: the weights are `tasks.<name>.weight`."""
+class Fixed(Method):
+    """The weighted sum of the losses: w_k = `tasks.<name>.weight`.
+
+    `balance: {method: fixed}`, the default: the weights are `tasks.<name>.weight`.
+    """
 
     method: Literal["fixed"] = "fixed"
-
-
-class Fixed(Balancer):
-    """The weighted sum of the losses: w_k = `tasks.<name>.weight`."""
 
     needs = "nothing"
     uses_task_weights = True
 
-    def __init__(self, settings: FixedSettings, tasks: BalancedTasks) -> None:
-        super().__init__(tasks)
-        # From the recipe, not from a checkpoint: a resumed run with new weights must use the new ones.
-        self.register_buffer("task_weights_T", torch.tensor(tasks.weights), persistent=False)
+    def constants(self, tasks: BalancedTasks) -> dict[str, Tensor]:
+        """The weights: a resumed run with new ones in its recipe must use the new ones."""
+        return {"task_weights_T": torch.tensor(tasks.weights)}
 
-    task_weights_T: Tensor
-
-    def _propose(
-        self, *, present_T: Tensor, key: Key, losses_T: Tensor | None, gramian_TT: Tensor | None
-    ) -> Tensor:
-        return self.task_weights_T
+    def propose(self, window: Window, state: State) -> Tensor:
+        """See the class."""
+        return state["task_weights_T"]

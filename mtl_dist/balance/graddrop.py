@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from mtl_dist.balance.balancer import BalancedTasks, Key, MethodSettings, generator
-from mtl_dist.balance.jacobian import JacobianBalancer
+from mtl_dist.balance.jacobian import JacobianMethod
+from mtl_dist.balance.method import Key, State, generator
+from mtl_dist.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COLUMNS_IN_CACHE = 16384
 
 
-class GradDropSettings(MethodSettings):
-    """`balance: {method: graddrop, leak: 0.0}`; `leak` is the part of each gradient that is never dropped."""
-
-    method: Literal["graddrop"] = "graddrop"
-    leak: float = Field(default=0.0, ge=0, le=1)
-
-
-class GradDrop(JacobianBalancer):
+class GradDrop(JacobianMethod):
     """In each coordinate, only the gradients of one sign, drawn by its majority (https://arxiv.org/abs/2010.06808).
 
         P = (1 + sum_k g_k / sum_k |g_k|) / 2;    with probability P keep the positive g_k, else the negative
 
     Where we differ: at the shared parameters, as in TorchJD (the paper: at a layer's activations); there the
     draw, from (seed, step), is the same on all ranks.
+
+    `balance: {method: graddrop, leak: 0.0}`; `leak` is the part of each gradient that is never dropped.
     """
 
-    def __init__(self, settings: GradDropSettings, tasks: BalancedTasks) -> None:
-        super().__init__(tasks)
-        self.leak = settings.leak
+    method: Literal["graddrop"] = "graddrop"
+    leak: float = Field(default=0.0, ge=0, le=1)
 
-    def _aggregate(self, jacobian_TP: Tensor, losses_T: Tensor, present_T: Tensor, key: Key) -> Tensor:
+    def aggregate(
+        self, jacobian_TP: Tensor, losses_T: Tensor, present_T: Tensor, key: Key, state: State
+    ) -> Tensor:
+        """See the class."""
         device = jacobian_TP.device
         draws_P = torch.rand(jacobian_TP.shape[1], generator=generator(key, device), device=device)
         update_P = jacobian_TP.new_empty(len(draws_P))

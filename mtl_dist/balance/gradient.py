@@ -1,23 +1,47 @@
-"""Balancers that solve for the weights from the Gramian of the tasks' gradients."""
+"""Methods that solve for the weights from the Gramian of the tasks' gradients."""
 
 from __future__ import annotations
 
 import logging
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from mtl_dist.balance.balancer import BalancedTasks, Balancer, Key, Level, MethodSettings
+from mtl_dist.balance.method import Key, Level, Method, State, Window
 from mtl_dist.balance.solvers import NotConvergedError
+from mtl_dist.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 
-class GradientSettings(MethodSettings):
-    """What all methods on gradients have in common.
+@dataclass(frozen=True)
+class Problem:
+    """One window's numbers, of the present tasks alone, on the CPU in float64.
+
+    `present_T` says over all tasks which those are; `key` is the source of random choices; `state` is what
+    the method remembers of all tasks, on its own device.
+    """
+
+    gramian_TT: Tensor
+    losses_T: Tensor
+    present_T: Tensor
+    key: Key
+    state: State
+
+    def __len__(self) -> int:
+        return len(self.gramian_TT)
+
+
+class GradientMethod(Method):
+    """A method that maps the Gramian G = J J^T (and the losses) to weights.
+
+    The solve is in float64 on the CPU: T x T numbers, for which a GPU is slower. Until a first window has
+    been solved, the last weights are those of the mean gradient, 1 / T.
 
     level        where the gradients are taken: at the shared "parameters", as the papers define the methods,
                  or at the "features" that the heads read, which costs much less but sees no conflict between
@@ -27,42 +51,27 @@ class GradientSettings(MethodSettings):
                  gradient of its own loss
     """
 
+    needs = "gramian"
+
     level: Level = "parameters"
     every: int = Field(default=1, ge=1)
     scale_heads: bool = False
 
+    @property
+    def where(self) -> Level:
+        return self.level
 
-@dataclass(frozen=True)
-class Problem:
-    """One window's numbers, of the present tasks alone, on the CPU in float64.
+    @property
+    def period(self) -> int:
+        return self.every
 
-    `present_T` says over all tasks which those are; `key` is the source of random choices.
-    """
+    @property
+    def scales_heads(self) -> bool:
+        return self.scale_heads
 
-    gramian_TT: Tensor
-    losses_T: Tensor
-    present_T: Tensor
-    key: Key
-
-    def __len__(self) -> int:
-        return len(self.gramian_TT)
-
-
-class GradientBalancer(Balancer):
-    """A method that maps the Gramian G = J J^T (and the losses) to weights.
-
-    The solve is in float64 on the CPU: T x T numbers, for which a GPU is slower. Until a first window has
-    been solved, the last weights are those of the mean gradient, 1 / T.
-    """
-
-    needs = "gramian"
-
-    def __init__(self, settings: GradientSettings, tasks: BalancedTasks) -> None:
-        super().__init__(tasks)
-        self.level = settings.level
-        self.every = settings.every
-        self.scale_heads = settings.scale_heads
-        self.last_weights_T.fill_(1 / len(tasks))
+    def first_weight(self, num_tasks: int) -> float:
+        """As in the mean gradient."""
+        return 1 / num_tasks
 
     @abstractmethod
     def solve(self, problem: Problem) -> Tensor:
@@ -72,19 +81,18 @@ class GradientBalancer(Balancer):
             NotConvergedError: there is no solution, or it was not found.
         """
 
-    def _propose(
-        self, *, present_T: Tensor, key: Key, losses_T: Tensor | None, gramian_TT: Tensor | None
-    ) -> Tensor:
-        if gramian_TT is None:
-            assert self.needs_at(key[1]) == "nothing", "a Gramian is needed at this step"
-            return self.last_weights_T
-        assert losses_T is not None
-        present = present_T.cpu()
+    def propose(self, window: Window, state: State) -> Tensor:
+        """The solution, or the last weights in a step between two solves."""
+        if window.gramian_TT is None:
+            assert window.key[1] % self.every, "a Gramian is needed at this step"
+            return state["last_weights_T"]
+        assert window.losses_T is not None
+        present = window.present_T.cpu()
         chosen = present.nonzero()[:, 0]
-        proposed_T = torch.full((len(self.tasks),), torch.nan)
+        proposed_T = torch.full((len(present),), torch.nan)
         if len(chosen):
-            gramian_TT = gramian_TT.cpu().double()[chosen][:, chosen]
-            problem = Problem(gramian_TT, losses_T.cpu().double()[chosen], present, key)
+            gramian_TT = window.gramian_TT.cpu().double()[chosen][:, chosen]
+            problem = Problem(gramian_TT, window.losses_T.cpu().double()[chosen], present, window.key, state)
             try:
                 if not gramian_TT.isfinite().all():
                     raise NotConvergedError("the gradients are not finite")
@@ -92,8 +100,8 @@ class GradientBalancer(Balancer):
             except (NotConvergedError, torch.linalg.LinAlgError) as error:
                 logger.warning(
                     "balance: step %d: %s found no weights (%s); the last ones are used again.",
-                    key[1],
+                    window.key[1],
                     type(self).__name__,
                     error,
                 )
-        return proposed_T.to(present_T.device)
+        return proposed_T.to(window.present_T.device)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from mtl_dist.balance.balancer import BalancedTasks
-from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
+from mtl_dist.balance.gradient import GradientMethod, Problem
 from mtl_dist.balance.solvers import RIDGE, angles, zero_below
+from mtl_dist.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class IMTLGSettings(GradientSettings):
-    """`balance: {method: imtl-g}`"""
-
-    method: Literal["imtl-g"] = "imtl-g"
-
-
-class IMTLG(GradientBalancer):
+class IMTLG(GradientMethod):
     """The update projects equally onto every task's gradient (ICLR 2021, https://openreview.net/forum?id=IMPnRXEWpvr).
 
         d = sum_k w_k g_k,    d . g_k / |g_k| the same for all k,    sum_k w_k = 1
@@ -29,10 +23,11 @@ class IMTLG(GradientBalancer):
     scaling a loss never changes the direction (TorchJD's generalisation is by that of G). Where no direction
     projects equally (opposite gradients), the weights are 0, as in TorchJD; so is that of a task without
     gradient.
+
+    `balance: {method: imtl-g}`
     """
 
-    def __init__(self, settings: IMTLGSettings, tasks: BalancedTasks) -> None:
-        super().__init__(settings, tasks)
+    method: Literal["imtl-g"] = "imtl-g"
 
     def solve(self, problem: Problem) -> Tensor:
         """See the class."""

@@ -1,16 +1,18 @@
-"""Balancers that combine the gradients themselves, by coordinate or over time: they need all of J."""
+"""Methods that combine the gradients themselves, by coordinate or over time: they need all of J."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from mtl_dist.balance.method import Key, Level, Method, State, Window
+from mtl_dist.lazy import torch
 
-from mtl_dist.balance.balancer import BalancedTasks, Balancer, Key
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class JacobianBalancer(Balancer):
+class JacobianMethod(Method):
     """A method whose update is no weighted sum of the tasks' gradients with one weight per task.
 
     `aggregate` gives the gradient of the shared parameters itself; the root module returns the scalar
@@ -20,36 +22,21 @@ class JacobianBalancer(Balancer):
     """
 
     needs = "jacobian"
-    level = "parameters"
-    scale_heads = False
 
-    def __init__(self, tasks: BalancedTasks) -> None:
-        super().__init__(tasks)
+    @property
+    def where(self) -> Level:
+        return "parameters"
 
-    @torch.no_grad()
-    def aggregate(self, jacobian_TP: Tensor, *, losses_T: Tensor, present_T: Tensor, key: Key) -> Tensor:
-        """The gradient (P,) of the shared parameters; once per window, identically on every rank.
-
-        `jacobian_TP` has one row per task: the gradient of its global loss, in float32. Rows of absent tasks
-        are not looked at and may hold anything. Where J or a loss is not finite the answer is not either,
-        no state changes, and `num_unconverged` counts it: the step must be skipped.
-        """
-        if not present_T.all():  # J is large: no copy without need.
-            jacobian_TP = torch.where(present_T[:, None], jacobian_TP, 0.0)
-        losses_T = torch.where(present_T, losses_T, 1.0)
-        if not losses_T.isfinite().all():
-            # Counted by `weights`, which sees the same losses.
-            return torch.full_like(jacobian_TP[0], torch.nan)
-        if not torch.stack(torch.aminmax(jacobian_TP)).isfinite().all():
-            self.num_unconverged += 1
-            return torch.full_like(jacobian_TP[0], torch.nan)
-        return self._aggregate(jacobian_TP, losses_T, present_T, key)
+    @property
+    def scales_heads(self) -> bool:
+        return False
 
     @abstractmethod
-    def _aggregate(self, jacobian_TP: Tensor, losses_T: Tensor, present_T: Tensor, key: Key) -> Tensor:
-        """The method, on finite numbers; rows of absent tasks are 0."""
-
-    def _propose(
-        self, *, present_T: Tensor, key: Key, losses_T: Tensor | None, gramian_TT: Tensor | None
+    def aggregate(
+        self, jacobian_TP: Tensor, losses_T: Tensor, present_T: Tensor, key: Key, state: State
     ) -> Tensor:
-        return torch.ones_like(self.last_weights_T)
+        """The gradient (P,) of the shared parameters, from finite numbers; rows of absent tasks are 0."""
+
+    def propose(self, window: Window, state: State) -> Tensor:
+        """1 for each task."""
+        return torch.ones_like(state["last_weights_T"])

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from mtl_dist.balance.balancer import SMALLEST_LOSS, BalancedTasks
-from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
+from mtl_dist.balance.gradient import GradientMethod, Problem
+from mtl_dist.balance.method import SMALLEST_LOSS
 from mtl_dist.balance.solvers import angles, nonnegative_qp
+from mtl_dist.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class MGDASettings(GradientSettings):
-    """`balance: {method: mgda, normalize: none}`; `normalize` divides gradients by length, loss or both."""
-
-    method: Literal["mgda"] = "mgda"
-    normalize: Literal["none", "l2", "loss", "loss+"] = "none"
-
-
-class MGDA(GradientBalancer):
+class MGDA(GradientMethod):
     """The shortest vector in the convex hull of the gradients (https://arxiv.org/abs/1810.04650).
 
         min_w |sum_k w_k g_k / n_k|^2    over w >= 0, sum_k w_k = 1
@@ -30,11 +24,12 @@ class MGDA(GradientBalancer):
     shortest vector (the official code applies w to gradients which are not normalised). With
     `level: features` this is MGDA-UB. A task without gradient takes all the weight, as in the paper: nothing
     moves, since the window is Pareto stationary.
+
+    `balance: {method: mgda, normalize: none}`; `normalize` divides gradients by length, loss or both.
     """
 
-    def __init__(self, settings: MGDASettings, tasks: BalancedTasks) -> None:
-        super().__init__(settings, tasks)
-        self.normalize = settings.normalize
+    method: Literal["mgda"] = "mgda"
+    normalize: Literal["none", "l2", "loss", "loss+"] = "none"
 
     def _divisors(self, lengths_T: Tensor, losses_T: Tensor) -> Tensor:
         divisors_T = torch.ones_like(lengths_T)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from mtl_dist.balance.balancer import BalancedTasks
-from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
+from mtl_dist.balance.gradient import GradientMethod, Problem
 from mtl_dist.balance.solvers import angles, power_balance
+from mtl_dist.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class NashSettings(GradientSettings):
-    """`balance: {method: nash, max_norm: 1.0}`; `max_norm` bounds the length of the update's shared part."""
-
-    method: Literal["nash"] = "nash"
-    max_norm: float = Field(default=1.0, gt=0)
-
-
-class Nash(GradientBalancer):
+class Nash(GradientMethod):
     """The bargain that maximises the product of all tasks' gains (Nash-MTL, https://arxiv.org/abs/2202.01017).
 
         G a = 1 / a,    a > 0,    then w = a min(1, max_norm / |sum_k a_k g_k|)
@@ -28,11 +22,12 @@ class Nash(GradientBalancer):
     Where we differ: Newton's method on the convex function behind it (1/2 a^T G a - sum log a), to the
     solution, instead of a sequence of cvxpy programs; it has no memory. Since a^T G a = T, the update's
     length before the bound is always sqrt(T). A task without gradient has weight 0.
+
+    `balance: {method: nash, max_norm: 1.0}`; `max_norm` bounds the length of the update's shared part.
     """
 
-    def __init__(self, settings: NashSettings, tasks: BalancedTasks) -> None:
-        super().__init__(settings, tasks)
-        self.max_norm = settings.max_norm
+    method: Literal["nash"] = "nash"
+    max_norm: float = Field(default=1.0, gt=0)
 
     def solve(self, problem: Problem) -> Tensor:
         """See the class."""

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from mtl_dist.balance.balancer import BalancedTasks, generator
-from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
+from mtl_dist.balance.gradient import GradientMethod, Problem
+from mtl_dist.balance.method import generator
+from mtl_dist.lazy import torch
 
-
-class PCGradSettings(GradientSettings):
-    """`balance: {method: pcgrad}`"""
-
-    method: Literal["pcgrad"] = "pcgrad"
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class PCGrad(GradientBalancer):
+class PCGrad(GradientMethod):
     """Each gradient loses what points against another one (https://arxiv.org/abs/2001.06782).
 
         g_i <- g_i - (g_i . g_j / |g_j|^2) g_j    for every j, in random order, where g_i . g_j < 0
@@ -26,10 +22,11 @@ class PCGrad(GradientBalancer):
     and the results are summed. A sum of gradients stays one, so the inner products of G are enough.
 
     Where we differ: the orders come from (seed, step), the same on all ranks.
+
+    `balance: {method: pcgrad}`
     """
 
-    def __init__(self, settings: PCGradSettings, tasks: BalancedTasks) -> None:
-        super().__init__(settings, tasks)
+    method: Literal["pcgrad"] = "pcgrad"
 
     def solve(self, problem: Problem) -> Tensor:
         """See the class."""

@@ -11,12 +11,15 @@ T tasks, N problems of the same matrix solved at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing
-import torch
-from torch import Tensor
+
+from mtl_dist.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RIDGE = 1e-6
 ROUNDING = 1e-13

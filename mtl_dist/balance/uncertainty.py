@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from mtl_dist.balance.learned import LearnedMethod
+from mtl_dist.balance.method import BalancedTasks, State
+from mtl_dist.lazy import torch
 
-from mtl_dist.balance.balancer import BalancedTasks, MethodSettings
-from mtl_dist.balance.learned import LearnedBalancer
-
-
-class UncertaintySettings(MethodSettings):
-    """`balance: {method: uncertainty}`"""
-
-    method: Literal["uncertainty"] = "uncertainty"
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class Uncertainty(LearnedBalancer):
+class Uncertainty(LearnedMethod):
     """Each task's noise is learned, and a noisy task counts less (https://arxiv.org/abs/1705.07115).
 
         sum_k (f_k exp(-s_k) L_k + s_k / 2),    f = 1/2 for regression, 1 for classification
@@ -26,18 +21,19 @@ class Uncertainty(LearnedBalancer):
     classifications.
 
     Where we differ: not from the paper; LibMTL and TorchJD use f = 1/2 for every task.
+
+    `balance: {method: uncertainty}`
     """
 
-    halves_T: Tensor
+    method: Literal["uncertainty"] = "uncertainty"
 
-    def __init__(self, settings: UncertaintySettings, tasks: BalancedTasks) -> None:
-        super().__init__(tasks)
-        halves = [0.5 if kind == "regression" else 1.0 for kind in tasks.kinds]
-        self.register_buffer("halves_T", torch.tensor(halves), persistent=False)
+    def constants(self, tasks: BalancedTasks) -> dict[str, Tensor]:
+        """The f_k."""
+        return {"halves_T": torch.tensor([0.5 if kind == "regression" else 1.0 for kind in tasks.kinds])}
 
-    def factors(self, scales_T: Tensor) -> Tensor:
+    def factors(self, scales_T: Tensor, state: State) -> Tensor:
         """f exp(-s)"""
-        return self.halves_T * torch.exp(-scales_T)
+        return state["halves_T"] * torch.exp(-scales_T)
 
     def penalties(self, scales_T: Tensor) -> Tensor:
         """s / 2"""

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from mtl_dist.balance.balancer import BalancedTasks
-from mtl_dist.balance.gradient import GradientBalancer, GradientSettings, Problem
+from mtl_dist.balance.gradient import GradientMethod, Problem
 from mtl_dist.balance.solvers import angles, dual_cone_shift
+from mtl_dist.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class UPGradSettings(GradientSettings):
-    """`balance: {method: upgrad}`"""
-
-    method: Literal["upgrad"] = "upgrad"
-
-
-class UPGrad(GradientBalancer):
+class UPGrad(GradientMethod):
     """Each gradient is projected to where it hurts no task; the mean of these (https://arxiv.org/abs/2406.16232).
 
         w = (1/T) sum_i v_i,    v_i = argmin v^T G v over v >= e_i
@@ -27,10 +21,11 @@ class UPGrad(GradientBalancer):
 
     Where we differ: the ridge that makes v unique is 1e-6 of each gradient's own square (TorchJD: 1e-4 of the
     sum of all).
+
+    `balance: {method: upgrad}`
     """
 
-    def __init__(self, settings: UPGradSettings, tasks: BalancedTasks) -> None:
-        super().__init__(settings, tasks)
+    method: Literal["upgrad"] = "upgrad"
 
     def solve(self, problem: Problem) -> Tensor:
         """See the class."""

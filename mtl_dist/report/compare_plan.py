@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mtl_dist.assemble import absolute_paths
-from mtl_dist.balance.fixed import FixedSettings
+from mtl_dist.balance.fixed import Fixed
 from mtl_dist.balance.methods import build_balancer
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.settings import UniformSampling
@@ -88,7 +88,7 @@ def plan_comparison(path: Path, overrides: Sequence[str], methods: Sequence[str]
 def _own_methods(given: Recipe) -> list[str]:
     """Task weights that somebody has tuned are a second control."""
     tuned = any(task.weight != 1 for task in given.tasks.values())
-    return ["fixed"] if tuned and isinstance(given.balance, FixedSettings) else []
+    return ["fixed"] if tuned and isinstance(given.balance, Fixed) else []
 
 
 def _single(given: Recipe, task: str, notes: list[str]) -> Contender:
@@ -105,7 +105,7 @@ def _single(given: Recipe, task: str, notes: list[str]) -> Contender:
     recipe = _with(
         given,
         tasks={task: _with(given.tasks[task], weight=1.0)},
-        balance=FixedSettings(diagnose_every=0),
+        balance=Fixed(diagnose_every=0),
         model=_with(given.model, heads=_only(given.model.heads, task)),
         optim=_with(given.optim, task_lr=_only(given.optim.task_lr, task)),
         monitor=monitor,

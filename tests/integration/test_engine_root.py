@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer, vision_transformer
 
-from mtl_dist.balance.cagrad import CAGradSettings
-from mtl_dist.balance.famo import FAMOSettings
-from mtl_dist.balance.fixed import FixedSettings
+from mtl_dist.balance.cagrad import CAGrad
+from mtl_dist.balance.famo import FAMO
+from mtl_dist.balance.fixed import Fixed
 from mtl_dist.balance.methods import build_balancer
-from mtl_dist.balance.mgda import MGDASettings
-from mtl_dist.balance.pcgrad import PCGradSettings
-from mtl_dist.balance.uncertainty import UncertaintySettings
+from mtl_dist.balance.mgda import MGDA
+from mtl_dist.balance.pcgrad import PCGrad
+from mtl_dist.balance.uncertainty import Uncertainty
 from mtl_dist.batch import Batch
 from mtl_dist.config.settings import Settings
 from mtl_dist.engine import deepspeed_setup
@@ -48,12 +48,12 @@ INFOS = {
 TASKS = {"kind": ClassificationSettings(), "age": RegressionSettings(), "mask": SegmentationSettings()}
 
 METHODS: dict[str, Settings] = {
-    "fixed": FixedSettings(),
-    "uncertainty": UncertaintySettings(),
-    "famo": FAMOSettings(),
-    "mgda at features": MGDASettings(level="features"),
-    "cagrad at features": CAGradSettings(level="features"),
-    "pcgrad at parameters": PCGradSettings(level="parameters"),
+    "fixed": Fixed(),
+    "uncertainty": Uncertainty(),
+    "famo": FAMO(),
+    "mgda at features": MGDA(level="features"),
+    "cagrad at features": CAGrad(level="features"),
+    "pcgrad at parameters": PCGrad(level="parameters"),
 }
 
 

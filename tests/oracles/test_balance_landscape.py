@@ -13,9 +13,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mtl_dist.balance.balancer import BalancedTasks
-from mtl_dist.balance.cagrad import CAGrad, CAGradSettings
-from mtl_dist.balance.famo import FAMO, FAMOSettings
+from mtl_dist.balance.balancer import Balancer
+from mtl_dist.balance.cagrad import CAGrad
+from mtl_dist.balance.famo import FAMO
+from mtl_dist.balance.method import BalancedTasks
 
 Point = list[float]
 Values = tuple[float, float]
@@ -96,7 +97,7 @@ def cagrad_rule(c: float) -> Rule:
     return rule
 
 
-def famo_rule(settings: FAMOSettings) -> Rule:
+def famo_rule(settings: FAMO) -> Rule:
     """FAMO for two tasks; the objectives are shifted up by 21, the lower bound of the authors' experiment."""
     logits, moment, square = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
     last: list[Values] = []
@@ -128,8 +129,8 @@ def famo_rule(settings: FAMOSettings) -> Rule:
 
 @pytest.mark.parametrize("start", STARTS, ids=str)
 def test_the_balancers_follow_the_formulas_along_the_path(start: Values) -> None:
-    settings = FAMOSettings()
-    famo, cagrad = FAMO(settings, TWO), CAGrad(CAGradSettings(c=0.4), TWO)
+    settings = FAMO()
+    famo, cagrad = Balancer(settings, TWO), Balancer(CAGrad(c=0.4), TWO)
     follow_famo, follow_cagrad = famo_rule(settings), cagrad_rule(0.4)
     step = 0
 
@@ -170,7 +171,7 @@ def test_cagrad_reaches_the_best_mean_on_the_front_from_every_start(start: Value
 @pytest.mark.parametrize("start", STARTS, ids=str)
 def test_famo_reaches_the_front_from_every_start(start: Values) -> None:
     # Without weight decay, as in the authors' run of it: here no batch changes the objectives.
-    x = descend(start, famo_rule(FAMOSettings(weight_decay=0.0)))
+    x = descend(start, famo_rule(FAMO(weight_decay=0.0)))
     assert abs(x[1] + 8.36) < 0.1
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mtl_dist.balance.fixed import FixedSettings
+from mtl_dist.balance.fixed import Fixed
 from mtl_dist.balance.methods import build_balancer
 from mtl_dist.batch import Batch
 from mtl_dist.engine.accelerated import AccelerateEngine
@@ -44,7 +44,7 @@ def make_root(num_ranks: int = 1, seed: int = 0) -> RootModule:
     )
     kinds = {name: info.kind for name, info in INFOS.items()}
     weights = {name: settings.weight for name, settings in SETTINGS.items()}
-    balancer = build_balancer(FixedSettings(), list(tasks), kinds, weights)
+    balancer = build_balancer(Fixed(), list(tasks), kinds, weights)
     world = World(rank=0, size=num_ranks, local_rank=0, device=torch.device("cpu"))
     root = RootModule(model, tasks, balancer, world, "fp32", seed)
     for module in root.modules():

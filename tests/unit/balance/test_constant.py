@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mtl_dist.balance.balancer import Balancer, generator
-from mtl_dist.balance.equal import EqualSettings
-from mtl_dist.balance.fixed import FixedSettings
+from mtl_dist.balance.balancer import Balancer
+from mtl_dist.balance.equal import Equal
+from mtl_dist.balance.fixed import Fixed
+from mtl_dist.balance.method import generator
 from mtl_dist.balance.methods import BalanceSettings, build_balancer
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskKind
@@ -23,18 +24,18 @@ def build(settings: BalanceSettings, weights: dict[str, float] = ONES) -> Balanc
 
 
 def test_equal_weights_are_one() -> None:
-    assert build(EqualSettings()).weights(present_T=ALL, key=(0, 0)).tolist() == [1.0, 1.0, 1.0]
+    assert build(Equal()).weights(present_T=ALL, key=(0, 0)).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_fixed_weights_are_those_of_the_recipe_in_the_order_of_the_tasks() -> None:
-    balancer = build(FixedSettings(), {"ink": 0.5, "digit": 2.0, "thickness": 0.0})
+    balancer = build(Fixed(), {"ink": 0.5, "digit": 2.0, "thickness": 0.0})
     assert balancer.weights(present_T=ALL, key=(0, 0)).tolist() == [2.0, 0.0, 0.5]
 
 
 def test_fixed_weights_come_from_the_recipe_also_after_a_checkpoint_is_loaded() -> None:
-    old = build(FixedSettings(), {"digit": 2.0, "thickness": 1.0, "ink": 1.0})
+    old = build(Fixed(), {"digit": 2.0, "thickness": 1.0, "ink": 1.0})
     old.weights(present_T=ALL, key=(0, 0))
-    new = build(FixedSettings())
+    new = build(Fixed())
     new.load_state_dict(old.state_dict())
     assert new.weights(present_T=ALL, key=(0, 1)).tolist() == [1.0, 1.0, 1.0]
 
@@ -43,11 +44,11 @@ def test_a_weight_that_the_method_would_ignore_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"tasks\.ink\.weight: expected 1 under balance\.method equal.*found 0\.5"
     ):
-        build(EqualSettings(), {**ONES, "ink": 0.5})
+        build(Equal(), {**ONES, "ink": 0.5})
 
 
 def test_an_absent_task_has_weight_zero_and_its_nan_loss_reaches_neither_value_nor_gradient() -> None:
-    balancer = build(EqualSettings())
+    balancer = build(Equal())
     present_T = torch.tensor([True, False, True])
     weights_T = balancer.weights(present_T=present_T, key=(0, 0))
     losses_T = torch.tensor([1.0, float("nan"), 3.0], requires_grad=True)
@@ -59,7 +60,7 @@ def test_an_absent_task_has_weight_zero_and_its_nan_loss_reaches_neither_value_n
 
 
 def test_a_cast_of_the_model_to_bfloat16_leaves_the_state_in_full_precision() -> None:
-    balancer = build(FixedSettings(), {**ONES, "ink": 0.3})
+    balancer = build(Fixed(), {**ONES, "ink": 0.3})
     balancer.weights(present_T=ALL, key=(0, 0))
     torch.nn.ModuleList([balancer]).bfloat16()
     assert balancer.last_weights_T.dtype == torch.float32

@@ -12,34 +12,34 @@ import torch
 from torch import Tensor
 
 from mtl_dist.balance import solvers
-from mtl_dist.balance.aligned import AlignedSettings
+from mtl_dist.balance.aligned import Aligned
 from mtl_dist.balance.balancer import Balancer
-from mtl_dist.balance.cagrad import CAGradSettings
-from mtl_dist.balance.dualproj import DualProjSettings
-from mtl_dist.balance.fairgrad import FairGradSettings
-from mtl_dist.balance.gradnorm import GradNormSettings
-from mtl_dist.balance.imtl_g import IMTLGSettings
+from mtl_dist.balance.cagrad import CAGrad
+from mtl_dist.balance.dualproj import DualProj
+from mtl_dist.balance.fairgrad import FairGrad
+from mtl_dist.balance.gradnorm import GradNorm
+from mtl_dist.balance.imtl_g import IMTLG
 from mtl_dist.balance.methods import BalanceSettings, build_balancer
-from mtl_dist.balance.mgda import MGDASettings
-from mtl_dist.balance.nash import NashSettings
-from mtl_dist.balance.pcgrad import PCGradSettings
-from mtl_dist.balance.upgrad import UPGradSettings
+from mtl_dist.balance.mgda import MGDA
+from mtl_dist.balance.nash import Nash
+from mtl_dist.balance.pcgrad import PCGrad
+from mtl_dist.balance.upgrad import UPGrad
 
 METHODS: list[Any] = [
-    GradNormSettings(),
-    MGDASettings(),
-    MGDASettings(normalize="l2"),
-    MGDASettings(normalize="loss+"),
-    PCGradSettings(),
-    CAGradSettings(),
-    CAGradSettings(c=0.8, rescale=False),
-    IMTLGSettings(),
-    NashSettings(),
-    FairGradSettings(),
-    FairGradSettings(alpha=2.0),
-    AlignedSettings(),
-    UPGradSettings(),
-    DualProjSettings(),
+    GradNorm(),
+    MGDA(),
+    MGDA(normalize="l2"),
+    MGDA(normalize="loss+"),
+    PCGrad(),
+    CAGrad(),
+    CAGrad(c=0.8, rescale=False),
+    IMTLG(),
+    Nash(),
+    FairGrad(),
+    FairGrad(alpha=2.0),
+    Aligned(),
+    UPGrad(),
+    DualProj(),
 ]
 
 
@@ -105,15 +105,15 @@ def solve(settings: BalanceSettings, jacobian_TP: Tensor, key: tuple[int, int] =
 
 J = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
 PUBLISHED: list[tuple[Any, tuple[float, float]]] = [
-    (AlignedSettings(), (0.5591, 0.4083)),
-    (IMTLGSettings(), (0.5923, 0.4077)),
-    (MGDASettings(), (0.6, 0.4)),
-    (PCGradSettings(), (2.2222, 1.5789)),
-    (CAGradSettings(c=0.5, rescale=False), (0.7041, 0.5)),
-    (FairGradSettings(alpha=1.0), (0.5915, 0.4071)),
+    (Aligned(), (0.5591, 0.4083)),
+    (IMTLG(), (0.5923, 0.4077)),
+    (MGDA(), (0.6, 0.4)),
+    (PCGrad(), (2.2222, 1.5789)),
+    (CAGrad(c=0.5, rescale=False), (0.7041, 0.5)),
+    (FairGrad(alpha=1.0), (0.5915, 0.4071)),
     # By hand. The published (1.1109, 0.7894) and (0.6109, 0.5) contain TorchJD's ridge of 1e-4.
-    (UPGradSettings(), (10 / 9, 15 / 19)),
-    (DualProjSettings(), (11 / 18, 0.5)),
+    (UPGrad(), (10 / 9, 15 / 19)),
+    (DualProj(), (11 / 18, 0.5)),
 ]
 
 
@@ -126,15 +126,15 @@ def test_the_weights_are_the_published_ones(settings: BalanceSettings, expected:
 
 def test_the_update_of_nash_is_the_published_one() -> None:
     expected_P = torch.tensor([0.0542, 0.7061, 0.7061], dtype=torch.float64)
-    torch.testing.assert_close(solve(NashSettings(max_norm=1.0), J) @ J, expected_P, rtol=0, atol=1e-4)
+    torch.testing.assert_close(solve(Nash(max_norm=1.0), J) @ J, expected_P, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_for_two_tasks_imtl_g_is_proportional_to_nash_and_upgrad_is_half_of_pcgrad(seed: int) -> None:
     jacobian_TP = jacobian("random", 2, seed)
-    ratio_T = solve(IMTLGSettings(), jacobian_TP) / solve(NashSettings(), jacobian_TP)
+    ratio_T = solve(IMTLG(), jacobian_TP) / solve(Nash(), jacobian_TP)
     assert ratio_T[0].item() == pytest.approx(ratio_T[1].item(), rel=1e-4)
-    upgrad_T, pcgrad_T = solve(UPGradSettings(), jacobian_TP), solve(PCGradSettings(), jacobian_TP)
+    upgrad_T, pcgrad_T = solve(UPGrad(), jacobian_TP), solve(PCGrad(), jacobian_TP)
     torch.testing.assert_close(2 * upgrad_T, pcgrad_T, rtol=1e-4, atol=1e-4)
 
 
@@ -149,12 +149,12 @@ def test_hard_gradients_have_a_solution(settings: BalanceSettings) -> None:
 
 
 BOUNDED = [
-    MGDASettings(),
-    PCGradSettings(),
-    CAGradSettings(),
-    AlignedSettings(),
-    UPGradSettings(),
-    DualProjSettings(),
+    MGDA(),
+    PCGrad(),
+    CAGrad(),
+    Aligned(),
+    UPGrad(),
+    DualProj(),
 ]
 
 
@@ -241,12 +241,12 @@ def test_a_gramian_that_is_not_finite_keeps_the_last_weights_and_is_counted(
 
 
 ITERATIVE = [
-    NashSettings(),
-    FairGradSettings(),
-    CAGradSettings(),
-    MGDASettings(),
-    UPGradSettings(),
-    DualProjSettings(),
+    Nash(),
+    FairGrad(),
+    CAGrad(),
+    MGDA(),
+    UPGrad(),
+    DualProj(),
 ]
 
 
@@ -326,7 +326,7 @@ hard = pytest.mark.parametrize("case", HARD, ids=lambda case: f"{case[0]} {case[
 @hard
 def test_mgda_finds_the_shortest_vector_of_the_hull(case: tuple[str, int]) -> None:
     jacobian_TP = jacobian(*case)
-    weights_T = solve(MGDASettings(), jacobian_TP)
+    weights_T = solve(MGDA(), jacobian_TP)
     update_P = weights_T @ jacobian_TP
     assert weights_T.min() >= 0 and weights_T.sum().item() == pytest.approx(1.0, abs=1e-6)
     # A point of the hull is the shortest if no corner is on its near side.
@@ -341,7 +341,7 @@ def test_cagrad_stays_in_the_ball_and_helps_the_worst_task_no_less_than_other_po
     case: tuple[str, int], c: float
 ) -> None:
     jacobian_TP = jacobian(*case)
-    update_P = solve(CAGradSettings(c=c, rescale=False), jacobian_TP) @ jacobian_TP
+    update_P = solve(CAGrad(c=c, rescale=False), jacobian_TP) @ jacobian_TP
     mean_P = jacobian_TP.mean(dim=0)
     radius = c * mean_P.norm()
     assert (update_P - mean_P).norm() <= radius * (1 + 1e-4) + 1e-5 * jacobian_TP.norm(dim=1).max()
@@ -361,7 +361,7 @@ def test_cagrad_stays_in_the_ball_and_helps_the_worst_task_no_less_than_other_po
 @independent
 def test_imtl_g_projects_equally_onto_every_gradient(case: tuple[str, int]) -> None:
     jacobian_TP = jacobian(*case)
-    weights_T = solve(IMTLGSettings(), jacobian_TP)
+    weights_T = solve(IMTLG(), jacobian_TP)
     projections_T = jacobian_TP @ (weights_T @ jacobian_TP) / jacobian_TP.norm(dim=1)
     assert weights_T.sum().item() == pytest.approx(1.0, abs=1e-4)
     torch.testing.assert_close(
@@ -373,7 +373,7 @@ def test_imtl_g_projects_equally_onto_every_gradient(case: tuple[str, int]) -> N
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0])
 def test_fairgrad_solves_its_equation(case: tuple[str, int], alpha: float) -> None:
     jacobian_TP = jacobian(*case)
-    weights_T = solve(FairGradSettings(alpha=alpha), jacobian_TP)
+    weights_T = solve(FairGrad(alpha=alpha), jacobian_TP)
     gains_T = jacobian_TP @ (weights_T @ jacobian_TP)
     # Each gain is a sum of products that the Gramian's float32 and the ridge know to a millionth.
     lengths_T = jacobian_TP.norm(dim=1)
@@ -384,7 +384,7 @@ def test_fairgrad_solves_its_equation(case: tuple[str, int], alpha: float) -> No
 @independent
 def test_nash_gives_every_task_the_same_share_and_bounds_the_update(case: tuple[str, int]) -> None:
     jacobian_TP = jacobian(*case)
-    weights_T = solve(NashSettings(max_norm=0.5), jacobian_TP)
+    weights_T = solve(Nash(max_norm=0.5), jacobian_TP)
     update_P = weights_T @ jacobian_TP
     shares_T = weights_T * (jacobian_TP @ update_P)
     torch.testing.assert_close(shares_T, shares_T.mean().expand_as(shares_T), rtol=1e-3, atol=0)
@@ -392,7 +392,7 @@ def test_nash_gives_every_task_the_same_share_and_bounds_the_update(case: tuple[
 
 
 @hard
-@pytest.mark.parametrize("settings", [UPGradSettings(), DualProjSettings()], ids=name)
+@pytest.mark.parametrize("settings", [UPGrad(), DualProj()], ids=name)
 def test_projections_hurt_no_task(settings: BalanceSettings, case: tuple[str, int]) -> None:
     jacobian_TP = jacobian(*case)
     update_P = solve(settings, jacobian_TP) @ jacobian_TP
@@ -400,30 +400,30 @@ def test_projections_hurt_no_task(settings: BalanceSettings, case: tuple[str, in
     assert (jacobian_TP @ update_P >= -1e-4 * lengths_T * lengths_T.max()).all()
 
 
-@pytest.mark.parametrize("settings", [UPGradSettings(), DualProjSettings()], ids=name)
+@pytest.mark.parametrize("settings", [UPGrad(), DualProj()], ids=name)
 def test_projections_leave_gradients_alone_that_do_not_fight(settings: BalanceSettings) -> None:
     weights_T = solve(settings, jacobian("agreeing", 6).abs())
     torch.testing.assert_close(weights_T, torch.full_like(weights_T, 1 / 6))
 
 
 def test_pcgrad_leaves_gradients_alone_that_do_not_fight() -> None:
-    weights_T = solve(PCGradSettings(), jacobian("agreeing", 6).abs())
+    weights_T = solve(PCGrad(), jacobian("agreeing", 6).abs())
     torch.testing.assert_close(weights_T, torch.ones_like(weights_T))
 
 
 def test_pcgrads_orders_come_from_seed_and_step() -> None:
     jacobian_TP = jacobian("random", 6)
-    first_T = solve(PCGradSettings(), jacobian_TP, key=(3, 5))
-    assert first_T.tolist() == solve(PCGradSettings(), jacobian_TP, key=(3, 5)).tolist()
-    assert first_T.tolist() != solve(PCGradSettings(), jacobian_TP, key=(3, 6)).tolist()
-    assert first_T.tolist() != solve(PCGradSettings(), jacobian_TP, key=(4, 5)).tolist()
+    first_T = solve(PCGrad(), jacobian_TP, key=(3, 5))
+    assert first_T.tolist() == solve(PCGrad(), jacobian_TP, key=(3, 5)).tolist()
+    assert first_T.tolist() != solve(PCGrad(), jacobian_TP, key=(3, 6)).tolist()
+    assert first_T.tolist() != solve(PCGrad(), jacobian_TP, key=(4, 5)).tolist()
 
 
 @independent
 def test_aligned_gives_orthogonal_gradients_of_one_length(case: tuple[str, int]) -> None:
     jacobian_TP = jacobian(*case)
     # w = B (1/T, ..., 1/T) with B G B = l_min I, so that |update|^2 = l_min / T.
-    weights_T = solve(AlignedSettings(), jacobian_TP)
+    weights_T = solve(Aligned(), jacobian_TP)
     gramian_TT = jacobian_TP @ jacobian_TP.T
     update_P = weights_T @ jacobian_TP
     smallest = torch.linalg.eigvalsh(gramian_TT)[0]
@@ -433,7 +433,7 @@ def test_aligned_gives_orthogonal_gradients_of_one_length(case: tuple[str, int])
 def test_gradnorm_makes_lengths_follow_the_relative_rates() -> None:
     jacobian_TP = jacobian("lengths", 3)
     gramian_TT = (jacobian_TP @ jacobian_TP.T).float()
-    balancer = build(GradNormSettings(alpha=1.5), 3)
+    balancer = build(GradNorm(alpha=1.5), 3)
     present_T, start_T = all_present(3), torch.tensor([1.0, 2.0, 4.0])
     first_T = balancer.weights(
         present_T=present_T, key=(0, 0), losses_T=start_T, gramian_TT=gramian_TT
@@ -453,11 +453,11 @@ def test_gradnorm_makes_lengths_follow_the_relative_rates() -> None:
 # --- scaling one loss -----------------------------------------------------------------------------------
 
 INVARIANT = [
-    IMTLGSettings(),
-    NashSettings(),
-    FairGradSettings(alpha=1.0),
-    MGDASettings(normalize="l2"),
-    MGDASettings(normalize="loss"),
+    IMTLG(),
+    Nash(),
+    FairGrad(alpha=1.0),
+    MGDA(normalize="l2"),
+    MGDA(normalize="loss"),
 ]
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from mtl_dist.balance.balancer import Balancer
-from mtl_dist.balance.dwa import DWA, DWASettings
-from mtl_dist.balance.famo import FAMO, FAMOSettings
-from mtl_dist.balance.gls import GLSSettings
-from mtl_dist.balance.imtl_l import IMTLLSettings
+from mtl_dist.balance.dwa import DWA
+from mtl_dist.balance.famo import FAMO
+from mtl_dist.balance.gls import GLS
+from mtl_dist.balance.imtl_l import IMTLL
 from mtl_dist.balance.methods import BalanceSettings, build_balancer
-from mtl_dist.balance.rlw import RLWSettings
-from mtl_dist.balance.stch import STCHSettings
-from mtl_dist.balance.uncertainty import UncertaintySettings
+from mtl_dist.balance.rlw import RLW
+from mtl_dist.balance.stch import STCH
+from mtl_dist.balance.uncertainty import Uncertainty
 from mtl_dist.specs import TaskKind
 
 TASKS = ("digit", "thickness", "ink")
@@ -47,7 +47,7 @@ def assert_weights_are_the_gradient(
 
 # --- every method that weighs by losses -----------------------------------------------------------
 
-LOSS_METHODS = [RLWSettings(), GLSSettings(), STCHSettings(), DWASettings(), FAMOSettings()]
+LOSS_METHODS = [RLW(), GLS(), STCH(), DWA(), FAMO()]
 by_method = pytest.mark.parametrize("settings", LOSS_METHODS, ids=lambda settings: settings.method)
 
 
@@ -139,16 +139,16 @@ def test_losses_that_are_not_finite_keep_the_last_weights_are_counted_and_poison
 
 
 def test_rlw_draws_by_seed_and_step_and_sums_to_one() -> None:
-    first_T = build(RLWSettings()).weights(present_T=ALL, key=(5, 9))
-    again_T = build(RLWSettings()).weights(present_T=ALL, key=(5, 9))
-    other_T = build(RLWSettings()).weights(present_T=ALL, key=(5, 10))
+    first_T = build(RLW()).weights(present_T=ALL, key=(5, 9))
+    again_T = build(RLW()).weights(present_T=ALL, key=(5, 9))
+    other_T = build(RLW()).weights(present_T=ALL, key=(5, 10))
     assert first_T.tolist() == again_T.tolist() != other_T.tolist()
     assert first_T.sum().item() == pytest.approx(1.0)
 
 
 def test_rlw_draws_the_same_ratios_whether_or_not_another_task_is_absent() -> None:
-    all_T = build(RLWSettings()).weights(present_T=ALL, key=(5, 9))
-    two_T = build(RLWSettings()).weights(present_T=WITHOUT_INK, key=(5, 9))
+    all_T = build(RLW()).weights(present_T=ALL, key=(5, 9))
+    two_T = build(RLW()).weights(present_T=WITHOUT_INK, key=(5, 9))
     assert (two_T[0] / two_T[1]).item() == pytest.approx((all_T[0] / all_T[1]).item(), rel=1e-5)
 
 
@@ -157,21 +157,17 @@ def test_rlw_draws_the_same_ratios_whether_or_not_another_task_is_absent() -> No
 
 def test_gls_is_the_gradient_of_the_geometric_mean() -> None:
     losses_T = torch.tensor([0.3, 2.0, 7.0])
-    assert_weights_are_the_gradient(
-        build(GLSSettings()), lambda values_T: values_T.prod() ** (1 / 3), losses_T
-    )
+    assert_weights_are_the_gradient(build(GLS()), lambda values_T: values_T.prod() ** (1 / 3), losses_T)
 
 
 def test_gls_weighted_losses_sum_to_the_geometric_mean() -> None:
     losses_T = torch.tensor([0.5, 2.0, 8.0])
-    weights_T = build(GLSSettings()).weights(present_T=ALL, key=(0, 0), losses_T=losses_T)
+    weights_T = build(GLS()).weights(present_T=ALL, key=(0, 0), losses_T=losses_T)
     assert (weights_T * losses_T).sum().item() == pytest.approx(2.0, rel=1e-6)
 
 
 def test_gls_of_a_loss_that_reached_zero_is_finite() -> None:
-    weights_T = build(GLSSettings()).weights(
-        present_T=ALL, key=(0, 0), losses_T=torch.tensor([0.0, 1.0, 1.0])
-    )
+    weights_T = build(GLS()).weights(present_T=ALL, key=(0, 0), losses_T=torch.tensor([0.0, 1.0, 1.0]))
     assert weights_T.isfinite().all()
 
 
@@ -182,7 +178,7 @@ def test_stch_is_the_gradient_of_the_smooth_maximum_with_the_recipes_weights(mu:
     def smooth_maximum(values_T: Tensor) -> Tensor:
         return mu * torch.logsumexp(preference_T * values_T / mu, dim=0)
 
-    balancer = build(STCHSettings(mu=mu), (0.5, 1.0, 2.0))
+    balancer = build(STCH(mu=mu), (0.5, 1.0, 2.0))
     assert_weights_are_the_gradient(balancer, smooth_maximum, torch.tensor([0.3, 2.0, 1.1]))
 
 
@@ -190,7 +186,7 @@ def test_stch_is_the_gradient_of_the_smooth_maximum_with_the_recipes_weights(mu:
 
 
 def test_dwa_weighs_by_the_ratio_of_the_last_two_epochs() -> None:
-    balancer = build(DWASettings(temperature=1.5))
+    balancer = build(DWA(temperature=1.5))
     generator = torch.Generator().manual_seed(0)
     means: list[Tensor] = []
     for epoch in range(4):
@@ -207,8 +203,7 @@ def test_dwa_weighs_by_the_ratio_of_the_last_two_epochs() -> None:
 
 
 def test_dwa_keeps_the_history_of_a_task_that_was_absent_for_an_epoch() -> None:
-    balancer = build(DWASettings())
-    assert isinstance(balancer, DWA)
+    balancer = build(DWA())
     for losses, present_T in [
         ([1.0, 1.0, 4.0], ALL),
         ([0.5, 1.0, 2.0], ALL),
@@ -226,7 +221,7 @@ def test_dwa_keeps_the_history_of_a_task_that_was_absent_for_an_epoch() -> None:
 
 
 def test_famo_takes_the_steps_of_its_algorithm() -> None:
-    settings = FAMOSettings()
+    settings = FAMO()
     balancer = build(settings)
     logits_T = torch.zeros(3, requires_grad=True)
     adam = torch.optim.Adam([logits_T], lr=settings.lr, weight_decay=settings.weight_decay)
@@ -245,8 +240,7 @@ def test_famo_takes_the_steps_of_its_algorithm() -> None:
 
 
 def test_famo_leaves_logits_and_moments_of_an_absent_task_as_they_were() -> None:
-    balancer = build(FAMOSettings())
-    assert isinstance(balancer, FAMO)
+    balancer = build(FAMO())
     for step in range(5):
         losses_T = torch.tensor([1.0, 0.8**step, 0.9**step])
         balancer.weights(present_T=ALL, key=(0, step), losses_T=losses_T)
@@ -260,7 +254,7 @@ def test_famo_leaves_logits_and_moments_of_an_absent_task_as_they_were() -> None
 
 
 def test_famo_of_a_loss_that_reached_zero_is_finite() -> None:
-    balancer = build(FAMOSettings())
+    balancer = build(FAMO())
     for step in range(3):
         weights_T = balancer.weights(present_T=ALL, key=(0, step), losses_T=torch.tensor([0.0, 1.0, 1.0]))
         assert weights_T.isfinite().all()
@@ -268,7 +262,7 @@ def test_famo_of_a_loss_that_reached_zero_is_finite() -> None:
 
 # --- uncertainty and imtl-l: trained with the model ---------------------------------------------------
 
-LEARNED = [UncertaintySettings(), IMTLLSettings()]
+LEARNED = [Uncertainty(), IMTLL()]
 by_learned = pytest.mark.parametrize("settings", LEARNED, ids=lambda settings: settings.method)
 
 
@@ -279,7 +273,7 @@ def set_scales(balancer: Balancer, values: tuple[float, ...]) -> None:
 
 
 def test_uncertainty_halves_the_factor_of_regression_alone() -> None:
-    balancer = build(UncertaintySettings())
+    balancer = build(Uncertainty())
     set_scales(balancer, (0.2, -0.4, 0.6))
     weights_T = balancer.weights(present_T=ALL, key=(0, 0))
     expected_T = torch.tensor([math.exp(-0.2), math.exp(0.4) / 2, math.exp(-0.6)])
@@ -292,7 +286,7 @@ def test_uncertainty_halves_the_factor_of_regression_alone() -> None:
 
 
 def test_imtl_l_is_its_formula() -> None:
-    balancer = build(IMTLLSettings())
+    balancer = build(IMTLL())
     set_scales(balancer, (0.2, -0.4, 0.6))
     losses_T, scales_T = torch.tensor([0.7, 1.5, 3.0]), torch.tensor([0.2, -0.4, 0.6])
     weights_T = balancer.weights(present_T=ALL, key=(0, 0))

@@ -16,8 +16,8 @@ from benchmarks.contenders import LIBMTL, METHODS, Peer, balanced, balancing_con
 from benchmarks.measuring import first
 from benchmarks.memory import Case, peaks
 from benchmarks.training import Scene, build_parts, build_trainer, random_batch
-from mtl_dist.balance.cagrad import CAGradSettings
-from mtl_dist.balance.upgrad import UPGradSettings
+from mtl_dist.balance.cagrad import CAGrad
+from mtl_dist.balance.upgrad import UPGrad
 from mtl_dist.engine.connect import Connection, EngineSettings, connect
 
 SCENE = Scene("simple_cnn", batch=2, image_size=32, optimizer="sgd")
@@ -92,7 +92,7 @@ def test_torchjds_step_is_ours_with_the_same_method(connection: Connection) -> N
 @pytest.mark.parametrize("num_tasks", [2, 10])
 def test_every_kind_of_gramian_is_solved(num_tasks: int) -> None:
     assert all(torch.linalg.eigvalsh(gramian)[-1] > 0 for gramian in gramians(num_tasks).values())
-    for method in (CAGradSettings, UPGradSettings):
+    for method in (CAGrad, UPGrad):
         times = solve_times(method, num_tasks, repeats=1)
         assert times.keys() == gramians(num_tasks).keys()
 

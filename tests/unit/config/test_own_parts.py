@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import nn
 from torchmetrics import Metric
 
-from mtl_dist.balance.balancer import Balancer
+from mtl_dist.balance.method import Method
 from mtl_dist.data.transforms import ImageTransform
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.task import Loss, LossSettings
@@ -78,15 +78,13 @@ class Odd(Poly):
         pass
 
 
-class First(Balancer):
+class First(Method):
     needs = "nothing"
 
-    def __init__(self, tasks, first: float = 2.0) -> None:
-        super().__init__(tasks)
-        self.first = first
+    first: float = 2.0
 
-    def _propose(self, *, present_T, key, losses_T, gramian_TT):
-        return torch.tensor([self.first] + [1.0] * (len(self.tasks) - 1))
+    def propose(self, window, state):
+        return torch.tensor([self.first] + [1.0] * (len(window.present_T) - 1))
 
 
 class Wide(nn.Module):
