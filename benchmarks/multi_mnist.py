@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mtl_dist.data.importers.jobs import Record, TaskSource
-from mtl_dist.data.importers.packing import pack
+from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.packing import pack
 
 CANVAS, SIDE, SHIFT = 36, 28, 6
 HEADERS = {"images": 16, "labels": 8}

@@ -21,6 +21,7 @@ from mtl_dist.data.loader import open_data, train_loader
 from mtl_dist.engine.accelerated import connect_accelerate
 from mtl_dist.engine.world import launched_size
 from mtl_dist.errors import UserError
+from mtl_dist.importers.external import with_indexes
 from mtl_dist.models.describe import describe
 from mtl_dist.recipe import Recipe
 from mtl_dist.specs import TaskKind
@@ -56,7 +57,7 @@ def overfit_one_batch(recipe: Recipe, console: Console | None = None) -> bool:
     _, world = connect_accelerate()
     recipe = absolute_paths(recipe)
     recipe = recipe.model_copy(update={"data": recipe.data.without_augmentation()})
-    data = open_data(recipe.data, recipe.tasks)
+    data = open_data(with_indexes(recipe.data), recipe.tasks)
     torch.manual_seed(recipe.train.seed)
     root = build_root(recipe, facts_of(data), world).to(world.device)
     console.print(describe(root.model, data.image_size), markup=False, highlight=False)

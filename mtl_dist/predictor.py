@@ -23,10 +23,10 @@ from torch import Tensor
 from mtl_dist.assemble import load_root
 from mtl_dist.data.decode import decode_image
 from mtl_dist.data.images import UnreadableImage
-from mtl_dist.data.importers.splitting import unique_keys
 from mtl_dist.data.transforms import PRESETS, Transform
 from mtl_dist.engine.connect import connect_without_engine
 from mtl_dist.errors import UserError
+from mtl_dist.importers.splitting import unique_keys
 from mtl_dist.randomness import Draws
 from mtl_dist.recipe import load_recipe
 from mtl_dist.run_folder import RunFolder

@@ -204,8 +204,9 @@ def with_tasks_of_the_data(recipe: Recipe) -> Recipe:
         UserError: the data cannot be opened, or something else in the recipe does not fit its tasks.
     """
     from mtl_dist.data.loader import tasks_in  # (only here are datasets looked at while a recipe is read)
+    from mtl_dist.importers.external import with_indexes
 
-    tasks = {name: DEFAULTS[info.kind] for name, info in tasks_in(recipe.data).items()}
+    tasks = {name: DEFAULTS[info.kind] for name, info in tasks_in(with_indexes(recipe.data)).items()}
     filled = recipe.model_copy(update={"tasks": tasks})
     problems = filled.problems()
     if problems:

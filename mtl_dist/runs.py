@@ -45,6 +45,7 @@ from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation, evaluate
 from mtl_dist.figures.run_figures import RunFigures
+from mtl_dist.importers.external import with_indexes
 from mtl_dist.models.compiling import compile_parts
 from mtl_dist.optim import build_optimizer
 from mtl_dist.recipe import Recipe, load_recipe, refuse_other_run
@@ -73,7 +74,7 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
     check_tracking(recipe.tracking)
 
     # ---- data
-    data = open_data(recipe.data, recipe.tasks)
+    data = open_data(with_indexes(recipe.data), recipe.tasks)
     check_labels(data, recipe)
 
     # ---- tasks, model, balancing: one root module
@@ -109,7 +110,7 @@ def evaluate_run(run: Path, split: str) -> None:
     folder = RunFolder.open(run)
     recipe = load_recipe(folder.recipe_path)
     world = connect_without_engine(recipe.engine)
-    data = open_data(recipe.data, recipe.tasks)
+    data = open_data(with_indexes(recipe.data), recipe.tasks)
     if split not in data.splits:
         raise UserError(f"--split: expected one of {', '.join(data.splits)}, found {split!r}.")
     root = load_root(folder, recipe, world, warn)

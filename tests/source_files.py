@@ -12,10 +12,10 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from mtl_dist.data.importers.packing import PackOptions
-from mtl_dist.data.importers.table import prepare_table
 from mtl_dist.data.manifest import Manifest, read_manifest
 from mtl_dist.data.shards import sha256_of
+from mtl_dist.importers.packing import PackOptions
+from mtl_dist.importers.table import prepare_table
 
 HERE = PackOptions(workers=1)
 """In this process: the tests' data is small."""

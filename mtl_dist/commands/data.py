@@ -116,7 +116,7 @@ def index(
       mtl index 'in1k/train-{000..146}.tar' data/in1k --image jpg --classification label=cls
       mtl index laion/ data/laion --multilabel tags=json:tags --regression score=json:meta.score
     """
-    from mtl_dist.data.importers.foreign import FieldMapping, index_tars
+    from mtl_dist.importers.tars import FieldMapping, index_tars
 
     mapping = FieldMapping(
         image=image,

@@ -11,8 +11,8 @@ from mtl_dist.commands.options import class_names, fractions, named, numbers, wo
 from mtl_dist.commands.progress import progress_bar
 
 if TYPE_CHECKING:
-    from mtl_dist.data.importers.packing import PackOptions
     from mtl_dist.data.manifest import Manifest
+    from mtl_dist.importers.packing import PackOptions
 
 Out = Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The new dataset's directory.")]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Decides the split and the stored order.")]
@@ -66,7 +66,7 @@ def digits(out: Out, seed: Seed = 0, workers: Workers = None) -> None:
     \b
       mtl prepare digits data/digits
     """
-    from mtl_dist.data.importers.digits import prepare_digits
+    from mtl_dist.importers.digits import prepare_digits
 
     with progress_bar("pack") as show:
         manifest = prepare_digits(out, packing_options(seed, workers), show)
@@ -115,7 +115,7 @@ def folders(
       mtl prepare folders photos.zip data/breeds --task breed --split 0.8,0.1,0.1
       mtl prepare folders cifar10.zip data/cifar10 --task object --mask shape=otsu --val 0.1
     """
-    from mtl_dist.data.importers.folders import prepare_folders
+    from mtl_dist.importers.folders import prepare_folders
 
     parts = None if split is None else fractions("--split", split)
     masks = named("--mask", mask, "HOW")
@@ -182,7 +182,7 @@ def table(
           --classification diagnosis=dx --regression age=age --unit age=years \\
           --segmentation lesion=masks --split split
     """
-    from mtl_dist.data.importers.table import prepare_table
+    from mtl_dist.importers.table import prepare_table
 
     options = packing_options(seed, workers, max_skipped, verify)
     with progress_bar("pack") as show:
@@ -239,7 +239,7 @@ def idx(
       mtl prepare idx mnist/ data/mnist --task digit
       mtl prepare idx mnist/ data/strokes --task digit --measure thickness,slant
     """
-    from mtl_dist.data.importers.idx import prepare_idx
+    from mtl_dist.importers.idx import prepare_idx
 
     names = words("--classes", classes) if classes is not None else None
     measures = words("--measure", measure) if measure is not None else []
@@ -280,7 +280,7 @@ def cifar(
       mtl prepare cifar cifar-100-binary/ data/cifar100 --heads coarse,fine
       mtl prepare cifar cifar-10-batches-bin/ data/cifar10 --heads label
     """
-    from mtl_dist.data.importers.cifar import prepare_cifar
+    from mtl_dist.importers.cifar import prepare_cifar
 
     names = {head: text.split(",") for head, text in named("--classes", classes, "NAME,...").items()}
     with progress_bar("pack") as show:
@@ -310,7 +310,7 @@ def own(
     \b
       mtl prepare own my_project.importers.Scans data/scans folder=/mnt/scans every=2
     """
-    from mtl_dist.data.importers.own import prepare_own
+    from mtl_dist.importers.importer import prepare_own
 
     options = packing_options(seed, workers, max_skipped, verify)
     with progress_bar("pack") as show:
@@ -320,7 +320,7 @@ def own(
 
 def packing_options(seed: int, workers: int | None, max_skipped: int = 0, verify: bool = True) -> PackOptions:
     """What the options that the commands share amount to."""
-    from mtl_dist.data.importers.packing import PackOptions
+    from mtl_dist.importers.packing import PackOptions
 
     return PackOptions(verify=verify, max_skipped=max_skipped, workers=workers, seed=seed)
 

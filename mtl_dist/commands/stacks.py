@@ -102,9 +102,9 @@ def stacks(
       mtl prepare stacks wells/ data/wells --classification infected=folder \\
           --time hours --interval 0.5 --onset infected=4 --frames every:4 --normalise 1,99
     """
-    from mtl_dist.data.importers.packing import PackOptions
-    from mtl_dist.data.importers.stack_time import TimeTask
-    from mtl_dist.data.importers.stacks import prepare_stacks
+    from mtl_dist.importers.packing import PackOptions
+    from mtl_dist.importers.stack_time import TimeTask
+    from mtl_dist.importers.stacks import prepare_stacks
 
     if (time is None) != (interval is None) or (onset and time is None):
         raise UserError("--time: expected --time TASK and --interval HOURS together, found one alone.")

@@ -156,7 +156,8 @@ def tasks_in(settings: DataSettings, root: Path | None = None) -> dict[str, Task
 
 
 def _training_facts(settings: DataSettings) -> list[SourceFacts]:
-    training = [source_facts(source.dataset, source.split, settings.derive) for source in settings.train]
+    assert all(source.fields is None for source in settings.train), "tars of others are indexed beforehand"
+    training = [source_facts(source.path, source.split, settings.derive) for source in settings.train]
     check_derived(settings.derive, [source.manifest for source in training])
     return training
 

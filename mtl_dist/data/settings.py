@@ -14,10 +14,10 @@ from mtl_dist.data.blend import BlendSettings
 from mtl_dist.data.boxes import BoxTasks
 from mtl_dist.data.cache import CacheSettings
 from mtl_dist.data.derived import DeriveSettings
-from mtl_dist.data.foreign_sources import Fields, indexed
+from mtl_dist.data.external import Fields
 from mtl_dist.data.mixing import integer_weights
 from mtl_dist.data.order import ShuffleWindow
-from mtl_dist.data.remote import Location, LocationSetting
+from mtl_dist.data.remote import LocationSetting
 from mtl_dist.data.transforms import (
     PRESETS,
     AugmentSettings,
@@ -50,15 +50,6 @@ class SourceSettings(Settings):
             if self.fields is None and getattr(self, name) is not None:
                 raise ValueError(f"{name}: expected none without `fields`, found {getattr(self, name)}.")
         return self
-
-    @property
-    def dataset(self) -> Location:
-        """Where the dataset is: `path`, or the index over the tars there, which is made if need be.
-
-        Raises:
-            UserError: it cannot be made.
-        """
-        return self.path if self.fields is None else indexed(self.path, self.fields, self.image, self.index)
 
 
 class EvaluationSourceSettings(Settings):

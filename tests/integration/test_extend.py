@@ -22,8 +22,8 @@ import mtl_dist
 from mtl_dist.cli import app
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.config.yaml_text import dump, parse
-from mtl_dist.data.importers.jobs import Record, TaskSource
-from mtl_dist.data.importers.packing import PackOptions, pack
+from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.packing import PackOptions, pack
 from mtl_dist.launch.snapshot import take_snapshot
 from mtl_dist.recipe import Recipe, load_recipe
 

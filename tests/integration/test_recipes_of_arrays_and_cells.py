@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mtl_dist.data.importers.cifar import prepare_cifar
-from mtl_dist.data.importers.idx import prepare_idx, read_idx
-from mtl_dist.data.importers.packing import PackOptions
-from mtl_dist.data.importers.sources import Tree
-from mtl_dist.data.importers.stack_time import TimeTask
-from mtl_dist.data.importers.stacks import prepare_stacks
-from mtl_dist.data.importers.table import prepare_table
+from mtl_dist.importers.cifar import prepare_cifar
+from mtl_dist.importers.idx import prepare_idx, read_idx
+from mtl_dist.importers.packing import PackOptions
+from mtl_dist.importers.sources import Tree
+from mtl_dist.importers.stack_time import TimeTask
+from mtl_dist.importers.stacks import prepare_stacks
+from mtl_dist.importers.table import prepare_table
 from mtl_dist.recipe import load_recipe
 from tests.tiny_runs import rows, train_run
 

@@ -20,7 +20,7 @@ PACKAGE = Path(mtl_dist.__file__).parent
 LAYERS: dict[int, str] = {
     0: "errors specs batch durable lazy randomness status config",
     1: "tasks models balance data",
-    2: "engine gradients checkpoint optim ema monitor tracking figures stopping",
+    2: "importers engine gradients checkpoint optim ema monitor tracking figures stopping",
     3: "step",
     4: "trainer evaluator",
     5: "recipe run_folder results assemble runs debug predictor",

@@ -276,7 +276,7 @@ def test_the_options_of_prepare_table_reach_it(monkeypatch: pytest.MonkeyPatch, 
         seen.update(options, file=file, out=out)
         raise UserError("seen")
 
-    monkeypatch.setattr("mtl_dist.data.importers.table.prepare_table", prepare_table)
+    monkeypatch.setattr("mtl_dist.importers.table.prepare_table", prepare_table)
     text = (
         "prepare table a.csv b --image f --root r --classification x=c --classification y=d --regression z=e"
     )

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_dist.data.columns import columns_dtype, label_columns, labels_at, labels_path
-from mtl_dist.data.importers.jobs import Record, TaskSource
-from mtl_dist.data.importers.packing import PackOptions, pack
 from mtl_dist.data.manifest import read_manifest
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.shards import Label
+from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.packing import PackOptions, pack
 from mtl_dist.specs import TaskInfo
 from tests.tiny_datasets import TASKS, image_of, labels_of, masks_of, png
 

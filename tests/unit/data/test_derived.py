@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from mtl_dist.config.loading import load_settings, to_yaml
-from mtl_dist.data.importers.jobs import Record, TaskSource
-from mtl_dist.data.importers.packing import pack
-from mtl_dist.data.importers.pixels import encoded_picture
 from mtl_dist.data.loader import Data, eval_loader, open_data, train_loader
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
+from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.packing import pack
+from mtl_dist.importers.pixels import encoded_picture
 from mtl_dist.recipe import Recipe, load_recipe
 from tests.source_files import HERE
 

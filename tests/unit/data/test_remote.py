@@ -19,14 +19,14 @@ import mtl_dist.data.remote as remote
 from mtl_dist.batch import Batch
 from mtl_dist.config.loading import load_settings, to_yaml
 from mtl_dist.data.cache import Cache, CacheSettings
-from mtl_dist.data.importers.foreign import FieldMapping, index_tars
-from mtl_dist.data.importers.packing import PackOptions
 from mtl_dist.data.inspect import inspect_dataset
 from mtl_dist.data.loader import open_data, train_loader
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.remote import Url, UrlReader, beside, location
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
+from mtl_dist.importers.packing import PackOptions
+from mtl_dist.importers.tars import FieldMapping, index_tars
 from tests.bad_server import BadServer, serving
 from tests.tiny_datasets import TASKS, write_dataset
 

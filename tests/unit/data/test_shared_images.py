@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_dist.data.digests import DIGEST_DTYPE, digest_of, digests_path, same_rows
-from mtl_dist.data.importers.jobs import Record, TaskSource
-from mtl_dist.data.importers.packing import PackOptions, pack
 from mtl_dist.data.loader import open_data
 from mtl_dist.data.manifest import read_manifest
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.data.shared_images import shared_images
 from mtl_dist.errors import UserError
+from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.packing import PackOptions, pack
 from tests.tiny_datasets import image_of, png, write_dataset
 
 DIGESTS = st.lists(st.integers(0, 40), max_size=30).map(lambda values: np.array(values, DIGEST_DTYPE))

@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw
 
 from mtl_dist.commands.options import words
 from mtl_dist.data.decode import decode_image
-from mtl_dist.data.importers.cifar import prepare_cifar
-from mtl_dist.data.importers.idx import prepare_idx
-from mtl_dist.data.importers.measures import slant, thickness
-from mtl_dist.data.importers.pixels import SMALL, encoded_picture
 from mtl_dist.data.manifest import Manifest, read_manifest
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.errors import UserError
+from mtl_dist.importers.cifar import prepare_cifar
+from mtl_dist.importers.idx import prepare_idx
+from mtl_dist.importers.measures import slant, thickness
+from mtl_dist.importers.pixels import SMALL, encoded_picture
 from tests.source_files import HERE, contents, fill
 
 NUM_TRAIN, NUM_TEST = 40, 10

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mtl_dist.data.importers.folders import prepare_folders
-from mtl_dist.data.importers.made_masks import object_by_brightness
-from mtl_dist.data.importers.table import prepare_table
 from mtl_dist.errors import UserError
+from mtl_dist.importers.folders import prepare_folders
+from mtl_dist.importers.made_masks import object_by_brightness
+from mtl_dist.importers.table import prepare_table
 
 
 def picture(bright_object: bool, object_side: int = 8) -> np.ndarray:

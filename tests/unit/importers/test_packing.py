@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 import mtl_dist.data.shards as shards
-from mtl_dist.data.importers.folders import prepare_folders
-from mtl_dist.data.importers.packing import PackOptions
 from mtl_dist.errors import UserError
+from mtl_dist.importers.folders import prepare_folders
+from mtl_dist.importers.packing import PackOptions
 from tests.source_files import HERE, contents, fill, picture
 
 
@@ -127,8 +127,8 @@ def test_nothing_of_the_work_is_left_in_the_dataset(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from mtl_dist.data.importers.folders import prepare_folders
-from mtl_dist.data.importers.packing import PackOptions
+from mtl_dist.importers.folders import prepare_folders
+from mtl_dist.importers.packing import PackOptions
 options = PackOptions(workers=2, shard_samples=20)
 prepare_folders(Path(sys.argv[1]), Path(sys.argv[2]), "breed", options=options)
 """

@@ -13,15 +13,15 @@ import tifffile
 
 from mtl_dist.commands.options import percentile_pair, stacks_by_split
 from mtl_dist.data.decode import decode_image, decode_mask
-from mtl_dist.data.importers.frames import chosen_frames
-from mtl_dist.data.importers.packing import PackOptions
-from mtl_dist.data.importers.sources import Tree
-from mtl_dist.data.importers.stack_time import TimeTask
-from mtl_dist.data.importers.stacks import prepare_stacks
-from mtl_dist.data.importers.tiff import Stack, percentiles, scaled
 from mtl_dist.data.manifest import Manifest, read_manifest
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.errors import UserError
+from mtl_dist.importers.frames import chosen_frames
+from mtl_dist.importers.packing import PackOptions
+from mtl_dist.importers.sources import Tree
+from mtl_dist.importers.stack_time import TimeTask
+from mtl_dist.importers.stacks import prepare_stacks
+from mtl_dist.importers.tiff import Stack, percentiles, scaled
 from tests.source_files import HERE, contents
 
 PAGES, HEIGHT, WIDTH = 6, 8, 10

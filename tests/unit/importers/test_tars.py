@@ -15,8 +15,6 @@ from typer.testing import CliRunner
 
 from mtl_dist.cli import app
 from mtl_dist.data.columns import labels_path
-from mtl_dist.data.importers.foreign import FieldMapping, index_tars
-from mtl_dist.data.importers.packing import PackOptions
 from mtl_dist.data.inspect import inspect_dataset
 from mtl_dist.data.loader import open_data, train_loader
 from mtl_dist.data.manifest import read_manifest
@@ -24,6 +22,8 @@ from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.data.shards import save_index
 from mtl_dist.errors import UserError
+from mtl_dist.importers.packing import PackOptions
+from mtl_dist.importers.tars import FieldMapping, index_tars
 from tests.tiny_datasets import png
 
 ONE = PackOptions(workers=1)

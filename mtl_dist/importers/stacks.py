@@ -12,31 +12,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from mtl_dist.data.images import extension_of
-from mtl_dist.data.importers.frames import chosen_frames
-from mtl_dist.data.importers.jobs import Record, TaskSource, run_jobs
-from mtl_dist.data.importers.labels import (
+from mtl_dist.data.manifest import Manifest
+from mtl_dist.data.shards import Label, check_task_names
+from mtl_dist.errors import UserError
+from mtl_dist.importers.frames import chosen_frames
+from mtl_dist.importers.jobs import Record, TaskSource, run_jobs
+from mtl_dist.importers.labels import (
     ClassNames,
     classification_labels,
     names_of,
     regression_labels,
 )
-from mtl_dist.data.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
-from mtl_dist.data.importers.sources import Source, Tree
-from mtl_dist.data.importers.splitting import (
+from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
+from mtl_dist.importers.sources import Source, Tree
+from mtl_dist.importers.splitting import (
     DEFAULT_FRACTIONS,
     SPLIT_NAMES,
     split_by_fractions,
     split_name,
     unique_keys,
 )
-from mtl_dist.data.importers.stack_table import NO_TABLE, StackTable, read_stack_table
-from mtl_dist.data.importers.stack_time import TimeTask
-from mtl_dist.data.importers.summary import listed
-from mtl_dist.data.importers.tables import Row
-from mtl_dist.data.importers.tiff import Bounds, Stack, StackPage, open_stack, percentiles
-from mtl_dist.data.manifest import Manifest
-from mtl_dist.data.shards import Label, check_task_names
-from mtl_dist.errors import UserError
+from mtl_dist.importers.stack_table import NO_TABLE, StackTable, read_stack_table
+from mtl_dist.importers.stack_time import TimeTask
+from mtl_dist.importers.summary import listed
+from mtl_dist.importers.tables import Row
+from mtl_dist.importers.tiff import Bounds, Stack, StackPage, open_stack, percentiles
 
 FOLDER = "folder"
 """In place of a column: the folder that a stack is in names its class."""

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mtl_dist.data.importers.arrays import ArrayPart, class_names_of, pack_arrays, unpacked
-from mtl_dist.data.importers.packing import STANDARD, PackOptions, Progress, refuse_existing, silent
-from mtl_dist.data.importers.sources import Source, Tree
-from mtl_dist.data.importers.splitting import split_name
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.data.shards import check_task_names
 from mtl_dist.errors import UserError
+from mtl_dist.importers.arrays import ArrayPart, class_names_of, pack_arrays, unpacked
+from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, refuse_existing, silent
+from mtl_dist.importers.sources import Source, Tree
+from mtl_dist.importers.splitting import split_name
 
 SIZE = 32
 PIXELS = 3 * SIZE * SIZE

@@ -14,10 +14,10 @@ from mtl_dist.config.errors import explain
 from mtl_dist.config.overrides import apply_overrides
 from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
-from mtl_dist.data.importers.jobs import Record, TaskSource
-from mtl_dist.data.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.errors import UserError
+from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
 
 
 class Importer(ABC):
@@ -35,7 +35,7 @@ class Importer(ABC):
 class OwnImporterSettings(OwnSettings):
     """An importer of the user's."""
 
-    part_base = "mtl_dist.data.importers.own.Importer"
+    part_base = "mtl_dist.importers.importer.Importer"
 
 
 class _Request(Settings):

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mtl_dist.data.importers.labels import regression_labels
-from mtl_dist.data.importers.summary import listed
-from mtl_dist.data.importers.tables import Row
 from mtl_dist.data.shards import Label
 from mtl_dist.errors import UserError
+from mtl_dist.importers.labels import regression_labels
+from mtl_dist.importers.summary import listed
+from mtl_dist.importers.tables import Row
 
 ABSENT = "absent"
 """In place of an onset: samples of the class have no time."""

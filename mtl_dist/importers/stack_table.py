@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mtl_dist.data.importers.summary import listed
-from mtl_dist.data.importers.tables import Row, read_table
 from mtl_dist.errors import UserError
+from mtl_dist.importers.summary import listed
+from mtl_dist.importers.tables import Row, read_table
 
 _STACK_COLUMNS = ("stack", "file", "path", "filename")
 _PAGE_COLUMNS = ("page", "frame")

@@ -17,29 +17,29 @@ import numpy as np
 
 from mtl_dist.data.columns import label_columns, labels_path
 from mtl_dist.data.digests import DIGEST_DTYPE, digests_path
-from mtl_dist.data.importers.jobs import check_skipped, run_jobs
-from mtl_dist.data.importers.labels import (
+from mtl_dist.data.manifest import MANIFEST_NAME, LabelCounts, Manifest, ShardInfo, SplitInfo, write_manifest
+from mtl_dist.data.remote import Location, Place, Url, location
+from mtl_dist.data.shards import Label, check_task_names, index_path, save_index
+from mtl_dist.errors import UserError
+from mtl_dist.importers.jobs import check_skipped, run_jobs
+from mtl_dist.importers.labels import (
     ClassNames,
     classification_labels,
     multilabel_labels,
     names_of,
     regression_labels,
 )
-from mtl_dist.data.importers.packing import STANDARD, PackOptions, Progress, silent
-from mtl_dist.data.importers.splitting import SPLIT_NAMES, split_name
-from mtl_dist.data.importers.summary import (
+from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, silent
+from mtl_dist.importers.splitting import SPLIT_NAMES, split_name
+from mtl_dist.importers.summary import (
     duplicate_notes,
     image_format,
     image_notes,
     label_notes,
     with_facts,
 )
-from mtl_dist.data.importers.tables import Row
-from mtl_dist.data.importers.tar_scan import LabelField, TarFacts, TarScan, image_extensions, scan_tar
-from mtl_dist.data.manifest import MANIFEST_NAME, LabelCounts, Manifest, ShardInfo, SplitInfo, write_manifest
-from mtl_dist.data.remote import Location, Place, Url, location
-from mtl_dist.data.shards import Label, check_task_names, index_path, save_index
-from mtl_dist.errors import UserError
+from mtl_dist.importers.tables import Row
+from mtl_dist.importers.tar_scan import LabelField, TarFacts, TarScan, image_extensions, scan_tar
 from mtl_dist.specs import TaskInfo
 
 _SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)(?![a-z])", re.I)

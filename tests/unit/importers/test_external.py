@@ -12,12 +12,12 @@ from unittest.mock import patch
 import pytest
 
 from mtl_dist.config.loading import load_settings, to_yaml
-from mtl_dist.data import foreign_sources
-from mtl_dist.data.importers import foreign
 from mtl_dist.data.loader import Data, open_data, train_loader
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
-from tests.unit.importers.test_foreign import samples, write_tar
+from mtl_dist.importers import external, tars
+from mtl_dist.importers.external import with_indexes
+from tests.unit.importers.test_tars import samples, write_tar
 
 FIELDS = {
     "label": {"kind": "classification", "from": "cls"},
@@ -45,7 +45,7 @@ def settings_for(path: str | Path, **options: Any) -> DataSettings:
 
 
 def opened(path: str | Path, **options: Any) -> Data:
-    return open_data(settings_for(path, **options), ("label", "age"))
+    return open_data(with_indexes(settings_for(path, **options)), ("label", "age"))
 
 
 def pixels_and_classes(data: Data) -> set[tuple[int, int]]:
@@ -65,7 +65,7 @@ def test_a_recipe_trains_on_tars_of_others(web: Path, path: str, monkeypatch: py
     data = opened(web.parent / path)
     assert pixels_and_classes(data) == EXPECTED
     assert data.infos["label"].classes == ("0", "1", "2") and data.infos["age"].num_labelled == 6
-    monkeypatch.setattr(foreign, "index_tars", None)  # it would be called, were it needed again
+    monkeypatch.setattr(external, "index_tars", None)  # it would be called, were it needed again
     assert pixels_and_classes(opened(web.parent / path)) == EXPECTED
 
 
@@ -80,7 +80,7 @@ def test_several_ranks_starting_at_once_make_one_index(web: Path) -> None:
 
 def _rank(path: str) -> tuple[int, set[tuple[int, int]]]:
     """How often a process of its own makes the index, and what it reads."""
-    with patch.object(foreign_sources, "_make", side_effect=foreign_sources._make) as make:
+    with patch.object(external, "_make", side_effect=external._make) as make:
         found = pixels_and_classes(opened(path))
     return make.call_count, found
 
@@ -92,7 +92,7 @@ def test_the_index_goes_where_it_is_told(web: Path, tmp_path: Path) -> None:
 
 def test_what_a_process_that_died_left_is_done_again(web: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(foreign, "write_manifest", lambda *a: 1 / 0)
+        patched.setattr(tars, "write_manifest", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             opened(web)
     assert pixels_and_classes(opened(web)) == EXPECTED
@@ -101,7 +101,7 @@ def test_what_a_process_that_died_left_is_done_again(web: Path, monkeypatch: pyt
 def test_other_fields_beside_the_same_tars_are_another_index(web: Path) -> None:
     opened(web)
     other = {"label": {"kind": "classification", "from": "json:dog.breed", "classes": ["b0", "b1", "b2"]}}
-    data = open_data(settings_for(web, fields=other), ("label",))
+    data = open_data(with_indexes(settings_for(web, fields=other)), ("label",))
     assert data.infos["label"].classes == ("b0", "b1", "b2")
     assert len([path for path in (web / ".mtl").iterdir() if path.is_dir()]) == 2
 

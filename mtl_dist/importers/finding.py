@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from mtl_dist.data.images import IMAGE_EXTENSIONS, extension_of
-from mtl_dist.data.importers.sources import Source, Tree
 from mtl_dist.errors import UserError
+from mtl_dist.importers.sources import Source, Tree
 
 _IMAGES = "images"
 """Where a name is found in several folders, one of this name is meant."""

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from mtl_dist.config.parts import PartError, imported
-from mtl_dist.data.importers.sources import Source
 from mtl_dist.errors import UserError
+from mtl_dist.importers.sources import Source
 
 OTSU = "otsu"
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601

@@ -6,9 +6,9 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from mtl_dist.data.importers.splitting import class_order
-from mtl_dist.data.importers.tables import Cell, Row
 from mtl_dist.errors import UserError
+from mtl_dist.importers.splitting import class_order
+from mtl_dist.importers.tables import Cell, Row
 
 ClassNames = Sequence[str] | Mapping[int, str]
 """The classes of a task: their names by index, or by the value that stands for them in the data."""

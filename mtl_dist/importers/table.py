@@ -9,29 +9,29 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mtl_dist.data.importers.finding import FileFinder, MaskFolder, unnamed_images
-from mtl_dist.data.importers.jobs import Record, TaskSource, check_skipped
-from mtl_dist.data.importers.labels import (
+from mtl_dist.data.manifest import Manifest
+from mtl_dist.data.shards import Label, check_task_names
+from mtl_dist.errors import UserError
+from mtl_dist.importers.finding import FileFinder, MaskFolder, unnamed_images
+from mtl_dist.importers.jobs import Record, TaskSource, check_skipped
+from mtl_dist.importers.labels import (
     ClassNames,
     classification_labels,
     multilabel_labels,
     names_of,
     regression_labels,
 )
-from mtl_dist.data.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
-from mtl_dist.data.importers.sources import Source
-from mtl_dist.data.importers.splitting import (
+from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
+from mtl_dist.importers.sources import Source
+from mtl_dist.importers.splitting import (
     DEFAULT_FRACTIONS,
     SPLIT_NAMES,
     split_by_fractions,
     split_name,
     unique_keys,
 )
-from mtl_dist.data.importers.summary import listed
-from mtl_dist.data.importers.tables import FILE, SPLIT, Row, Table, read_table
-from mtl_dist.data.manifest import Manifest
-from mtl_dist.data.shards import Label, check_task_names
-from mtl_dist.errors import UserError
+from mtl_dist.importers.summary import listed
+from mtl_dist.importers.tables import FILE, SPLIT, Row, Table, read_table
 from mtl_dist.specs import IGNORE
 
 

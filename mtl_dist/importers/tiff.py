@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from mtl_dist.data.importers.pixels import encoded_picture, encoded_png
-from mtl_dist.data.importers.sources import Source
 from mtl_dist.errors import UserError
+from mtl_dist.importers.pixels import encoded_picture, encoded_png
+from mtl_dist.importers.sources import Source
 from mtl_dist.specs import IGNORE
 
 Bounds = tuple[tuple[float, float], ...]

@@ -24,7 +24,16 @@ import numpy as np
 
 from mtl_dist.data.columns import label_columns, labels_path
 from mtl_dist.data.digests import digests_path
-from mtl_dist.data.importers.jobs import (
+from mtl_dist.data.manifest import Manifest, SplitInfo, write_manifest
+from mtl_dist.data.shards import (
+    DEFAULT_SHARD_BYTES,
+    DEFAULT_SHARD_SAMPLES,
+    check_task_names,
+    index_path,
+    save_index,
+)
+from mtl_dist.errors import UserError
+from mtl_dist.importers.jobs import (
     FINISHED,
     Record,
     ShardJob,
@@ -35,8 +44,8 @@ from mtl_dist.data.importers.jobs import (
     pack_shard,
     run_jobs,
 )
-from mtl_dist.data.importers.splitting import SPLIT_NAMES, shuffled
-from mtl_dist.data.importers.summary import (
+from mtl_dist.importers.splitting import SPLIT_NAMES, shuffled
+from mtl_dist.importers.summary import (
     PackedSplit,
     check_conventions,
     duplicate_notes,
@@ -46,15 +55,6 @@ from mtl_dist.data.importers.summary import (
     label_notes,
     task_info,
 )
-from mtl_dist.data.manifest import Manifest, SplitInfo, write_manifest
-from mtl_dist.data.shards import (
-    DEFAULT_SHARD_BYTES,
-    DEFAULT_SHARD_SAMPLES,
-    check_task_names,
-    index_path,
-    save_index,
-)
-from mtl_dist.errors import UserError
 
 _WORTH_A_WORKER = 64 * 2**20
 

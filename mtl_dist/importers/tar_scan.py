@@ -21,12 +21,12 @@ import numpy as np
 
 from mtl_dist.data.digests import digest_of
 from mtl_dist.data.images import IMAGE_EXTENSIONS, UnreadableImage, examine_image
-from mtl_dist.data.importers.tables import Cell
 from mtl_dist.data.manifest import ShardInfo
 from mtl_dist.data.masks import MaskValueError, read_mask
 from mtl_dist.data.remote import Location, Url, UrlReader
 from mtl_dist.data.shards import index_dtype
 from mtl_dist.errors import UserError
+from mtl_dist.importers.tables import Cell
 
 _NAME = re.compile(r"^((?:.*/)?[^.]+)\.([^/]*)$")
 _CHUNK = 1 << 20

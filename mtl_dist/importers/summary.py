@@ -11,10 +11,10 @@ from typing import cast
 import numpy as np
 
 from mtl_dist.data.digests import DIGEST_DTYPE, same_rows
-from mtl_dist.data.importers.jobs import Record, ShardResult, TaskSource
 from mtl_dist.data.manifest import ImageDtype, LabelCounts
 from mtl_dist.data.shards import Label
 from mtl_dist.errors import UserError
+from mtl_dist.importers.jobs import Record, ShardResult, TaskSource
 from mtl_dist.specs import TaskInfo
 
 _LISTED = 5

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mtl_dist.data.importers.jobs import Record, TaskSource
-from mtl_dist.data.importers.measures import INK, enlarged, stroke_width
-from mtl_dist.data.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
-from mtl_dist.data.importers.splitting import split_by_fractions
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.errors import UserError
+from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.measures import INK, enlarged, stroke_width
+from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
+from mtl_dist.importers.splitting import split_by_fractions
 
 ENLARGED = 4
 

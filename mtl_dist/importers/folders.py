@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtl_dist.data.images import IMAGE_EXTENSIONS, extension_of
-from mtl_dist.data.importers.jobs import Record, TaskSource
-from mtl_dist.data.importers.made_masks import MadeMask, mask_maker
-from mtl_dist.data.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
-from mtl_dist.data.importers.sources import Tree
-from mtl_dist.data.importers.splitting import (
+from mtl_dist.data.manifest import Manifest
+from mtl_dist.errors import UserError
+from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.made_masks import MadeMask, mask_maker
+from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
+from mtl_dist.importers.sources import Tree
+from mtl_dist.importers.splitting import (
     DEFAULT_FRACTIONS,
     SPLIT_NAMES,
     class_order,
@@ -19,8 +21,6 @@ from mtl_dist.data.importers.splitting import (
     split_name,
     unique_keys,
 )
-from mtl_dist.data.manifest import Manifest
-from mtl_dist.errors import UserError
 
 
 def prepare_folders(

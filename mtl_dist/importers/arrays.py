@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mtl_dist.data.importers.jobs import Record, TaskSource
-from mtl_dist.data.importers.measures import MEASURES
-from mtl_dist.data.importers.packing import PackOptions, Progress, pack
-from mtl_dist.data.importers.pixels import encoded_picture
-from mtl_dist.data.importers.sources import Source
-from mtl_dist.data.importers.splitting import SPLIT_NAMES, held_out_note, split_by_fractions
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.errors import UserError
+from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.measures import MEASURES
+from mtl_dist.importers.packing import PackOptions, Progress, pack
+from mtl_dist.importers.pixels import encoded_picture
+from mtl_dist.importers.sources import Source
+from mtl_dist.importers.splitting import SPLIT_NAMES, held_out_note, split_by_fractions
 
 DEFAULT_VAL = 0.1
 """The share of the training pictures to validate on, where the data has no val part of its own."""

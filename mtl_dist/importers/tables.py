@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mtl_dist.data.importers.sources import Tree
 from mtl_dist.errors import UserError
+from mtl_dist.importers.sources import Tree
 
 Cell = str | list[str]
 """One value as text without surrounding space, "" where it is missing; a list where JSON has one."""

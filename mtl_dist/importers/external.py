@@ -21,39 +21,40 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Any
 
-from pydantic import Field, create_model
-
-from mtl_dist.config.settings import Settings
+from mtl_dist.data.external import FieldSettings
 from mtl_dist.data.remote import Location, Url
+from mtl_dist.data.settings import DataSettings, SourceSettings
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
-from mtl_dist.specs import TaskKind
+from mtl_dist.importers.tars import FieldMapping, index_tars
 
 log = logging.getLogger(__name__)
 
 _REQUEST = "request.json"
 _WILD = "*?["
 
-# A class body cannot have a field called `from`, a word of the language.
-_WithFrom = create_model("_WithFrom", __base__=Settings, **{"from": (str, ...)})  # type: ignore[call-overload]
 
+def with_indexes(data: DataSettings, root: Path | None = None) -> DataSettings:
+    """The same data with a dataset in place of each source that names tars of others, made if need be.
 
-class FieldSettings(_WithFrom):
-    """A task that is a field of the samples in tars of others.
+    Paths are relative to `root`, or to the working directory.
 
-    from      the field: cls, txt, json:breed, meta.json:dog.breed; a mask's extension, such as seg.png
-    classes   the class names by index; without them those that are found
-    unit      of a number, such as years
+    Raises:
+        UserError: an index cannot be made.
     """
+    if all(source.fields is None for source in data.train):
+        return data
+    data = data.with_absolute_paths(root or Path.cwd())
+    return data.model_copy(update={"train": tuple(_with_index(source) for source in data.train)})
 
-    kind: TaskKind
-    classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
-    unit: str = ""
 
-
-Fields: TypeAlias = Annotated[dict[str, FieldSettings], Field(min_length=1)]
+def _with_index(source: SourceSettings) -> SourceSettings:
+    if source.fields is None:
+        return source
+    path = indexed(source.path, source.fields, source.image, source.index)
+    return source.model_copy(update={"path": path, "fields": None, "image": None, "index": None})
 
 
 def indexed(
@@ -174,9 +175,6 @@ def _make(
     image: str | None,
 ) -> None:
     """Write the index under another name, and rename it when it is whole."""
-    # Only those who have such tars wait for it to be imported.
-    from mtl_dist.data.importers.foreign import FieldMapping, index_tars
-
     log.warning("%s: indexing the tars, once", place)
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that died

@@ -26,11 +26,11 @@ import numpy as np
 
 from mtl_dist.data.digests import DIGEST_SIZE, digest_of
 from mtl_dist.data.images import UnreadableImage, examine_image
-from mtl_dist.data.importers.sources import Readable
 from mtl_dist.data.manifest import FORMAT_VERSION, ShardInfo
 from mtl_dist.data.masks import MaskValueError, read_mask
 from mtl_dist.data.shards import Label, TarShard, scan_shard, shard_name
 from mtl_dist.errors import UserError
+from mtl_dist.importers.sources import Readable
 from mtl_dist.specs import TaskKind
 
 Job = TypeVar("Job")
