@@ -1,21 +1,47 @@
-"""Files that are whole or absent: a temporary name, flush, fsync, rename."""
+"""Files that are whole or absent (a temporary name, flush, fsync, rename), their hashes, and their locks."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step; a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+class Locked(Exception):
+    """Another process holds the lock."""
+
+
+@contextmanager
+def replacing(path: Path, *, sync: bool = True, shared: bool = False) -> Iterator[Path]:
+    """A temporary file to write, which takes the place of `path` in one step when the block ends well.
+
+    A reader sees the old file or the new one; a block that fails leaves the old one.
+
+    Args:
+        path: The file to replace; its directory is there.
+        sync: Whether the file survives a power cut. It costs some milliseconds.
+        shared: Whether several processes may replace it at once.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
+    try:
+        yield temporary
+        if sync:
+            sync_file(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if sync:
+        sync_directory(path.parent)
+
+
+def write_text(path: Path, text: str, *, sync: bool = True, shared: bool = False) -> None:
+    """Replace `path` by `text` in one step, as `replacing` does."""
+    with replacing(path, sync=sync, shared=shared) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def sync_directory(directory: Path) -> None:
@@ -28,6 +54,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
@@ -36,3 +63,25 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[int]:
+    """Hold the lock of a file, which is made if it is not there, or of a directory; its descriptor.
+
+    A lock ends with the process that holds it, however that ends.
+
+    Raises:
+        Locked: another process holds it, and `wait` is false.
+        OSError: the file cannot be opened.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Locked(str(path)) from None
+        yield descriptor
+    finally:
+        os.close(descriptor)

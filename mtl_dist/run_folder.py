@@ -13,7 +13,6 @@ runs/<name>/<run id>/
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mtl_dist.data.manifest import ImageDtype
-from mtl_dist.durable import write_text
+from mtl_dist.durable import Locked, locked, write_text
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 
@@ -106,15 +105,14 @@ class RunFolder:
         Raises:
             UserError: another one does.
         """
-        with open(self.directory / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self.directory}: another process trains in this folder. "
-                    "Wait for it, or choose another --run-dir."
-                ) from None
-            yield
+        try:
+            with locked(self.directory / ".lock", wait=False):
+                yield
+        except Locked:
+            raise UserError(
+                f"{self.directory}: another process trains in this folder. "
+                "Wait for it, or choose another --run-dir."
+            ) from None
 
     def write_data(self, facts: DataFacts) -> None:
         infos = facts.infos

@@ -34,6 +34,7 @@ from mtl_dist.checkpoint import (
     steps_in,
 )
 from mtl_dist.config.loading import to_yaml
+from mtl_dist.data.cuts import micro_batch_size
 from mtl_dist.data.decode import decoder_name
 from mtl_dist.data.loader import Data, eval_loader, open_data, train_loader
 from mtl_dist.data.shared_images import shared_images
@@ -115,7 +116,7 @@ def evaluate_run(run: Path, split: str) -> None:
         raise UserError(f"--split: expected one of {', '.join(data.splits)}, found {split!r}.")
     root = load_root(folder, recipe, world, warn)
     accumulation = recipe.train.accumulation_on(world.size)
-    batch_size = recipe.train.global_batch // (world.size * accumulation)
+    batch_size = micro_batch_size(recipe.train.global_batch, world.size, accumulation)
     evaluation = evaluate_split(root, data, split, batch_size, world)
     if world.is_main:
         write_evaluation(folder, split, evaluation, data.infos)

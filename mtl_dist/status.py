@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from mtl_dist.durable import write_text
+
 State = Literal["running", "done", "failed", "stopped"]
 
 
@@ -58,9 +60,7 @@ def write_status(run: Path, status: Status) -> None:
 
     Not synced to the disk: it is written often, and after a power cut a run is known by its checkpoints.
     """
-    temporary = run / f".status.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(asdict(status)), encoding="utf-8")
-    os.replace(temporary, run / "status.json")
+    write_text(run / "status.json", json.dumps(asdict(status)), sync=False, shared=True)
 
 
 def read_status(run: Path) -> Status | None:

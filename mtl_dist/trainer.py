@@ -14,6 +14,7 @@ from torch import nn
 
 from mtl_dist.batch import Batch
 from mtl_dist.checkpoint import Checkpoint, CheckpointWriter
+from mtl_dist.data.cuts import micro_batch_size
 from mtl_dist.data.prefetch import prefetched
 from mtl_dist.ema import Ema
 from mtl_dist.engine.engine import Engine
@@ -54,7 +55,7 @@ class Plan:
 
     def micro_batch_on(self, num_ranks: int) -> int:
         """The samples of one forward on one of `num_ranks` ranks."""
-        return self.global_batch // (num_ranks * self.accumulation)
+        return micro_batch_size(self.global_batch, num_ranks, self.accumulation)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import webdataset
 from PIL import Image
 
 from mtl_dist.data.manifest import Manifest, read_manifest
-from mtl_dist.data.shards import sha256_of
+from mtl_dist.durable import sha256_of
 from mtl_dist.importers.packing import PackOptions
 from mtl_dist.importers.table import prepare_table
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mtl_dist.commands.errors import INTERRUPTED
 from mtl_dist.commands.progress import progress_bar
+from mtl_dist.durable import replacing
 
 if TYPE_CHECKING:
     from mtl_dist.recipe import Recipe
@@ -201,24 +200,16 @@ def predict(
         for record in records:
             print(to_json(record), flush=True)
         return
-    with whole_file(out) as file, progress_bar("predict") as show:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        replacing(out, sync=False) as temporary,
+        open(temporary, "w", encoding="utf-8") as file,
+        progress_bar("predict") as show,
+    ):
         for done, record in enumerate(records, start=1):
             file.write(to_json(record) + "\n")
             show(done, len(images))
     print(f"{out}: {len(images)} lines")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """A text file that is there under its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def verify(run: RunFolder) -> None:

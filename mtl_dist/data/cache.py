@@ -13,7 +13,6 @@ file whose lock is free was left by a process that died, and is removed.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import time
@@ -26,6 +25,7 @@ from pydantic import Field
 
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.remote import PART, RangesIgnored, Url
+from mtl_dist.durable import Locked, locked
 from mtl_dist.errors import UserError
 
 _PARTIAL = ".partial"
@@ -93,12 +93,8 @@ class Cache:
     def _fetching(self, path: Path) -> Iterator[int | None]:
         """The descriptor of the locked partial file, or None where another process has just fetched it."""
         name = f"{path}{_PARTIAL}"
-        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(Path(name)) as descriptor:
             yield descriptor if _is_file_at(descriptor, name) else None
-        finally:
-            os.close(descriptor)
 
     def _fetch(self, url: Url, size: int | None, sha256: str, partial: int) -> None:
         if size is None:
@@ -136,9 +132,7 @@ class Cache:
 
     def _reserved(self, partial: int, size: int) -> bool:
         """Whether there was room, or could be made, for `size` bytes."""
-        lock = os.open(self._directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self._directory / _LOCK):
             whole, occupied = self._content()
             for _, length, path in sorted(whole):
                 if occupied + size <= self._max_bytes:
@@ -150,8 +144,6 @@ class Cache:
             if size:
                 os.posix_fallocate(partial, 0, size)
             return True
-        finally:
-            os.close(lock)
 
     def _content(self) -> tuple[list[tuple[int, int, Path]], int]:
         """(last opened, size, path) of each whole file, and the bytes of these and of files being fetched."""
@@ -204,13 +196,9 @@ def _is_file_at(descriptor: int, path: str) -> bool:
 
 def _remove_if_abandoned(partial: Path) -> bool:
     """Remove a partial file whose lock nobody holds; whether that was so."""
-    descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with locked(partial, wait=False):
+            partial.unlink()  # under the lock, or it might be somebody's by now
+            return True
+    except Locked:
         return False
-    else:
-        partial.unlink()  # under the lock, or it might be somebody's by now
-        return True
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,21 @@ import numpy as np
 from mtl_dist.errors import UserError
 
 
+def micro_batch_size(global_batch: int, num_ranks: int, accumulation: int) -> int:
+    """The samples of one forward on one rank.
+
+    Raises:
+        UserError: the global batch does not divide into the ranks' micro-batches.
+    """
+    parts = num_ranks * accumulation
+    if global_batch % parts:
+        raise UserError(
+            f"train.global_batch: expected a multiple of ranks x accumulation = {num_ranks} x "
+            f"{accumulation} = {parts}, found {global_batch}."
+        )
+    return global_batch // parts
+
+
 @dataclass(frozen=True)
 class TrainingCut:
     """One rank's micro-batches of the positions from `start` up to `end`, in order.
@@ -32,11 +47,12 @@ class TrainingCut:
     end: int
 
     def __post_init__(self) -> None:
-        if self.global_batch % (self.world_size * self.accumulation):
-            raise UserError(
-                f"train.global_batch: expected a multiple of ranks x accumulation = {self.world_size} x "
-                f"{self.accumulation} = {self.world_size * self.accumulation}, found {self.global_batch}."
-            )
+        micro_batch_size(self.global_batch, self.world_size, self.accumulation)
+
+    @property
+    def batch_size(self) -> int:
+        """The samples of a micro-batch."""
+        return micro_batch_size(self.global_batch, self.world_size, self.accumulation)
 
     def __len__(self) -> int:
         num_steps = -(-max(0, self.end - self.start) // self.global_batch)
@@ -45,9 +61,9 @@ class TrainingCut:
     def positions(self, index: int) -> np.ndarray:
         """The positions of the micro-batch, int64 (B,); those from `end` on are padding."""
         step, part = divmod(index, self.accumulation)
-        size = self.global_batch // (self.world_size * self.accumulation)
-        first = self.start + step * self.global_batch + (part * self.world_size + self.rank) * size
-        return np.arange(first, first + size)
+        share = part * self.world_size + self.rank
+        first = self.start + step * self.global_batch + share * self.batch_size
+        return np.arange(first, first + self.batch_size)
 
     def content(self, positions: np.ndarray) -> np.ndarray:
         """Where the content of each position comes from: padding repeats the real part of its global batch.

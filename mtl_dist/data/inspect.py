@@ -18,7 +18,8 @@ from mtl_dist.data.images import UnreadableImage, examine_image
 from mtl_dist.data.manifest import Manifest, ShardInfo, SplitInfo, read_manifest
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.remote import Location, beside, sha256_at
-from mtl_dist.data.shards import index_path, scan_shard, sha256_of
+from mtl_dist.data.shards import index_path, scan_shard
+from mtl_dist.durable import sha256_of
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 

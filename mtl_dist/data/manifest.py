@@ -11,12 +11,12 @@ Format version 1. A reader refuses a newer version.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mtl_dist.data.remote import Location
+from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 
@@ -83,14 +83,9 @@ class Manifest:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write dataset.json durably: a temporary name, fsync, rename."""
+    """Write dataset.json durably."""
     text = json.dumps({"format": "mtl_dist", "version": FORMAT_VERSION, **asdict(manifest)}, indent=2)
-    temporary = directory / f".{MANIFEST_NAME}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / MANIFEST_NAME)
+    write_text(directory / MANIFEST_NAME, text + "\n")
 
 
 def read_manifest(directory: Location) -> Manifest:

@@ -33,6 +33,7 @@ import numpy as np
 
 from mtl_dist.data.manifest import ShardInfo
 from mtl_dist.data.remote import Place
+from mtl_dist.durable import replacing
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskKind
 
@@ -93,20 +94,10 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save_index(path: Path, rows: np.ndarray) -> None:
-    """Write an index durably: a temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    """Write an index durably."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, rows, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class _HashingFile:

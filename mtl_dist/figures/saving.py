@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mtl_dist.durable import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -12,6 +13,5 @@ if TYPE_CHECKING:
 
 def save_png(figure: Figure, path: Path) -> None:
     """Replace the picture at `path` in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    with replacing(path, sync=False) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -12,21 +12,20 @@ it: other fields, or other tars in the same place, are refused and not passed ov
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from mtl_dist.data.external import FieldSettings
 from mtl_dist.data.remote import Location, Url
 from mtl_dist.data.settings import DataSettings, SourceSettings
-from mtl_dist.durable import write_text
+from mtl_dist.durable import locked, write_text
 from mtl_dist.errors import UserError
 from mtl_dist.importers.tars import FieldMapping, index_tars
 
@@ -150,21 +149,16 @@ def _is_made(place: Path, request: Mapping[str, Any]) -> bool:
 @contextmanager
 def _locked(place: Path) -> Iterator[None]:
     """One process at a time; the others wait."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(
-            place.with_name(f".{place.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666
-        )
-    except OSError as error:
-        raise UserError(
-            f"{place}: expected a place for the index that can be written, found: {error.strerror}. "
-            "Name another with `index`."
-        ) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(place.with_name(f".{place.name}.lock")))
+        except OSError as error:
+            raise UserError(
+                f"{place}: expected a place for the index that can be written, found: {error.strerror}. "
+                "Name another with `index`."
+            ) from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _make(

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mtl_dist.durable import write_text
 from mtl_dist.report.doctor_checks import Check, local_checks
 
 BANDWIDTH_ELEMENTS = 4 << 20
@@ -49,9 +50,7 @@ def examine(folder: Path, *, alone: bool) -> None:
         "node": os.environ.get("SLURMD_NODENAME", platform.node()),
         "checks": [asdict(check) for check in checks],
     }
-    temporary = folder / f".rank-{rank}.tmp"
-    temporary.write_text(json.dumps(findings), encoding="utf-8")
-    os.replace(temporary, folder / f"rank-{rank}.json")
+    write_text(folder / f"rank-{rank}.json", json.dumps(findings), sync=False)
 
 
 def clock_skew(device: torch.device) -> Check:

@@ -19,8 +19,8 @@ from mtl_dist.data.shards import (
     read_key,
     read_name,
     scan_shard,
-    sha256_of,
 )
+from mtl_dist.durable import sha256_of
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskKind
 

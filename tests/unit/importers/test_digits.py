@@ -18,7 +18,7 @@ pytest.importorskip("sklearn", reason="the demo extra is not installed")
 pytest.importorskip("skimage", reason="the demo extra is not installed")
 
 from mtl_dist.data.manifest import Manifest
-from mtl_dist.data.shards import sha256_of
+from mtl_dist.durable import sha256_of
 from mtl_dist.errors import UserError
 from mtl_dist.importers.digits import ENLARGED, enlarge, prepare_digits
 from mtl_dist.importers.measures import INK, stroke_width

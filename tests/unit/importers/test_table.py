@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mtl_dist.data.manifest import read_manifest
-from mtl_dist.data.shards import sha256_of
+from mtl_dist.durable import sha256_of
 from mtl_dist.errors import UserError
 from mtl_dist.importers.packing import PackOptions
 from tests.source_files import (
