@@ -1,13 +1,13 @@
 # Two commands on a fresh machine (CPython >= 3.11 with venv, make):
 #   make demo    install into .venv, train three tasks on real digits on two processes, evaluate
-#   make test    the tests, in the same environment
+#   make test    the tests, in the same environment; make test-all: also the whole products of ways to train
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A module's tests share their ranks and their cluster, so they stay on one worker.
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+# A module's tests share their runs, so they stay on one worker; the long ones come first.
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slurm lint install clean
+.PHONY: demo test test-all test-slurm lint install clean
 
 # What a user needs; the tests' own tools come on top of it.
 install: $(VENV)/installed
@@ -29,6 +29,10 @@ demo: install data/digits/dataset.json
 	$(BIN)/mtl launch configs/digits.yaml --nproc 2
 
 test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slurm and not exhaustive"
+
+# Also every method under every engine in every way (docs/support.md), of which `make test` tries every two.
+test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slurm"
 
 # On a real Slurm of two nodes on this machine, as root, with nothing else running; 7 to 15 minutes.

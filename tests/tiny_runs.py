@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from mtl_dist.checkpoint import read_checkpoint, step_directory
@@ -35,16 +36,10 @@ def train_run(recipe: Path, run_dir: Path, overrides: Sequence[str] = (), dropou
     from mtl_dist.recipe import load_recipe
     from mtl_dist.runs import train
 
-    if not dropout:
-        torch.nn.functional.dropout, kept = (
-            (lambda input, *args, **kwargs: input),
-            torch.nn.functional.dropout,
-        )
-    try:
-        return train(load_recipe(recipe, overrides), run_dir).state
-    finally:
+    with pytest.MonkeyPatch.context() as patch:
         if not dropout:
-            torch.nn.functional.dropout = kept
+            patch.setattr(torch.nn.functional, "dropout", lambda input, *args, **kwargs: input)
+        return train(load_recipe(recipe, overrides), run_dir).state
 
 
 def rows(run: Path, kind: str) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -181,9 +182,19 @@ def build_optimizer(setup: Setup, root: TinyRoot) -> torch.optim.Optimizer:
     return torch.optim.SGD([group | {"lr": 1.0} for group in groups])
 
 
+@contextmanager
+def whole_up_to(num_elements: int) -> Iterator[None]:
+    """ZeRO 3 keeps weights of so many elements whole. With 0, small ones are divided like large ones, so that
+    it is seen at work. Also a decorator."""
+    kept = deepspeed_setup.SMALL_WEIGHT
+    deepspeed_setup.SMALL_WEIGHT = num_elements
+    try:
+        yield
+    finally:
+        deepspeed_setup.SMALL_WEIGHT = kept
+
+
 def build_engine(setup: Setup) -> tuple[Engine, TinyRoot]:
-    # Small weights are divided like large ones, so that ZeRO 3 is seen at work.
-    deepspeed_setup.SMALL_WEIGHT = setup.small_weight
     deepspeed = setup.engine.startswith("zero")
     settings = EngineSettings(
         kind="deepspeed" if deepspeed else "accelerate",
@@ -193,9 +204,9 @@ def build_engine(setup: Setup) -> tuple[Engine, TinyRoot]:
     )
     connection = connect(settings, setup.precision)
     root = build_root(setup)
-    engine = connection.build(
-        root, build_optimizer(setup, root), [root.task_parameters(name) for name in TASKS]
-    )
+    parts = [root.task_parameters(name) for name in TASKS]
+    with whole_up_to(setup.small_weight):
+        engine = connection.build(root, build_optimizer(setup, root), parts)
     return engine, root
 
 

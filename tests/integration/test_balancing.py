@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -12,9 +12,16 @@ from tests.support_matrix import (
     DOCUMENT,
     ENGINES,
     LARGEST_DIFFERENCE,
+    Outcomes,
+    checkpointing_cases,
     checkpointing_outcomes,
+    exact_cases,
     exact_outcomes,
+    low_precision_cases,
     low_precision_outcomes,
+    outcomes,
+    pairs,
+    promised,
     render,
     size_of,
 )
@@ -29,30 +36,59 @@ def run(engine: EngineName, cases: list[Case]) -> list[Result]:
     return shared_pool(size_of(engine)).run(train_all, engine, cases)[0]
 
 
+def wrong(outcomes: Outcomes) -> Outcomes:
+    return {case: said for case, said in outcomes.items() if said.startswith("wrong")}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_any_two_ways_to_train_give_what_the_support_matrix_says(engine: EngineName) -> None:
+    found = outcomes(engine, pairs()[engine])
+    others = {case: said for case, said in found.items() if said not in promised(case, engine)}
+    assert others == {}
+
+
+def test_the_chosen_trainings_hold_every_pair_that_is_not_refused() -> None:
+    met = {
+        frozenset(pair)
+        for engine, cases in pairs().items()
+        for case in cases
+        if promised(case, engine) == {""}
+        for pair in combinations((engine, *ways_of(case)), 2)
+    }
+    for engine in ENGINES:
+        for case in (*exact_cases(), *checkpointing_cases(), *low_precision_cases(engine)):
+            if promised(case, engine) == {""}:
+                missing = [p for p in combinations((engine, *ways_of(case)), 2) if frozenset(p) not in met]
+                assert missing == [], (engine, case)
+
+
+def ways_of(case: Case) -> tuple[object, ...]:
+    return case.balance, case.labels, case.accumulation, case.precision, case.checkpointing
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_method_gives_the_weights_and_the_update_of_one_process_or_is_refused(
     engine: EngineName,
 ) -> None:
-    wrong = {str(case): said for case, said in exact_outcomes(engine).items() if said.startswith("wrong")}
-    assert wrong == {}
+    assert wrong(exact_outcomes(engine)) == {}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_method_works_in_low_precision(engine: EngineName) -> None:
-    outcomes = low_precision_outcomes(engine)
-    wrong = {str(case): said for case, said in outcomes.items() if said.startswith("wrong")}
-    assert wrong == {}
+    assert wrong(low_precision_outcomes(engine)) == {}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradient_checkpointing_changes_nothing_for_any_method(engine: EngineName) -> None:
-    outcomes = checkpointing_outcomes(engine)
-    wrong = {str(case): said for case, said in outcomes.items() if said.startswith("wrong")}
-    assert wrong == {}
+    assert wrong(checkpointing_outcomes(engine)) == {}
 
 
+@pytest.mark.exhaustive
 def test_the_support_matrix_says_what_these_tests_found() -> None:
-    assert DOCUMENT.read_text() == render(), "write it anew with `python -m tests.support_matrix`"
+    assert DOCUMENT.read_text() == render(), "write it again with `python -m tests.support_matrix`"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from mtl_dist.assemble import build_root
 from mtl_dist.batch import Batch
 from mtl_dist.config.loading import load_settings
-from mtl_dist.engine import deepspeed_setup
 from mtl_dist.engine.connect import EngineSettings, connect
 from mtl_dist.engine.precision import Precision
 from mtl_dist.engine.world import World
@@ -28,6 +27,7 @@ from mtl_dist.run_folder import DataFacts
 from mtl_dist.specs import TaskInfo
 from mtl_dist.step import RootModule, WindowTotals, count_labels
 from tests.ranks import shared_pool
+from tests.tiny_training import whole_up_to
 
 pytestmark = pytest.mark.slow
 
@@ -125,10 +125,9 @@ def rate(recipe: Recipe, case: Case, step: int) -> float:
     return 1.0 if case.plain_step else learning_rate_factor(recipe.optim, step, NUM_STEPS, 0, 1.0)
 
 
+@whole_up_to(0)
 def train(case: Case) -> Trained:
     """Run on every rank."""
-    # Small weights are divided like large ones, so that ZeRO 3 is seen at work.
-    deepspeed_setup.SMALL_WEIGHT = 0
     connection = connect(EngineSettings(zero_stage=case.zero_stage), case.precision)  # type: ignore[arg-type]
     world = connection.world
     recipe, root, optimizer = build(case, world)

@@ -21,7 +21,6 @@ from mtl_dist.balance.pcgrad import PCGrad
 from mtl_dist.balance.uncertainty import Uncertainty
 from mtl_dist.batch import Batch
 from mtl_dist.config.settings import Settings
-from mtl_dist.engine import deepspeed_setup
 from mtl_dist.engine.connect import EngineSettings, connect
 from mtl_dist.engine.precision import Precision
 from mtl_dist.models.compiling import compile_parts
@@ -35,6 +34,7 @@ from mtl_dist.tasks.registry import build_tasks
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
 from tests.ranks import shared_pool
+from tests.tiny_training import whole_up_to
 
 pytestmark = pytest.mark.slow
 
@@ -117,22 +117,22 @@ def small_transformer(patch_size: int, **others: Any) -> nn.Module:
     return VisionTransformer(32, patch_size, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32)
 
 
+@whole_up_to(0)
 def train_root(case: Case) -> Trained:
     """Run on every rank."""
-    vision_transformer._vision_transformer = small_transformer  # type: ignore[assignment]
-    # Small weights are divided like large ones, so that ZeRO 3 is seen at work.
-    deepspeed_setup.SMALL_WEIGHT = 0
     connection = connect(EngineSettings(zero_stage=case.zero_stage), case.precision)  # type: ignore[arg-type]
     world = connection.world
     torch.manual_seed(0)
     tasks = build_tasks(TASKS, INFOS)
     model_settings = ModelSettings(backbone=case.backbone, norm="group", checkpointing=case.checkpointing)
-    model = build_model(model_settings, [task.head for task in tasks.values()], 3, (case.size, case.size))
+    heads = [task.head for task in tasks.values()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vision_transformer, "_vision_transformer", small_transformer)
+        model = build_model(model_settings, heads, 3, (case.size, case.size))
     if case.compiled:
-        kept = nn.Module.compile
-        nn.Module.compile = partialmethod(kept, backend=case.compiled)  # type: ignore[assignment]
-        compile_parts(model, world.device, recomputing=case.checkpointing != "off")
-        nn.Module.compile = kept  # type: ignore[method-assign]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=case.compiled))
+            compile_parts(model, world.device, recomputing=case.checkpointing != "off")
     balancer = build_balancer(
         METHODS[case.method],  # type: ignore[arg-type]
         list(tasks),

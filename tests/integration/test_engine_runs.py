@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from mtl_dist.engine import deepspeed_setup
 from tests.ranks import RankPool
-from tests.tiny_datasets import write_dataset
-from tests.tiny_runs import rows, tensors_at, train_run, write_recipe
+from tests.tiny_runs import rows, tensors_at, train_run
+from tests.tiny_training import whole_up_to
 
 pytestmark = pytest.mark.slow
 
 NUM_STEPS = 12  # 3 epochs of 30 samples, 8 at a time
 # A rate that does not know where the run ends, so that it can be run piece by piece.
 OVERRIDES = ["train.checkpoint_every=1", "optim.ema=0.9", "optim.schedule={kind: constant}"]
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    with RankPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("data")
-    write_dataset(directory / "tiny", {"train": 30, "val": 9, "test": 7})
-    return write_recipe(directory, directory / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +29,9 @@ def ddp(recipe: Path, ranks: RankPool, tmp_path_factory: pytest.TempPathFactory)
     return run
 
 
+@whole_up_to(0)
 def train_divided(recipe: Path, run: Path, overrides: Sequence[str]) -> str:
     """Without dropout, so that ranks and engines can be compared; small weights are divided as well."""
-    deepspeed_setup.SMALL_WEIGHT = 0
     return train_run(recipe, run, overrides, dropout=False)
 
 

@@ -22,12 +22,6 @@ OVERRIDES = ["optim.ema=0.9", "train.evaluate_at_end=true"]
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    with RankPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("data")
     write_dataset(directory / "tiny", {"train": 30, "val": 40, "test": 20})
@@ -48,6 +42,7 @@ def train_stopped(recipe: Path, run: Path, overrides: list[str], evaluation: int
 
     is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     begun: list[None] = []
+    asked: list[None] = []
     kept = runs.evaluate
 
     def evaluate(root: object, loader: Iterator[object], world: object) -> object:
@@ -61,16 +56,11 @@ def train_stopped(recipe: Path, run: Path, overrides: list[str], evaluation: int
 
         return kept(root, batches(), world)  # type: ignore[arg-type]
 
-    asked: list[None] = []
-    requested, reason = stopping.StopSignal.requested, stopping.StopSignal.reason
-    stopping.StopSignal.requested = property(lambda self: bool(asked))  # type: ignore[assignment]
-    stopping.StopSignal.reason = property(lambda self: "test" if asked else "")  # type: ignore[assignment]
-    runs.evaluate = evaluate  # type: ignore[assignment]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping.StopSignal, "requested", property(lambda self: bool(asked)))
+        patch.setattr(stopping.StopSignal, "reason", property(lambda self: "test" if asked else ""))
+        patch.setattr(runs, "evaluate", evaluate)
         return train_run(recipe, run, overrides)
-    finally:
-        runs.evaluate = kept
-        stopping.StopSignal.requested, stopping.StopSignal.reason = requested, reason  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(

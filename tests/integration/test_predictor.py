@@ -12,17 +12,16 @@ from PIL import Image
 import mtl_dist
 from mtl_dist.errors import UserError
 from mtl_dist.predictor import predict_files
-from tests.tiny_datasets import HEIGHT, WIDTH, image_of, write_dataset
-from tests.tiny_runs import train_run, write_recipe
+from tests.tiny_datasets import HEIGHT, WIDTH, image_of
+from tests.tiny_runs import train_run
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("run")
-    write_dataset(directory / "tiny", {"train": 30, "val": 9})
-    train_run(write_recipe(directory, directory / "tiny"), directory / "run", ["train.max_steps=2"])
+    train_run(recipe, directory / "run", ["train.max_steps=2"])
     return directory / "run"
 
 

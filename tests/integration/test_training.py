@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.ranks import RankPool
-from tests.tiny_datasets import write_dataset
-from tests.tiny_runs import rows, tensors_at, train_run, write_recipe
+from tests.tiny_runs import rows, tensors_at, train_run
 
 pytestmark = pytest.mark.slow
 
 NUM_STEPS = 12  # 3 epochs of 30 samples, 8 at a time
 EVERY_STEP = "train.checkpoint_every=1"
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    with RankPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("data")
-    write_dataset(directory / "tiny", {"train": 30, "val": 9, "test": 7})
-    return write_recipe(directory, directory / "tiny")
 
 
 @pytest.fixture(scope="module")

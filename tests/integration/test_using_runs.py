@@ -13,17 +13,10 @@ from rich.console import Console
 
 import mtl_dist
 from mtl_dist.errors import UserError
-from tests.tiny_datasets import HEIGHT, WIDTH, image_of, write_dataset
-from tests.tiny_runs import train_run, write_recipe
+from tests.tiny_datasets import HEIGHT, WIDTH, image_of
+from tests.tiny_runs import train_run
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("data")
-    write_dataset(directory / "tiny", {"train": 30, "val": 9, "test": 7})
-    return write_recipe(directory, directory / "tiny")
 
 
 @pytest.fixture(scope="module")
