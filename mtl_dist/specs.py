@@ -6,25 +6,29 @@ head. None of the three imports another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
-TaskKind = Literal["classification", "multilabel", "regression", "segmentation"]
-
+TaskKind: TypeAlias = str
 IGNORE = 255
 """The mask value that says "no label for this pixel"."""
+
+NO_CLASS = -1
+"""The class that says "no label" in a column of classes."""
 
 
 @dataclass(frozen=True)
 class TaskInfo:
     """What a dataset knows of one task, from the labels of its training split.
 
-    `classes` are the names by index (empty for regression); `class_counts` the labelled samples of
-    each class (pixels for segmentation, positives for multilabel); `mean` and `std` describe a
-    regression target in its `unit`.
+    `kind` names what its labels are (see `kinds`; of a user-defined kind the import path). `classes` are
+    the names by index, empty where there are none; `class_counts` the labelled samples of each class (the
+    pixels where labels are maps); `mean`, `std` and range describe numbers in their `unit`; `facts` is
+    what else a kind has to know, as JSON holds it.
     """
 
-    kind: TaskKind
+    kind: str
     classes: tuple[str, ...] = ()
     num_labelled: int = 0
     class_counts: tuple[int, ...] = ()
@@ -33,6 +37,7 @@ class TaskInfo:
     minimum: float = 0.0
     maximum: float = 0.0
     unit: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,11 @@ from pydantic import Field, create_model
 
 from mtl_dist.config.errors import suggest
 from mtl_dist.config.settings import Settings
-from mtl_dist.data.columns import NO_CLASS
 from mtl_dist.data.manifest import LabelCounts, Manifest
 from mtl_dist.data.remote import Location
 from mtl_dist.data.shards import check_task_names
 from mtl_dist.errors import UserError
-from mtl_dist.specs import TaskInfo
+from mtl_dist.specs import NO_CLASS, TaskInfo
 
 ClassIndex: TypeAlias = Annotated[int, Field(ge=0)]
 
@@ -78,7 +77,7 @@ def derivations(
     for name, wish in settings.items():
         where = f"data.derive.{name}"
         try:
-            check_task_names({name: "classification"})
+            check_task_names([name])
             if name in manifest.tasks:
                 raise UserError(
                     f"{where}: expected a name of its own, found that of a task of {path}. Choose another."

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, TypeAlias
 
-from pydantic import Field, create_model
+from pydantic import AfterValidator, Field, create_model
 
 from mtl_dist.config.settings import Settings
-from mtl_dist.specs import TaskKind
+from mtl_dist.errors import UserError
+from mtl_dist.kinds.registry import kind_of
+
+
+def _known(kind: str) -> str:
+    try:
+        return kind_of(kind).name
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+KindName: TypeAlias = Annotated[str, AfterValidator(_known)]
 
 # A class body cannot have a field called `from`, a word of the language.
 _WithFrom = create_model("_WithFrom", __base__=Settings, **{"from": (str, ...)})  # type: ignore[call-overload]
@@ -21,7 +32,7 @@ class FieldSettings(_WithFrom):
     unit      of a number, such as years
     """
 
-    kind: TaskKind
+    kind: KindName
     classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     unit: str = ""
 

@@ -100,6 +100,24 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
         raise UnreadableImage(f"a damaged image ({error})") from None
 
 
+@contextmanager
+def open_map(data: bytes) -> Iterator[Image.Image | np.ndarray]:
+    """The file of a map, opened as an image or, where it holds one, as an array.
+
+    Raises:
+        UnreadableImage: neither, or damaged.
+    """
+    if not data.startswith(b"\x93NUMPY"):
+        with open_image(data) as image:
+            yield image
+        return
+    try:
+        array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UnreadableImage(f"a damaged .npy file ({error})") from None
+    yield array
+
+
 def _facts(image: Image.Image) -> ImageFacts:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":

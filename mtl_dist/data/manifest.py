@@ -84,7 +84,11 @@ class Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write dataset.json durably."""
-    text = json.dumps({"format": "mtl_dist", "version": FORMAT_VERSION, **asdict(manifest)}, indent=2)
+    content = asdict(manifest)
+    for info in content["tasks"].values():
+        if not info["facts"]:  # of most kinds
+            del info["facts"]
+    text = json.dumps({"format": "mtl_dist", "version": FORMAT_VERSION, **content}, indent=2)
     write_text(directory / MANIFEST_NAME, text + "\n")
 
 

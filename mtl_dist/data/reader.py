@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 
 from mtl_dist.data.cache import Cache
-from mtl_dist.data.columns import NO_CLASS, columns_dtype, labels_at, labels_path
+from mtl_dist.data.columns import columns_dtype, labels_at, labels_path
 from mtl_dist.data.derived import Derivation
 from mtl_dist.data.digests import DIGEST_DTYPE, digests_path
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.data.remote import Location, Url, beside, read_together
-from mtl_dist.data.shards import index_dtype, index_path, read_key, segmentation_tasks
+from mtl_dist.data.shards import index_dtype, index_path, map_tasks, read_key
 from mtl_dist.errors import UserError
+from mtl_dist.specs import NO_CLASS
 
 _HEADER = 512
 _MAX_OPEN = 128  # more than a window of shards has, far fewer than a process may open
@@ -79,7 +80,7 @@ class SplitReader:
         """Whether samples are read by requests over the network."""
         self._ends = list(accumulate(self.shard_sizes))
         self._bits = {task: np.uint64(1 << bit) for bit, task in enumerate(manifest.tasks)}
-        self._segmentation = segmentation_tasks({name: info.kind for name, info in manifest.tasks.items()})
+        self._maps_of = map_tasks({name: info.kind for name, info in manifest.tasks.items()})
         self._index_path = index_path(directory, split)
         self._columns_path = labels_path(directory, split)
         self._digests_path = digests_path(directory, split) if manifest.digests else None
@@ -88,7 +89,7 @@ class SplitReader:
         self._derived = dict(derived or {})
         described = repr((manifest.tasks, manifest.splits[split])).encode()
         self._version = hashlib.sha256(described).hexdigest()
-        names = index_dtype(self._segmentation).names or ()
+        names = index_dtype(self._maps_of).names or ()
         self._spans = {
             name.removesuffix("_offset"): slice(at, at + 2)  # (offset, size)
             for at, name in enumerate(names)
@@ -285,7 +286,7 @@ class SplitReader:
 
     def _rows(self) -> np.ndarray:
         if self._index is None:
-            self._index = self._table(self._index_path, index_dtype(self._segmentation))
+            self._index = self._table(self._index_path, index_dtype(self._maps_of))
         return self._index
 
     def _column_rows(self) -> np.ndarray:
@@ -296,7 +297,7 @@ class SplitReader:
     def _column_labels(self, row: int) -> dict[str, Any]:
         labelled = self._rows()["labelled"][row]
         return labels_at(
-            self._column_rows(), row, [name for name, bit in self._bits.items() if labelled & bit]
+            self._column_rows(), row, {n: self._infos[n] for n, bit in self._bits.items() if labelled & bit}
         )
 
     def _table(self, location: Location, dtype: np.dtype[Any]) -> np.ndarray:

@@ -4,12 +4,12 @@
     train.index.npy         one packed row per sample of the split, in shard order
 
 A sample is `<key>.<extension>`, the image bytes as they came; `<key>.json`, the scalar labels as a flat
-object (an absent task is an absent label); and `<key>.<task>.png`, a mask of class indices (8-bit grey,
-255 = ignore). The fields of an index row are
+object (an absent task is an absent label); and `<key>.<task>.png` or `.npy`, a label with a value for each
+pixel, such as a mask of class indices (8-bit grey, 255 = ignore). The fields of an index row are
 
     image_offset <u8, image_size <u4, json_offset <u8, json_size <u4
     labelled     <u8: bit t is set where the sample has the label of task t, in the manifest's order
-    <task>_offset <u8, <task>_size <u4: per segmentation task; size 0 is no mask
+    <task>_offset <u8, <task>_size <u4: per task of maps; size 0 is no map
 
 where an offset is that of the member's data inside its tar. The shard of row i follows from the shards'
 sample counts in the manifest. One index per split, not one per shard: thousands of small files cost
@@ -23,7 +23,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -35,10 +35,8 @@ from mtl_dist.data.manifest import ShardInfo
 from mtl_dist.data.remote import Place
 from mtl_dist.durable import replacing
 from mtl_dist.errors import UserError
-from mtl_dist.specs import TaskKind
-
-Label = int | float | list[int]
-"""A scalar label: a class index, a value, or the positive classes of a multilabel task."""
+from mtl_dist.kinds.kind import Label
+from mtl_dist.kinds.registry import kind_of
 
 MAX_TASKS = 64
 MAX_KEY_LENGTH = 60
@@ -47,17 +45,19 @@ DEFAULT_SHARD_BYTES = 256 * 2**20
 
 _BLOCK = 512
 _NUL = b"\0"
+_NPY = b"\x93NUMPY"
 _REGULAR = (b"0", _NUL)
 _DIRECTORY = b"5"
 
 
-def check_task_names(tasks: Mapping[str, TaskKind]) -> None:
-    """Refuse names that a shard cannot hold.
+def check_task_names(names: Iterable[str]) -> None:
+    """Refuse names of tasks that a shard cannot hold.
 
     Raises:
         UserError: a name that is not a plain word, is reserved, or differs from another only in case
             (WebDataset lowers the case of extensions); or more than 64 tasks.
     """
+    tasks = dict.fromkeys(names)
     for name in tasks:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,29}", name) or name.lower() in ("image", "json"):
             raise UserError(
@@ -70,16 +70,21 @@ def check_task_names(tasks: Mapping[str, TaskKind]) -> None:
         raise UserError(f"tasks: expected at most {MAX_TASKS}, found {len(tasks)}.")
 
 
-def segmentation_tasks(tasks: Mapping[str, TaskKind]) -> tuple[str, ...]:
-    """The tasks that have masks, in the order of `tasks`."""
-    return tuple(name for name, kind in tasks.items() if kind == "segmentation")
+def map_tasks(tasks: Mapping[str, str]) -> tuple[str, ...]:
+    """The tasks whose labels are maps, in the order of `tasks`, which gives each one's kind."""
+    return tuple(name for name, kind in tasks.items() if kind_of(kind).is_map)
 
 
-def index_dtype(segmentation_tasks: Sequence[str]) -> np.dtype[np.void]:
-    """The packed row of an index for these segmentation tasks."""
+def map_member(task: str, data: bytes) -> str:
+    """The extension of a map's member: `<task>.png`, or `<task>.npy` of an array."""
+    return f"{task}.{'npy' if data.startswith(_NPY) else 'png'}"
+
+
+def index_dtype(maps: Sequence[str]) -> np.dtype[np.void]:
+    """The packed row of an index for these tasks of maps."""
     fields = [("image_offset", "<u8"), ("image_size", "<u4"), ("json_offset", "<u8"), ("json_size", "<u4")]
     fields.append(("labelled", "<u8"))
-    for task in segmentation_tasks:
+    for task in maps:
         fields += [(f"{task}_offset", "<u8"), (f"{task}_size", "<u4")]
     return np.dtype(fields)
 
@@ -128,13 +133,13 @@ class _HashingFile:
 class TarShard:
     """Writes one tar and collects its index rows: the same bytes for the same samples."""
 
-    def __init__(self, path: Path, tasks: Mapping[str, TaskKind]) -> None:
+    def __init__(self, path: Path, tasks: Mapping[str, str]) -> None:
         from webdataset.writer import TarWriter  # imports torch: seconds that `mtl --help` has not
 
         self.path = path
         self._bits = {task: 1 << bit for bit, task in enumerate(tasks)}
-        self._segmentation = segmentation_tasks(tasks)
-        self._dtype = index_dtype(self._segmentation)
+        self._map_tasks = map_tasks(tasks)
+        self._dtype = index_dtype(self._map_tasks)
         self._rows: list[tuple[int, ...]] = []
         self._file = _HashingFile(path)
         self._tar: Any = TarWriter(self._file, encoder=False, mtime=0, user="mtl", group="mtl")
@@ -155,7 +160,8 @@ class TarShard:
         """Append one sample; `labels` and `masks` hold the tasks that it has a label for."""
         assert re.fullmatch(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}", key), key
         members = {extension: image, "json": _json_bytes(labels)}
-        members |= {f"{task}.png": mask for task, mask in masks.items()}
+        suffixes = {task: map_member(task, mask) for task, mask in masks.items()}
+        members |= {suffixes[task]: mask for task, mask in masks.items()}
         offsets: dict[str, int] = {}
         offset = self.num_bytes
         for suffix in sorted(members):  # the order in which TarWriter writes them
@@ -167,8 +173,8 @@ class TarShard:
 
         labelled = sum(self._bits[task] for task in (*labels, *masks))
         row = [offsets[extension], len(image), offsets["json"], len(members["json"]), labelled]
-        for task in self._segmentation:
-            row += [offsets.get(f"{task}.png", 0), len(masks.get(task, b""))]
+        for task in self._map_tasks:
+            row += [offsets[suffixes[task]], len(masks[task])] if task in masks else [0, 0]
         self._rows.append(tuple(row))
 
     def close(self) -> tuple[ShardInfo, np.ndarray]:
@@ -196,7 +202,7 @@ class ShardWriter:
         self,
         directory: Path,
         split: str,
-        tasks: Mapping[str, TaskKind],
+        tasks: Mapping[str, str],
         max_samples: int = DEFAULT_SHARD_SAMPLES,
         max_bytes: int = DEFAULT_SHARD_BYTES,
     ) -> None:
@@ -207,7 +213,7 @@ class ShardWriter:
         self._tasks = dict(tasks)
         self._max_samples = max_samples
         self._max_bytes = max_bytes
-        self._rows = [np.empty(0, index_dtype(segmentation_tasks(tasks)))]
+        self._rows = [np.empty(0, index_dtype(map_tasks(tasks)))]
         self._shard: TarShard | None = None
 
     def write(
@@ -241,7 +247,7 @@ class ShardWriter:
             self._shard = None
 
 
-def scan_shard(path: Path, tasks: Mapping[str, TaskKind]) -> np.ndarray:
+def scan_shard(path: Path, tasks: Mapping[str, str]) -> np.ndarray:
     """The index rows of one shard, rebuilt from its tar headers and label files.
 
     Raises:
@@ -249,8 +255,8 @@ def scan_shard(path: Path, tasks: Mapping[str, TaskKind]) -> np.ndarray:
             that is none of these.
     """
     bits = {task: 1 << bit for bit, task in enumerate(tasks)}
-    masks = {f"{task}.png": task for task in segmentation_tasks(tasks)}
-    dtype = index_dtype(segmentation_tasks(tasks))
+    masks = {f"{task}.{ext}": task for task in map_tasks(tasks) for ext in ("png", "npy")}
+    dtype = index_dtype(map_tasks(tasks))
     samples: list[dict[str, int]] = []
     last_key = None
     with open(path, "rb") as file:

@@ -22,6 +22,8 @@ from mtl_dist.importers.packing import PackOptions, Progress, pack
 from mtl_dist.importers.pixels import encoded_picture
 from mtl_dist.importers.sources import Source
 from mtl_dist.importers.splitting import SPLIT_NAMES, held_out_note, split_by_fractions
+from mtl_dist.kinds.classification import Classification
+from mtl_dist.kinds.regression import Regression
 
 DEFAULT_VAL = 0.1
 """The share of the training pictures to validate on, where the data has no val part of its own."""
@@ -122,8 +124,8 @@ def pack_arrays(
             records[split].append(record)
     else:
         records["train"] = training
-    tasks = {task: TaskSource("classification", names) for task, names in classes.items()}
-    tasks |= {measure: TaskSource("regression", unit=MEASURES[measure].unit) for measure in measures}
+    tasks = {task: TaskSource(Classification.name, names) for task, names in classes.items()}
+    tasks |= {measure: TaskSource(Regression.name, unit=MEASURES[measure].unit) for measure in measures}
     filled = {split: found for split, found in records.items() if found}
     return pack(filled, out, tasks, name, notes, replace(options, verify=False), progress)
 

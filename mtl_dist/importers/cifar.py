@@ -51,7 +51,7 @@ def prepare_cifar(
             names; or what `pack` refuses.
     """
     refuse_existing(out)
-    check_task_names({head: "classification" for head in heads})
+    check_task_names(heads)
     if not heads or len(set(heads)) < len(heads):
         raise UserError(f"--heads: expected each name once, found {', '.join(heads) or 'none'}.")
     for head in classes or {}:

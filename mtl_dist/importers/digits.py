@@ -22,6 +22,9 @@ from mtl_dist.importers.jobs import Record, TaskSource
 from mtl_dist.importers.measures import INK, enlarged, stroke_width
 from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
 from mtl_dist.importers.splitting import split_by_fractions
+from mtl_dist.kinds.classification import Classification
+from mtl_dist.kinds.regression import Regression
+from mtl_dist.kinds.segmentation import BACKGROUND, Segmentation
 
 ENLARGED = 4
 
@@ -59,9 +62,9 @@ def prepare_digits(
         values = {"digit": label, "thickness": round(stroke_width(ink) / ENLARGED, 4)}
         records[split].append(Record(key, _png(image), values, {"ink": _png(ink.astype(np.uint8))}))
     tasks = {
-        "digit": TaskSource("classification", tuple("0123456789")),
-        "thickness": TaskSource("regression", unit="px"),
-        "ink": TaskSource("segmentation", ("background", "ink")),
+        "digit": TaskSource(Classification.name, tuple("0123456789")),
+        "thickness": TaskSource(Regression.name, unit="px"),
+        "ink": TaskSource(Segmentation.name, (BACKGROUND, "ink")),
     }
     return pack(records, out, tasks, "digits", options=options, progress=progress)
 

@@ -15,12 +15,14 @@ from mtl_dist.importers.sources import Tree
 from mtl_dist.importers.splitting import (
     DEFAULT_FRACTIONS,
     SPLIT_NAMES,
-    class_order,
     held_out_note,
     split_by_fractions,
     split_name,
     unique_keys,
 )
+from mtl_dist.kinds.classification import Classification
+from mtl_dist.kinds.segmentation import BACKGROUND, Segmentation
+from mtl_dist.kinds.words import class_order
 
 
 def prepare_folders(
@@ -93,9 +95,9 @@ def prepare_folders(
         source = tree.source(base + path)
         made = {name: MadeMask(source, how) for name, how in masks.items()}
         records[split].append(Record(key, source, {task: label}, made))
-    tasks = {task: TaskSource("classification", tuple(classes))}
+    tasks = {task: TaskSource(Classification.name, tuple(classes))}
     for name, how in masks.items():
-        tasks[name] = TaskSource("segmentation", ("background", name))
+        tasks[name] = TaskSource(Segmentation.name, (BACKGROUND, name))
         notes.append(f"masks of {name} were made from the pictures by {how}")
     return pack(records, out, tasks, src.resolve().stem, notes, options, progress)
 

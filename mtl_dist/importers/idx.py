@@ -55,7 +55,7 @@ def prepare_idx(
     """
     refuse_existing(out)
     require_measures(tuple(measures))
-    check_task_names({name: "classification" for name in (task, *measures)})
+    check_task_names((task, *measures))
     if task in measures:
         raise UserError(f"--task: expected another name than the measure {task!r}.")
     files = _pairs(Tree(src))

@@ -20,18 +20,20 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import asdict, dataclass, field
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mtl_dist.data.digests import DIGEST_SIZE, digest_of
-from mtl_dist.data.images import UnreadableImage, examine_image
+from mtl_dist.data.images import UnreadableImage, examine_image, open_map
 from mtl_dist.data.manifest import FORMAT_VERSION, ShardInfo
-from mtl_dist.data.masks import MaskValueError, read_mask
-from mtl_dist.data.shards import Label, TarShard, scan_shard, shard_name
+from mtl_dist.data.shards import TarShard, scan_shard, shard_name
 from mtl_dist.errors import UserError
 from mtl_dist.importers.sources import Readable
-from mtl_dist.specs import TaskKind
+from mtl_dist.kinds.kind import Label, UnreadableMap
+from mtl_dist.kinds.registry import kind_of, map_kind
+from mtl_dist.kinds.words import LabelError
+from mtl_dist.specs import TaskInfo
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -42,12 +44,21 @@ FINISHED = ".finished"
 
 @dataclass(frozen=True, slots=True)
 class TaskSource:
-    """What an importer knows of a task: its kind, class names, unit, and the value of each mask class."""
+    """What an importer knows of a task: its kind, class names, unit, and the value of each mask class.
 
-    kind: TaskKind
+    `facts` is what else its kind has to know.
+    """
+
+    kind: str
     classes: tuple[str, ...] = ()
     unit: str = ""
     mask_values: Mapping[int, int] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def info(self) -> TaskInfo:
+        """The task before its labels are counted."""
+        return TaskInfo(self.kind, self.classes, unit=self.unit, facts=self.facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +84,7 @@ class ShardJob:
     max_skipped: int
 
     @property
-    def kinds(self) -> dict[str, TaskKind]:
+    def kinds(self) -> dict[str, str]:
         """The kind of each task, as the shard's writer wants it."""
         return {name: task.kind for name, task in self.tasks.items()}
 
@@ -94,7 +105,7 @@ class ShardResult:
 
     `digests` is one hexadecimal string, one image after the other. `skipped` holds the position of each
     record that was left out, and why. `image_kinds` maps "channels dtype" to an example; `conventions`
-    maps, per mask task, how values were read to an example.
+    maps, per task of maps, how values were read to an example, and `tallies` is what is counted of them.
     """
 
     info: ShardInfo
@@ -103,7 +114,7 @@ class ShardResult:
     skipped: dict[int, str] = field(default_factory=dict)
     image_kinds: dict[str, str] = field(default_factory=dict)
     oddities: dict[str, int] = field(default_factory=dict)
-    mask_pixels: dict[str, list[int]] = field(default_factory=dict)
+    tallies: dict[str, list[float]] = field(default_factory=dict)
     conventions: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
@@ -125,8 +136,9 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
     skipped: dict[int, str] = {}
     image_kinds: dict[str, str] = {}
     oddities: Counter[str] = Counter()
-    pixels = {name: np.zeros(len(task.classes), np.int64) for name, task in job.tasks.items()}
-    conventions: dict[str, dict[str, str]] = {name: {} for name in job.tasks}
+    maps = {name: map_kind(task.kind) for name, task in job.tasks.items() if kind_of(task.kind).is_map}
+    tallies = {name: kind.tally(job.tasks[name].info) for name, kind in maps.items()}
+    conventions: dict[str, dict[str, str]] = {name: {} for name in maps}
     try:
         for position, record in enumerate(job.records):
             where = record.key if isinstance(record.image, bytes) else str(record.image)
@@ -137,18 +149,20 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
                 for name, source in record.masks.items():
                     where = f"{name} of {record.key}" if isinstance(source, bytes) else str(source)
                     task = job.tasks[name]
-                    mask = read_mask(read_bytes(source), len(task.classes), task.mask_values)
+                    data = read_bytes(source)
+                    with open_map(data) as opened:
+                        mask = maps[name].store(data, opened, task.info, task.mask_values)
                     if (mask.width, mask.height) != (facts.width, facts.height):
                         raise UserError(
                             f"{where}: expected the size of its image, {facts.width}x{facts.height}, "
                             f"found {mask.width}x{mask.height}."
                         )
-                    masks[name] = mask.png
-                    pixels[name] += mask.class_pixels
+                    masks[name] = mask.data
+                    tallies[name] = maps[name].add(tallies[name], mask.tally)
                     conventions[name].setdefault(mask.convention, where)
-            except MaskValueError as error:
-                raise UserError(f"{where}: task {name!r}: {error}.") from None
-            except UnreadableImage as error:
+            except LabelError as error:
+                raise UserError(f"{where}: task {name!r}: {error}") from None
+            except (UnreadableImage, UnreadableMap) as error:
                 skipped[position] = f"{where}: expected a readable image, found {error}."
                 check_skipped(list(skipped.values()), job.max_skipped)
                 tick()
@@ -162,7 +176,6 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
     except BaseException:
         shard.discard()
         raise
-    segmentation = [name for name, task in job.tasks.items() if task.kind == "segmentation"]
     result = ShardResult(
         info,
         rows,
@@ -170,8 +183,8 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
         skipped,
         image_kinds,
         dict(oddities),
-        {name: pixels[name].tolist() for name in segmentation},
-        {name: conventions[name] for name in segmentation},
+        {name: tally.tolist() for name, tally in tallies.items()},
+        conventions,
     )
     _save_result(job, result)
     return result
@@ -197,7 +210,10 @@ def _fingerprint(job: ShardJob) -> str:
     digest = hashlib.sha256(repr((FORMAT_VERSION, DIGEST_SIZE, job.split, job.number, job.verify)).encode())
     digest.update(
         repr(
-            [(name, task.kind, task.classes, dict(task.mask_values)) for name, task in job.tasks.items()]
+            [
+                (name, task.kind, task.classes, dict(task.mask_values), dict(task.facts))
+                for name, task in job.tasks.items()
+            ]
         ).encode()
     )
     for record in job.records:

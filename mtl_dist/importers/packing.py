@@ -130,7 +130,7 @@ def pack(
 
 
 def _check(splits: Mapping[str, Sequence[Record]], tasks: Mapping[str, TaskSource]) -> None:
-    check_task_names({name: task.kind for name, task in tasks.items()})
+    check_task_names(tasks)
     for split, records in splits.items():
         if not records:
             raise UserError(f"split {split!r}: expected samples, found none. Leave the split out or fill it.")
@@ -262,8 +262,7 @@ def _finish(
     """Write indexes and manifest from the results of all jobs."""
     packed = {split: _packed_split(split, jobs, results) for split in _usual_order(splits)}
     for task, source in tasks.items():
-        if source.kind == "segmentation":
-            check_conventions(task, results)
+        check_conventions(task, source, results)
     labels = {
         split: {task: label_counts(task, source, content) for task, source in tasks.items()}
         for split, content in packed.items()

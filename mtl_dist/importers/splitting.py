@@ -27,14 +27,6 @@ def split_name(text: str) -> str:
     return _ALIASES.get(name, name)
 
 
-def class_order(names: Iterable[str]) -> list[str]:
-    """Class names in the order of their indices: by number where all are numbers, else by name."""
-    unique = set(names)
-    if all(re.fullmatch(r"-?\d+", name) for name in unique):
-        return sorted(unique, key=lambda name: (int(name), name))
-    return sorted(unique)
-
-
 def unique_keys(paths: Sequence[str]) -> list[str]:
     """A sample key for each path: its stem where all stems differ, else its whole path.
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mtl_dist.data.shards import Label
 from mtl_dist.errors import UserError
-from mtl_dist.importers.labels import regression_labels
 from mtl_dist.importers.summary import listed
-from mtl_dist.importers.tables import Row
+from mtl_dist.importers.tables import Row, read_labels
+from mtl_dist.kinds.kind import Label
+from mtl_dist.kinds.regression import Regression
+from mtl_dist.kinds.words import Declared
 
 ABSENT = "absent"
 """In place of an onset: samples of the class have no time."""
@@ -83,7 +84,7 @@ def _onsets(name: str, text: str, cells: Sequence[Row], columns: Sequence[str]) 
     if text == ABSENT:
         return [None] * len(cells)
     if text in columns:
-        return regression_labels(text, cells)
+        return read_labels(Regression.name, cells, text, Declared())[1]
     try:
         onset = float(text)
     except ValueError:

@@ -13,16 +13,10 @@ from pathlib import Path, PurePosixPath
 
 from mtl_dist.data.images import extension_of
 from mtl_dist.data.manifest import Manifest
-from mtl_dist.data.shards import Label, check_task_names
+from mtl_dist.data.shards import check_task_names
 from mtl_dist.errors import UserError
 from mtl_dist.importers.frames import chosen_frames
 from mtl_dist.importers.jobs import Record, TaskSource, run_jobs
-from mtl_dist.importers.labels import (
-    ClassNames,
-    classification_labels,
-    names_of,
-    regression_labels,
-)
 from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
 from mtl_dist.importers.sources import Source, Tree
 from mtl_dist.importers.splitting import (
@@ -35,8 +29,13 @@ from mtl_dist.importers.splitting import (
 from mtl_dist.importers.stack_table import NO_TABLE, StackTable, read_stack_table
 from mtl_dist.importers.stack_time import TimeTask
 from mtl_dist.importers.summary import listed
-from mtl_dist.importers.tables import Row
+from mtl_dist.importers.tables import Row, read_labels
 from mtl_dist.importers.tiff import Bounds, Stack, StackPage, open_stack, percentiles
+from mtl_dist.kinds.classification import Classification
+from mtl_dist.kinds.kind import Label
+from mtl_dist.kinds.regression import Regression
+from mtl_dist.kinds.segmentation import Segmentation
+from mtl_dist.kinds.words import ClassNames, Declared, LabelError
 
 FOLDER = "folder"
 """In place of a column: the folder that a stack is in names its class."""
@@ -110,7 +109,7 @@ def prepare_stacks(
     tasks, labels = _scalar_tasks(samples, cells, classification, regression, classes, units)
     notes = [f"frames of {len(found)} stacks: {frames}"]
     if time is not None:
-        tasks[time.task] = TaskSource("regression", unit=units.get(time.task, "hours"))
+        tasks[time.task] = TaskSource(Regression.name, unit=units.get(time.task, "hours"))
         class_names = {task: tasks[task].classes for task in classification}
         labels[time.task], early = time.values(
             [frame for _, frame in samples], cells, class_names, labels, rows.columns
@@ -134,7 +133,7 @@ def _check_tasks(names: Sequence[str], classes: Mapping[str, ClassNames], units:
         raise UserError("tasks: expected at least one task, found none. Example: --regression hours=hours")
     if len(set(names)) < len(names):
         raise UserError(f"tasks: expected each name once, found {', '.join(names)}.")
-    check_task_names({name: "classification" for name in names})
+    check_task_names(names)
     for option, given in (("--classes", classes), ("--unit", units)):
         for task in given:
             if task not in names:
@@ -233,12 +232,12 @@ def _check_mask(mask: Stack, stack: Stack, mask_source: Source, source: Source) 
 
 
 def _mask_task(task: str, classes: ClassNames | None) -> TaskSource:
-    if classes is None:
-        classes = ("background", task)
-    values = (
-        {value: index for index, value in enumerate(sorted(classes))} if isinstance(classes, Mapping) else {}
-    )
-    return TaskSource("segmentation", names_of(classes), mask_values=values)
+    declared = Declared(classes)
+    try:
+        info = Segmentation().declare(task, declared)
+    except LabelError as error:
+        raise UserError(f"classes of {task!r}: {error}") from None
+    return TaskSource(info.kind, info.classes, mask_values=declared.class_values)
 
 
 def _scalar_tasks(
@@ -260,11 +259,11 @@ def _scalar_tasks(
                 raise UserError(
                     f"--classification {task}: expected stacks in folders, found one beside them."
                 )
-        names, labels[task] = classification_labels(column, rows, classes.get(task))
-        tasks[task] = TaskSource("classification", names)
+        names, labels[task] = read_labels(Classification.name, rows, column, Declared(classes.get(task)))
+        tasks[task] = TaskSource(Classification.name, names)
     for task, column in regression.items():
-        labels[task] = regression_labels(column, cells)
-        tasks[task] = TaskSource("regression", unit=units.get(task, ""))
+        _, labels[task] = read_labels(Regression.name, cells, column, Declared())
+        tasks[task] = TaskSource(Regression.name, unit=units.get(task, ""))
     return tasks, labels
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +13,10 @@ import numpy as np
 
 from mtl_dist.data.digests import DIGEST_DTYPE, same_rows
 from mtl_dist.data.manifest import ImageDtype, LabelCounts
-from mtl_dist.data.shards import Label
 from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import Record, ShardResult, TaskSource
+from mtl_dist.kinds.kind import MapKind, ScalarKind
+from mtl_dist.kinds.registry import kind_of
 from mtl_dist.specs import TaskInfo
 
 _LISTED = 5
@@ -48,40 +50,38 @@ def listed(items: Sequence[str]) -> str:
 def label_counts(name: str, task: TaskSource, split: PackedSplit) -> LabelCounts:
     """The labels of one task in one split."""
     num_samples = len(split.records)
-    if task.kind == "segmentation":
+    kind, info = kind_of(task.kind), task.info
+    if isinstance(kind, MapKind):
         present = sum(name in record.masks for record in split.records)
-        counts = np.sum([result.mask_pixels[name] for result in split.results], axis=0)
-    elif task.kind == "regression":
-        present = sum(name in record.labels for record in split.records)
-        return LabelCounts(present, num_samples - present)
-    else:
-        labels = [record.labels[name] for record in split.records if name in record.labels]
-        present = len(labels)
-        indices = [index for label in labels for index in (label if isinstance(label, list) else [label])]
-        counts = np.bincount(np.array(indices, np.int64), minlength=len(task.classes))
-    return LabelCounts(present, num_samples - present, tuple(int(count) for count in counts))
+        return LabelCounts(present, num_samples - present, kind.counts(tally_of(name, kind, split), info))
+    assert isinstance(kind, ScalarKind)
+    present = sum(name in record.labels for record in split.records)
+    column = kind.encode([record.labels.get(name) for record in split.records], info)
+    return LabelCounts(present, num_samples - present, kind.counts(column, info) if info.classes else ())
 
 
 def task_info(name: str, task: TaskSource, split: PackedSplit, counts: LabelCounts) -> TaskInfo:
     """A task's facts from the labels of the training split."""
-    values = [record.labels[name] for record in split.records if name in record.labels]
-    info = TaskInfo(task.kind, task.classes, unit=task.unit)
-    return with_facts(info, counts, values if task.kind == "regression" else [])
+    kind = kind_of(task.kind)
+    if isinstance(kind, MapKind):
+        return with_facts(task.info, counts, tally_of(name, kind, split))
+    assert isinstance(kind, ScalarKind)
+    column = kind.encode([record.labels.get(name) for record in split.records], task.info)
+    return with_facts(task.info, counts, column)
 
 
-def with_facts(info: TaskInfo, counts: LabelCounts, values: Sequence[Label]) -> TaskInfo:
-    """The task with what its training labels say; `values` are those of a regression."""
-    numbers = np.array(values if values else [0.0], float)
-    spread = float(numbers.std())
-    return replace(
-        info,
-        num_labelled=counts.present,
-        class_counts=counts.class_counts,
-        mean=float(numbers.mean()),
-        std=spread if spread > 0 else 1.0,  # a target that never varies must not be divided by 0
-        minimum=float(numbers.min()),
-        maximum=float(numbers.max()),
-    )
+def tally_of(name: str, kind: MapKind, split: PackedSplit) -> np.ndarray:
+    """What is counted of a split's maps."""
+    tallies = [np.array(result.tallies[name]) for result in split.results]
+    return functools.reduce(kind.add, tallies)
+
+
+def with_facts(info: TaskInfo, counts: LabelCounts, content: np.ndarray) -> TaskInfo:
+    """The task with what its training labels say; `content` is their column, or the tally of maps."""
+    info = replace(info, num_labelled=counts.present, class_counts=counts.class_counts)
+    kind = kind_of(info.kind)
+    assert isinstance(kind, ScalarKind | MapKind)
+    return kind.facts(content, info)
 
 
 def image_format(kinds: Sequence[Mapping[str, str]]) -> tuple[int, ImageDtype]:
@@ -105,27 +105,20 @@ def image_format(kinds: Sequence[Mapping[str, str]]) -> tuple[int, ImageDtype]:
     return max(channels), cast(ImageDtype, dtypes.pop())
 
 
-def check_conventions(name: str, results: Sequence[ShardResult]) -> None:
-    """Refuse masks of one task of which some hold class indices and others greys, or only dark greys.
+def check_conventions(name: str, task: TaskSource, results: Sequence[ShardResult]) -> None:
+    """Refuse maps of one task that cannot all be meant as they were read.
 
     Raises:
-        UserError: they do; with an example of each.
+        UserError: with an example.
     """
+    kind = kind_of(task.kind)
+    if not isinstance(kind, MapKind):
+        return
     examples: dict[str, str] = {}
     for result in results:
         examples = {**result.conventions[name], **examples}
-    if "grey" in examples and "index" in examples:
-        raise UserError(
-            f"task {name!r}: expected one kind of masks, found class indices (0, 1) in {examples['index']} "
-            f"and greys up to 255 in {examples['grey']}. "
-            f"Name the classes by their values in the masks, for example 0:background,1:{name}."
-        )
-    if "grey" in examples and not sum(result.mask_pixels[name][1] for result in results):
-        raise UserError(
-            f"task {name!r}: expected greys of 128 and above for {name} in some mask, found darker ones "
-            f"alone, as in {examples['grey']}. "
-            f"Name the classes by their values in the masks, for example 0:background,7:{name}."
-        )
+    tally = functools.reduce(kind.add, [np.array(result.tallies[name]) for result in results])
+    kind.check_files(name, examples, tally, task.info)
 
 
 def image_notes(oddities: Sequence[Mapping[str, int]], skipped: Sequence[str]) -> Iterator[str]:

@@ -10,17 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mtl_dist.data.manifest import Manifest
-from mtl_dist.data.shards import Label, check_task_names
+from mtl_dist.data.shards import check_task_names
 from mtl_dist.errors import UserError
 from mtl_dist.importers.finding import FileFinder, MaskFolder, unnamed_images
 from mtl_dist.importers.jobs import Record, TaskSource, check_skipped
-from mtl_dist.importers.labels import (
-    ClassNames,
-    classification_labels,
-    multilabel_labels,
-    names_of,
-    regression_labels,
-)
 from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
 from mtl_dist.importers.sources import Source
 from mtl_dist.importers.splitting import (
@@ -31,8 +24,13 @@ from mtl_dist.importers.splitting import (
     unique_keys,
 )
 from mtl_dist.importers.summary import listed
-from mtl_dist.importers.tables import FILE, SPLIT, Row, Table, read_table
-from mtl_dist.specs import IGNORE
+from mtl_dist.importers.tables import FILE, SPLIT, Row, Table, read_labels, read_table
+from mtl_dist.kinds.classification import Classification
+from mtl_dist.kinds.kind import Label
+from mtl_dist.kinds.multilabel import Multilabel
+from mtl_dist.kinds.regression import Regression
+from mtl_dist.kinds.segmentation import Segmentation
+from mtl_dist.kinds.words import ClassNames, Declared, LabelError
 
 
 def prepare_table(
@@ -119,7 +117,7 @@ class _Request:
             )
         if len(set(names)) < len(names):
             raise UserError(f"tasks: expected each name once, found {', '.join(names)}.")
-        check_task_names({name: "classification" for name in names})
+        check_task_names(names)
         scalars = {**self.classification, **self.multilabel, **self.regression}
         for column in (image, *scalars.values()):
             if column not in table.columns:
@@ -200,15 +198,16 @@ def _read_tasks(
     masks: dict[str, Sequence[Source | None]] = {}
     for task, column in request.columns.items():
         classes = request.classes.get(task, table.classes.get(column))
-        if task in request.classification:
-            names, labels[task] = classification_labels(column, rows, classes)
-            tasks[task] = TaskSource("classification", names)
-        elif task in request.multilabel:
-            names, labels[task] = multilabel_labels(column, rows, classes, request.separator)
-            tasks[task] = TaskSource("multilabel", names)
-        elif task in request.regression:
-            labels[task] = regression_labels(column, rows)
-            tasks[task] = TaskSource("regression", unit=request.units.get(task, ""))
+        declared = Declared(classes, request.units.get(task, ""), request.separator)
+        scalars = (
+            (request.classification, Classification.name),
+            (request.multilabel, Multilabel.name),
+            (request.regression, Regression.name),
+        )
+        kind = next((name for asked, name in scalars if task in asked), None)
+        if kind is not None:
+            names, labels[task] = read_labels(kind, rows, column, declared)
+            tasks[task] = TaskSource(kind, names, declared.unit)
         else:
             tasks[task] = _mask_task(task, classes)
             if column in table.columns:
@@ -220,12 +219,12 @@ def _read_tasks(
 
 
 def _mask_task(task: str, classes: ClassNames | None) -> TaskSource:
-    if classes is None:
-        classes = ("background", task)
-    values = {value: index for index, value in enumerate(classes)} if isinstance(classes, Mapping) else {}
-    if len(classes) > IGNORE or any(not 0 <= value <= IGNORE for value in values):
-        raise UserError(f"classes of {task!r}: expected at most {IGNORE}, with values from 0 to {IGNORE}.")
-    return TaskSource("segmentation", names_of(classes), mask_values=values)
+    declared = Declared(classes)
+    try:
+        info = Segmentation().declare(task, declared)
+    except LabelError as error:
+        raise UserError(f"classes of {task!r}: {error}") from None
+    return TaskSource(info.kind, info.classes, mask_values=declared.class_values)
 
 
 def _mask_of_cell(row: Row, column: str, finder: FileFinder) -> Source | None:

@@ -12,9 +12,10 @@ from typing import Any
 
 from mtl_dist.errors import UserError
 from mtl_dist.importers.sources import Tree
-
-Cell = str | list[str]
-"""One value as text without surrounding space, "" where it is missing; a list where JSON has one."""
+from mtl_dist.kinds.cells import parse_cells
+from mtl_dist.kinds.kind import Label
+from mtl_dist.kinds.registry import scalar_kind
+from mtl_dist.kinds.words import Cell, Declared
 
 _TABLES = (".csv", ".tsv", ".json")
 FILE, SPLIT, LABEL = "file", "split", "label"
@@ -27,6 +28,22 @@ class Row:
 
     where: str
     cells: Mapping[str, Cell]
+
+
+def read_labels(
+    kind: str, rows: Sequence[Row], column: str, declared: Declared
+) -> tuple[tuple[str, ...], list[Label | None]]:
+    """Class names and the label of each row, None where its cell is empty.
+
+    Raises:
+        UserError: a cell that holds no label of this kind.
+    """
+    return parse_cells(
+        scalar_kind(kind),
+        [row.cells[column] for row in rows],
+        lambda at: f"{rows[at].where}, column {column!r}",
+        declared,
+    )
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from mtl_dist.data.digests import digest_of
-from mtl_dist.data.images import IMAGE_EXTENSIONS, UnreadableImage, examine_image
+from mtl_dist.data.images import IMAGE_EXTENSIONS, UnreadableImage, examine_image, open_map
 from mtl_dist.data.manifest import ShardInfo
-from mtl_dist.data.masks import MaskValueError, read_mask
 from mtl_dist.data.remote import Location, Url, UrlReader
 from mtl_dist.data.shards import index_dtype
 from mtl_dist.errors import UserError
-from mtl_dist.importers.tables import Cell
+from mtl_dist.kinds.kind import UnreadableMap
+from mtl_dist.kinds.registry import map_kind
+from mtl_dist.kinds.words import Cell, LabelError
+from mtl_dist.specs import TaskInfo
 
 _NAME = re.compile(r"^((?:.*/)?[^.]+)\.([^/]*)$")
 _CHUNK = 1 << 20
@@ -76,14 +78,14 @@ class TarScan:
     """What to look for in a tar.
 
     `images` are the extensions that may be the image; `labels` and `masks` the field of each task, and
-    `mask_classes` the number of its classes. With `verify` every image is decoded.
+    `infos` what is known of it. With `verify` every image is decoded.
     """
 
     path: Location
     images: tuple[str, ...]
     labels: Mapping[str, LabelField]
     masks: Mapping[str, str]
-    mask_classes: Mapping[str, int]
+    infos: Mapping[str, TaskInfo]
     verify: bool
 
 
@@ -91,15 +93,15 @@ class TarScan:
 class TarFacts:
     """What a scan found: the shard, offsets and sizes of images and masks, and the labels as text.
 
-    `rows` are index rows whose `labelled` is still 0. `skipped` are the samples left out, and why. `digests`
-    are those of the images, one after the other.
+    `rows` are index rows whose `labelled` is still 0. `tallies` is what is counted of each task's maps.
+    `skipped` are the samples left out, and why. `digests` are those of the images, one after the other.
     """
 
     info: ShardInfo
     rows: np.ndarray
     keys: list[str]
     cells: dict[str, list[Cell]]
-    mask_pixels: dict[str, np.ndarray]
+    tallies: dict[str, np.ndarray]
     image_kinds: dict[str, str] = field(default_factory=dict)
     oddities: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
@@ -128,7 +130,7 @@ def scan_tar(scan: TarScan, tick: Callable[[], None]) -> TarFacts:
         np.empty(0, dtype),
         [],
         {task: [] for task in scan.labels},
-        {task: np.zeros(count, np.int64) for task, count in scan.mask_classes.items()},
+        {task: map_kind(scan.infos[task].kind).tally(scan.infos[task]) for task in scan.masks},
     )
     rows: list[tuple[int, ...]] = []
     digests: list[bytes] = []
@@ -183,25 +185,30 @@ def _row(
         raise _Skipped(f"expected a readable image, found {error}") from None
     row = [image.offset, len(image.data), 0, 0, 0]
     for task, extension in scan.masks.items():
+        info = scan.infos[task]
+        kind = map_kind(info.kind)
         member = members.get(extension)
         if member is None:
             row += [0, 0]
             continue
         try:
-            mask = read_mask(member.data, scan.mask_classes[task], {})
-        except (MaskValueError, UnreadableImage) as error:
+            with open_map(member.data) as opened:
+                mask = kind.store(member.data, opened, info, {})
+        except (UnreadableMap, UnreadableImage) as error:
             raise UserError(f"{where}: task {task!r}: {error}.") from None
+        except LabelError as error:
+            raise UserError(f"{where}: task {task!r}: {error}") from None
         if (mask.width, mask.height) != (picture.width, picture.height):
             raise UserError(
                 f"{where}: task {task!r}: expected the size of its image, {picture.width}x{picture.height}, "
                 f"found {mask.width}x{mask.height}."
             )
-        if mask.png is not member.data:
+        if mask.data is not member.data:
             raise UserError(
                 f"{where}: task {task!r}: expected an 8-bit grey PNG of class indices, found another kind of "
                 "mask. Tars are not rewritten here: unpack them and use `mtl prepare table`."
             )
-        facts.mask_pixels[task] += mask.class_pixels
+        facts.tallies[task] = kind.add(facts.tallies[task], mask.tally)
         row += [member.offset, len(member.data)]
     facts.image_kinds.setdefault(f"{picture.channels} {picture.dtype}", where)
     oddities.update(picture.oddities)

@@ -6,6 +6,7 @@ so they are read once, now, and kept as label columns.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections import Counter
@@ -19,16 +20,9 @@ from mtl_dist.data.columns import label_columns, labels_path
 from mtl_dist.data.digests import DIGEST_DTYPE, digests_path
 from mtl_dist.data.manifest import MANIFEST_NAME, LabelCounts, Manifest, ShardInfo, SplitInfo, write_manifest
 from mtl_dist.data.remote import Location, Place, Url, location
-from mtl_dist.data.shards import Label, check_task_names, index_path, save_index
+from mtl_dist.data.shards import check_task_names, index_path, save_index
 from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import check_skipped, run_jobs
-from mtl_dist.importers.labels import (
-    ClassNames,
-    classification_labels,
-    multilabel_labels,
-    names_of,
-    regression_labels,
-)
 from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, silent
 from mtl_dist.importers.splitting import SPLIT_NAMES, split_name
 from mtl_dist.importers.summary import (
@@ -38,8 +32,15 @@ from mtl_dist.importers.summary import (
     label_notes,
     with_facts,
 )
-from mtl_dist.importers.tables import Row
+from mtl_dist.importers.tables import Row, read_labels
 from mtl_dist.importers.tar_scan import LabelField, TarFacts, TarScan, image_extensions, scan_tar
+from mtl_dist.kinds.classification import Classification
+from mtl_dist.kinds.kind import Label, MapKind, ScalarKind
+from mtl_dist.kinds.multilabel import Multilabel
+from mtl_dist.kinds.registry import kind_of
+from mtl_dist.kinds.regression import Regression
+from mtl_dist.kinds.segmentation import Segmentation
+from mtl_dist.kinds.words import ClassNames, Declared, LabelError
 from mtl_dist.specs import TaskInfo
 
 _SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)(?![a-z])", re.I)
@@ -69,19 +70,24 @@ class FieldMapping:
         """The tasks, by name, with the classes that are known beforehand."""
         tasks: dict[str, TaskInfo] = {}
         kinds = (
-            ("classification", self.classification),
-            ("multilabel", self.multilabel),
-            ("regression", self.regression),
-            ("segmentation", self.segmentation),
+            (Classification.name, self.classification),
+            (Multilabel.name, self.multilabel),
+            (Regression.name, self.regression),
+            (Segmentation.name, self.segmentation),
         )
         for kind, fields in kinds:
             for task in fields:
                 if task in tasks:
                     raise UserError(f"tasks: expected each name once, found {task!r} twice.")
-                default = ("background", task) if kind == "segmentation" else ()
-                classes = names_of(self.classes[task]) if task in self.classes else default
-                tasks[task] = TaskInfo(kind, classes, unit=self.units.get(task, ""))  # type: ignore[arg-type]
+                try:
+                    tasks[task] = kind_of(kind).declare(task, self.declared(task))
+                except LabelError as error:
+                    raise UserError(f"classes of {task!r}: {error}") from None
         return tasks
+
+    def declared(self, task: str) -> Declared:
+        """What is said of a task beforehand."""
+        return Declared(self.classes.get(task), self.units.get(task, ""), self.separator)
 
     def checked_tasks(self) -> dict[str, TaskInfo]:
         """The tasks.
@@ -94,7 +100,7 @@ class FieldMapping:
             raise UserError(
                 "tasks: expected at least one task, found none. Example: --classification label=cls"
             )
-        check_task_names({name: info.kind for name, info in tasks.items()})
+        check_task_names(tasks)
         for option, given in (("--classes", self.classes), ("--unit", self.units)):
             for task in given:
                 if task not in tasks:
@@ -213,7 +219,7 @@ def _scan(path: Location, mapping: FieldMapping, tasks: Mapping[str, TaskInfo], 
         images=image_extensions(mapping.image),
         labels={task: LabelField.parse(text) for task, text in scalar.items()},
         masks={task: text.lower().lstrip(".") for task, text in mapping.segmentation.items()},
-        mask_classes={task: len(tasks[task].classes) for task in mapping.segmentation},
+        infos=tasks,
         verify=verify,
     )
 
@@ -267,7 +273,7 @@ def _write(
             task: with_facts(
                 info,
                 infos[training].labels[task],
-                [v for v in values[training][task] if v is not None] if info.kind == "regression" else [],
+                _content(task, info, values[training], [by_path[str(path)] for path in splits[training]]),
             )
             for task, info in tasks.items()
         },
@@ -302,15 +308,7 @@ def _labels(
             for facts in found
             for key, cell in zip(facts.keys, facts.cells[task], strict=True)
         ]
-        given = mapping.classes.get(task)
-        if task in mapping.classification:
-            classes[task], column = classification_labels(text, rows, given)
-            labels[task] = list(column)
-        elif task in mapping.multilabel:
-            classes[task], lists = multilabel_labels(text, rows, given, mapping.separator)
-            labels[task] = list(lists)
-        else:
-            labels[task] = list(regression_labels(text, rows))
+        classes[task], labels[task] = read_labels(tasks[task].kind, rows, text, mapping.declared(task))
     return labels, {
         task: replace(info, classes=classes.get(task, info.classes)) for task, info in tasks.items()
     }
@@ -332,16 +330,21 @@ def _counts(
 ) -> LabelCounts:
     """The labels of one task in one split."""
     present = int(_labelled(task, rows, columns).sum())
-    missing = len(rows) - present
-    if info.kind == "regression":
-        return LabelCounts(present, missing)
-    if info.kind == "segmentation":
-        counts = np.sum([facts.mask_pixels[task] for facts in found], axis=0)
-    else:
-        values = [label for label in columns[task] if label is not None]
-        indices = [index for value in values for index in (value if isinstance(value, list) else [value])]
-        counts = np.bincount(np.array(indices, np.int64), minlength=len(info.classes))
-    return LabelCounts(present, missing, tuple(int(count) for count in counts))
+    kind = kind_of(info.kind)
+    assert isinstance(kind, ScalarKind | MapKind)
+    counts = kind.counts(_content(task, info, columns, found), info) if info.classes else ()
+    return LabelCounts(present, len(rows) - present, counts)
+
+
+def _content(
+    task: str, info: TaskInfo, columns: Mapping[str, Sequence[Label | None]], found: Sequence[TarFacts]
+) -> np.ndarray:
+    """The column of a task's labels in one split, or the tally of its maps."""
+    kind = kind_of(info.kind)
+    if isinstance(kind, MapKind):
+        return functools.reduce(kind.add, [facts.tallies[task] for facts in found])
+    assert isinstance(kind, ScalarKind)
+    return kind.encode(columns[task], info)
 
 
 def _beside(out: Path, shard: ShardInfo) -> ShardInfo:

@@ -37,7 +37,7 @@ def test_labels_come_back_as_they_went_in(samples: list[dict[str, Label]]) -> No
     assert columns.dtype.names == ("digit", "value", "tags", "wide")
     assert columns.dtype.itemsize == 4 + 8 + 1 + 3
     for row, sample in enumerate(samples):
-        assert labels_at(columns, row, list(sample)) == sample
+        assert labels_at(columns, row, {name: WIDE[name] for name in sample}) == sample
         assert (columns["digit"][row] == -1) == ("digit" not in sample)
         assert np.isnan(columns["value"][row]) == ("value" not in sample)
 
@@ -53,4 +53,4 @@ def test_a_prepared_dataset_has_columns_that_agree_with_its_shards(tmp_path: Pat
     columns = np.load(labels_path(tmp_path / "data", "train"), mmap_mode="r")
     for row in range(23):
         labels = reader.read(row).labels
-        assert labels_at(columns, row, list(labels)) == labels
+        assert labels_at(columns, row, {name: TASKS[name] for name in labels}) == labels

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL import Image
 
-from mtl_dist.data.images import UnreadableImage, open_image
+from mtl_dist.kinds.kind import StoredMap, UnreadableMap
+from mtl_dist.kinds.words import LabelError
 from mtl_dist.specs import IGNORE
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 THRESHOLD = 128
 _PNG_BIT_DEPTH = 24  # the byte of a PNG that tells it
@@ -30,34 +32,25 @@ Convention = Literal["either", "index", "grey"]
 """How the values were read; "either" where no other reading is possible (1-bit, nothing but 0)."""
 
 
-class MaskValueError(Exception):
-    """A mask holds a value that is no class; the message says which, without the file's name."""
+def store_mask(
+    data: bytes, opened: Image.Image | np.ndarray, num_classes: int, values: Mapping[int, int]
+) -> StoredMap:
+    """A mask normalised to class indices; `values` maps its values to classes, if not empty.
 
-
-@dataclass(frozen=True)
-class Mask:
-    """A normalised mask: its PNG bytes, size, pixels per class, and how its values were read."""
-
-    png: bytes
-    width: int
-    height: int
-    class_pixels: tuple[int, ...]
-    convention: Convention
-
-
-def read_mask(data: bytes, num_classes: int, values: Mapping[int, int]) -> Mask:
-    """Decode a mask and normalise it to class indices; `values` maps its values to classes, if not empty.
-
-    The bytes are kept as they are where they already say the right thing in the right format.
+    The bytes are kept as they are where they already say the right thing in the right format. What is
+    tallied are the pixels of each class.
 
     Raises:
-        UnreadableImage: the bytes are no image of one channel.
-        MaskValueError: a value is no class of the task.
+        UnreadableMap: the file is no image of one channel.
+        LabelError: a value is no class of the task.
     """
-    with open_image(data) as image:
-        image.load()
-        as_stored = image.format == "PNG" and image.mode == "L" and data[_PNG_BIT_DEPTH] == 8
-        source, exact = _values(image, num_classes, values)
+    from PIL import Image
+
+    if isinstance(opened, np.ndarray):
+        raise UnreadableMap("an array, where an image of class indices is expected")
+    opened.load()
+    as_stored = opened.format == "PNG" and opened.mode == "L" and data[_PNG_BIT_DEPTH] == 8
+    source, exact = _values(opened, num_classes, values)
     table, convention = _table(source, exact, num_classes, values)
     classes = table[source]
     counts = np.bincount(classes.ravel(), minlength=IGNORE + 1)[:num_classes]
@@ -68,7 +61,7 @@ def read_mask(data: bytes, num_classes: int, values: Mapping[int, int]) -> Mask:
         Image.fromarray(classes).save(buffer, "PNG")
         png = buffer.getvalue()
     height, width = classes.shape
-    return Mask(png, width, height, tuple(int(count) for count in counts), convention)
+    return StoredMap(png, width, height, counts.astype(np.int64), convention)
 
 
 def _values(image: Image.Image, num_classes: int, values: Mapping[int, int]) -> tuple[np.ndarray, bool]:
@@ -88,13 +81,13 @@ def _values(image: Image.Image, num_classes: int, values: Mapping[int, int]) -> 
     if image.mode in ("RGB", "RGBA", "LA"):
         colours = array if image.mode == "RGB" else array[..., :-1]
         if (colours != colours[..., :1]).any():
-            raise UnreadableImage("a mask in colours, where class indices or greys are expected")
+            raise UnreadableMap("a mask in colours, where class indices or greys are expected")
         return np.ascontiguousarray(colours[..., 0]), False
     if image.mode in ("L", "I", "I;16", "I;16B"):
         if array.max() > 255 or array.min() < 0:
-            raise UnreadableImage("mask values beyond 0..255")
+            raise UnreadableMap("mask values beyond 0..255")
         return array.astype(np.uint8), False
-    raise UnreadableImage(f"a mask of mode {image.mode!r}, which is not supported")
+    raise UnreadableMap(f"a mask of mode {image.mode!r}, which is not supported")
 
 
 def _table(
@@ -109,7 +102,7 @@ def _table(
         wrong = [int(v) for v in present if v != IGNORE and v not in values]
         if wrong:
             listed = ", ".join(str(v) for v in values)
-            raise MaskValueError(f"expected the values {listed} (255 = ignore), found {wrong[0]}")
+            raise LabelError(f"the values {listed} (255 = ignore)", str(wrong[0]))
         return table, "either"
     beyond = set(present.tolist()) - {0, 1}
     if num_classes == 2 and not exact and beyond and not (beyond == {IGNORE} and 1 in present):
@@ -117,8 +110,6 @@ def _table(
         return table, "grey"
     wrong = [int(v) for v in present if v >= num_classes and v != IGNORE]
     if wrong:
-        raise MaskValueError(
-            f"expected class indices from 0 to {num_classes - 1} (255 = ignore), found {wrong[0]}"
-        )
+        raise LabelError(f"class indices from 0 to {num_classes - 1} (255 = ignore)", str(wrong[0]))
     table[:num_classes] = np.arange(num_classes)
     return table, "either" if exact or present.tolist() == [0] else "index"

@@ -1,0 +1,260 @@
+"""The contract of a kind: what a task's LABEL is, wherever it is parsed, stored, counted, moved or shown.
+
+Whoever handles labels asks a kind, by a method or by a capability ("is it a map?"), and never for its name.
+What is learnt from the labels is the business of `tasks`. A kind has no state; nothing here loads torch.
+
+    cell or file -> label -> (key.json + column) or key.<task>.png|npy -> target of a batch
+
+A label that its task cannot have is a `LabelError`, which says what was expected and found; the caller adds
+where it was found.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+
+from mtl_dist.kinds.view import View
+from mtl_dist.kinds.words import Cell, Declared, Vocabulary, names_of
+from mtl_dist.specs import TaskInfo
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+Label: TypeAlias = Any
+"""A label as JSON holds it: a class index, a value, the positive classes of a multilabel task."""
+
+Colour: TypeAlias = tuple[int, int, int]
+Blending: TypeAlias = Literal["interpolate", "partner"]
+
+
+class UnreadableMap(Exception):
+    """The file of a map holds no such map; the message says why, without the file's name."""
+
+
+class Kind(ABC):
+    """What a label of a task is; `ScalarKind` or `MapKind`."""
+
+    help: ClassVar[str]
+    """One line for the command line: what a label is."""
+    metavar: ClassVar[str] = "TASK=COLUMN"
+    """How the command line says which column, or which files, hold a task's labels."""
+    is_map: ClassVar[bool]
+    """Whether a label has a value for each pixel, and is stored as a file of its own."""
+    has_classes: ClassVar[bool] = False
+    """Whether labels speak of named classes."""
+    is_one_class: ClassVar[bool] = False
+    """Whether a label is exactly one class, by its index: samples can be balanced and stratified by it."""
+    is_number: ClassVar[bool] = False
+    """Whether a label is one real number in a unit, such as an edge of a box."""
+    has_values: ClassVar[bool] = False
+    """Whether the mean, deviation and range of a task's info describe its labels."""
+    against_mixup: ClassVar[str] = ""
+    """Why two labels cannot be interpolated as their images are; empty where they can."""
+    against_cutmix: ClassVar[str] = ""
+    """Why a label cannot follow a rectangle of another image that is pasted in; empty where it can."""
+    moves: ClassVar[bool] = False
+    """Whether the values of a label change with the view of its image, so that `moved` is asked."""
+    shared_facts: ClassVar[tuple[str, ...]] = ()
+    """Keys of `TaskInfo.facts` on which all datasets of a task must agree."""
+    task_settings: ClassVar[str] = ""
+    """Of a user-defined kind: the import path of the settings by which it is learnt."""
+
+    @property
+    def name(self) -> str:
+        """What the manifest and recipes call it: a word, or the import path of a user-defined one."""
+        return f"{type(self).__module__}.{type(self).__qualname__}"
+
+    def declare(self, task: str, declared: Declared) -> TaskInfo:
+        """The task called `task` before its labels are read.
+
+        Raises:
+            LabelError: what is declared does not fit the kind.
+        """
+        names = names_of(declared.classes) if self.has_classes and declared.classes is not None else ()
+        return TaskInfo(self.name, names, unit=declared.unit, facts=dict(declared.facts))
+
+    def merge(self, infos: Sequence[TaskInfo]) -> TaskInfo:
+        """The facts of several datasets, which agree on the task and have labels: numbers pooled."""
+        total = sum(info.num_labelled for info in infos)
+        mean = sum(info.num_labelled * info.mean for info in infos) / total
+        variance = sum(i.num_labelled * (i.std**2 + (i.mean - mean) ** 2) for i in infos) / total
+        return replace(
+            infos[0],
+            mean=mean,
+            std=math.sqrt(variance),
+            minimum=min(info.minimum for info in infos),
+            maximum=max(info.maximum for info in infos),
+        )
+
+
+class ScalarKind(Kind):
+    """Labels beside the image: in `<key>.json`, and as a column of `<split>.labels.npy`."""
+
+    is_map: ClassVar[bool] = False
+    blending: ClassVar[Blending] = "interpolate"
+    """What Mixup and CutMix do: interpolate the targets, or give the loss the partner's target as well."""
+
+    # ---- from cells
+    def terms(self, cell: Cell, declared: Declared) -> list[str]:
+        """What a cell calls classes: by these they are found where none are declared.
+
+        Raises:
+            LabelError: the cell cannot be read.
+        """
+        return []
+
+    @abstractmethod
+    def parse(self, cell: Cell, words: Vocabulary) -> Label | None:
+        """The label in a cell, None where it is empty.
+
+        Raises:
+            LabelError: the cell holds no label of the task.
+        """
+
+    # ---- stored
+    @abstractmethod
+    def column_type(self, info: TaskInfo) -> str | tuple[str, tuple[int, ...]]:
+        """The type of the column, and the shape of its cells where they hold several values."""
+
+    @abstractmethod
+    def encode(self, labels: Sequence[Label | None], info: TaskInfo) -> np.ndarray:
+        """The labels as a column."""
+
+    @abstractmethod
+    def decode(self, value: Any, info: TaskInfo) -> Label:
+        """The label in a cell of the column, which is not empty."""
+
+    @abstractmethod
+    def counts(self, column: np.ndarray, info: TaskInfo) -> tuple[int, ...]:
+        """The labels of each class in a column; of a kind without classes the labels, as one number."""
+
+    def facts(self, column: np.ndarray, info: TaskInfo) -> TaskInfo:
+        """The task with what the column of its training labels says beyond their counts."""
+        return info
+
+    # ---- in a batch
+    @abstractmethod
+    def targets(self, batch_size: int, info: TaskInfo) -> np.ndarray:
+        """Room for the targets of a batch (B, ...), holding the value of a missing label."""
+
+    @abstractmethod
+    def target(self, label: object, info: TaskInfo) -> Any:
+        """A stored label as a target.
+
+        Raises:
+            LabelError: it is no label of the task.
+        """
+
+    def moved(self, target: Any, view: View, info: TaskInfo) -> Any | None:
+        """The target in a view of its image; None where the view shows nothing that it speaks of."""
+        return target
+
+    # ---- shown
+    @abstractmethod
+    def text(self, label: Label, info: TaskInfo) -> str:
+        """The label in words."""
+
+
+@dataclass(frozen=True)
+class StoredMap:
+    """A map as it is stored: its file, size and what is counted of it (see `MapKind.tally`).
+
+    `convention` says how the file's values were read, where there are several ways.
+    """
+
+    data: bytes
+    width: int
+    height: int
+    tally: np.ndarray
+    convention: str = ""
+
+
+class MapKind(Kind):
+    """Labels with a value for each pixel: a file `<key>.<task>.png` (of 8 or 16 bits) or `.npy`."""
+
+    is_map: ClassVar[bool] = True
+    dtype: ClassVar[str]
+    """The values of a map in a batch."""
+    channels: ClassVar[int] = 0
+    """The values of a pixel: 0 for maps (H, W), else the last dimension of maps (H, W, C)."""
+    missing: ClassVar[float]
+    """The value of a pixel without a label: outside of the image, or of a missing map."""
+    resampling: ClassVar[Literal["nearest", "bilinear"]] = "nearest"
+    """How a map follows the size and the geometry of its image."""
+
+    # ---- from files
+    @abstractmethod
+    def store(
+        self,
+        data: bytes,
+        opened: Image.Image | np.ndarray,
+        info: TaskInfo,
+        values: Mapping[int, int],
+    ) -> StoredMap:
+        """The map in a file `data`, opened as an image or an array, as it is to be stored.
+
+        `values` maps the file's values to classes, if not empty.
+
+        Raises:
+            UnreadableMap: the file holds no such map.
+            LabelError: it holds a value that its task cannot have.
+        """
+
+    @abstractmethod
+    def tally(self, info: TaskInfo) -> np.ndarray:
+        """What is counted of maps before there is one."""
+
+    def add(self, tally: np.ndarray, more: np.ndarray) -> np.ndarray:
+        """The tally of the maps in both."""
+        return tally + more
+
+    def counts(self, tally: np.ndarray, info: TaskInfo) -> tuple[int, ...]:
+        """The pixels of each class; nothing of a kind without classes."""
+        return ()
+
+    def facts(self, tally: np.ndarray, info: TaskInfo) -> TaskInfo:
+        """The task with what the tally of its training labels says beyond their counts."""
+        return info
+
+    def check_files(self, task: str, examples: Mapping[str, str], tally: np.ndarray, info: TaskInfo) -> None:
+        """Refuse maps that cannot all be meant as they were read; `examples` by convention.
+
+        Raises:
+            UserError: with an example.
+        """
+        return
+
+    # ---- in a batch
+    def values(self, stored: np.ndarray, info: TaskInfo) -> np.ndarray:
+        """What the numbers in a stored file mean: (H, W) or (H, W, C) of `dtype`."""
+        return stored
+
+    def check(self, values: np.ndarray, info: TaskInfo) -> None:
+        """Refuse a map with a value that its task cannot have.
+
+        Raises:
+            LabelError: with the value.
+        """
+        return
+
+    def moved(self, values: np.ndarray, view: View, info: TaskInfo) -> np.ndarray:
+        """The values of a map whose pixels have been moved to where the view shows them."""
+        return values
+
+    # ---- shown
+    def legend(self, task: str, info: TaskInfo) -> list[str]:
+        """The words of what `paint` paints in a colour of its own each."""
+        return []
+
+    @abstractmethod
+    def paint(
+        self, pixels_HWC: np.ndarray, values: np.ndarray, info: TaskInfo, colours: Sequence[Colour]
+    ) -> None:
+        """Lay a map over a picture of its size, uint8 (H, W, 3), in place; a colour per legend line."""
