@@ -208,10 +208,11 @@ def render() -> str:
     lines = [
         "# What works with what",
         "",
-        "Written by `python -m tests.support_matrix`, which tries all of it on two gloo ranks;",
-        "`make test-all` holds the file to that, and `make test` to trainings in which every two of these meet. *yes*:",
-        "for full, partial and disjoint labels, and with 1 and 2 micro-batches per step, the tasks' weights and",
-        f"the model's update are those of one process with the whole batch, to {LARGEST_DIFFERENCE:g}",
+        "Written by `python -m tests.support_matrix`, which tries all of it on two gloo ranks; a test holds",
+        "the file to that in `make test-all`, and in `make test` to trainings in which every two of these",
+        "meet. *yes*: for full, partial and disjoint labels, and with 1 and 2 micro-batches per step, the",
+        "tasks' weights and the model's update are those of one process with the whole batch, to"
+        f" {LARGEST_DIFFERENCE:g}",
         "of the largest, also with gradient checkpointing by stage or by block; in bf16 and fp16 those of",
         "one process with the same micro-batches and without checkpointing (bf16 by stage, fp16 by block:",
         "in one process, under DDP and ZeRO 3). The last three columns are of all engines which are not",
