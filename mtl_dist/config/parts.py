@@ -18,8 +18,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -72,17 +72,21 @@ class OwnParts:
     """Marks a slot, in `Annotated`: besides what is built in, a value may be an own part.
 
     `kinds` are the settings of each kind of part that fits; the first whose base the part is derived from
-    holds. `key` is the key of the import path. With `only` nothing is built in.
+    holds. `key` is the key of the import path. With `only` nothing is built in. `names` are short names of
+    classes of the package that are made as own parts are.
     """
 
     kinds: tuple[type[OwnSettings], ...]
     key: str = "kind"
     only: bool = False
+    names: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def path_in(self, value: Any) -> str | None:
-        """The import path in the data of a slot, if it states an own part."""
+        """The import path, or the short name, in the data of a slot, if it states an own part."""
         path = value.get(self.key) if isinstance(value, dict) else value
-        if isinstance(path, str) and (_IMPORT_PATH.fullmatch(path) or (self.only and path)):
+        if isinstance(path, str) and (
+            path in self.names or _IMPORT_PATH.fullmatch(path) or (self.only and path)
+        ):
             return path
         return None
 
@@ -92,7 +96,7 @@ class OwnParts:
         Raises:
             PartError: there is none, or it does not fit the slot.
         """
-        found = imported(path, self._fits)
+        found = imported(self.names.get(path, path), self._fits)
         for kind in self.kinds:
             if kind.settings_base is not None and _is_subclass(found, kind.settings_base):
                 return _named(found, self.key, path)

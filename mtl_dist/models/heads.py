@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from mtl_dist.errors import UserError
 from mtl_dist.models.backbones import Network, map_key
+from mtl_dist.models.decoders.unet import UNetDecoder, plan_decoder
 from mtl_dist.models.settings import (
     DecoderNorm,
     DecoderSettings,
     HeadSettings,
     ModelSettings,
     OwnHeadSettings,
+    TaskHeadSettings,
 )
-from mtl_dist.models.unet import UNetDecoder, plan_decoder
 from mtl_dist.specs import HeadSpec
 
 
@@ -49,7 +50,7 @@ class VectorHead(nn.Module):
 
 
 class OwnHead(nn.Module):
-    """A head of the user's, over the vector of a vector task or over all maps of a map task."""
+    """A head of the user's, over the vector of a vector task or over all maps of a map task; or a decoder."""
 
     def __init__(self, module: nn.Module, source: str, strides: Collection[int], spec: HeadSpec) -> None:
         super().__init__()
@@ -97,11 +98,18 @@ def check_heads(settings: ModelSettings, specs: Sequence[HeadSpec]) -> None:
         if isinstance(own, OwnHeadSettings):
             problems += _own_problems(own, layouts[task], f"model.heads.{task}")
             continue
+        if layouts[task] == "map" and isinstance(chosen_decoder(settings, task), OwnHeadSettings):
+            problems.append(
+                f"model.heads.{task}: expected a decoder of its own (kind: ...), as model.decoder is not "
+                f"unet, found options of unet ({', '.join(sorted(own.model_fields_set))}). State its kind."
+            )
+            continue
         allowed = HeadSettings if layouts[task] == "vector" else DecoderSettings
-        for option in sorted(own.model_fields_set - set(allowed.model_fields)):
+        options = [option for option in allowed.model_fields if option in TaskHeadSettings.model_fields]
+        for option in sorted(own.model_fields_set - set(options)):
             problems.append(
                 f"model.heads.{task}.{option}: expected an option of a {layouts[task]} head "
-                f"({', '.join(allowed.model_fields)}), found {option!r}. Remove it."
+                f"({', '.join(options)}), found {option!r}. Remove it."
             )
     if problems:
         raise UserError("\n".join(problems))
@@ -120,8 +128,13 @@ def head_settings(settings: ModelSettings, task: str) -> HeadSettings:
     return settings.head.model_copy(update=_own(settings, task))
 
 
-def decoder_settings(settings: ModelSettings, task: str) -> DecoderSettings:
-    """`model.decoder` with what `model.heads` says of this map task."""
+def chosen_decoder(settings: ModelSettings, task: str) -> DecoderSettings | OwnHeadSettings:
+    """The decoder of this map task: `model.decoder` with what `model.heads` says, or its own."""
+    own: object = settings.heads.get(task)
+    decoder: object = settings.decoder
+    for choice in (own, decoder):
+        if isinstance(choice, OwnHeadSettings):
+            return choice
     return settings.decoder.model_copy(update=_own(settings, task))
 
 
@@ -129,25 +142,28 @@ def used_strides(settings: ModelSettings, spec: HeadSpec, channels: Mapping[int,
     """The strides of the maps that the task's head reads; none for a vector head."""
     if spec.layout == "vector":
         return set()
-    if isinstance(settings.heads.get(spec.task), OwnHeadSettings):
+    decoder = chosen_decoder(settings, spec.task)
+    if isinstance(decoder, OwnHeadSettings):
         return set(channels)
-    return plan_decoder(decoder_settings(settings, spec.task), channels, spec.task).strides
+    return plan_decoder(decoder, channels, spec.task).strides
 
 
 def build_head(settings: ModelSettings, spec: HeadSpec, network: Network, vector_name: str) -> Head:
     """The head of one task over the features of `network`, whose vector comes as `vector_name`."""
-    chosen: object = settings.heads.get(spec.task)
+    if spec.layout == "map":
+        chosen: object = chosen_decoder(settings, spec.task)
+    else:
+        chosen = settings.heads.get(spec.task)
     if isinstance(chosen, OwnHeadSettings):
         facts = {"num_features": network.trace.vector_size, "channels": dict(network.channels)}
         module = chosen.make(num_outputs=spec.num_outputs, **facts)
         return OwnHead(module, vector_name, network.channels, spec)
-    if spec.layout == "vector":
-        own = head_settings(settings, spec.task)
-        return VectorHead(vector_name, network.trace.vector_size, own, spec.num_outputs)
-    decoder = decoder_settings(settings, spec.task)
-    plan = plan_decoder(decoder, network.channels, spec.task)
-    norm: DecoderNorm = "group" if settings.norm in ("group", "frozen") else "batch"
-    return UNetDecoder(plan, decoder.output_stride, decoder.norm or norm, spec.num_outputs)
+    if isinstance(chosen, DecoderSettings):
+        plan = plan_decoder(chosen, network.channels, spec.task)
+        norm: DecoderNorm = "group" if settings.norm in ("group", "frozen") else "batch"
+        return UNetDecoder(plan, chosen.output_stride, chosen.norm or norm, spec.num_outputs)
+    own = head_settings(settings, spec.task)
+    return VectorHead(vector_name, network.trace.vector_size, own, spec.num_outputs)
 
 
 def _own(settings: ModelSettings, task: str) -> dict[str, object]:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
+from mtl_dist.models.decoders import DECODERS
 
 Width: TypeAlias = Annotated[int, Field(ge=1)]
 Dropout: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -28,7 +29,7 @@ class HeadSettings(Settings):
 
 
 class DecoderSettings(Settings):
-    """The head of a map task: a U-Net decoder.
+    """The head of a map task: the U-Net decoder.
 
     channels       one number per level; each level doubles the resolution, starting at the backbone's
                    deepest map. None: from the deepest map's channels, halved per level, to stride 2 (to
@@ -38,6 +39,9 @@ class DecoderSettings(Settings):
     norm           None: as `model.norm` says, and GroupNorm where that is frozen
     """
 
+    kind: Annotated[
+        Literal["unet"], Field(description=f"Others are {', '.join(DECODERS)}, or an import path.")
+    ] = "unet"
     channels: Annotated[tuple[Width, ...], Field(min_length=1)] | None = None
     skips: bool = True
     output_stride: Literal[1, 2] = 1
@@ -56,7 +60,7 @@ class TaskHeadSettings(Settings):
 
 
 class OwnHeadSettings(OwnSettings):
-    """A head of the user's for one task; its constructor may ask for
+    """A head of the user's, or a decoder of the package; its constructor may ask for
 
     num_outputs   what the task wants: the channels of the output
     num_features  of a vector task: the size D of the vector (B, D) that it is called with
@@ -66,6 +70,10 @@ class OwnHeadSettings(OwnSettings):
 
     part_base = "torch.nn.Module"
     provides = ("num_outputs", "num_features", "channels")
+
+
+OWN_HEAD = OwnParts((OwnHeadSettings,), names=DECODERS)
+Decoder: TypeAlias = Annotated[DecoderSettings, OWN_HEAD]
 
 
 class OwnBackboneSettings(OwnSettings):
@@ -91,8 +99,10 @@ class ModelSettings(Settings):
     mean, std      per channel, in the images' own units (0 to 255 for 8-bit ones); one value is for all
                    channels. None: what the backbone's published weights expect for three channels
                    (ImageNet's), 127.5 and 127.5 otherwise.
-    head, decoder  for all vector tasks, for all map tasks
-    heads          by task: what it changes in them, or a head of the user's by its import path
+    head           for all vector tasks
+    decoder        for all map tasks: `unet`, another one by its short name, or one of the user's by its
+                   import path
+    heads          by task: what it changes in them, or a head or decoder of its own
     """
 
     backbone: Annotated[str, OwnParts((OwnBackboneSettings,))] = "resnet18"
@@ -104,8 +114,8 @@ class ModelSettings(Settings):
     mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
     std: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
     head: HeadSettings = HeadSettings()
-    decoder: DecoderSettings = DecoderSettings()
-    heads: dict[str, Annotated[TaskHeadSettings, OwnParts((OwnHeadSettings,))]] = Field(default_factory=dict)
+    decoder: Decoder = DecoderSettings()
+    heads: dict[str, Annotated[TaskHeadSettings, OWN_HEAD]] = Field(default_factory=dict)
 
     @property
     def own_backbone(self) -> OwnBackboneSettings | None:

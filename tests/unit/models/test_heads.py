@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from mtl_dist.config.loading import load_settings
 from mtl_dist.errors import UserError
 from mtl_dist.models.backbones import build_network
-from mtl_dist.models.heads import VectorHead, build_head, check_heads, used_strides
-from mtl_dist.models.settings import DecoderSettings, HeadSettings, ModelSettings, TaskHeadSettings
-from mtl_dist.models.unet import UNetDecoder, plan_decoder
+from mtl_dist.models.decoders import DECODERS
+from mtl_dist.models.decoders.unet import UNetDecoder, plan_decoder
+from mtl_dist.models.heads import VectorHead, build_head, check_heads, chosen_decoder, used_strides
+from mtl_dist.models.settings import (
+    DecoderSettings,
+    HeadSettings,
+    ModelSettings,
+    OwnHeadSettings,
+    TaskHeadSettings,
+)
 from mtl_dist.specs import HeadSpec
 
 RESNET18 = {2: 64, 4: 64, 8: 128, 16: 256, 32: 512}
 MASK = HeadSpec("mask", "map", 2)
 KIND = HeadSpec("kind", "vector", 3)
+
+
+def loaded(tmp_path: Path, data: dict[str, Any]) -> ModelSettings:
+    (tmp_path / "model.yaml").write_text(json.dumps(data))
+    return load_settings(ModelSettings, tmp_path / "model.yaml")
 
 
 def features_of(channels: dict[int, int], height: int, width: int) -> dict[str, torch.Tensor]:
@@ -155,3 +172,43 @@ def test_a_decoder_normalises_as_the_model_does_unless_it_says_otherwise(
     assert any(isinstance(module, expected) for module in decoder.modules())
     norms = (nn.BatchNorm2d, nn.GroupNorm)
     assert all(isinstance(module, expected) for module in decoder.modules() if isinstance(module, norms))
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("size", [(64, 64), (70, 90), (33, 47)])
+def test_every_decoder_gives_a_map_of_the_image_size_even_an_odd_one(
+    kind: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    settings = loaded(tmp_path, {"decoder": {"kind": kind}})
+    head = build_head(settings, MASK, build_network(settings, 3, (64, 64)), "vector")
+    assert head(features_of(RESNET18, *size), size).shape == (2, 2, *size)
+
+
+def test_a_decoder_keeps_its_short_name_and_states_its_arguments(tmp_path: Path) -> None:
+    settings = loaded(tmp_path, {"decoder": {"kind": "fpn", "width": 32}})
+    assert settings.model_dump(mode="json")["decoder"] == {
+        "kind": "fpn",
+        "pyramid_channels": 256,
+        "width": 32,
+        "dropout": 0.0,
+    }
+
+
+def test_a_task_may_have_another_decoder_than_the_others(tmp_path: Path) -> None:
+    settings = loaded(tmp_path, {"decoder": {"kind": "fpn"}, "heads": {"mask": {"kind": "linear"}}})
+    assert isinstance(chosen_decoder(settings, "mask"), OwnHeadSettings)
+    assert chosen_decoder(settings, "mask").path.endswith("LinearDecoder")  # type: ignore[union-attr]
+    assert chosen_decoder(settings, "other").path.endswith("FPNDecoder")  # type: ignore[union-attr]
+
+
+def test_options_of_the_unet_on_another_decoder_are_refused(tmp_path: Path) -> None:
+    settings = loaded(tmp_path, {"decoder": {"kind": "linear"}, "heads": {"mask": {"skips": False}}})
+    with pytest.raises(UserError, match=r"model\.heads\.mask: expected a decoder of its own .*\(skips\)"):
+        check_heads(settings, [MASK])
+
+
+def test_a_misspelt_decoder_is_told_the_others(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r'decoder\.kind: expected unet, found "fpm"\. Others are fpn, linear'
+    ):
+        loaded(tmp_path, {"decoder": {"kind": "fpm"}})
