@@ -119,7 +119,7 @@ def step(
     from typing import get_args
 
     from benchmarks.step import VARIANTS, bench_step
-    from mtl_dist.engine.precision import Precision
+    from mtl_dist.engine.settings import Precision
     from mtl_dist.errors import UserError
 
     for option, given, choices in (

@@ -23,7 +23,8 @@ from benchmarks.training import Scene
 from mtl_dist.balance.gradient import GradientMethod, Problem
 from mtl_dist.balance.method import BalancedTasks
 from mtl_dist.balance.methods import METHODS as METHOD_CLASSES
-from mtl_dist.engine.connect import Connection, EngineSettings, connect
+from mtl_dist.engine.connect import Connection, connect
+from mtl_dist.engine.settings import EngineSettings
 from mtl_dist.specs import TaskKind
 
 SOLVED_TASKS = (2, 10, 40)

@@ -18,7 +18,8 @@ from benchmarks.contenders import balanced
 from benchmarks.measuring import MEMORY_ENVIRONMENT, Gauge, first, memory_is_measured
 from benchmarks.tables import Findings, Row
 from benchmarks.training import Scene, build_trainer, random_batch
-from mtl_dist.engine.connect import EngineSettings, connect
+from mtl_dist.engine.connect import connect
+from mtl_dist.engine.settings import EngineSettings
 from mtl_dist.errors import UserError
 from mtl_dist.models.settings import Checkpointing
 

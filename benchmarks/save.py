@@ -13,7 +13,8 @@ from rich.console import Console
 from benchmarks.measuring import clock, first
 from benchmarks.training import Scene, build_trainer, random_batch
 from mtl_dist.checkpoint import Checkpoint, CheckpointWriter
-from mtl_dist.engine.connect import EngineSettings, connect
+from mtl_dist.engine.connect import connect
+from mtl_dist.engine.settings import EngineSettings
 
 _INTERVAL = 100
 """The steps between two checkpoints that the share is of."""

@@ -25,8 +25,9 @@ from mtl_dist.data.loader import open_data, train_loader
 from mtl_dist.data.manifest import LabelCounts, Manifest, SplitInfo, write_manifest
 from mtl_dist.data.settings import DataSettings, SourceSettings
 from mtl_dist.data.shards import ShardWriter
-from mtl_dist.engine.connect import Connection, EngineSettings, connect
-from mtl_dist.engine.precision import AUTOCAST_DTYPES, Precision
+from mtl_dist.engine.connect import Connection, connect
+from mtl_dist.engine.precision import AUTOCAST_DTYPES
+from mtl_dist.engine.settings import EngineSettings, Precision
 from mtl_dist.specs import TaskInfo
 
 VARIANTS = ("contiguous", "compiled", "loader")

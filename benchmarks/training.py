@@ -13,7 +13,7 @@ from mtl_dist.balance.methods import BalanceSettings, build_balancer
 from mtl_dist.batch import Batch
 from mtl_dist.checkpoint import CheckpointWriter
 from mtl_dist.engine.connect import Connection
-from mtl_dist.engine.precision import Precision
+from mtl_dist.engine.settings import Precision
 from mtl_dist.figures.run_figures import RunFigures
 from mtl_dist.models.compiling import compile_parts
 from mtl_dist.models.multitask import MultitaskModel, build_model

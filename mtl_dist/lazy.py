@@ -27,7 +27,12 @@ class _Lazy(ModuleType):
 
 if TYPE_CHECKING:
     import torch as torch
-    import torch.nn.functional as functional
+    import torch.nn.functional
+    import torchvision.transforms.v2
+
+    F = torch.nn.functional
+    vision = torchvision.transforms.v2
 else:
     torch = _Lazy("torch")
-    functional = _Lazy("torch.nn.functional")
+    F = _Lazy("torch.nn.functional")
+    vision = _Lazy("torchvision.transforms.v2")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import nn
 
 from mtl_dist.config.settings import Settings
 from mtl_dist.errors import UserError
-from mtl_dist.models.multitask import MultitaskModel
+from mtl_dist.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mtl_dist.models.multitask import MultitaskModel
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

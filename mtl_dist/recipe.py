@@ -14,8 +14,7 @@ from mtl_dist.config.errors import suggest
 from mtl_dist.config.loading import load_settings
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.settings import DataSettings
-from mtl_dist.engine.connect import EngineSettings
-from mtl_dist.engine.precision import Precision
+from mtl_dist.engine.settings import EngineSettings, Precision
 from mtl_dist.errors import UserError
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.monitor import MonitorSettings

@@ -28,7 +28,8 @@ from mtl_dist.balance.diagnostics import GradientDiagnostics, diagnose
 from mtl_dist.balance.method import Level, Needs
 from mtl_dist.batch import Batch
 from mtl_dist.engine.engine import Engine
-from mtl_dist.engine.precision import AUTOCAST_DTYPES, LossScaler, Precision
+from mtl_dist.engine.precision import AUTOCAST_DTYPES, LossScaler
+from mtl_dist.engine.settings import Precision
 from mtl_dist.engine.world import World
 from mtl_dist.gradients import Gates, JacobianMemory, WindowGradients, as_if_unseen, products, with_gradient
 from mtl_dist.models.multitask import MultitaskModel

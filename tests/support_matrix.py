@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
-from mtl_dist.engine.precision import Precision
+from mtl_dist.engine.settings import Precision
 from mtl_dist.models.settings import Checkpointing
 from tests.pairwise import pairwise
 from tests.ranks import shared_pool

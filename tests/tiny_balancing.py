@@ -22,9 +22,9 @@ from mtl_dist.balance.checks import check_balance
 from mtl_dist.balance.gradient import GradientMethod
 from mtl_dist.balance.methods import METHODS, BalanceSettings, build_balancer
 from mtl_dist.batch import Batch
-from mtl_dist.engine.connect import Connection, EngineSettings, connect
+from mtl_dist.engine.connect import Connection, connect
 from mtl_dist.engine.engine import Engine
-from mtl_dist.engine.precision import Precision
+from mtl_dist.engine.settings import EngineSettings, Precision
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 from mtl_dist.models.multitask import build_model

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mtl_dist.engine import deepspeed_setup
-from mtl_dist.engine.connect import EngineSettings, connect
+from mtl_dist.engine.connect import connect
 from mtl_dist.engine.engine import Engine, FullState, StepResult
-from mtl_dist.engine.precision import AUTOCAST_DTYPES, Precision
+from mtl_dist.engine.precision import AUTOCAST_DTYPES
+from mtl_dist.engine.settings import EngineSettings, Precision
 from mtl_dist.errors import UserError
 
 TASKS = ("alpha", "beta", "gamma")

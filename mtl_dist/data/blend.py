@@ -21,18 +21,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.pictures import Box
 from mtl_dist.errors import UserError
+from mtl_dist.lazy import torch
 from mtl_dist.randomness import Draws, derive_key
 from mtl_dist.specs import TaskInfo, TaskKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Alpha = Annotated[float, Field(ge=0.01, le=100)]
 

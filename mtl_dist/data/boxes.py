@@ -14,15 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
-
-import torch
-from torch import Tensor
-from torchvision import tv_tensors
+from typing import TYPE_CHECKING, TypeAlias
 
 from mtl_dist.data.pictures import Box
 from mtl_dist.errors import UserError
+from mtl_dist.lazy import torch
 from mtl_dist.specs import TaskInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BoxTasks: TypeAlias = tuple[str, str, str, str]
 """The tasks of a box's left, top, right and bottom."""
@@ -76,6 +76,8 @@ def with_seen_edges(
 
 def box_of(edges: Sequence[float], size: tuple[int, int]) -> Tensor:
     """Left, top, right and bottom in an image of `size` (height, width), as what torchvision moves."""
+    from torchvision import tv_tensors  # (for which reading a recipe does not wait)
+
     box: Tensor = tv_tensors.BoundingBoxes(
         torch.tensor([list(edges)], dtype=torch.float32), format="XYXY", canvas_size=size
     )
@@ -86,13 +88,13 @@ def shown_box(box: Tensor, source: Box, size: tuple[int, int]) -> Tensor:
     """The box where the `source` part of its image is shown in `size`, cut off at the edges."""
     scale = torch.tensor([size[1] / source.width, size[0] / source.height]).repeat(2)
     corner = torch.tensor([source.left, source.top]).repeat(2)
-    edges = (box.as_subclass(Tensor) - corner) * scale
+    edges = (box.as_subclass(torch.Tensor) - corner) * scale
     return _cut(edges, size)
 
 
 def edges_in(box: Tensor, size: tuple[int, int]) -> list[float] | None:
     """The edges of what is left of a box in an image of `size`; nothing where that is no box."""
-    edges = _cut(box.as_subclass(Tensor), size).as_subclass(Tensor)[0].tolist()
+    edges = _cut(box.as_subclass(torch.Tensor), size).as_subclass(Tensor)[0].tolist()
     left, top, right, bottom = edges
     whole = right - left >= _SMALLEST_SIDE and bottom - top >= _SMALLEST_SIDE
     return edges if whole else None

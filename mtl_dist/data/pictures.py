@@ -6,13 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from mtl_dist.lazy import F, torch
 
-Resizing: TypeAlias = Callable[[], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Resizing: TypeAlias = "Callable[[], Tensor]"
 """What is left to be done when the pixels are there: returns them resized, (C, H, W)."""
 
 

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-import torchvision.transforms.v2.functional as vision
 from pydantic import Field
-from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
 
 from mtl_dist.config.settings import Settings
+from mtl_dist.lazy import torch, vision
 from mtl_dist.randomness import Draws
 from mtl_dist.specs import IGNORE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torchvision.transforms.v2 import InterpolationMode
 
 _LARGEST = 30
 _SHEAR, _SHIFT, _TURN, _CHANGE, _BITS = 0.3, 150 / 331, 30.0, 0.9, 4  # at the largest magnitude
@@ -49,9 +50,10 @@ def rand_augment(
         sign = 1 if draws.uniform() < 0.5 else -1
         if operation < len(_MOVES):
             move = _MOVES[operation](strength * sign, image_CHW.shape[-2], image_CHW.shape[-1])
-            image_CHW = _moved(image_CHW, *move, InterpolationMode.BILINEAR, 0)
+            image_CHW = _moved(image_CHW, *move, vision.InterpolationMode.BILINEAR, 0)
             masks = {
-                name: _moved(mask, *move, InterpolationMode.NEAREST, IGNORE) for name, mask in masks.items()
+                name: _moved(mask, *move, vision.InterpolationMode.NEAREST, IGNORE)
+                for name, mask in masks.items()
             }
         elif operation < len(_MOVES) + len(_CHANGES) and coloured:
             image_CHW = _CHANGES[operation - len(_MOVES)](image_CHW, strength, sign)
@@ -71,18 +73,18 @@ _MOVES: tuple[Callable[[float, int, int], _Move], ...] = (
 def _moved(
     pixels: Tensor, angle: float, shift: list[int], shear: list[float], mode: InterpolationMode, fill: int
 ) -> Tensor:
-    moved: Tensor = vision.affine(pixels, angle, shift, 1.0, shear, mode, [fill])
+    moved: Tensor = vision.functional.affine(pixels, angle, shift, 1.0, shear, mode, [fill])
     return moved
 
 
 # Each takes the image, a strength from 0 to 1, and a sign for those that have one.
 _CHANGES: tuple[Callable[[Tensor, float, int], Tensor], ...] = (
-    lambda image, strength, sign: vision.adjust_brightness(image, 1 + sign * _CHANGE * strength),
-    lambda image, strength, sign: vision.adjust_saturation(image, 1 + sign * _CHANGE * strength),
-    lambda image, strength, sign: vision.adjust_contrast(image, 1 + sign * _CHANGE * strength),
-    lambda image, strength, sign: vision.adjust_sharpness(image, 1 + sign * _CHANGE * strength),
-    lambda image, strength, sign: vision.posterize(image, 8 - round(_BITS * strength)),
-    lambda image, strength, sign: vision.solarize(image, 255 * (1 - strength)),
-    lambda image, strength, sign: vision.autocontrast(image),
-    lambda image, strength, sign: vision.equalize(image),
+    lambda image, strength, sign: vision.functional.adjust_brightness(image, 1 + sign * _CHANGE * strength),
+    lambda image, strength, sign: vision.functional.adjust_saturation(image, 1 + sign * _CHANGE * strength),
+    lambda image, strength, sign: vision.functional.adjust_contrast(image, 1 + sign * _CHANGE * strength),
+    lambda image, strength, sign: vision.functional.adjust_sharpness(image, 1 + sign * _CHANGE * strength),
+    lambda image, strength, sign: vision.functional.posterize(image, 8 - round(_BITS * strength)),
+    lambda image, strength, sign: vision.functional.solarize(image, 255 * (1 - strength)),
+    lambda image, strength, sign: vision.functional.autocontrast(image),
+    lambda image, strength, sign: vision.functional.equalize(image),
 )

@@ -12,14 +12,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
-import torch
-import torch.nn.functional as F
-import torchvision.transforms.v2.functional as vision
 from pydantic import Field, model_validator
-from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
 
 from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
@@ -27,8 +22,13 @@ from mtl_dist.data.boxes import box_of, edges_in, shown_box
 from mtl_dist.data.pictures import Box, DecodedPicture, Picture, Resizing, resized
 from mtl_dist.data.rand_augment import RandAugmentSettings, rand_augment
 from mtl_dist.errors import UserError
+from mtl_dist.lazy import F, torch, vision
 from mtl_dist.randomness import Draws
 from mtl_dist.specs import IGNORE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torchvision.transforms.v2 import InterpolationMode
 
 Resize = Literal["stretch", "crop", "pad"]
 Preset = Literal["none", "standard", "strong"]
@@ -200,8 +200,8 @@ class Transform:
             views[name] = _padded_box(shown_box(box_of(edges, size), source, inner), inner, self.size)
 
         for flipped, axis, flip in (
-            (self.augment.flip, -1, vision.horizontal_flip),
-            (self.augment.flip_vertical, -2, vision.vertical_flip),
+            (self.augment.flip, -1, vision.functional.horizontal_flip),
+            (self.augment.flip_vertical, -2, vision.functional.vertical_flip),
         ):
             if flipped and draws.uniform() < 0.5:
                 image_CHW = image_CHW.flip(axis)
@@ -279,11 +279,13 @@ class Transform:
         zoom = draws.uniform(*augment.zoom)
 
         def turn(pixels: Tensor, mode: InterpolationMode, fill: int) -> Tensor:
-            moved: Tensor = vision.affine(pixels, angle, shift[::-1], zoom, [0.0, 0.0], mode, [fill])
+            moved: Tensor = vision.functional.affine(
+                pixels, angle, shift[::-1], zoom, [0.0, 0.0], mode, [fill]
+            )
             return moved
 
-        image_CHW = turn(image_CHW, InterpolationMode.BILINEAR, 0)
-        masks = {name: turn(mask, InterpolationMode.NEAREST, IGNORE) for name, mask in masks.items()}
+        image_CHW = turn(image_CHW, vision.InterpolationMode.BILINEAR, 0)
+        masks = {name: turn(mask, vision.InterpolationMode.NEAREST, IGNORE) for name, mask in masks.items()}
         return image_CHW, masks
 
     def _recoloured(self, image_CHW: Tensor, draws: Draws) -> Tensor:
@@ -333,7 +335,7 @@ def _padded(image: Tensor, size: tuple[int, int], value: int) -> Tensor:
 
 def _padded_box(box: Tensor, inner: tuple[int, int], size: tuple[int, int]) -> Tensor:
     top, left = _margins(inner, size)
-    edges = box.as_subclass(Tensor) + torch.tensor([left, top]).repeat(2)
+    edges = box.as_subclass(torch.Tensor) + torch.tensor([left, top]).repeat(2)
     return box_of(edges[0].tolist(), size)
 
 

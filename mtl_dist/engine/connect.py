@@ -10,34 +10,14 @@ from typing import Literal, cast
 import torch
 from torch import nn
 
-from mtl_dist.config.settings import Settings
-from mtl_dist.engine.deepspeed_setup import ZeroStage
 from mtl_dist.engine.engine import Engine
-from mtl_dist.engine.precision import Precision, build_scaler, set_tf32
+from mtl_dist.engine.precision import build_scaler, set_tf32
+from mtl_dist.engine.settings import EngineSettings, Precision, ZeroStage
 from mtl_dist.engine.world import World, join_group, launched_size, leave, own_device
 from mtl_dist.errors import UserError
 
 DEFAULT_STAGE: ZeroStage = 2
 """As `accelerate launch --use_deepspeed` has it."""
-
-
-class EngineSettings(Settings):
-    """What wraps the model for all ranks.
-
-    `auto` is what `accelerate launch` was told (`--use_deepspeed --zero_stage 2`, or a preset of `launch/`),
-    else DeepSpeed where something of it is asked for below, else accelerate: one process or DDP.
-    """
-
-    kind: Literal["auto", "accelerate", "deepspeed"] = "auto"
-    zero_stage: Literal[0, 1, 2, 3] | None = None
-    """What DeepSpeed divides over the ranks: 1 optimizer state, 2 gradients too, 3 weights too; null: what
-    the launcher says, or 2."""
-    offload_optimizer: bool = False
-    """Keep DeepSpeed's optimizer state in host memory, and update there (ZeRO 1 to 3)."""
-    offload_parameters: bool = False
-    """Keep the weights' shares in host memory (ZeRO 3)."""
-    tf32: bool = True
-    """On GPUs, whether float32 products may round their factors to TF32."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtl_dist.engine.deepspeed_setup import ZeroStage, deepspeed_config, import_deepspeed
+from mtl_dist.engine.deepspeed_setup import deepspeed_config, import_deepspeed
 from mtl_dist.engine.engine import (
     Engine,
     FullState,
@@ -31,6 +31,7 @@ from mtl_dist.engine.engine import (
 from mtl_dist.engine.partitions import gather, interleaved_layout, scatter
 from mtl_dist.engine.precision import LossScaler
 from mtl_dist.engine.replicated import ReplicatedEngine
+from mtl_dist.engine.settings import ZeroStage
 from mtl_dist.engine.world import World
 from mtl_dist.engine.zero_groups import (
     FlatGroup,

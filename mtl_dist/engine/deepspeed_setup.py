@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from mtl_dist.engine.settings import ZeroStage
 from mtl_dist.engine.world import use_cpu
-
-ZeroStage = Literal[0, 1, 2, 3]
 
 LARGEST_BUCKET = 2**25
 """Elements whose gradients travel together: 128 MB. DeepSpeed allocates the buffer whole, so a small model

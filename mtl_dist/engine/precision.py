@@ -7,13 +7,11 @@ it is the same under every engine.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 
+from mtl_dist.engine.settings import Precision
 from mtl_dist.errors import UserError
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

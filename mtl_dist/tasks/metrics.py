@@ -5,15 +5,17 @@ This module loads without torchmetrics, which takes seconds to import, so that a
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mtl_dist.config.errors import suggest
 from mtl_dist.errors import UserError
+from mtl_dist.lazy import torch
 from mtl_dist.specs import TaskKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Mode = Literal["max", "min"]
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.task import (
@@ -21,6 +18,9 @@ from mtl_dist.tasks.task import (
     require_threshold,
 )
 from mtl_dist.tasks.weights import ClassWeights, positive_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MultilabelBceSettings(LossSettings):

@@ -8,16 +8,17 @@ Of two classes, `bce`, `dice` and `bce_dice` ask for one output, the log-odds of
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
+from mtl_dist.lazy import torch
 from mtl_dist.specs import IGNORE, TaskInfo
 from mtl_dist.tasks.maps import foreground_logits, predicted_classes, resized
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.segmentation_losses import MapCrossEntropySettings, SegmentationLoss
 from mtl_dist.tasks.task import CommonTaskSettings, Task, require_fit, require_threshold
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SegmentationSettings(CommonTaskSettings):

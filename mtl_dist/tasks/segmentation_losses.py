@@ -6,17 +6,18 @@ They see logits (B, C, H, W) at the mask's resolution and masks uint8 (B, H, W) 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
 from mtl_dist.errors import UserError
+from mtl_dist.lazy import F, torch
 from mtl_dist.specs import IGNORE, TaskInfo
 from mtl_dist.tasks.task import OWN_LOSS, Loss, LossSettings
 from mtl_dist.tasks.weights import ClassWeights, class_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MapCrossEntropySettings(LossSettings):

@@ -12,16 +12,17 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
 from mtl_dist.errors import UserError
+from mtl_dist.lazy import torch
 from mtl_dist.specs import HeadSpec, TaskInfo, TaskKind
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mtl_dist.tasks.metrics import TaskMetrics
 
 

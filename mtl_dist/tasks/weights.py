@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from mtl_dist.errors import UserError
+from mtl_dist.lazy import torch
 from mtl_dist.specs import TaskInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ClassWeights: TypeAlias = tuple[Annotated[float, Field(ge=0)], ...] | Literal["balanced"] | None
 """One weight per class in the dataset's order, `balanced`, or null for none."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from mtl_dist.assemble import build_root
 from mtl_dist.batch import Batch
 from mtl_dist.config.loading import load_settings
-from mtl_dist.engine.connect import EngineSettings, connect
-from mtl_dist.engine.precision import Precision
+from mtl_dist.engine.connect import connect
+from mtl_dist.engine.settings import EngineSettings, Precision
 from mtl_dist.engine.world import World
 from mtl_dist.models.settings import NormKind
 from mtl_dist.optim import OptimSettings, build_optimizer, learning_rate_factor, set_learning_rate

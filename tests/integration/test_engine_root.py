@@ -21,8 +21,8 @@ from mtl_dist.balance.pcgrad import PCGrad
 from mtl_dist.balance.uncertainty import Uncertainty
 from mtl_dist.batch import Batch
 from mtl_dist.config.settings import Settings
-from mtl_dist.engine.connect import EngineSettings, connect
-from mtl_dist.engine.precision import Precision
+from mtl_dist.engine.connect import connect
+from mtl_dist.engine.settings import EngineSettings, Precision
 from mtl_dist.models.compiling import compile_parts
 from mtl_dist.models.multitask import build_model
 from mtl_dist.models.settings import Checkpointing, ModelSettings

@@ -18,7 +18,8 @@ from benchmarks.memory import Case, peaks
 from benchmarks.training import Scene, build_parts, build_trainer, random_batch
 from mtl_dist.balance.cagrad import CAGrad
 from mtl_dist.balance.upgrad import UPGrad
-from mtl_dist.engine.connect import Connection, EngineSettings, connect
+from mtl_dist.engine.connect import Connection, connect
+from mtl_dist.engine.settings import EngineSettings
 
 SCENE = Scene("simple_cnn", batch=2, image_size=32, optimizer="sgd")
 

@@ -11,7 +11,7 @@ from mtl_dist.engine.connect import (
     choose,
     connect_without_engine,
 )
-from mtl_dist.engine.precision import Precision
+from mtl_dist.engine.settings import Precision
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 
