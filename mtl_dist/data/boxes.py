@@ -94,7 +94,7 @@ def shown_box(box: Tensor, source: Box, size: tuple[int, int]) -> Tensor:
 
 def edges_in(box: Tensor, size: tuple[int, int]) -> list[float] | None:
     """The edges of what is left of a box in an image of `size`; nothing where that is no box."""
-    edges = _cut(box.as_subclass(torch.Tensor), size).as_subclass(Tensor)[0].tolist()
+    edges = _cut(box.as_subclass(torch.Tensor), size).as_subclass(torch.Tensor)[0].tolist()
     left, top, right, bottom = edges
     whole = right - left >= _SMALLEST_SIDE and bottom - top >= _SMALLEST_SIDE
     return edges if whole else None
