@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mtl_dist import __version__
-from mtl_dist.commands import cluster, compare, data, machine, runs
+from mtl_dist.commands import cluster, compare, data, machine, runs, start
 from mtl_dist.commands.errors import CommandGroup
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+start.add_to(app)
 data.add_to(app)
 runs.add_to(app)
 compare.add_to(app)

@@ -1,0 +1,71 @@
+"""What travels in the package beside its code: recipes, launcher presets and cluster profiles.
+
+In a checkout they are the folders configs/, launch/ and slurm/, to which the folders here are links; a wheel
+holds their files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtl_dist.config.errors import suggest
+from mtl_dist.errors import UserError
+
+_HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """One kind of file: what it is for, and where it is."""
+
+    title: str
+    directory: Path
+
+    def files(self) -> dict[str, Path]:
+        """The files by their name without `.yaml`."""
+        return {path.stem: path for path in sorted(self.directory.glob("*.yaml"))}
+
+
+SHELVES = (
+    Shelf("recipes, for `mtl train`", _HERE / "recipes"),
+    Shelf("presets, for `accelerate launch --config_file`", _HERE / "presets"),
+    Shelf("cluster profiles, for `mtl submit --cluster`", _HERE / "profiles"),
+)
+
+
+def shipped_files(shelves: Sequence[Shelf] = SHELVES) -> dict[str, Path]:
+    """Every file by its name; the names of the shelves differ."""
+    return {name: path for shelf in shelves for name, path in shelf.files().items()}
+
+
+def headline(file: Path) -> str:
+    """The first sentence of a file's heading."""
+    heading = file.read_text(encoding="utf-8").partition("#\n")[0].replace("\n#", "")
+    return heading.removeprefix("#").strip().partition(". ")[0].removesuffix(".").partition(": copy it")[0]
+
+
+def copy_of(name: str, out: Path) -> Path:
+    """Copy the file called `name` to `out`, or into it where it is a directory.
+
+    Raises:
+        UserError: no such file, or the place is taken.
+    """
+    files = shipped_files()
+    if name not in files:
+        raise UserError(
+            f"init: expected a prepared dataset or one of the files below, found {name!r}. "
+            f"{suggest(name, files, 'Files')}"
+        )
+    place = out / f"{name}.yaml" if out.is_dir() else out
+    try:
+        with open(place, "x", encoding="utf-8") as file:
+            file.write(files[name].read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise UserError(
+            f"{place}: expected a new file, found one. Name another place as second argument."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{place}: expected a place that can be written, found: {error.strerror}.") from None
+    return place
