@@ -10,6 +10,7 @@ import torch
 from pydantic import TypeAdapter
 
 from mtl_dist.balance.methods import BalanceSettings, build_balancer
+from mtl_dist.balancing import Balancing
 from mtl_dist.batch import Batch
 from mtl_dist.checkpoint import CheckpointWriter
 from mtl_dist.engine.connect import Connection
@@ -127,12 +128,11 @@ def build_trainer(
     adapter: TypeAdapter[BalanceSettings] = TypeAdapter(BalanceSettings)
     settings = adapter.validate_python(dict(balance))
     balancer = build_balancer(settings, list(tasks), scene.kinds, dict.fromkeys(tasks, 1.0))
-    root = RootModule(model, tasks, balancer, world, scene.precision, seed=0)
+    root = RootModule(model, tasks, balancer, world, scene.precision)
     if scene.compiled:
         compile_parts(model, world.device, recomputing=scene.checkpointing != "off")
     optimizer = build_optimizer(scene.optim, model, list(tasks), list(balancer.parameters()))
     engine = connection.build(root, optimizer, [root.task_parameters(name) for name in tasks])
-    root.served_by(engine)
     plan = Plan(
         samples_per_epoch=_ENDLESS,
         end_position=_ENDLESS,
@@ -146,6 +146,7 @@ def build_trainer(
     return Trainer(
         engine=engine,
         root=root,
+        balancing=Balancing(root, engine, seed=0),
         optim=scene.optim,
         plan=plan,
         monitor=Monitor(MonitorSettings(), "min", ConstantSchedule()),

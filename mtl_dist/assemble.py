@@ -11,8 +11,8 @@ from torch import Tensor
 from mtl_dist.balance.checks import check_balance
 from mtl_dist.balance.methods import build_balancer
 from mtl_dist.checkpoint import Checkpoint, best_checkpoint, newest_good, problems_of, read_checkpoint
+from mtl_dist.data.disjoint_tasks import disjoint_tasks
 from mtl_dist.data.loader import Data
-from mtl_dist.data.strangers import strangers
 from mtl_dist.engine.connect import EngineChoice
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
@@ -42,15 +42,7 @@ def build_root(recipe: Recipe, facts: DataFacts, world: World) -> RootModule:
     kinds = {name: info.kind for name, info in facts.infos.items()}
     weights = {name: settings.weight for name, settings in recipe.tasks.items()}
     balancer = build_balancer(recipe.balance, list(tasks), kinds, weights)
-    return RootModule(
-        model,
-        tasks,
-        balancer,
-        world,
-        recipe.train.precision,
-        recipe.train.seed,
-        recipe.balance.diagnose_every,
-    )
+    return RootModule(model, tasks, balancer, world, recipe.train.precision)
 
 
 def build_monitor(recipe: Recipe) -> Monitor:
@@ -88,11 +80,10 @@ def check_balancing(recipe: Recipe, root: RootModule, data: Data, choice: Engine
     check_balance(
         root.balancer,
         recipe.balance.method,
-        deepspeed=choice.kind == "deepspeed",
-        zero_stage=choice.zero_stage,
+        engine=choice,
         num_shared=len(root.shared),
         features={name: root.model.feature_names(name) for name in root.tasks},
-        strangers=strangers(data) if root.balancer.level == "features" else [],
+        disjoint=disjoint_tasks(data) if root.balancer.level == "features" else [],
     )
 
 
@@ -104,10 +95,10 @@ def check_device(recipe: Recipe, device: torch.device, choice: EngineChoice) -> 
             "model.norm: expected batch, group or frozen on CPUs, found sync, which torch has for GPUs only. "
             "Use group."
         )
-    if recipe.train.compile and choice.zero_stage == 3:
+    if recipe.train.compile and choice.shards_parameters:
         problems.append(
-            "train.compile: expected false under ZeRO 3, which gathers the weights of every layer as it is "
-            "reached, found true. Set it to false, or engine.zero_stage to 2."
+            f"train.compile: expected false under {choice.name}, which gathers the weights of every layer as "
+            f"it is reached, found true. Set it to false, or {choice.WHOLE_PARAMETERS}."
         )
     if problems:
         raise UserError("\n".join(problems))

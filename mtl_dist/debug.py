@@ -13,13 +13,14 @@ import traceback
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from mtl_dist.assemble import absolute_paths, build_root, facts_of
+from mtl_dist.balancing import Balancing
 from mtl_dist.batch import Batch
 from mtl_dist.data.loader import open_data, train_loader
-from mtl_dist.engine.accelerated import connect_accelerate
-from mtl_dist.engine.world import launched_size
+from mtl_dist.engine.accelerated import AccelerateEngine, connect_accelerate
+from mtl_dist.engine.world import World, launched_size
 from mtl_dist.errors import UserError
 from mtl_dist.importers.external import with_indexes
 from mtl_dist.models.describe import describe
@@ -83,7 +84,7 @@ def overfit_one_batch(recipe: Recipe, console: Console | None = None) -> bool:
         )
     try:
         with torch.autograd.set_detect_anomaly(True):
-            reached = _overfit(root, batch, WindowTotals(counts_T, 1, 0), recipe.optim.lr)
+            reached = _overfit(root, batch, counts_T, recipe, world)
     except Exception as error:
         error.add_note(shapes_of(batch))
         if sys.stdin.isatty() and sys.stdout.isatty():
@@ -94,18 +95,22 @@ def overfit_one_batch(recipe: Recipe, console: Console | None = None) -> bool:
     return all(value >= GOALS[root.tasks[name].info.kind][1] for name, value in reached.items())
 
 
-def _overfit(root: RootModule, batch: Batch, totals: WindowTotals, lr: float) -> dict[str, float]:
+def _overfit(
+    root: RootModule, batch: Batch, counts_T: Tensor, recipe: Recipe, world: World
+) -> dict[str, float]:
     """Train on `batch` until every labelled task reaches its goal; the goals' metrics at the end."""
     root.train()
     for module in root.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
-    optimizer = torch.optim.Adam([p for p in root.parameters() if p.requires_grad], lr=lr)
+    optimizer = torch.optim.Adam([p for p in root.parameters() if p.requires_grad], lr=recipe.optim.lr)
+    engine = AccelerateEngine(None, world, root, optimizer)
+    balancing = Balancing(root, engine, recipe.train.seed)
     reached: dict[str, float] = {}
     for step in range(1, MAX_STEPS + 1):
-        root(batch, totals).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        totals = WindowTotals(counts_T, 1, step)
+        engine.forward_backward(batch, totals, balancing.solve([batch], totals), last=True)
+        engine.step(root.absent_parameters(totals), clip_norm=None)
         if step % CHECK_EVERY == 0:
             reached = _measure(root, batch)
             if all(value >= GOALS[root.tasks[name].info.kind][1] for name, value in reached.items()):

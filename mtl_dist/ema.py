@@ -16,20 +16,20 @@ class Ema:
 
     The decay warms up as min(decay, (1 + step) / (10 + step)), so that a short run is not dominated by its
     initial weights. Buffers (BatchNorm's statistics) are not averaged: evaluation uses the current ones.
-    Each rank keeps the average of its own share of the weights, as the engine divides them.
+    Each rank keeps the average of its own shard of the weights, as the engine divides them.
     """
 
     def __init__(self, engine: Engine, decay: float) -> None:
         self._engine = engine
         self._decay = decay
-        self._average = {name: share.clone() for name, share in engine.shares().items()}
+        self._average = {name: shard.clone() for name, shard in engine.shards().items()}
 
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step number `step` (counted from 1)."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        shares = self._engine.shares()
+        shards = self._engine.shards()
         torch._foreach_lerp_(
-            list(self._average.values()), [shares[name] for name in self._average], 1 - decay
+            list(self._average.values()), [shards[name] for name in self._average], 1 - decay
         )
 
     def full(self) -> dict[str, Tensor]:
@@ -38,18 +38,18 @@ class Ema:
 
     def load(self, average: Mapping[str, Tensor]) -> None:
         """Take over whole averaged weights; every rank passes the same."""
-        for name, share in self._average.items():
-            share.copy_(self._engine.share_of(name, average[name]))
+        for name, shard in self._average.items():
+            shard.copy_(self._engine.shard_of(name, average[name]))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The averaged weights are the model's inside this context."""
-        shares = self._engine.shares()
-        kept = {name: share.clone() for name, share in shares.items()}
-        for name, share in shares.items():
-            share.copy_(self._average[name])
+        shards = self._engine.shards()
+        kept = {name: shard.clone() for name, shard in shards.items()}
+        for name, shard in shards.items():
+            shard.copy_(self._average[name])
         try:
             yield
         finally:
-            for name, share in shares.items():
-                share.copy_(kept[name])
+            for name, shard in shards.items():
+                shard.copy_(kept[name])

@@ -1,4 +1,4 @@
-"""What gradient balancing looks at: every task's own gradient, before the one backward of the engine.
+"""What balancing on gradients works with: every task's own gradient, before the one backward of the engine.
 
 `torch.autograd.grad` reads gradients without reaching the parameters' `.grad`, so neither DDP's reducer nor
 ZeRO's hooks notice. Across ranks (W of them):
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -29,44 +30,43 @@ COLUMNS_IN_CACHE = 16384
 """Of a (T, P) matrix; anything from 4,096 to 65,536 is about as fast."""
 
 
-class Gates:
-    """What the gradients of the shared part are multiplied by, one number per task; may change until the
-    backward.
+class GradientScale:
+    """What multiplies each task's gradient where it leaves the features for the shared part.
 
-    Where they are `closed`, nothing comes through, and autograd does not even compute the shared part's
-    backward.
+    `scale_T` (None: nothing is multiplied) may change until the backward. Where `closed`, nothing comes
+    through, and autograd does not even compute the shared part's backward.
     """
 
-    def __init__(self, num_tasks: int, device: torch.device) -> None:
-        self.factors_T = torch.ones(num_tasks, device=device)
+    def __init__(self) -> None:
+        self.scale_T: Tensor | None = None
         self.closed = False
 
-    def open(self, factors_T: Tensor) -> None:
-        self.factors_T.copy_(factors_T)
-        self.closed = False
-
-    def gated(self, features: Mapping[str, Tensor], task: int) -> dict[str, Tensor]:
-        """The same features, behind the task's gate."""
-        return {name: _Gate.apply(feature, self, task) for name, feature in features.items()}
+    def applied(self, features: Mapping[str, Tensor], task: int) -> dict[str, Tensor]:
+        """The same features, whose gradients from this task will be multiplied."""
+        return {name: _Scaled.apply(feature, self, task) for name, feature in features.items()}
 
 
-class _Gate(torch.autograd.Function):
-    """The identity, whose gradient passes a gate."""
+class _Scaled(torch.autograd.Function):
+    """The identity, whose gradient is multiplied."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, feature: Tensor, gates: Gates, task: int) -> Tensor:
-        ctx.gates, ctx.task = gates, task  # type: ignore[attr-defined]
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, feature: Tensor, scale: GradientScale, task: int
+    ) -> Tensor:
+        ctx.scale, ctx.task = scale, task  # type: ignore[attr-defined]
         return feature.view_as(feature)
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
     ) -> tuple[Tensor | None, None, None]:
-        gates, task = ctx.gates, ctx.task  # type: ignore[attr-defined]
-        if gates.closed:
+        scale, task = ctx.scale, ctx.task  # type: ignore[attr-defined]
+        if scale.closed:
             return None, None, None
+        if scale.scale_T is None:
+            return gradient, None, None
         # The product in float32: a factor rounded to bfloat16 would be off by 2^-9.
-        return (gradient.float() * gates.factors_T[task]).to(gradient.dtype), None, None
+        return (gradient.float() * scale.scale_T[task]).to(gradient.dtype), None, None
 
 
 class _Injection(torch.autograd.Function):
@@ -101,7 +101,7 @@ def parts_of(flat_P: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]
 
 
 @contextmanager
-def as_if_unseen(module: nn.Module, device: torch.device) -> Iterator[None]:
+def without_side_effects(module: nn.Module, device: torch.device) -> Iterator[None]:
     """A forward in here leaves no trace: random state and BatchNorm's running statistics stay."""
     layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [layer.momentum for layer in layers]
@@ -161,10 +161,25 @@ def products(rows_TP: Tensor) -> Tensor:
     return products_TT
 
 
-class WindowGradients:
-    """Gathers the losses and gradients of a window's micro-batches, then speaks for all ranks.
+@dataclass(frozen=True)
+class WindowSums:
+    """What all ranks found in a window.
 
-    `losses_T` given to `add_...` are this rank's share, scaled so that their mean over ranks is the global
+    losses_T       each task's mean loss over the labels of the whole window
+    gramian_TT     G = J J^T of these losses; None where it was not asked for
+    comparable_TT  which tasks have a sample of the window and a feature in common, bool: at the features, the
+                   gradients of any other two are at right angles, whatever the tasks want
+    """
+
+    losses_T: Tensor
+    gramian_TT: Tensor | None = None
+    comparable_TT: Tensor | None = None
+
+
+class WindowGradients:
+    """Gathers the losses and gradients of a window's micro-batches, then sums them over all ranks.
+
+    `losses_T` given to `add_...` are this rank's part, scaled so that their mean over ranks is the global
     loss (see step.py). Rows of absent tasks stay 0. The backward runs on losses times `scale` (fp16's
     smallest gradients would be 0 otherwise); all results are without it.
     """
@@ -231,25 +246,25 @@ class WindowGradients:
             else:
                 torch._foreach_add_(parts, [gradient.to(row_P.dtype) for gradient in found])
 
-    def global_losses(self) -> Tensor:
-        """Collective: the mean of each task's loss over the labels of the whole window, (T,)."""
-        return self._mean(self._losses_T)
-
-    def global_gramian(self, level: Level) -> Tensor:
-        """Collective: G = J J^T of the global losses, (T, T)."""
+    def over_ranks(self, level: Level | None) -> WindowSums:
+        """Collective: the window's losses, and at a `level` the Gramian; both travel together."""
+        losses_T, size = self._losses_T, self._world.size
+        if level is None:
+            return WindowSums(self._mean(losses_T))
         if level == "features":
             # Each rank's losses carry the factor W that DDP's mean takes out again; G has it twice.
-            return self._world.device_sum(self._gramian_TT) / self._world.size**2
+            losses_T, gramian_TT, common_TT = self._summed(losses_T, self._gramian_TT, self._common_TT)
+            return WindowSums(losses_T / size, gramian_TT / size**2, common_TT > 0)
         shard_TS = self._averaged_shard(self.local_jacobian)
         with full_float32():
-            return self._world.device_sum(products(shard_TS))
+            losses_T, gramian_TT = self._summed(losses_T, products(shard_TS))
+        return WindowSums(losses_T / size, gramian_TT, torch.ones_like(gramian_TT, dtype=torch.bool))
 
-    def comparable(self) -> Tensor:
-        """Collective: which tasks have a sample of the window and a feature in common, bool (T, T).
-
-        At the features, the gradients of any other two are at right angles, whatever the tasks want.
-        """
-        return self._world.device_sum(self._common_TT) > 0
+    def _summed(self, *parts: Tensor) -> list[Tensor]:
+        """The sums over ranks of several small tensors, in one exchange."""
+        flat = self._world.device_sum(torch.cat([part.flatten() for part in parts]))
+        pieces = flat.split([part.numel() for part in parts])
+        return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
     @property
     def local_jacobian(self) -> Tensor:

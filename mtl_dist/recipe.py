@@ -45,7 +45,7 @@ class TrainSettings(Settings):
     want. docs/benchmarks.md has what it brings."""
     compile: bool = False
     """Whether backbones and heads are compiled by `torch.compile`, which takes minutes at the first step. Not
-    under ZeRO 3."""
+    where the engine divides the weights over the ranks."""
     seed: Annotated[int, Field(ge=0)] = 0
     evaluate_every: Count = 1
     """Epochs between evaluations on the validation split."""

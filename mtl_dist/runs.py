@@ -24,6 +24,7 @@ from mtl_dist.assemble import (
     load_root,
     plan_of,
 )
+from mtl_dist.balancing import Balancing
 from mtl_dist.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -90,14 +91,16 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
     optimizer = build_optimizer(recipe.optim, root.model, list(root.tasks), list(root.balancer.parameters()))
     parts = [root.task_parameters(task) for task in root.tasks]
     engine = connection.build(root, optimizer, parts)
-    root.served_by(engine)
+    balancing = Balancing(root, engine, recipe.train.seed, recipe.balance.diagnose_every)
 
     # ---- run folder, trainer
     directory = world.broadcast(run_dir or new_run_directory(recipe.name or "run"))
     with training_folder(directory, recipe, world) as folder:
         if world.is_main:
             folder.write_data(facts_of(data))
-        trainer = build_trainer(recipe, data, engine, root, folder, accumulation, stop or StopSignal())
+        trainer = build_trainer(
+            recipe, data, engine, root, balancing, folder, accumulation, stop or StopSignal()
+        )
         introduce(trainer, recipe, data, folder, connection.describe(), num_parameters)
         return run_to_the_end(trainer, recipe, data, folder)
 
@@ -143,6 +146,7 @@ def build_trainer(
     data: Data,
     engine: Engine,
     root: RootModule,
+    balancing: Balancing,
     folder: RunFolder,
     accumulation: int,
     stop: StopSignal,
@@ -169,6 +173,7 @@ def build_trainer(
     trainer = Trainer(
         engine=engine,
         root=root,
+        balancing=balancing,
         optim=recipe.optim,
         plan=plan,
         monitor=build_monitor(recipe),
@@ -336,7 +341,7 @@ def introduce(
     for name, info in data.infos.items():
         if info.num_labelled == 0:
             tracker.say(f"warning  task {name} has no label in the training data: its head stays as it is.")
-    why_not = trainer.root.why_no_diagnosis
+    why_not = trainer.balancing.why_no_diagnosis
     if recipe.balance.diagnose_every and why_not and len(recipe.tasks) > 1:
         tracker.say(f"balance  the tasks' gradients are not compared: {why_not}.")
     for line in world.on_main(lambda: list(shared_images(data))):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
-from torch import nn
 
+from mtl_dist.balancing import Balancing
 from mtl_dist.batch import Batch
 from mtl_dist.checkpoint import Checkpoint, CheckpointWriter
 from mtl_dist.data.cuts import micro_batch_size
@@ -75,6 +75,7 @@ class Trainer:
         *,
         engine: Engine,
         root: RootModule,
+        balancing: Balancing,
         optim: OptimSettings,
         plan: Plan,
         monitor: Monitor,
@@ -88,6 +89,7 @@ class Trainer:
     ) -> None:
         self.engine = engine
         self.root = root
+        self.balancing = balancing
         self.world = engine.world
         self.optim = optim
         self.plan = plan
@@ -102,7 +104,7 @@ class Trainer:
         self.step = 0
         self.position = 0
         num_tasks = len(root.tasks)
-        # On the device, so that adding to it never makes the host wait; this rank's share.
+        # On the device, so that adding to it never makes the host wait; this rank's part.
         self._epoch_sums_T = torch.zeros(num_tasks, dtype=torch.float64, device=self.world.device)
         # On the host; already summed over the ranks.
         self._epoch_counts_T = torch.zeros(num_tasks, dtype=torch.float64)
@@ -136,18 +138,16 @@ class Trainer:
             set_learning_rate(self.engine.optimizer, factor)
             sums_T = torch.zeros_like(totals.counts_T, device=self.world.device, dtype=torch.float32)
             inputs = [on_device for _, on_device in window]
-            if len(inputs) > 1:
-                self.root.look_at(inputs, totals)
+            weights = self.balancing.solve(inputs, totals)
             for number, batch in enumerate(inputs, start=1):
-                self.engine.forward_backward(batch, totals, last=number == len(inputs))
-                sums_T += self.root.local_sums_T
-            result = self.engine.step(self._absent_parameters(totals), self.optim.clip_norm)
+                sums_T += self.engine.forward_backward(batch, totals, weights, last=number == len(inputs))
+            result = self.engine.step(self.root.absent_parameters(totals), self.optim.clip_norm)
 
             self.step += 1
             self.position = min(self.position + self.plan.global_batch, self.plan.end_position)
             if self.ema is not None and not result.skipped:
                 self.ema.update(self.step)
-            self.root.observe(sums_T, totals)
+            self.balancing.observe(sums_T, totals)
             self._diagnose(totals)
             self._epoch_sums_T += sums_T
             self._epoch_counts_T += totals.counts_T
@@ -184,10 +184,6 @@ class Trainer:
             return totals, ""
         reasons = self.world.gather(self.stop.reason)
         return totals, next(reason for reason in reasons if reason)
-
-    def _absent_parameters(self, totals: WindowTotals) -> list[nn.Parameter]:
-        absent = [name for name, here in zip(self.root.tasks, totals.present_T, strict=True) if not here]
-        return [parameter for name in absent for parameter in self.root.task_parameters(name)]
 
     def _mean_losses(
         self, over: Literal["step", "train"], local_sums_T: torch.Tensor, counts_T: torch.Tensor
@@ -226,7 +222,7 @@ class Trainer:
 
     def _diagnose(self, totals: WindowTotals) -> None:
         """In the steps that compare the tasks' gradients: write down what was found, and say who fights."""
-        found = self.root.diagnosis(totals)
+        found = self.balancing.diagnosis(totals)
         if found is None:
             return
         balancer = self.root.balancer

@@ -21,9 +21,9 @@ from torch import Tensor
 from mtl_dist.balance.checks import check_balance
 from mtl_dist.balance.gradient import GradientMethod
 from mtl_dist.balance.methods import METHODS, BalanceSettings, build_balancer
+from mtl_dist.balancing import Balancing
 from mtl_dist.batch import Batch
 from mtl_dist.engine.connect import Connection, connect
-from mtl_dist.engine.engine import Engine
 from mtl_dist.engine.settings import EngineSettings, Precision
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
@@ -39,6 +39,7 @@ from mtl_dist.tasks.regression import RegressionSettings
 
 SIZE = 8
 GLOBAL_BATCH = 8
+SEED = 5
 INFOS = {
     "kind": TaskInfo("classification", classes=("a", "b", "c"), num_labelled=9, class_counts=(3, 3, 3)),
     "age": TaskInfo("regression", num_labelled=9, mean=40.0, std=10.0),
@@ -198,7 +199,7 @@ def build_root(case: Case, world: World) -> RootModule:
             module.p = 0.0
     kinds = {name: info.kind for name, info in INFOS.items()}
     balancer = build_balancer(case.balance.settings(), list(tasks), kinds, dict.fromkeys(tasks, 1.0))
-    return RootModule(model, tasks, balancer, world, case.precision, 5, case.diagnose_every)
+    return RootModule(model, tasks, balancer, world, case.precision)
 
 
 def refusal(case: Case, connection: Connection) -> str:
@@ -208,26 +209,24 @@ def refusal(case: Case, connection: Connection) -> str:
         check_balance(
             root.balancer,
             case.balance.method,
-            deepspeed=connection.choice.kind == "deepspeed",
-            zero_stage=connection.choice.zero_stage,
+            engine=connection.choice,
             num_shared=len(root.shared),
             features={name: root.model.feature_names(name) for name in root.tasks},
-            strangers=[("kind", "age")] if case.labels == "disjoint" else [],
+            disjoint=[("kind", "age")] if case.labels == "disjoint" else [],
         )
     except UserError as error:
         return str(error)
     return ""
 
 
-def build(case: Case, connection: Connection) -> tuple[Engine, RootModule]:
+def build(case: Case, connection: Connection) -> Balancing:
     root = build_root(case, connection.world)
     # One step of plain SGD moves every weight by a known part of its gradient.
     optim = OptimSettings(kind="sgd", lr=0.05, momentum=0.0, weight_decay=0.0)
     optimizer = build_optimizer(optim, root.model, list(root.tasks), list(root.balancer.parameters()))
     parts = [root.task_parameters(name) for name in root.tasks]
     engine = connection.build(root, optimizer, parts)
-    root.served_by(engine)
-    return engine, root
+    return Balancing(root, engine, SEED, case.diagnose_every)
 
 
 def train(engine: EngineName, case: Case) -> Result:
@@ -258,7 +257,8 @@ def _train_alike(engine_name: EngineName, cases: Sequence[Case]) -> list[Result]
     refusals = [refusal(case, connection) for case in cases]
     if all(refusals):
         return [Result(refusal=line) for line in refusals]
-    engine, root = build(cases[0], connection)
+    balancing = build(cases[0], connection)
+    engine = balancing.engine
     whole = engine.full_state()
     start = connection.world.broadcast(whole)
     results = []
@@ -267,32 +267,29 @@ def _train_alike(engine_name: EngineName, cases: Sequence[Case]) -> list[Result]
             results.append(Result(refusal=line))
             continue
         engine.load_full_state(start.model, start.optimizer, start.scaler)
-        results.append(_train(engine, root, case, start.model))
+        results.append(_train(balancing, case, start.model))
     return results
 
 
-def _train(engine: Engine, root: RootModule, case: Case, start: dict[str, Tensor]) -> Result:
+def _train(balancing: Balancing, case: Case, start: dict[str, Tensor]) -> Result:
     result = Result(start=start)
     heard = _Heard(result.log)
     logging.getLogger("mtl_dist").addHandler(heard)
+    engine, root = balancing.engine, balancing.root
     world = engine.world
     for step in range(case.num_steps):
         window = micro_batches(global_batch(case.labels, step), world.rank, world.size, case.accumulation)
         totals = WindowTotals(world.sum(count_labels(root.tasks, window)), len(window), step)
         if step in case.explode_at and world.is_main:
             window[0].images_BCHW[0] = 1e30
-        if len(window) > 1:
-            root.look_at(window, totals)
+        weights = balancing.solve(window, totals)
         sums_T = torch.zeros(len(root.tasks))
         for number, batch in enumerate(window, start=1):
-            engine.forward_backward(batch, totals, last=number == len(window))
-            sums_T += root.local_sums_T
-        absent = [name for name, here in zip(root.tasks, totals.present_T, strict=True) if not here]
-        parameters = [p for name in absent for p in root.task_parameters(name)]
-        result.skipped.append(engine.step(parameters, None).skipped)
-        root.observe(sums_T, totals)
+            sums_T += engine.forward_backward(batch, totals, weights, last=number == len(window))
+        result.skipped.append(engine.step(root.absent_parameters(totals), None).skipped)
+        balancing.observe(sums_T, totals)
         root.balancer.end_epoch()
-        found = root.diagnosis(totals)
+        found = balancing.diagnosis(totals)
         result.diagnoses.append({} if found is None else found.scalars())
         result.weights.append(root.balancer.last_weights_T.clone())
     result.model = engine.full_state().model

@@ -73,7 +73,7 @@ class Result:
 
 
 class TinyRoot(nn.Module):
-    """`forward(batch, counts, num_ranks, share)` is the scalar of one micro-batch."""
+    """`forward(batch, counts, num_ranks, scale)` is the scalar of one micro-batch, and again as a number."""
 
     def __init__(self, precision: Precision, batch_norm: bool = False) -> None:
         super().__init__()
@@ -91,8 +91,6 @@ class TinyRoot(nn.Module):
         self.scales = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in TASKS})
         self.precision = precision
         self.explode = False
-        self.local_loss = torch.zeros(())
-        """The sum of this rank's scalars since it was set to 0. Not state."""
 
     def predict(self, inputs: Tensor) -> dict[str, Tensor]:
         dtype = AUTOCAST_DTYPES.get(self.precision)
@@ -101,7 +99,9 @@ class TinyRoot(nn.Module):
             outputs = {name: head(features) for name, head in self.heads.items()}
         return {name: output.float() for name, output in outputs.items()}
 
-    def forward(self, batch: Mapping[str, Tensor], counts: Tensor, num_ranks: int, share: float) -> Tensor:
+    def forward(
+        self, batch: Mapping[str, Tensor], counts: Tensor, num_ranks: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
         outputs = self.predict(batch["inputs"])
         total = torch.zeros(())
         for t, name in enumerate(TASKS):
@@ -110,11 +110,10 @@ class TinyRoot(nn.Module):
             errors = (output - batch[f"{name}/target"]).square().mean(1)
             weight = num_ranks / counts[t] if counts[t] > 0 else torch.zeros(())
             loss = torch.where(labelled, errors, 0.0).sum() * weight.float()
-            scale = self.scales[name].sum()
-            term = torch.exp(-scale) * loss + share * scale / 2
+            log_variance = self.scales[name].sum()
+            term = torch.exp(-log_variance) * loss + scale * log_variance / 2
             total = total + torch.where(counts[t] > 0, term, 0.0)
-        self.local_loss = self.local_loss + total.detach()
-        return total * float("inf") if self.explode else total
+        return (total * float("inf") if self.explode else total), total.detach()
 
     def task_parameters(self, task: str) -> list[nn.Parameter]:
         return [*self.heads[task].parameters(), self.scales[task]]
@@ -211,18 +210,18 @@ def build_engine(setup: Setup) -> tuple[Engine, TinyRoot]:
     return engine, root
 
 
-def train_step(engine: Engine, root: TinyRoot, setup: Setup, step: int) -> StepResult:
-    """One optimizer step; `root.local_loss` is this rank's part of the loss."""
+def train_step(engine: Engine, root: TinyRoot, setup: Setup, step: int) -> tuple[StepResult, Tensor]:
+    """One optimizer step, and this rank's part of the loss."""
     world = engine.world
     batch = global_batch(step, setup.labels)
     counts = label_counts(batch)
-    root.local_loss = torch.zeros(())
+    local_loss = torch.zeros(())
     parts = list(micro_batches(batch, world.rank, world.size, setup.accumulation))
     for number, part in enumerate(parts, start=1):
         last = number == len(parts)
-        engine.forward_backward(part, counts, world.size, 1 / setup.accumulation, last=last)
+        local_loss += engine.forward_backward(part, counts, world.size, 1 / setup.accumulation, last=last)
     absent = [p for t, name in enumerate(TASKS) if counts[t] == 0 for p in root.task_parameters(name)]
-    return engine.step(absent, setup.clip_norm)
+    return engine.step(absent, setup.clip_norm), local_loss
 
 
 def train(setup: Setup) -> Result:
@@ -235,8 +234,8 @@ def train(setup: Setup) -> Result:
     world = engine.world
     for step in range(setup.first_step, setup.last_step):
         root.explode = step in setup.explode_at and world.is_main
-        outcome = train_step(engine, root, setup, step)
-        result.losses.append(float(world.sum(root.local_loss.double()) / world.size))
+        outcome, local_loss = train_step(engine, root, setup, step)
+        result.losses.append(float(world.sum(local_loss.double()) / world.size))
         result.grad_norms.append(float(outcome.grad_norm))
         result.skipped.append(outcome.skipped)
         if setup.every_state or step == setup.last_step - 1:
@@ -258,7 +257,7 @@ def reference(setup: Setup) -> Result:
     for step in range(setup.first_step, setup.last_step):
         batch = global_batch(step, setup.labels)
         counts = label_counts(batch)
-        loss = root(batch, counts, 1, 1.0)
+        loss, _ = root(batch, counts, 1, 1.0)
         loss.backward()
         for t, name in enumerate(TASKS):
             if counts[t] == 0:

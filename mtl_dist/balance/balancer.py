@@ -116,21 +116,21 @@ class Balancer(nn.Module):
             return torch.full_like(jacobian_TP[0], torch.nan)
         return self.method.aggregate(jacobian_TP, losses_T, present_T, key, self.state)
 
-    def combine(self, losses_T: Tensor, weights_T: Tensor, present_T: Tensor, share: float = 1.0) -> Tensor:
-        """The scalar for one backward, from one micro-batch's share of the losses.
+    def combine(self, losses_T: Tensor, weights_T: Tensor, present_T: Tensor, scale: float = 1.0) -> Tensor:
+        """The scalar for one backward, from one micro-batch's part of the losses.
 
         `losses_T` are differentiable, and such that their sum over the window's micro-batches and mean over
-        ranks is the global loss. `share` is this micro-batch's part of the window, 1 / accumulation: terms
+        ranks is the global loss. `scale` is this micro-batch's part of the window, 1 / accumulation: terms
         that do not depend on the data (the log-variances of uncertainty) are added in this proportion.
         Losses of absent tasks may be NaN.
         """
-        # Through __call__, so that ZeRO 3 gathers a balancer's parameters before they are read.
-        scalar: Tensor = self(losses_T, weights_T, present_T, share)
+        # Through __call__: an engine that shards parameters gathers those of the balancer before it runs.
+        scalar: Tensor = self(losses_T, weights_T, present_T, scale)
         return scalar
 
-    def forward(self, losses_T: Tensor, weights_T: Tensor, present_T: Tensor, share: float) -> Tensor:
+    def forward(self, losses_T: Tensor, weights_T: Tensor, present_T: Tensor, scale: float) -> Tensor:
         """See `combine`."""
-        return self.method.combine(losses_T, weights_T, present_T, share, self.state)
+        return self.method.combine(losses_T, weights_T, present_T, scale, self.state)
 
     @torch.no_grad()
     def observe(self, losses_T: Tensor, present_T: Tensor) -> None:

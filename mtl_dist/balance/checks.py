@@ -4,38 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import ClassVar, Protocol
 
 from mtl_dist.balance.balancer import Balancer
 from mtl_dist.errors import UserError
+
+
+class EngineCapabilities(Protocol):
+    """What is asked of the engine; `WHOLE_PARAMETERS` is what to set where whole weights are wanted."""
+
+    WHOLE_PARAMETERS: ClassVar[str]
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shards_parameters(self) -> bool: ...
+    @property
+    def has_whole_gradients(self) -> bool: ...
 
 
 def check_balance(
     balancer: Balancer,
     method: str,
     *,
-    deepspeed: bool,
-    zero_stage: int,
+    engine: EngineCapabilities,
     num_shared: int,
     features: Mapping[str, Sequence[str]],
-    strangers: Sequence[tuple[str, str]],
+    disjoint: Sequence[tuple[str, str]],
 ) -> None:
     """Refuse a method that would be wrong, or would do nothing, with this engine, model and data.
 
     Args:
         balancer: built for the tasks
         method: its name in the recipe
-        deepspeed, zero_stage: the engine
+        engine: what it can do
         num_shared: the trainable parameters that all tasks share
         features: by task, the names of those that its head reads
-        strangers: the pairs of tasks which are labelled, but never in the same training sample
+        disjoint: the pairs of tasks which are labelled, but never in the same training sample
 
     Raises:
         UserError: one line per problem.
     """
     problems = [
         *_sharing_problems(balancer, method, num_shared),
-        *_engine_problems(balancer, method, deepspeed, zero_stage),
-        *_feature_problems(balancer, zero_stage, features, strangers),
+        *_engine_problems(balancer, method, engine),
+        *_feature_problems(balancer, engine, features, disjoint),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -50,40 +63,41 @@ def _sharing_problems(balancer: Balancer, method: str, num_shared: int) -> list[
     ]
 
 
-def _engine_problems(balancer: Balancer, method: str, deepspeed: bool, zero_stage: int) -> list[str]:
-    if balancer.needs == "jacobian" and deepspeed:
+def _engine_problems(balancer: Balancer, method: str, engine: EngineCapabilities) -> list[str]:
+    if balancer.needs == "jacobian" and not engine.has_whole_gradients:
         return [
-            f"balance.method: expected one process or DDP, where {method} sees whole gradients, found "
-            "DeepSpeed. Start without it, or use another method, such as cagrad or nash."
+            f"balance.method: expected whole gradients on every rank (one process or DDP), which {method} "
+            f"works on, found {engine.name}. Start without it, or use another method, such as cagrad or nash."
         ]
-    if balancer.level == "parameters" and zero_stage == 3:
+    if balancer.level == "parameters" and engine.shards_parameters:
         return [
-            "balance.level: expected features under ZeRO 3, which divides the weights whose gradients would "
-            "be compared, found parameters. Set it to features, or engine.zero_stage to 2."
+            f"balance.level: expected features under {engine.name}, which divides the weights whose "
+            f"gradients would be compared, found parameters. Set it to features, or "
+            f"{engine.WHOLE_PARAMETERS}."
         ]
     return []
 
 
 def _feature_problems(
     balancer: Balancer,
-    zero_stage: int,
+    engine: EngineCapabilities,
     features: Mapping[str, Sequence[str]],
-    strangers: Sequence[tuple[str, str]],
+    disjoint: Sequence[tuple[str, str]],
 ) -> list[str]:
     if balancer.level != "features":
         return []
     way_out = "Set it to parameters"
-    if zero_stage == 3:
-        way_out += ", with engine.zero_stage 2"
+    if engine.shards_parameters:
+        way_out += f", and {engine.WHOLE_PARAMETERS}"
     for first, second in combinations(features, 2):
         if not set(features[first]) & set(features[second]):
             return [
                 f"balance.level: expected tasks whose heads read the same features, found none for {first} "
                 f"and {second}: no conflict between them would be seen. {way_out}."
             ]
-    if not strangers:
+    if not disjoint:
         return []
-    first, second = strangers[0]
+    first, second = disjoint[0]
     return [
         "balance.level: expected training samples labelled for both tasks of each pair, found none for "
         f"{first} and {second}: at the features no conflict between them would be seen. {way_out}."

@@ -34,9 +34,9 @@ class LearnedMethod(Method):
         return self.factors(state["scales_T"], state)
 
     def combine(
-        self, losses_T: Tensor, weights_T: Tensor, present_T: Tensor, share: float, state: State
+        self, losses_T: Tensor, weights_T: Tensor, present_T: Tensor, scale: float, state: State
     ) -> Tensor:
         """The scalar; the weights are computed again here, where they are differentiable."""
         scales_T = state["scales_T"]
         terms_T = self.factors(scales_T, state) * torch.where(present_T, losses_T, 0.0)
-        return torch.where(present_T, terms_T + share * self.penalties(scales_T), 0.0).sum()
+        return torch.where(present_T, terms_T + scale * self.penalties(scales_T), 0.0).sum()

@@ -117,7 +117,7 @@ class Method(Settings, ABC):
         """
 
     def combine(
-        self, losses_T: Tensor, weights_T: Tensor, present_T: Tensor, share: float, state: State
+        self, losses_T: Tensor, weights_T: Tensor, present_T: Tensor, scale: float, state: State
     ) -> Tensor:
         """The scalar for one backward, from one micro-batch's part of the losses; see `Balancer.combine`."""
         # Masked before the product: 0 * NaN is NaN, also in the backward.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
+from torch import Tensor, nn
 
 from mtl_dist.engine.engine import StepResult
 from mtl_dist.engine.precision import LossScaler
@@ -66,11 +66,13 @@ class AccelerateEngine(ReplicatedEngine):
                 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
                 self._wrapped = accelerator.prepare_model(root)
 
-    def forward_backward(self, *inputs: Any, last: bool) -> None:
+    def forward_backward(self, *inputs: Any, last: bool) -> Tensor:
         silent = self._wrapped.no_sync() if self.world.size > 1 and not last else nullcontext()
         with silent:
-            scalar = self._wrapped(*inputs)
+            scalar, sums = self._wrapped(*inputs)
             (scalar if self.scaler is None else scalar * self.scaler.scale).backward()
+        own_sums: Tensor = sums
+        return own_sums
 
     def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
         return self._update(absent, clip_norm)

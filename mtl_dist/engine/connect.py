@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import nn
@@ -22,12 +22,34 @@ DEFAULT_STAGE: ZeroStage = 2
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """The engine that settings and launcher agree on."""
+    """The engine that settings and launcher agree on, and what it can do.
+
+    Whoever works differently with one engine than with another asks for a capability, never for its name:
+
+        shards_parameters     between the steps a rank holds only its shards of the weights
+        has_whole_gradients   every rank holds the whole gradient after the backward
+    """
 
     kind: Literal["accelerate", "deepspeed"]
     zero_stage: ZeroStage = 0
     offload_optimizer: bool = False
     offload_parameters: bool = False
+
+    WHOLE_PARAMETERS: ClassVar[str] = "engine.zero_stage to 2"
+    """What to set where whole weights are wanted."""
+
+    @property
+    def shards_parameters(self) -> bool:
+        return self.zero_stage == 3
+
+    @property
+    def has_whole_gradients(self) -> bool:
+        return self.zero_stage == 0
+
+    @property
+    def name(self) -> str:
+        """As in `ZeRO 2`."""
+        return "accelerate" if self.kind == "accelerate" else f"ZeRO {self.zero_stage}"
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,7 @@ class Connection:
         ranks = "one process" if self.world.size == 1 else f"{self.world.size} ranks"
         if self.choice.kind == "accelerate":
             return ranks if self.world.size == 1 else f"DDP on {ranks}"
-        words = f"DeepSpeed ZeRO {self.choice.zero_stage} on {ranks}"
+        words = f"DeepSpeed {self.choice.name} on {ranks}"
         offloaded = [
             name
             for name, wanted in (

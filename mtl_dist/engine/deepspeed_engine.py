@@ -73,12 +73,10 @@ def build_deepspeed_engine(
     if stage == 0:
         return _ReplicatedZero(world, root, optimizer, scaler, wrapped)
     if stage == 3:
-        return _ShardedZero(
-            world, root, optimizer, scaler, wrapped, sharded_groups(zero, names, world), stage
-        )
-    return _PartitionedZero(
-        world, root, optimizer, scaler, wrapped, partitioned_groups(zero, names, world), stage
-    )
+        groups = sharded_groups(zero, names, world)
+        return _ShardedZero(world, root, optimizer, scaler, wrapped, groups)
+    groups = partitioned_groups(zero, names, world)
+    return _PartitionedZero(world, root, optimizer, scaler, wrapped, groups)
 
 
 class _ReplicatedZero(ReplicatedEngine):
@@ -95,10 +93,12 @@ class _ReplicatedZero(ReplicatedEngine):
         super().__init__(world, root, optimizer, scaler)
         self._deepspeed = wrapped
 
-    def forward_backward(self, *inputs: Any, last: bool) -> None:
+    def forward_backward(self, *inputs: Any, last: bool) -> Tensor:
         self._deepspeed.set_gradient_accumulation_boundary(last)
-        scalar = self._deepspeed(*inputs)
+        scalar, sums = self._deepspeed(*inputs)
         self._deepspeed.backward(scalar if self.scaler is None else scalar * self.scaler.scale)
+        own_sums: Tensor = sums
+        return own_sums
 
     def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
         return self._update(absent, clip_norm)
@@ -115,13 +115,11 @@ class _Zero(Engine):
         scaler: LossScaler | None,
         wrapped: Any,
         groups: list[FlatGroup],
-        stage: ZeroStage,
     ) -> None:
         self.world = world
         self.root = root
         self.optimizer = optimizer
         self.scaler = scaler
-        self.zero_stage = stage
         self._deepspeed = wrapped
         self._groups = groups
         self._absent: set[Tensor] = set()
@@ -130,12 +128,15 @@ class _Zero(Engine):
         optimizer.register_step_post_hook(self._show_absent)
 
     # ------------------------------------------------------------------ a step
-    def forward_backward(self, *inputs: Any, last: bool) -> None:
+    def forward_backward(self, *inputs: Any, last: bool) -> Tensor:
         self._deepspeed.set_gradient_accumulation_boundary(last)
         if self.scaler is not None:
             # Its backward multiplies with this, its step divides by it.
             self._deepspeed.optimizer.override_loss_scale(self.scaler.scale)
-        self._deepspeed.backward(self._deepspeed(*inputs))
+        scalar, sums = self._deepspeed(*inputs)
+        self._deepspeed.backward(scalar)
+        own_sums: Tensor = sums
+        return own_sums
 
     def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
         average_buffers(self.root, self.world)
@@ -221,9 +222,9 @@ class _Zero(Engine):
         if present[0].ndim == 0:
             self.optimizer.state[group.flat][slot] = present[0].to(group.counter_device, copy=True)
             return
-        share = torch.empty_like(group.flat, dtype=present[0].dtype, requires_grad=False)
-        scatter(share, group.layout[self.world.rank], values)
-        self.optimizer.state[group.flat][slot] = share
+        shard = torch.empty_like(group.flat, dtype=present[0].dtype, requires_grad=False)
+        scatter(shard, group.layout[self.world.rank], values)
+        self.optimizer.state[group.flat][slot] = shard
 
     @abstractmethod
     def _whole_model(self) -> dict[str, Tensor]:
@@ -249,27 +250,28 @@ class _PartitionedZero(_Zero):
 class _ShardedZero(_Zero):
     """ZeRO 3: every rank holds an equal part of every weight, and whole ones only while a module runs."""
 
+    shards_parameters = True
     _all_whole = False
 
-    def shares(self) -> dict[str, Tensor]:
+    def shards(self) -> dict[str, Tensor]:
         return {name: p.ds_tensor.data for name, p in self._parameters().items() if p.requires_grad}
 
-    def share_of(self, name: str, whole: Tensor) -> Tensor:
-        share = torch.empty_like(self._parameters()[name].ds_tensor.data)
-        scatter(share, self._layout(name, whole.numel())[self.world.rank], {name: whole})
-        return share
+    def shard_of(self, name: str, whole: Tensor) -> Tensor:
+        shard = torch.empty_like(self._parameters()[name].ds_tensor.data)
+        scatter(shard, self._layout(name, whole.numel())[self.world.rank], {name: whole})
+        return shard
 
-    def gathered(self, shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gathered(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         whole: dict[str, Tensor] = {}
-        for name, share in shares.items():
-            whole |= self._gathered(name, share)
+        for name, shard in shards.items():
+            whole |= self._gathered(name, shard)
         return whole
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
-        # Small weights stay whole between steps; after a change of the shares they would be old.
+        # Small weights stay whole between steps; after a change of the shards they would be old.
         self._deepspeed.empty_partition_cache()
         with unwrap_model_for_generation(self._deepspeed):
             self._all_whole = True
@@ -305,15 +307,15 @@ class _ShardedZero(_Zero):
             else:
                 tensor.copy_(model[name])
 
-    def _gathered(self, name: str, share: Tensor) -> dict[str, Tensor]:
-        """Collective: the whole tensor of which each rank has a share, on rank 0; elsewhere empty."""
+    def _gathered(self, name: str, shard: Tensor) -> dict[str, Tensor]:
+        """Collective: the whole tensor of which each rank has a shard, on rank 0; elsewhere empty."""
         parameter: Any = self._parameters()[name]
-        whole = {name: torch.empty(parameter.ds_shape, dtype=share.dtype)} if self.world.is_main else {}
-        gather(share, self._layout(name, parameter.ds_numel), whole, self.world)
+        whole = {name: torch.empty(parameter.ds_shape, dtype=shard.dtype)} if self.world.is_main else {}
+        gather(shard, self._layout(name, parameter.ds_numel), whole, self.world)
         return whole
 
     def _parameters(self) -> dict[str, Any]:
-        """By name; DeepSpeed has given them `ds_tensor` (the share), `ds_shape` and `ds_numel`."""
+        """By name; DeepSpeed has given them `ds_tensor` (the shard), `ds_shape` and `ds_numel`."""
         return dict(self.root.named_parameters(remove_duplicate=False))
 
     def _layout(self, name: str, size: int) -> Any:

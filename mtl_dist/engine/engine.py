@@ -1,11 +1,11 @@
 """The engine protocol: what a training step asks of whatever wraps the model.
 
-One forward of the root module returns one scalar, and the engine sees exactly one backward per micro-batch.
-Everything else (losses, balancing, autocast) happens inside the root module, so it is the same under every
-engine.
+One forward of the root module returns one scalar and the loss sums behind it, and the engine sees exactly one
+backward per micro-batch. Everything else (losses, balancing, autocast) happens inside the root module, so it
+is the same under every engine.
 
-An engine may keep only a *share* of each weight on a rank (ZeRO 3). Whoever reads weights outside a training
-step does so inside `evaluating()`, or works on the shares.
+An engine may keep only a *shard* of each weight on a rank (`shards_parameters`). Whoever reads weights
+outside a training step does so inside `evaluating()`, or works on the shards.
 """
 
 from __future__ import annotations
@@ -50,21 +50,24 @@ class FullState:
 class Engine(ABC):
     """Wraps one root module and its optimizer for all ranks.
 
-    `scaler` is there under fp16 only; `zero_stage` is what is divided over the ranks: 1 optimizer state,
-    2 gradients as well, 3 weights as well.
+    `scaler` is there under fp16 only. Whoever works differently with one engine than with another asks for a
+    capability:
+
+        shards_parameters    between the steps a rank holds only its shards of the weights
     """
 
     world: World
     root: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: LossScaler | None
-    zero_stage: int = 0
+    shards_parameters: bool = False
 
     @abstractmethod
-    def forward_backward(self, *inputs: Any, last: bool) -> None:
-        """One forward of the root module and one backward of the scalar it returns.
+    def forward_backward(self, *inputs: Any, last: bool) -> Tensor:
+        """One forward of the root module, which returns (scalar, sums), and one backward of the scalar.
 
-        `last` marks the window's last micro-batch, after which gradients are summed over the ranks.
+        Returns the sums. `last` marks the window's last micro-batch, after which gradients are averaged over
+        the ranks.
         """
 
     @abstractmethod
@@ -103,20 +106,20 @@ class Engine(ABC):
         """Collective: inside, these parameters hold all their weights, also within the root's forward."""
         return nullcontext()
 
-    def shares(self) -> dict[str, Tensor]:
+    def shards(self) -> dict[str, Tensor]:
         """This rank's part of every trainable weight, as it is now; writing to it changes the weight.
 
-        Whatever is element-wise (an average over the steps) can be kept for the shares alone.
+        Whatever is element-wise (an average over the steps) can be kept for the shards alone.
         """
         return {name: p.detach() for name, p in self.root.named_parameters() if p.requires_grad}
 
-    def share_of(self, name: str, whole: Tensor) -> Tensor:
+    def shard_of(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of `whole`, a tensor of the weight `name`'s shape."""
         return whole
 
-    def gathered(self, shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Collective: the whole tensors of `shares`, on the host of rank 0; elsewhere empty."""
-        return {name: host_copy(share) for name, share in shares.items()} if self.world.is_main else {}
+    def gathered(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Collective: the whole tensors of `shards`, on the host of rank 0; elsewhere empty."""
+        return {name: host_copy(shard) for name, shard in shards.items()} if self.world.is_main else {}
 
 
 def average_buffers(root: nn.Module, world: World) -> None:

@@ -19,7 +19,7 @@ from mtl_dist.engine.world import World
 
 @dataclass(frozen=True, eq=False)
 class FlatGroup:
-    """This rank's share of some parameters, in one flat float32 tensor.
+    """This rank's shard of some parameters, in one flat float32 tensor.
 
     `flat` is what the torch optimizer sees; `layout` says what is in it, on every rank.
     """

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mtl_dist.data.disjoint_tasks import disjoint_tasks
 from mtl_dist.data.loader import open_data
-from mtl_dist.data.strangers import strangers
 from mtl_dist.errors import UserError
 from mtl_dist.recipe import load_recipe
 from tests.tiny_balancing import GRAMIAN_METHODS, JACOBIAN_METHODS, LOSS_METHODS
@@ -96,8 +96,8 @@ train: {{epochs: 1, global_batch: 8}}
 """
     )
     recipe = load_recipe(path)
-    assert strangers(open_data(recipe.data, recipe.tasks)) == [(one, other)]
+    assert disjoint_tasks(open_data(recipe.data, recipe.tasks)) == [(one, other)]
     with pytest.raises(UserError, match=f"balance.level: .* {one} and {other}"):
         train_run(path, tmp_path / "run")
     together = load_recipe(path, [f"data.train=[{{path: {tmp_path / 'both'}}}]"])
-    assert strangers(open_data(together.data, together.tasks)) == []
+    assert disjoint_tasks(open_data(together.data, together.tasks)) == []

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_dist.assemble import build_root
+from mtl_dist.balancing import Balancing
 from mtl_dist.batch import Batch
 from mtl_dist.config.loading import load_settings
 from mtl_dist.engine.connect import connect
@@ -132,7 +133,7 @@ def train(case: Case) -> Trained:
     world = connection.world
     recipe, root, optimizer = build(case, world)
     engine = connection.build(root, optimizer, [root.task_parameters(name) for name in root.tasks])
-    root.served_by(engine)
+    balancing = Balancing(root, engine, recipe.train.seed)
     size = GLOBAL_BATCH // world.size // case.accumulation
     losses = []
     for step in range(case.num_steps):
@@ -142,10 +143,10 @@ def train(case: Case) -> Trained:
         window = [batch._map(lambda tensor, at=start: tensor[at : at + size]) for start in starts]
         counts_T = world.sum(count_labels(root.tasks, window))
         totals = WindowTotals(counts_T, len(window), step)
+        weights = balancing.solve(window, totals)
         sums_T = torch.zeros(len(INFOS))
         for number, part in enumerate(window, start=1):
-            engine.forward_backward(part, totals, last=number == len(window))
-            sums_T += root.local_sums_T
+            sums_T += engine.forward_backward(part, totals, weights, last=number == len(window))
         engine.step([], recipe.optim.clip_norm)
         losses.append((world.sum(sums_T.double()) / counts_T).tolist())
     return Trained(losses, engine.full_state().model)

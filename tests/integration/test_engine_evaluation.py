@@ -56,25 +56,25 @@ def predict(root: TinyRoot) -> dict[str, Tensor]:
 def train_and_look(setup: Setup) -> Seen:
     """Train with an average of the weights, and evaluate both after the second of four steps."""
     engine, root = build_engine(setup)
-    average = {name: share.clone() for name, share in engine.shares().items()}
+    average = {name: shard.clone() for name, shard in engine.shards().items()}
     for step in range(2):
         train_step(engine, root, setup, step)
-        for name, share in engine.shares().items():
-            average[name].lerp_(share, 1 - DECAY)
+        for name, shard in engine.shards().items():
+            average[name].lerp_(shard, 1 - DECAY)
     with engine.evaluating():
         predictions = predict(root)
-    kept = {name: share.clone() for name, share in engine.shares().items()}
-    for name, share in engine.shares().items():
-        share.copy_(average[name])
+    kept = {name: shard.clone() for name, shard in engine.shards().items()}
+    for name, shard in engine.shards().items():
+        shard.copy_(average[name])
     with engine.evaluating():
         averaged_predictions = predict(root)
-    for name, share in engine.shares().items():
-        share.copy_(kept[name])
+    for name, shard in engine.shards().items():
+        shard.copy_(kept[name])
     whole_average = engine.gathered(average)
     middle = engine.full_state()
     everywhere = engine.world.broadcast(whole_average)
-    shares_again = {name: engine.share_of(name, whole) for name, whole in everywhere.items()}
-    for name, whole in engine.gathered(shares_again).items():
+    shards_again = {name: engine.shard_of(name, whole) for name, whole in everywhere.items()}
+    for name, whole in engine.gathered(shards_again).items():
         assert torch.equal(whole, whole_average[name])
     for step in range(2, setup.last_step):
         train_step(engine, root, setup, step)

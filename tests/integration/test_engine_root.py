@@ -19,6 +19,7 @@ from mtl_dist.balance.methods import build_balancer
 from mtl_dist.balance.mgda import MGDA
 from mtl_dist.balance.pcgrad import PCGrad
 from mtl_dist.balance.uncertainty import Uncertainty
+from mtl_dist.balancing import Balancing
 from mtl_dist.batch import Batch
 from mtl_dist.config.settings import Settings
 from mtl_dist.engine.connect import connect
@@ -139,7 +140,7 @@ def train_root(case: Case) -> Trained:
         {name: info.kind for name, info in INFOS.items()},
         dict.fromkeys(tasks, 1.0),
     )
-    root = RootModule(model, tasks, balancer, world, case.precision, seed=0)
+    root = RootModule(model, tasks, balancer, world, case.precision)
     for module in root.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -147,26 +148,18 @@ def train_root(case: Case) -> Trained:
         OptimSettings(kind="sgd", lr=1e-2), model, list(tasks), list(balancer.parameters())
     )
     engine = connection.build(root, optimizer, [root.task_parameters(name) for name in tasks])
-    root.served_by(engine)
+    balancing = Balancing(root, engine, seed=0)
     sums = []
     for step in range(NUM_STEPS):
         window = window_of(global_batch(step, case.size), world.rank, world.size, case.accumulation)
         counts_T = world.sum(count_labels(tasks, window))
         totals = WindowTotals(counts_T, len(window), step)
-        if len(window) > 1:
-            root.look_at(window, totals)
+        weights = balancing.solve(window, totals)
         local_sums_T = torch.zeros(len(tasks))
         for number, batch in enumerate(window, start=1):
-            engine.forward_backward(batch, totals, last=number == len(window))
-            local_sums_T += root.local_sums_T
-        absent = [
-            p
-            for name, here in zip(tasks, totals.present_T, strict=True)
-            if not here
-            for p in root.task_parameters(name)
-        ]
-        engine.step(absent, clip_norm=1.0)
-        root.observe(local_sums_T, totals)
+            local_sums_T += engine.forward_backward(batch, totals, weights, last=number == len(window))
+        engine.step(root.absent_parameters(totals), clip_norm=1.0)
+        balancing.observe(local_sums_T, totals)
         sums.append(world.sum(local_sums_T.double()).tolist())
     return Trained(sums, engine.full_state().model)
 

@@ -10,16 +10,19 @@ from torch import Tensor, nn
 
 from mtl_dist.balance.checks import check_balance
 from mtl_dist.balance.methods import build_balancer
-from mtl_dist.engine.world import World
+from mtl_dist.balancing import Balancing
+from mtl_dist.batch import Batch
+from mtl_dist.engine.connect import EngineChoice
+from mtl_dist.engine.deepspeed_setup import ZeroStage
 from mtl_dist.errors import UserError
 from mtl_dist.gradients import (
     COLUMNS_IN_CACHE,
     JacobianMemory,
-    as_if_unseen,
     products,
     with_gradient,
+    without_side_effects,
 )
-from mtl_dist.step import RootModule, WindowTotals, count_labels
+from mtl_dist.step import RootModule, Weights, WindowTotals, count_labels
 from mtl_dist.tasks.registry import build_tasks
 from tests.tiny_balancing import (
     INFOS,
@@ -27,22 +30,28 @@ from tests.tiny_balancing import (
     Balance,
     Case,
     Labels,
-    build_root,
+    build,
+    connection_of,
     global_batch,
     micro_batches,
 )
 
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+def balancing_of(case: Case) -> Balancing:
+    return build(case, connection_of("single", "fp32"))
 
 
-def gradients(root: RootModule, labels: Labels = "full", accumulation: int = 1) -> dict[str, Tensor]:
-    """Those of one window, by parameter."""
-    window = micro_batches(global_batch(labels, 0), 0, 1, accumulation)
-    totals = WindowTotals(count_labels(root.tasks, window), len(window), 0)
-    if len(window) > 1:
-        root.look_at(window, totals)
-    for batch in window:
-        root(batch, totals).backward()
+def backward(balancing: Balancing, window: list[Batch], step: int = 0) -> WindowTotals:
+    """The gradients of one window, left on the parameters."""
+    root = balancing.root
+    totals = WindowTotals(count_labels(root.tasks, window), len(window), step)
+    weights = balancing.solve(window, totals)
+    for number, batch in enumerate(window, start=1):
+        balancing.engine.forward_backward(batch, totals, weights, last=number == len(window))
+    return totals
+
+
+def gradients_of(root: RootModule) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in root.named_parameters() if p.grad is not None}
 
 
@@ -50,12 +59,11 @@ def task_gradients(labels: Labels = "full") -> list[dict[str, Tensor]]:
     """Each task's own gradient, from a window in which only it is labelled."""
     found = []
     for name in INFOS:
-        root = build_root(Case(Balance("equal")), ALONE)
+        balancing = balancing_of(Case(Balance("equal")))
         batch = global_batch(labels, 0)
         only = {task: batch.labelled[task] & (task == name) for task in INFOS}
-        batch = replace(batch, labelled=only)
-        root(batch, WindowTotals(count_labels(root.tasks, [batch]), 1, 0)).backward()
-        found.append({n: p.grad.clone() for n, p in root.named_parameters() if p.grad is not None})
+        backward(balancing, [replace(batch, labelled=only)])
+        found.append(gradients_of(balancing.root))
     return found
 
 
@@ -69,9 +77,9 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 def test_the_shared_part_gets_the_weighted_sum_and_each_head_its_own_gradient(
     level: str, scale_heads: bool, accumulation: int
 ) -> None:
-    root = build_root(Case(Balance("nash", level, scale_heads=scale_heads)), ALONE)  # type: ignore[arg-type]
-    found = gradients(root, accumulation=accumulation)
-    weights = root.balancer.last_weights_T
+    balancing = balancing_of(Case(Balance("nash", level, scale_heads=scale_heads)))  # type: ignore[arg-type]
+    backward(balancing, micro_batches(global_batch("full", 0), 0, 1, accumulation))
+    found, weights = gradients_of(balancing.root), balancing.balancer.last_weights_T
     assert weights.std() > 0.1
     own = task_gradients()
     for name in found:
@@ -84,10 +92,8 @@ def test_the_shared_part_gets_the_weighted_sum_and_each_head_its_own_gradient(
 
 @pytest.mark.parametrize("level", ["features", "parameters"])
 def test_the_gramian_is_that_of_the_tasks_own_gradients(level: str) -> None:
-    root = build_root(Case(Balance("nash", level), diagnose_every=1), ALONE)  # type: ignore[arg-type]
-    gradients(root)
-    window = [global_batch("full", 0)]
-    found = root.diagnosis(WindowTotals(count_labels(root.tasks, window), 1, 0))
+    balancing = balancing_of(Case(Balance("nash", level), diagnose_every=1))  # type: ignore[arg-type]
+    found = balancing.diagnosis(backward(balancing, [global_batch("full", 0)]))
     assert found is not None
     if level == "parameters":
         rows = [
@@ -101,46 +107,51 @@ def test_the_gramian_is_that_of_the_tasks_own_gradients(level: str) -> None:
         assert found.cosines_TT.isfinite().all() and (found.lengths_T > 0).all()
 
 
-def test_pairs_without_a_common_sample_have_no_cosine_and_are_told_of_once(
+def test_pairs_without_a_common_sample_have_no_cosine_and_are_reported_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    root = build_root(Case(Balance("cagrad", "features"), diagnose_every=1), ALONE)
-    batch = global_batch("disjoint", 0)
+    balancing = balancing_of(Case(Balance("cagrad", "features"), diagnose_every=1))
     for step in range(3):
-        totals = WindowTotals(count_labels(root.tasks, [batch]), 1, step)
-        root(batch, totals).backward()
-        found = root.diagnosis(totals)
+        found = balancing.diagnosis(backward(balancing, [global_batch("disjoint", 0)], step))
         assert found is not None
         assert {name.split("/")[0] for name in found.scalars()} == {"gradient_norm"}
     assert sum("no conflict" in line for line in caplog.messages) == 1
 
 
 def test_an_absent_task_is_in_no_diagnosis_and_gets_no_weight() -> None:
-    root = build_root(Case(Balance("mgda", "parameters"), diagnose_every=1), ALONE)
-    batch = global_batch("partial", 1)
-    totals = WindowTotals(count_labels(root.tasks, [batch]), 1, 0)
+    balancing = balancing_of(Case(Balance("mgda", "parameters"), diagnose_every=1))
+    totals = backward(balancing, [global_batch("partial", 1)])
     assert totals.present_T.tolist() == [True, True, False]
-    root(batch, totals).backward()
-    found = root.diagnosis(totals)
+    found = balancing.diagnosis(totals)
     assert found is not None and not any("tags" in name for name in found.scalars())
-    assert all(p.grad is None or not p.grad.any() for p in root.task_parameters("tags"))
+    assert all(p.grad is None or not p.grad.any() for p in balancing.root.task_parameters("tags"))
 
 
 @pytest.mark.parametrize("changes", [{"frozen": True}, {"shared": False}], ids=str)
 def test_without_trained_shared_weights_there_is_nothing_to_compare(changes: dict[str, bool]) -> None:
-    root = build_root(Case(Balance("equal"), diagnose_every=1).with_(**changes), ALONE)
-    assert root.why_no_diagnosis is not None
-    gradients(root)
-    window = [global_batch("full", 0)]
-    assert root.diagnosis(WindowTotals(count_labels(root.tasks, window), 1, 0)) is None
+    balancing = balancing_of(Case(Balance("equal"), diagnose_every=1).with_(**changes))
+    assert balancing.why_no_diagnosis is not None
+    assert balancing.diagnosis(backward(balancing, [global_batch("full", 0)])) is None
 
 
-def test_a_look_leaves_random_state_and_batch_statistics_as_they_were() -> None:
+@pytest.mark.parametrize(
+    "balance", [Balance("fixed"), Balance("famo"), Balance("nash", "parameters")], ids=str
+)
+def test_weights_are_known_before_the_forwards_unless_its_only_one_has_to_find_them(balance: Balance) -> None:
+    balancing = balancing_of(Case(balance))
+    for accumulation in (1, 2):
+        window = micro_batches(global_batch("full", 0), 0, 1, accumulation)
+        totals = WindowTotals(count_labels(balancing.root.tasks, window), len(window), 0)
+        known = isinstance(balancing.solve(window, totals), Weights)
+        assert known == (accumulation == 2 or balance.method == "fixed")
+
+
+def test_reading_ahead_leaves_random_state_and_batch_statistics_as_they_were() -> None:
     norm = nn.BatchNorm1d(3)
     norm(torch.randn(8, 3))
     before = {name: value.clone() for name, value in norm.state_dict().items()}
     state = torch.get_rng_state()
-    with as_if_unseen(norm, torch.device("cpu")):
+    with without_side_effects(norm, torch.device("cpu")):
         norm(torch.randn(8, 3))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
@@ -157,23 +168,28 @@ def test_a_gradient_handed_over_joins_the_scalars_own() -> None:
 
 
 # ------------------------------------------------------------------ refusals
+DDP = EngineChoice("accelerate")
 SHARED = {name: ("vector",) for name in INFOS}
+
+
+def zero(stage: ZeroStage) -> EngineChoice:
+    return EngineChoice("deepspeed", stage)
 
 
 @pytest.mark.parametrize(
     ("balance", "facts", "said"),
     [
-        (Balance("nash", "parameters"), {"zero_stage": 3}, "expected features under ZeRO 3"),
-        (Balance("graddrop"), {"zero_stage": 1}, "expected one process or DDP"),
-        (Balance("db-mtl"), {"zero_stage": 0}, "expected one process or DDP"),
-        (Balance("mgda", "features"), {"strangers": [("kind", "tags")]}, "for kind and tags"),
+        (Balance("nash", "parameters"), {"engine": zero(3)}, "expected features under ZeRO 3"),
+        (Balance("graddrop"), {"engine": zero(1)}, "expected whole gradients"),
+        (Balance("db-mtl"), {"engine": zero(2)}, "expected whole gradients"),
+        (Balance("mgda", "features"), {"disjoint": [("kind", "tags")]}, "for kind and tags"),
         (
             Balance("mgda", "features"),
             {"features": SHARED | {"age": ("stride_1",)}},
             "none for kind and age",
         ),
         (Balance("cagrad", "features"), {"num_shared": 0}, "expected weights that the tasks share"),
-        (Balance("graddrop"), {"num_shared": 0, "deepspeed": False}, "expected weights that the tasks share"),
+        (Balance("graddrop"), {"num_shared": 0, "engine": DDP}, "expected weights that the tasks share"),
     ],
     ids=str,
 )
@@ -189,10 +205,11 @@ def test_what_would_be_wrong_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("balance", "facts"),
     [
-        (Balance("stch"), {"zero_stage": 3, "num_shared": 0, "strangers": [("kind", "tags")]}),
-        (Balance("nash", "parameters"), {"zero_stage": 2, "strangers": [("kind", "tags")]}),
-        (Balance("nash", "features"), {"zero_stage": 3}),
-        (Balance("graddrop"), {"deepspeed": False}),
+        (Balance("stch"), {"engine": zero(3), "num_shared": 0, "disjoint": [("kind", "tags")]}),
+        (Balance("nash", "parameters"), {"engine": zero(2), "disjoint": [("kind", "tags")]}),
+        (Balance("nash", "features"), {"engine": zero(3)}),
+        (Balance("graddrop"), {"engine": DDP}),
+        (Balance("db-mtl"), {"engine": zero(0)}),
     ],
     ids=str,
 )
@@ -205,11 +222,10 @@ def check(balance: Balance, changes: dict[str, object]) -> None:
     tasks = build_tasks(SETTINGS, INFOS)
     balancer = build_balancer(balance.settings(), list(tasks), kinds, dict.fromkeys(tasks, 1.0))
     facts: dict[str, object] = {
-        "deepspeed": True,
-        "zero_stage": 0,
+        "engine": zero(0),
         "num_shared": 4,
         "features": SHARED,
-        "strangers": [],
+        "disjoint": [],
     }
     check_balance(balancer, balance.method, **(facts | changes))  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Imports run downhill: a module imports from lower layers, and the packages of layer 1 are strangers.
+"""Imports run downhill: a module imports from lower layers, and the packages of layer 1 not one another.
 
 Imports inside functions and under TYPE_CHECKING count too: what is known is known. A new module is put into
 the table below, where it belongs.
@@ -7,6 +7,7 @@ the table below, where it belongs.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -21,14 +22,14 @@ LAYERS: dict[int, str] = {
     0: "errors specs batch durable lazy randomness status config kinds",
     1: "tasks models balance data",
     2: "importers engine gradients checkpoint optim ema monitor tracking figures stopping",
-    3: "step",
+    3: "step balancing",
     4: "trainer evaluator",
     5: "recipe shipped run_folder results assemble runs debug predictor",
     6: "launch report",
     7: "cli commands __main__",
 }
 LAYER = {room: number for number, rooms in LAYERS.items() for room in rooms.split()}
-STRANGERS = LAYERS[1].split()
+INDEPENDENT = LAYERS[1].split()
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -73,15 +74,15 @@ def test_a_module_imports_only_downhill(module: str) -> None:
     assert [other for other in sorted(MODULES[module]) if LAYER[room(other)] > here] == []
 
 
-@pytest.mark.parametrize("package", STRANGERS)
+@pytest.mark.parametrize("package", INDEPENDENT)
 def test_the_packages_of_layer_1_do_not_know_one_another(package: str) -> None:
-    strangers = {
+    known = {
         f"{module} imports {other}"
         for module, others in MODULES.items()
         for other in others
-        if room(module) == package and room(other) in STRANGERS and room(other) != package
+        if room(module) == package and room(other) in INDEPENDENT and room(other) != package
     }
-    assert strangers == set()
+    assert known == set()
 
 
 def test_rooms_of_one_layer_and_modules_of_one_package_do_not_import_in_circles() -> None:
@@ -103,3 +104,15 @@ def test_importing_the_package_imports_none_of_its_modules() -> None:
     imported = [node.module or "" for node in body if isinstance(node, ast.ImportFrom)]
     imported += [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
     assert [name for name in imported if name.startswith("mtl_dist")] == []
+
+
+def test_nobody_outside_the_engines_names_a_stage_of_zero() -> None:
+    """Whoever works differently with one engine than with another asks for a capability."""
+    stage = re.compile(r"zero_stage|ZeRO \d", re.IGNORECASE)
+    naming = {
+        name
+        for path in PACKAGE.rglob("*.py")
+        if (name := path.relative_to(PACKAGE).as_posix()).split("/")[0] != "engine"
+        and stage.search(path.read_text(encoding="utf-8"))
+    }
+    assert naming == set()

@@ -17,7 +17,7 @@ from mtl_dist.models.multitask import build_model
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.optim import OptimSettings, build_optimizer
 from mtl_dist.specs import TaskInfo
-from mtl_dist.step import RootModule, WindowTotals, count_labels
+from mtl_dist.step import RootModule, Weights, WindowTotals, count_labels
 from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.registry import build_tasks
 from mtl_dist.tasks.regression import RegressionSettings
@@ -29,11 +29,15 @@ INFOS = {
     "age": TaskInfo("regression", num_labelled=9, mean=40.0, std=10.0),
     "mask": TaskInfo("segmentation", classes=("no", "yes"), num_labelled=9, class_counts=(9, 9)),
 }
+WEIGHTS = Weights(torch.tensor([1.0, 0.5, 2.0]))
 SETTINGS = {
     "kind": ClassificationSettings(weight=1.0),
     "age": RegressionSettings(weight=0.5),
     "mask": SegmentationSettings(weight=2.0),
 }
+
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def make_root(num_ranks: int = 1, seed: int = 0) -> RootModule:
@@ -46,7 +50,7 @@ def make_root(num_ranks: int = 1, seed: int = 0) -> RootModule:
     weights = {name: settings.weight for name, settings in SETTINGS.items()}
     balancer = build_balancer(Fixed(), list(tasks), kinds, weights)
     world = World(rank=0, size=num_ranks, local_rank=0, device=torch.device("cpu"))
-    root = RootModule(model, tasks, balancer, world, "fp32", seed)
+    root = RootModule(model, tasks, balancer, world, "fp32")
     for module in root.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -93,7 +97,7 @@ def gradients(root: RootModule, ranks: list[list[Batch]]) -> dict[str, torch.Ten
     root.zero_grad()
     for window in ranks:
         for batch in window:
-            root(batch, totals).backward()
+            root(batch, totals, WEIGHTS)[0].backward()
     return {name: p.grad / len(ranks) for name, p in root.named_parameters() if p.grad is not None}
 
 
@@ -145,13 +149,12 @@ def test_a_task_without_labels_in_a_window_is_left_untouched(kind: str) -> None:
     root = make_root()
     settings = OptimSettings(kind=kind, lr=0.1, weight_decay=0.5)
     optimizer = build_optimizer(settings, root.model, list(root.tasks), [])
-    engine = AccelerateEngine(None, root._world, root, optimizer)
+    engine = AccelerateEngine(None, ALONE, root, optimizer)
 
     def step(batch: Batch, number: int) -> None:
         totals = WindowTotals(count_labels(root.tasks, [batch]), 1, number)
-        absent = [name for name, here in zip(root.tasks, totals.present_T, strict=True) if not here]
-        engine.forward_backward(batch, totals, last=True)
-        engine.step([p for name in absent for p in root.task_parameters(name)], clip_norm=1.0)
+        engine.forward_backward(batch, totals, WEIGHTS, last=True)
+        engine.step(root.absent_parameters(totals), clip_norm=1.0)
 
     step(make_batch(8), 0)
     before = engine.full_state()
@@ -170,7 +173,25 @@ def test_a_task_without_labels_in_a_window_is_left_untouched(kind: str) -> None:
 def test_a_window_without_any_label_gives_a_finite_zero() -> None:
     root = make_root()
     batch = make_batch(4, absent=("kind", "age", "mask"))
-    scalar = root(batch, WindowTotals(count_labels(root.tasks, [batch]), 1, 0))
+    scalar, sums_T = root(batch, WindowTotals(count_labels(root.tasks, [batch]), 1, 0), WEIGHTS)
     scalar.backward()
-    assert scalar.item() == 0
+    assert scalar.item() == 0 and not sums_T.any()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in root.parameters())
+
+
+def test_the_second_thing_returned_is_each_tasks_loss_sum() -> None:
+    root = make_root()
+    batch = make_batch(8, missing=0.3)
+    totals = WindowTotals(count_labels(root.tasks, [batch]), 1, 0)
+    scalar, sums_T = root(batch, totals, WEIGHTS)
+    assert not sums_T.requires_grad
+    torch.testing.assert_close(sums_T, root.loss_sums(root.predict(batch.images_BCHW), batch))
+    torch.testing.assert_close(scalar, (WEIGHTS.loss_T * sums_T / totals.counts_T).sum().float())
+
+
+def test_a_forward_remembers_nothing_of_the_window_before() -> None:
+    root, batch = make_root(), make_batch(8)
+    totals = WindowTotals(count_labels(root.tasks, [batch]), 1, 0)
+    first = root(batch, totals, WEIGHTS)[0]
+    root(make_batch(8, missing=0.5, seed=2), totals, Weights(torch.zeros(3)))
+    assert torch.equal(root(batch, totals, WEIGHTS)[0], first)

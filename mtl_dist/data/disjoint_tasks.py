@@ -1,4 +1,4 @@
-"""Which tasks never meet in a training sample."""
+"""Which tasks have no labelled training sample in common."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mtl_dist.data.loader import Data
 _ROWS_AT_A_TIME = 1 << 20
 
 
-def strangers(data: Data) -> list[tuple[str, str]]:
+def disjoint_tasks(data: Data) -> list[tuple[str, str]]:
     """The pairs of tasks that are both labelled in the training data, but in no sample together.
 
     Reads the indexes only as far as it takes to have seen every pair.
