@@ -67,7 +67,8 @@ def _engine_problems(balancer: Balancer, method: str, engine: EngineCapabilities
     if balancer.needs == "jacobian" and not engine.has_whole_gradients:
         return [
             f"balance.method: expected whole gradients on every rank (one process or DDP), which {method} "
-            f"works on, found {engine.name}. Start without it, or use another method, such as cagrad or nash."
+            "works on, found an engine that divides them. Start without DeepSpeed, or use another method, "
+            "such as cagrad or nash."
         ]
     if balancer.level == "parameters" and engine.shards_parameters:
         return [

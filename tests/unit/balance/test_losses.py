@@ -305,7 +305,7 @@ def test_a_window_cut_into_micro_batches_gives_the_same_gradients(settings: Bala
         set_scales(balancer, (0.2, -0.4, 0.6))
         weights_T = balancer.weights(present_T=ALL, key=(0, 0))
         for piece_T in pieces:
-            balancer.combine(piece_T, weights_T, ALL, share=1 / len(pieces)).backward()
+            balancer.combine(piece_T, weights_T, ALL, scale=1 / len(pieces)).backward()
         gradients.append(
             [float(parameter.grad) for parameter in balancer.parameters() if parameter.grad is not None]
         )
