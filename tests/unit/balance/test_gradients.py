@@ -17,6 +17,7 @@ from mtl_dist.balance.balancer import Balancer
 from mtl_dist.balance.cagrad import CAGrad
 from mtl_dist.balance.dualproj import DualProj
 from mtl_dist.balance.fairgrad import FairGrad
+from mtl_dist.balance.gradient import Problem
 from mtl_dist.balance.gradnorm import GradNorm
 from mtl_dist.balance.imtl_g import IMTLG
 from mtl_dist.balance.methods import BalanceSettings, build_balancer
@@ -189,6 +190,25 @@ def test_permuting_the_tasks_permutes_the_weights(
     torch.testing.assert_close(
         permuted_T, straight_T[order], rtol=1e-5, atol=1e-6 * float(straight_T.abs().max())
     )
+
+
+@pytest.mark.parametrize("ratio", [1e3, 1e7, 1e10])
+def test_aligned_does_not_depend_on_the_order_of_tasks_of_very_different_length(ratio: float) -> None:
+    jacobian_TP = jacobian("random", 6)
+    jacobian_TP[1::2] /= ratio ** torch.linspace(0.5, 1, 3, dtype=torch.float64)[:, None]
+    gramian_TT = jacobian_TP @ jacobian_TP.T
+
+    def weights(order: list[int]) -> Tensor:
+        problem = Problem(gramian_TT[order][:, order], losses(6).double(), all_present(6), (0, 0), {})
+        return Aligned().solve(problem)[torch.tensor(order).argsort()]
+
+    expected_T = weights(list(range(6)))
+    # All components as long as the smallest: the update's weights have the metric G, w^T G w = l_min / T.
+    lengths = torch.linalg.svdvals(jacobian_TP)
+    torch.testing.assert_close(expected_T @ gramian_TT @ expected_T, lengths[-1] ** 2 / 6, rtol=1e-6, atol=0)
+    for seed in range(5):
+        order = torch.randperm(6, generator=torch.Generator().manual_seed(seed)).tolist()
+        torch.testing.assert_close(weights(order), expected_T, rtol=1e-9, atol=1e-12)
 
 
 @every_method
