@@ -24,6 +24,6 @@ class EngineSettings(Settings):
     offload_optimizer: bool = False
     """Keep DeepSpeed's optimizer state in host memory, and update there (ZeRO 1 to 3)."""
     offload_parameters: bool = False
-    """Keep the weights' shares in host memory (ZeRO 3)."""
+    """Keep the weights' shards in host memory (ZeRO 3)."""
     tf32: bool = True
     """On GPUs, whether float32 products may round their factors to TF32."""
