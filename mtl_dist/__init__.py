@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mtl_dist import balance, prepare
+    from mtl_dist.errors import UserError
+    from mtl_dist.face import Run, train
     from mtl_dist.predictor import Predictor, load
 
 __version__ = "0.1.0"
 
-__all__ = ["Predictor", "load"]
+__all__ = ["Predictor", "Run", "UserError", "balance", "load", "prepare", "train"]
+
+_HOMES = {
+    "Predictor": "predictor",
+    "Run": "face",
+    "UserError": "errors",
+    "load": "predictor",
+    "train": "face",
+}
 
 
 def __getattr__(name: str) -> object:
     # `import mtl_dist` must not import torch: the command line answers in half a second.
+    if name in _HOMES:
+        return getattr(import_module(f"mtl_dist.{_HOMES[name]}"), name)
     if name in __all__:
-        from mtl_dist import predictor
-
-        return getattr(predictor, name)
+        return import_module(f"mtl_dist.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

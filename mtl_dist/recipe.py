@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -184,16 +184,20 @@ class Recipe(Settings):
         return [f"monitor.metric: expected a validation figure, found {metric!r}. {suggest(metric, choices)}"]
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe at `path` with `a.b=c` overrides, complete with defaults.
+def load_recipe(
+    source: Path | Mapping[str, Any], overrides: Sequence[str | Mapping[str, Any]] = ()
+) -> Recipe:
+    """The recipe of a file, or of a mapping in its place, with `a.b=c` overrides, complete with defaults.
 
     Raises:
         UserError: one line per mistake.
     """
-    recipe = load_settings(Recipe, path, overrides)
+    recipe = load_settings(Recipe, source, overrides)
     if not recipe.names_tasks:
         recipe = with_tasks_of_the_data(recipe)
-    return recipe if recipe.name else recipe.model_copy(update={"name": path.stem})
+    if recipe.name or not isinstance(source, Path):
+        return recipe
+    return recipe.model_copy(update={"name": source.stem})
 
 
 def with_tasks_of_the_data(recipe: Recipe) -> Recipe:

@@ -162,16 +162,23 @@ class RunFolder:
         starts[-1]["peak_memory_bytes"] = num_bytes
         write_text(path, json.dumps(starts, indent=1))
 
+    def read_metrics(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """evaluation/metrics.json; empty where nothing was evaluated."""
+        path = self.evaluation / "metrics.json"
+        found: dict[str, dict[str, dict[str, float | None]]] = {}
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
     def write_metrics(self, split: str, tasks: Mapping[str, Mapping[str, float]]) -> None:
         """Put one split into evaluation/metrics.json: `{split: {task: {metric: value}}}`."""
         self.evaluation.mkdir(exist_ok=True)
-        path = self.evaluation / "metrics.json"
-        metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        metrics = self.read_metrics()
         metrics[split] = {
             task: {name: None if value != value else value for name, value in values.items()}
             for task, values in tasks.items()
         }
-        write_text(path, json.dumps(metrics, indent=1))
+        write_text(self.evaluation / "metrics.json", json.dumps(metrics, indent=1))
 
 
 def git_commit() -> str | None:

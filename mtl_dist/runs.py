@@ -102,7 +102,7 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
             recipe, data, engine, root, balancing, folder, accumulation, stop or StopSignal()
         )
         introduce(trainer, recipe, data, folder, connection.describe(), num_parameters)
-        return run_to_the_end(trainer, recipe, data, folder)
+        return replace(run_to_the_end(trainer, recipe, data, folder), directory=directory)
 
 
 def evaluate_run(run: Path, split: str) -> None:

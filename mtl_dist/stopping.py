@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
@@ -51,12 +52,15 @@ class StopSignal:
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Takes over SIGUSR2, SIGTERM and SIGINT in this process (call it in the main thread).
+        """Takes over SIGUSR2, SIGTERM and SIGINT in this process; in another thread than the main one, which
+        alone hears signals, nothing happens.
 
         Install after every other library has: submitit's own SIGUSR2 handler would requeue the job at
         once, before the ranks could save together, and it ignores SIGTERM.
         """
         self._pid = os.getpid()
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in STOP_SIGNALS:
             previous = signal.signal(number, self._handle)
             self._previous.setdefault(number, previous)

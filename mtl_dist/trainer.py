@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -65,6 +66,8 @@ class Outcome:
     state: Literal["done", "stopped"]
     step: int
     reason: str = ""
+    directory: Path | None = None
+    """The run folder, once it is complete."""
 
 
 class Trainer:

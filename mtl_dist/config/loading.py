@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -31,6 +31,7 @@ from pydantic import ValidationError
 from mtl_dist.config.errors import Location, Mistake, dotted, explain, suggest
 from mtl_dist.config.nearest import nearest
 from mtl_dist.config.overrides import apply_overrides
+from mtl_dist.config.plain import plain
 from mtl_dist.config.settings import Settings
 from mtl_dist.config.slots import Slot, is_list, is_mapping
 from mtl_dist.config.words import listed, show
@@ -42,14 +43,16 @@ S = TypeVar("S", bound=Settings)
 _RESOLVER_PREFIX = "KeyError raised while resolving interpolation: "
 
 
-def load_settings(cls: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
-    """The settings that the file at `path` and then the overrides state.
+def load_settings(
+    cls: type[S], source: Path | Mapping[str, Any], overrides: Sequence[str | Mapping[str, Any]] = ()
+) -> S:
+    """The settings that a file, or a mapping in its place, and then the overrides state.
 
     Raises:
         UserError: one line per mistake, all of them: in the file's syntax, in an override, an unknown key or
             value, a wrong type, a broken rule.
     """
-    data, mistakes = _read(path)
+    data, mistakes = _read(source) if isinstance(source, Path) else (plain(source), [])
     added, misread = apply_overrides(data, overrides)
     unresolved: list[Mistake] = []
     data = _without_bad_references(data, (), unresolved)

@@ -1,4 +1,4 @@
-"""Overrides from the command line: `a.b=VALUE`.
+"""Overrides: `a.b=VALUE`, as on the command line; in Python also `{"a.b": value}`.
 
 VALUE is read as YAML and takes the place of whatever stood at `a.b`, so `tasks.age.loss={kind: l1}` leaves
 nothing of the former loss. Sections on the way are made. A number in the path is an index of a list that is
@@ -7,19 +7,23 @@ there: `data.train.0.path=data/cats`. The last of several overrides of one place
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mtl_dist.config.errors import Location, Mistake, dotted
+from mtl_dist.config.plain import plain
 from mtl_dist.config.words import show
 from mtl_dist.config.yaml_text import YamlError, parse
 
 
-def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> tuple[set[Location], list[Mistake]]:
+def apply_overrides(
+    data: dict[str, Any], overrides: Sequence[str | Mapping[str, Any]]
+) -> tuple[set[Location], list[Mistake]]:
     """Apply `overrides` to `data` in place; returns the entries that they added, and their mistakes."""
     added: set[Location] = set()
     mistakes: list[Mistake] = []
-    for text in overrides:
+    for text in _texts(overrides):
         key, equals, value_text = text.partition("=")
         names = key.strip().split(".")
         if not equals or not all(names):
@@ -39,6 +43,15 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> tuple[set
         except LookupError as error:
             mistakes.append(((), f"{key}: {error.args[0]}"))
     return added, mistakes
+
+
+def _texts(overrides: Sequence[str | Mapping[str, Any]]) -> Iterator[str]:
+    for override in overrides:
+        if isinstance(override, str):
+            yield override
+        else:
+            # What is JSON is YAML.
+            yield from (f"{key}={json.dumps(plain(value, (key,)))}" for key, value in override.items())
 
 
 def _put(section: Any, location: Location, names: list[str], value: Any, added: set[Location]) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -152,6 +154,31 @@ def join_group() -> World:
 def own_device(local_rank: int) -> torch.device:
     """The GPU of this process, or the CPU."""
     return torch.device("cpu") if use_cpu() else torch.device("cuda", local_rank)
+
+
+@contextmanager
+def left_as_found() -> Iterator[None]:
+    """Afterwards this process is in no group that it was not in before, and its environment is the same.
+
+    Under a launcher the group stays: the ranks go on together.
+    """
+    from accelerate.state import AcceleratorState, is_initialized
+
+    environment, in_group, in_accelerate = dict(os.environ), dist.is_initialized(), is_initialized()
+    try:
+        yield
+    finally:
+        if launched_size() == 1:
+            if not in_group:
+                deepspeed = sys.modules.get("deepspeed")
+                if deepspeed is not None and deepspeed.comm.is_initialized():
+                    # It keeps groups that a later training in this process would take for living ones.
+                    deepspeed.comm.destroy_process_group()
+                leave()
+            if not in_accelerate:
+                AcceleratorState._reset_state(reset_partial_state=True)
+            os.environ.clear()
+            os.environ.update(environment)
 
 
 def leave() -> None:

@@ -47,6 +47,7 @@ from mtl_dist.report.compare_show import show, write
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.specs import TaskKind
 from mtl_dist.status import read_status
+from mtl_dist.tracking.files import read_rows
 
 USER_ERROR = 2
 
@@ -82,17 +83,12 @@ class Run:
 
     @property
     def evaluation(self) -> dict[str, dict[str, dict[str, float | None]]]:
-        path = RunFolder(self.directory).evaluation / "metrics.json"
-        found: dict[str, dict[str, dict[str, float | None]]] = {}
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        return RunFolder(self.directory).read_metrics()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Those of its metrics.jsonl."""
-        text = (self.directory / "metrics.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        return read_rows(self.directory)
 
     @property
     def seconds_per_image(self) -> float:

@@ -25,7 +25,7 @@ LAYERS: dict[int, str] = {
     3: "step balancing",
     4: "trainer evaluator",
     5: "recipe shipped run_folder results assemble runs debug predictor",
-    6: "launch report",
+    6: "launch report face prepare",
     7: "cli commands __main__",
 }
 LAYER = {room: number for number, rooms in LAYERS.items() for room in rooms.split()}

@@ -1,0 +1,180 @@
+"""The package from Python: train a recipe, and a run as an object.
+
+import mtl_dist
+
+run = mtl_dist.train("configs/digits.yaml", "optim.lr=1e-3", {"train.epochs": 5})
+run.metrics["test"]["digit"]["accuracy"]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from mtl_dist.config.loading import to_yaml
+from mtl_dist.config.yaml_text import parse
+from mtl_dist.errors import UserError
+from mtl_dist.recipe import Recipe, load_recipe
+from mtl_dist.run_folder import RunFolder
+from mtl_dist.status import Status, read_status
+from mtl_dist.tracking.files import history_of, read_rows
+
+Metrics: TypeAlias = dict[str, dict[str, dict[str, float]]]
+"""By split, task and name; NaN where one is undefined."""
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *overrides: str | Mapping[str, Any],
+    run_dir: str | Path | None = None,
+) -> Run:
+    """Train a recipe in this process (under a launcher, in each of its processes), and its run.
+
+    `recipe` is a file, a dictionary as the file would hold it (lists for lists, text for paths), or a
+    `Recipe`; `overrides` are `"a.b=value"` or `{"a.b": value}`. With `run_dir` that folder is the run's, and
+    one that exists is taken up again. An interrupt (Ctrl-C, a notebook's stop) saves, and ends with
+    `run.status.state` "stopped": `run.resume()` goes on.
+
+    A process alone is left as it was: no process group, its signal handlers and environment restored.
+
+    Raises:
+        UserError: one line per mistake.
+    """
+    from mtl_dist import runs
+    from mtl_dist.engine.world import left_as_found
+
+    resolved = read_recipe(recipe, overrides)
+    with left_as_found():
+        outcome = runs.train(resolved, Path(run_dir) if run_dir is not None else None)
+    assert outcome.directory is not None
+    return Run(outcome.directory)
+
+
+def read_recipe(
+    recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str | Mapping[str, Any]] = ()
+) -> Recipe:
+    """The recipe that `train` trains, complete with defaults.
+
+    Raises:
+        UserError: one line per mistake.
+    """
+    if isinstance(recipe, Recipe):
+        if not overrides:
+            return recipe
+        recipe = parse(to_yaml(recipe))[0]
+    if not isinstance(recipe, str | Path | Mapping):
+        raise UserError(
+            f"recipe: expected a path, a dictionary or a Recipe, found {type(recipe).__name__}. "
+            "Write for example train('configs/digits.yaml')."
+        )
+    return load_recipe(Path(recipe) if isinstance(recipe, str) else recipe, overrides)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best checkpoint by the monitored metric."""
+
+    step: int
+    metric: str
+    value: float
+
+
+class Run:
+    """A run folder: what was asked for, what came out, and the trained model."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open the run folder at `path`; nothing is loaded before it is asked for.
+
+        Raises:
+            UserError: it is not one.
+        """
+        self._folder = RunFolder.open(Path(path))
+        self.path = self._folder.directory
+
+    def __repr__(self) -> str:
+        status, best = self.status, self.best
+        parts = [str(self.path)]
+        if status is not None:
+            parts.append(f"{status.state} at step {status.step} of {status.total_steps}")
+        if best is not None:
+            parts.append(f"best {best.metric} {best.value:.4g} at step {best.step}")
+        return f"Run({', '.join(parts)})"
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return load_recipe(self._folder.recipe_path)
+
+    @property
+    def status(self) -> Status | None:
+        """Where the run stands; None before its first word."""
+        return read_status(self.path)
+
+    @property
+    def best(self) -> Best | None:
+        """The best checkpoint so far; None before the first evaluation."""
+        pointer = self._folder.checkpoints / "best.json"
+        return Best(**json.loads(pointer.read_text(encoding="utf-8"))) if pointer.is_file() else None
+
+    @property
+    def metrics(self) -> Metrics:
+        """The metrics of the best weights, of every split that was evaluated with them."""
+        return {
+            split: {
+                task: {name: math.nan if value is None else value for name, value in values.items()}
+                for task, values in tasks.items()
+            }
+            for split, tasks in self._folder.read_metrics().items()
+        }
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Every row of metrics.jsonl."""
+        return read_rows(self.path)
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """The epochs as columns: `{"step": [...], "epoch": [...], "train": {"loss": [...]}, "val": ...}`."""
+        return history_of(self.rows)
+
+    def predict(self, image: Any, threshold: float = 0.5) -> Any:
+        """Every task's answer for one image, or a list of them for a list of images; see `Predictor`.
+
+        Raises:
+            UserError: no checkpoint yet, or not a readable image.
+        """
+        if isinstance(image, list | tuple):
+            return self._predictor.predict_many(image, threshold)
+        return self._predictor.predict(image, threshold)
+
+    def evaluate(self, split: str = "test") -> dict[str, dict[str, float]]:
+        """Measure the best weights on a split of the run's data; also kept in evaluation/ and `metrics`.
+
+        Raises:
+            UserError: no such split, no checkpoint yet, or the data is not where it was.
+        """
+        from mtl_dist.engine.world import left_as_found
+        from mtl_dist.runs import evaluate_run
+
+        with left_as_found():
+            evaluate_run(self.path, split)
+        return self.metrics[split]
+
+    def resume(self, *overrides: str | Mapping[str, Any]) -> Run:
+        """Go on from the newest checkpoint, with `overrides` such as `"train.epochs=20"`.
+
+        Raises:
+            UserError: an override would make it another run.
+        """
+        return train(self.recipe, *overrides, run_dir=self.path)
+
+    @cached_property
+    def _predictor(self) -> Any:
+        from mtl_dist.predictor import Predictor
+
+        return Predictor(self.path)
