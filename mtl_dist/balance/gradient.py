@@ -7,10 +7,13 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
-from mtl_dist.balance.method import Key, Level, Method, State, Window
+from mtl_dist.balance.method import BalancedTasks, Key, Level, Method, State, Window
 from mtl_dist.balance.solvers import NotConvergedError
+from mtl_dist.errors import UserError
 from mtl_dist.lazy import torch
 
 if TYPE_CHECKING:
@@ -81,6 +84,39 @@ class GradientMethod(Method):
             NotConvergedError: there is no solution, or it was not found.
         """
 
+    def weights(
+        self, gramian_TT: npt.ArrayLike, losses_T: npt.ArrayLike | None = None, step: int = 0
+    ) -> npt.NDArray[np.float64]:
+        """The weights (T,) for any Gramian (T, T) of gradients: an array, a tensor, nested lists.
+
+        `losses_T` are the tasks' losses for a method that looks at them; ones without it. `step` picks the
+        draw of a method with randomness. What a method remembers between windows is as at its beginning.
+
+        Raises:
+            UserError: not a symmetric matrix of finite numbers, or one for which the method has no solution.
+        """
+        gramian = _in_float64(gramian_TT)
+        num_tasks = len(gramian) if gramian.ndim else 0
+        losses = _in_float64(np.ones(num_tasks) if losses_T is None else losses_T)
+        square = num_tasks > 0 and gramian.shape == (num_tasks, num_tasks)
+        if not square or not gramian.isfinite().all() or not torch.allclose(gramian, gramian.T):
+            raise UserError(
+                f"gramian: expected a symmetric matrix (T, T) of finite numbers, found shape "
+                f"{tuple(gramian.shape)}. Give J J^T of the tasks' gradients."
+            )
+        if losses.shape != (num_tasks,):
+            found = tuple(losses.shape)
+            raise UserError(f"losses: expected {num_tasks}, found shape {found}. Give one per task.")
+        names = tuple(str(number) for number in range(num_tasks))
+        tasks = BalancedTasks(names, ("regression",) * num_tasks, (1.0,) * num_tasks)
+        state = {**self.constants(tasks), **self.memory(tasks)}
+        present = torch.ones(num_tasks, dtype=torch.bool)
+        try:
+            solution: Tensor = self.solve(Problem(gramian, losses, present, (0, step), state))
+        except NotConvergedError as error:
+            raise UserError(f"gramian: expected one with a solution, found none: {error}.") from None
+        return np.asarray(solution.double())
+
     def propose(self, window: Window, state: State) -> Tensor:
         """The solution, or the last weights in a step between two solves."""
         if window.gramian_TT is None:
@@ -105,3 +141,10 @@ class GradientMethod(Method):
                     error,
                 )
         return proposed_T.to(window.present_T.device)
+
+
+def _in_float64(values: npt.ArrayLike) -> Tensor:
+    """An array, a tensor of any device, or nested lists, in float64 on the CPU."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().cpu().double()
+    return torch.from_numpy(np.array(values, dtype=np.float64))
