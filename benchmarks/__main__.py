@@ -183,5 +183,28 @@ def multi_mnist(
     prepare_multi_mnist(mnist, out, train, val, test, seed)
 
 
+@app.command()
+def gpu(
+    out: Annotated[Path, typer.Argument(file_okay=False, metavar="OUT", help="For gpu.json and gpu.md.")],
+    part: Annotated[str | None, typer.Option(metavar="NAME", help="This part alone, here.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Small sizes, to try the script.")] = False,
+) -> None:
+    """Everything that wants a GPU: tests/gpu, step, loader, balancing, memory; benchmarks/gpu.sh calls it.
+
+    \b
+      benchmarks/gpu.sh
+      MTL_BENCH_DEVICE=cpu benchmarks/gpu.sh --tiny
+    """
+    from benchmarks.gpu import PARTS, run_all, run_part
+    from mtl_dist.errors import UserError
+
+    if part is None:
+        run_all(out, tiny)
+    elif part in PARTS:
+        run_part(part, out, tiny)
+    else:
+        raise UserError(f"--part: expected one of {', '.join(PARTS)}, found {part!r}.")
+
+
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")

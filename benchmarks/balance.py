@@ -6,6 +6,7 @@ LibMTL, where they are installed. Memory is that of a process of its own which r
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
@@ -16,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.contenders import METHODS, balanced, balancing_contenders, period
-from benchmarks.measuring import in_turns, memory_is_measured, ratios
+from benchmarks.measuring import Gauge, in_turns, memory_is_measured, ratios
 from benchmarks.memory import Case, peaks
 from benchmarks.tables import Findings, Row
 from benchmarks.training import Scene
@@ -47,7 +48,7 @@ def bench_balance(scenes: Sequence[Scene], repeats: int) -> None:
 def measure_balance(scene: Scene, connection: Connection, names: Sequence[str], repeats: int) -> Findings:
     """A row for each of `names`, the first of which is `equal`: what the others are compared with."""
     with_memory = memory_is_measured()
-    memory = {name: max(peaks(Case(scene, contender=name)).training) for name in names if with_memory}
+    memory = {name: peak_memory(scene, connection, name) for name in names if with_memory}
     contenders = {name: balanced(scene, connection, name) for name in names}
     steps = {name: period(name) for name in names}
     seconds = in_turns(contenders, steps, repeats, connection.world.device)
@@ -67,6 +68,17 @@ def measure_balance(scene: Scene, connection: Connection, names: Sequence[str], 
             }
         )
     return Findings(f"balancing of {scene.describe()}", rows)
+
+
+def peak_memory(scene: Scene, connection: Connection, name: str) -> int:
+    """Bytes; on a GPU, whose allocator counts tensors, here, and on a CPU in a process of its own."""
+    device = connection.world.device
+    if device.type != "cuda":
+        return max(peaks(Case(scene, contender=name)).training)
+    gc.collect()
+    gauge = Gauge(device)
+    balanced(scene, connection, name)(3, gauge)
+    return gauge.noted
 
 
 def limit(name: str, scene: Scene) -> float | None:

@@ -70,23 +70,46 @@ def bench_loader(images: Path, num_images: int, num_small: int, workers: Sequenc
         f"torch {torch.__version__}; {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}; "
         f"medians of {repeats}"
     )
+    measure_photos(photos, num_images, workers, repeats).show(console)
+    for extension in SMALL:
+        measure_small(photos, extension, num_small, workers[0], repeats).show(console)
+
+
+def measure_photos(
+    photos: Sequence[bytes], num_images: int, workers: Sequence[int], repeats: int
+) -> Findings:
+    """Every loader that is installed, over JPEGs repeated to `num_images`."""
+    contenders = [
+        c for c in PHOTOS if c.is_installed and not ("region" in c.name and find_turbojpeg() is None)
+    ]
     with tempfile.TemporaryDirectory(prefix="mtl-bench-") as name:
-        directory = Path(name)
         repeated = [photos[number % len(photos)] for number in range(num_images)]
-        _write(directory / "photos", repeated, "jpg", 3, _SHARD_SAMPLES)
-        contenders = [
-            c for c in PHOTOS if c.is_installed and not ("region" in c.name and find_turbojpeg() is None)
-        ]
+        directory = _write(Path(name) / "photos", repeated, "jpg", 3, _SHARD_SAMPLES)
         for contender in contenders:
             if contender.prepare is not None:
-                contender.prepare(directory / "photos", repeated)
-        title = "crop 224, flip, batches of 64"
-        _findings(title, directory / "photos", contenders, workers, repeats).show(console)
-        for extension, small_contenders in SMALL.items():
-            small = [_small(photos[number % len(photos)], number, extension) for number in range(num_small)]
-            path = _write(directory / extension, small, extension, 1, _SMALL_SHARD_SAMPLES)
-            title = f"{SMALL_SIDE}x{SMALL_SIDE} {extension}, batches of 256"
-            _findings(title, path, small_contenders, workers[:1], repeats).show(console)
+                contender.prepare(directory, repeated)
+        title = "loaders: crop 224, flip, batches of 64"
+        return _findings(title, directory, contenders, workers, repeats)
+
+
+def measure_small(
+    photos: Sequence[bytes], extension: str, num_small: int, workers: int, repeats: int
+) -> Findings:
+    """Small samples made of the JPEGs."""
+    with tempfile.TemporaryDirectory(prefix="mtl-bench-") as name:
+        small = [_small(photos[number % len(photos)], number, extension) for number in range(num_small)]
+        directory = _write(Path(name) / extension, small, extension, 1, _SMALL_SHARD_SAMPLES)
+        title = f"loaders: {SMALL_SIDE}x{SMALL_SIDE} {extension}, batches of 256"
+        return _findings(title, directory, SMALL[extension], [workers], repeats)
+
+
+def smooth_photo(number: int, width: int, height: int) -> bytes:
+    """A JPEG of smooth noise, another one for every number; 320 x 256 pixels are about 15 kB."""
+    coarse = np.random.default_rng(number).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    buffer = io.BytesIO()
+    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    smooth.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
 
 
 def _findings(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -10,13 +9,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contenders import ours, plain
+from benchmarks.loader import smooth_photo
 from benchmarks.measuring import Steps, clock, in_turns, median_speed
 from benchmarks.tables import Findings, Row
 from benchmarks.training import NUM_CLASSES, Scene, build_parts, random_batch
@@ -138,14 +136,10 @@ def loaded_batches(scene: Scene, connection: Connection, workers: int) -> Iterat
 
 def _write_images(directory: Path, tasks: Sequence[str]) -> None:
     """A dataset of smooth noise, 320 x 256 pixels and about 15 kB each, with every task's label."""
-    draws = np.random.default_rng(0)
     with ShardWriter(directory, "train", dict.fromkeys(tasks, "classification")) as writer:
         for number in range(_IMAGES_ON_DISK):
-            coarse = Image.fromarray(draws.integers(0, 256, (32, 40, 3), dtype=np.uint8))
-            buffer = io.BytesIO()
-            coarse.resize((320, 256), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
             labels = dict.fromkeys(tasks, number % NUM_CLASSES)
-            writer.write(f"{number:05d}", buffer.getvalue(), "jpg", labels, {})
+            writer.write(f"{number:05d}", smooth_photo(number, 320, 256), "jpg", labels, {})
     by_class = tuple(len(range(c, _IMAGES_ON_DISK, NUM_CLASSES)) for c in range(NUM_CLASSES))
     names = tuple(map(str, range(NUM_CLASSES)))
     info = TaskInfo("classification", names, num_labelled=_IMAGES_ON_DISK, class_counts=by_class)
