@@ -237,12 +237,12 @@ def tests_part(sizes: Sizes, out: Path) -> Iterator[Job]:
         command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
         command += ["-n", str(sizes.test_processes), "--dist", "worksteal", f"--junitxml={report}"]
         subprocess.run(command, cwd=ROOT, check=False)
-        return test_findings(report)
+        return count_tests(report)
 
     yield run
 
 
-def test_findings(report: Path) -> Findings:
+def count_tests(report: Path) -> Findings:
     """How many cases of each test passed, from pytest's report."""
     counts: dict[str, dict[str, Any]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
