@@ -344,7 +344,8 @@ def save_part(sizes: Sizes, out: Path) -> Iterator[Job]:
 
 
 def _connection() -> Any:
-    from mtl_dist.engine.connect import EngineSettings, connect
+    from mtl_dist.engine.connect import connect
+    from mtl_dist.engine.settings import EngineSettings
 
     return connect(EngineSettings(), "fp32")
 
