@@ -25,11 +25,6 @@ from mtl_dist.tasks.registry import build_tasks
 from mtl_dist.trainer import Plan
 
 
-def absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with absolute data paths, so that the run folder's copy works from anywhere."""
-    return recipe.model_copy(update={"data": recipe.data.with_absolute_paths(Path.cwd())})
-
-
 def facts_of(data: Data) -> DataFacts:
     return DataFacts(data.infos, data.channels, data.image_dtype, data.image_size)
 

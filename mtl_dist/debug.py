@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mtl_dist.assemble import absolute_paths, build_root, facts_of
+from mtl_dist.assemble import build_root, facts_of
 from mtl_dist.balancing import Balancing
 from mtl_dist.batch import Batch
 from mtl_dist.data.loader import open_data, train_loader
@@ -56,7 +56,7 @@ def overfit_one_batch(recipe: Recipe, console: Console | None = None) -> bool:
             "--debug: expected one process, found a launcher with several. Run `mtl train` itself."
         )
     _, world = connect_accelerate()
-    recipe = absolute_paths(recipe)
+    recipe = recipe.with_absolute_paths()
     recipe = recipe.model_copy(update={"data": recipe.data.without_augmentation()})
     data = open_data(with_indexes(recipe.data), recipe.tasks)
     torch.manual_seed(recipe.train.seed)

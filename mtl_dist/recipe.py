@@ -122,6 +122,10 @@ class Recipe(Settings):
         """Whether it says what to learn: else the data decides, which only reading the data can tell."""
         return "tasks" in self.model_fields_set
 
+    def with_absolute_paths(self) -> Recipe:
+        """The recipe with absolute data paths, so that the run folder's copy works from anywhere."""
+        return self.model_copy(update={"data": self.data.with_absolute_paths(Path.cwd())})
+
     def problems(self) -> list[str]:
         """What does not fit together, one line each."""
         return [*self._task_problems(), *self._monitor_problems()]
@@ -206,7 +210,7 @@ def with_tasks_of_the_data(recipe: Recipe) -> Recipe:
     Raises:
         UserError: the data cannot be opened, or something else in the recipe does not fit its tasks.
     """
-    from mtl_dist.data.loader import tasks_in  # (only here are datasets looked at while a recipe is read)
+    from mtl_dist.data.infos import tasks_in  # (only here are datasets looked at while a recipe is read)
     from mtl_dist.importers.external import with_indexes
 
     tasks = {name: DEFAULTS[info.kind] for name, info in tasks_in(with_indexes(recipe.data)).items()}

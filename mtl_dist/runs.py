@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from mtl_dist.assemble import (
-    absolute_paths,
     best_or_newest,
     build_monitor,
     build_root,
@@ -70,7 +69,7 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
     """
     connection = connect(recipe.engine, recipe.train.precision)
     world = connection.world
-    recipe = absolute_paths(recipe)
+    recipe = recipe.with_absolute_paths()
     accumulation = recipe.train.accumulation_on(world.size)
     check_device(recipe, world.device, connection.choice)
     check_tracking(recipe.tracking)

@@ -46,7 +46,6 @@ def inspect(
     """
     from rich.console import Console
 
-    from mtl_dist.data.contact_sheet import contact_sheet
     from mtl_dist.data.inspect import inspect_dataset, render
     from mtl_dist.data.remote import location
 
@@ -56,6 +55,8 @@ def inspect(
     if inspection.problems:
         raise typer.Exit(1)
     if sheet is not None:
+        from mtl_dist.data.contact_sheet import contact_sheet  # torch and matplotlib
+
         contact_sheet(place, split, sheet)
         print(f"{sheet}: samples of {split}")
 

@@ -12,6 +12,7 @@ import typer
 from mtl_dist.commands.errors import INTERRUPTED
 from mtl_dist.commands.progress import progress_bar
 from mtl_dist.durable import replacing
+from mtl_dist.lazy import torch
 
 if TYPE_CHECKING:
     from mtl_dist.recipe import Recipe
@@ -124,8 +125,6 @@ def launch(
       mtl launch configs/digits.yaml --nproc 4 train.precision=bf16
       mtl launch configs/digits.yaml --config-file launch/zero2.yaml
     """
-    import torch
-
     from mtl_dist.launch.local import plan_launch, supervise
     from mtl_dist.recipe import load_recipe
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from mtl_dist.config.errors import suggest
-from mtl_dist.data.derived import Derivation, DeriveSettings, derivations
+from mtl_dist.data.derived import Derivation, DeriveSettings, check_derived, derivations
 from mtl_dist.data.manifest import LabelCounts, Manifest, SplitInfo, read_manifest
 from mtl_dist.data.remote import Location
+from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 
@@ -128,3 +130,25 @@ def _merge(task: str, sources: Sequence[SourceFacts]) -> TaskInfo:
         minimum=min(info.minimum for info in described),
         maximum=max(info.maximum for info in described),
     )
+
+
+def tasks_in(settings: DataSettings, root: Path | None = None) -> dict[str, TaskInfo]:
+    """All tasks of the training datasets that `settings` names, relative to `root`, derived ones included.
+
+    Raises:
+        UserError: a dataset or split is missing, or two disagree on a task.
+    """
+    training = training_facts(settings.with_absolute_paths(root or Path.cwd()))
+    return merge_infos(list(dict.fromkeys(name for source in training for name in source.tasks)), training)
+
+
+def training_facts(settings: DataSettings) -> list[SourceFacts]:
+    """What the manifests of the training datasets say.
+
+    Raises:
+        UserError: a dataset or split is missing, or a derived task does not fit.
+    """
+    assert all(source.fields is None for source in settings.train), "tars of others are indexed beforehand"
+    training = [source_facts(source.path, source.split, settings.derive) for source in settings.train]
+    check_derived(settings.derive, [source.manifest for source in training])
+    return training

@@ -20,8 +20,7 @@ from mtl_dist.data.blend import Blender, check_blend
 from mtl_dist.data.boxes import check_boxes, with_seen_edges
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.cuts import EvaluationCut, TrainingCut
-from mtl_dist.data.derived import check_derived
-from mtl_dist.data.infos import SourceFacts, disagreements, merge_infos, source_facts
+from mtl_dist.data.infos import SourceFacts, disagreements, merge_infos, source_facts, training_facts
 from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.mixing import Concatenation, Schedule, Stream
 from mtl_dist.data.order import Order
@@ -106,7 +105,7 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
             do not fit together.
     """
     settings = settings.with_absolute_paths(root or Path.cwd())
-    training = _training_facts(settings)
+    training = training_facts(settings)
     for source in training:
         if source.info.num_samples == 0:
             raise UserError(f"{source.path}: expected samples in the split {source.split}, found none.")
@@ -143,23 +142,6 @@ def _with_labels(
     left_out = tuple(source.path.name for source, known in zip(training, knows, strict=True) if not known)
     facts = [source for source, known in zip(training, knows, strict=True) if known]
     return settings.model_copy(update={"train": kept}), facts, left_out
-
-
-def tasks_in(settings: DataSettings, root: Path | None = None) -> dict[str, TaskInfo]:
-    """All tasks of the training datasets that `settings` names, relative to `root`, derived ones included.
-
-    Raises:
-        UserError: a dataset or split is missing, or two disagree on a task.
-    """
-    training = _training_facts(settings.with_absolute_paths(root or Path.cwd()))
-    return merge_infos(list(dict.fromkeys(name for source in training for name in source.tasks)), training)
-
-
-def _training_facts(settings: DataSettings) -> list[SourceFacts]:
-    assert all(source.fields is None for source in settings.train), "tars of others are indexed beforehand"
-    training = [source_facts(source.path, source.split, settings.derive) for source in settings.train]
-    check_derived(settings.derive, [source.manifest for source in training])
-    return training
 
 
 def _check_sampling(

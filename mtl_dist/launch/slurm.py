@@ -155,11 +155,10 @@ def resolved_recipes(
     recipe: Path, overrides: Sequence[str], points: Sequence[Sequence[str]], shape: Shape
 ) -> list[Recipe]:
     """The recipe of every point, checked as far as it can be checked before the job starts."""
-    from mtl_dist.assemble import absolute_paths
     from mtl_dist.recipe import load_recipe
 
     path = recipe / "recipe.yaml" if recipe.is_dir() else recipe
-    recipes = [absolute_paths(load_recipe(path, [*overrides, *point])) for point in points]
+    recipes = [load_recipe(path, [*overrides, *point]).with_absolute_paths() for point in points]
     for point in recipes:
         point.train.accumulation_on(shape.nodes * shape.tasks_per_node)
     return recipes

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from mtl_dist.assemble import absolute_paths
 from mtl_dist.balance.fixed import Fixed
 from mtl_dist.balance.methods import build_balancer
 from mtl_dist.config.settings import Settings
@@ -150,7 +149,7 @@ def _fair(contender: Contender) -> Contender:
         monitor=_with(recipe.monitor, patience=None),
         train=_with(recipe.train, evaluate_at_end=True),
     )
-    return Contender(contender.name, absolute_paths(recipe), contender.single)
+    return Contender(contender.name, recipe.with_absolute_paths(), contender.single)
 
 
 def _with(settings: S, **changes: object) -> S:
