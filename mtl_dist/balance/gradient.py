@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from mtl_dist.balance.method import BalancedTasks, Key, Level, Method, State, Window
+from mtl_dist.balance.method import Key, Level, Method, State, Window, in_float64
 from mtl_dist.balance.solvers import NotConvergedError
 from mtl_dist.errors import UserError
 from mtl_dist.lazy import torch
@@ -85,7 +85,7 @@ class GradientMethod(Method):
         """
 
     def weights(
-        self, gramian_TT: npt.ArrayLike, losses_T: npt.ArrayLike | None = None, step: int = 0
+        self, gramian_TT: npt.ArrayLike, /, losses_T: npt.ArrayLike | None = None, step: int = 0
     ) -> npt.NDArray[np.float64]:
         """The weights (T,) for any Gramian (T, T) of gradients: an array, a tensor, nested lists.
 
@@ -95,9 +95,9 @@ class GradientMethod(Method):
         Raises:
             UserError: not a symmetric matrix of finite numbers, or one for which the method has no solution.
         """
-        gramian = _in_float64(gramian_TT)
+        gramian = in_float64(gramian_TT)
         num_tasks = len(gramian) if gramian.ndim else 0
-        losses = _in_float64(np.ones(num_tasks) if losses_T is None else losses_T)
+        losses = in_float64(np.ones(num_tasks) if losses_T is None else losses_T)
         square = num_tasks > 0 and gramian.shape == (num_tasks, num_tasks)
         if not square or not gramian.isfinite().all() or not torch.allclose(gramian, gramian.T):
             raise UserError(
@@ -107,13 +107,11 @@ class GradientMethod(Method):
         if losses.shape != (num_tasks,):
             found = tuple(losses.shape)
             raise UserError(f"losses: expected {num_tasks}, found shape {found}. Give one per task.")
-        names = tuple(str(number) for number in range(num_tasks))
-        tasks = BalancedTasks(names, ("regression",) * num_tasks, (1.0,) * num_tasks)
-        state = {**self.constants(tasks), **self.memory(tasks)}
+        state = self.first_state(num_tasks)
         present = torch.ones(num_tasks, dtype=torch.bool)
         try:
             solution: Tensor = self.solve(Problem(gramian, losses, present, (0, step), state))
-        except NotConvergedError as error:
+        except (NotConvergedError, torch.linalg.LinAlgError) as error:
             raise UserError(f"gramian: expected one with a solution, found none: {error}.") from None
         return np.asarray(solution.double())
 
@@ -141,10 +139,3 @@ class GradientMethod(Method):
                     error,
                 )
         return proposed_T.to(window.present_T.device)
-
-
-def _in_float64(values: npt.ArrayLike) -> Tensor:
-    """An array, a tensor of any device, or nested lists, in float64 on the CPU."""
-    if isinstance(values, torch.Tensor):
-        return values.detach().cpu().double()
-    return torch.from_numpy(np.array(values, dtype=np.float64))

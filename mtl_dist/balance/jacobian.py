@@ -5,7 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from mtl_dist.balance.method import Key, Level, Method, State, Window
+from mtl_dist.errors import UserError
 from mtl_dist.lazy import torch
 
 if TYPE_CHECKING:
@@ -36,6 +40,13 @@ class JacobianMethod(Method):
         self, jacobian_TP: Tensor, losses_T: Tensor, present_T: Tensor, key: Key, state: State
     ) -> Tensor:
         """The gradient (P,) of the shared parameters, from finite numbers; rows of absent tasks are 0."""
+
+    def weights(self, losses_T: npt.ArrayLike, /, *, step: int = 0) -> npt.NDArray[np.float64]:
+        """Refused: the update is not made of weights."""
+        raise UserError(
+            f"{type(self).__name__}: expected a method whose update is a weighted sum of the gradients, "
+            "found one that needs them all. Use it in a recipe, or take another one, such as CAGrad."
+        )
 
     def propose(self, window: Window, state: State) -> Tensor:
         """1 for each task."""

@@ -16,9 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from mtl_dist.config.settings import Settings
+from mtl_dist.errors import UserError
 from mtl_dist.lazy import torch
 from mtl_dist.randomness import shared_seed
 from mtl_dist.specs import TaskKind
@@ -116,6 +119,37 @@ class Method(Settings, ABC):
         The only place where `state` changes while the method solves. Rows of absent tasks may hold anything.
         """
 
+    def weights(self, losses_T: npt.ArrayLike, /, *, step: int = 0) -> npt.NDArray[np.float64]:
+        """The weights (T,) for the losses of one window: an array, a tensor, a list.
+
+        `step` picks the draw of a method with randomness. What a method remembers or learns from window to
+        window is as at its beginning.
+
+        Raises:
+            UserError: not a row of finite numbers, or one for which the method has no solution.
+        """
+        losses = in_float64(losses_T)
+        if losses.ndim != 1 or not len(losses) or not losses.isfinite().all():
+            raise UserError(
+                f"losses: expected a row (T,) of finite numbers, found shape {tuple(losses.shape)}. "
+                "Give one per task."
+            )
+        present = torch.ones(len(losses), dtype=torch.bool)
+        solution = self.propose(Window(present, (0, step), losses.float()), self.first_state(len(losses)))
+        if not solution.isfinite().all():
+            raise UserError(f"losses: expected some with a solution, found {losses.tolist()}.")
+        return np.asarray(solution.double())
+
+    def first_state(self, num_tasks: int) -> State:
+        """What `state` holds in the first window of tasks of which nothing is known."""
+        names = tuple(str(number) for number in range(num_tasks))
+        tasks = BalancedTasks(names, ("classification",) * num_tasks, (1.0,) * num_tasks)
+        state = {**self.constants(tasks), **self.memory(tasks)}
+        state["last_weights_T"] = torch.full((num_tasks,), self.first_weight(num_tasks))
+        if self.learns:
+            state["scales_T"] = torch.zeros(num_tasks)
+        return state
+
     def combine(
         self, losses_T: Tensor, weights_T: Tensor, present_T: Tensor, scale: float, state: State
     ) -> Tensor:
@@ -138,3 +172,10 @@ def generator(key: Key, device: torch.device | str) -> torch.Generator:
 def masked_softmax(logits_T: Tensor, present_T: Tensor) -> Tensor:
     """The softmax over the present tasks; 0 elsewhere, also where no task is present."""
     return torch.where(present_T, logits_T.masked_fill(~present_T, -torch.inf).softmax(dim=0), 0.0)
+
+
+def in_float64(values: npt.ArrayLike) -> Tensor:
+    """An array, a tensor of any device, or nested lists, in float64 on the CPU."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().cpu().double()
+    return torch.from_numpy(np.array(values, dtype=np.float64))
