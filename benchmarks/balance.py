@@ -26,7 +26,6 @@ from mtl_dist.balance.method import BalancedTasks
 from mtl_dist.balance.methods import METHODS as METHOD_CLASSES
 from mtl_dist.engine.connect import Connection, connect
 from mtl_dist.engine.settings import EngineSettings
-from mtl_dist.specs import TaskKind
 
 SOLVED_TASKS = (2, 10, 40)
 LOSSES_LIMIT, FEATURES_LIMIT, PARAMETERS_LIMIT, EVERY_10_LIMIT = 1.03, 1.25, 0.75, 1.3
@@ -124,8 +123,7 @@ def gramians(num_tasks: int) -> dict[str, Tensor]:
 def solve_times(method: type[GradientMethod], num_tasks: int, repeats: int) -> dict[str, float]:
     """Milliseconds of one solve by kind of Gramian; the median."""
     names = [f"task{t}" for t in range(num_tasks)]
-    kinds: list[TaskKind] = ["classification"] * num_tasks
-    facts = BalancedTasks(tuple(names), tuple(kinds), (1.0,) * num_tasks)
+    facts = BalancedTasks(tuple(names), (1.0,) * num_tasks, (1.0,) * num_tasks)
     solver = method(method=method.model_fields["method"].default)
     losses_T, present_T = torch.ones(num_tasks, dtype=torch.float64), torch.ones(num_tasks, dtype=torch.bool)
     found = {}

@@ -21,7 +21,7 @@ from mtl_dist.models.multitask import MultitaskModel, build_model
 from mtl_dist.models.settings import Checkpointing, ModelSettings
 from mtl_dist.monitor import Monitor, MonitorSettings
 from mtl_dist.optim import ConstantSchedule, OptimSettings, build_optimizer
-from mtl_dist.specs import TaskInfo, TaskKind
+from mtl_dist.specs import TaskInfo
 from mtl_dist.step import RootModule
 from mtl_dist.stopping import StopSignal
 from mtl_dist.tasks.classification import ClassificationSettings
@@ -56,7 +56,7 @@ class Scene:
     compiled: bool = False
 
     @property
-    def kinds(self) -> dict[str, TaskKind]:
+    def kinds(self) -> dict[str, str]:
         return {
             f"task{t}": "segmentation" if t < self.num_masks else "classification"
             for t in range(self.num_tasks)
@@ -127,7 +127,8 @@ def build_trainer(
     model, tasks = build_parts(scene)
     adapter: TypeAdapter[BalanceSettings] = TypeAdapter(BalanceSettings)
     settings = adapter.validate_python(dict(balance))
-    balancer = build_balancer(settings, list(tasks), scene.kinds, dict.fromkeys(tasks, 1.0))
+    factors = {name: task.settings.noise_factor for name, task in tasks.items()}
+    balancer = build_balancer(settings, list(tasks), factors, dict.fromkeys(tasks, 1.0))
     root = RootModule(model, tasks, balancer, world, scene.precision)
     if scene.compiled:
         compile_parts(model, world.device, recomputing=scene.checkpointing != "off")

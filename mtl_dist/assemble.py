@@ -34,9 +34,9 @@ def build_root(recipe: Recipe, facts: DataFacts, world: World) -> RootModule:
     heads = [task.head for task in tasks.values()]
     model = build_model(recipe.model, heads, facts.channels, facts.image_size)
     model.lie_in(torch.channels_last if recipe.train.channels_last else torch.contiguous_format)
-    kinds = {name: info.kind for name, info in facts.infos.items()}
+    factors = {name: settings.noise_factor for name, settings in recipe.tasks.items()}
     weights = {name: settings.weight for name, settings in recipe.tasks.items()}
-    balancer = build_balancer(recipe.balance, list(tasks), kinds, weights)
+    balancer = build_balancer(recipe.balance, list(tasks), factors, weights)
     return RootModule(model, tasks, balancer, world, recipe.train.precision)
 
 

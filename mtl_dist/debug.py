@@ -25,20 +25,11 @@ from mtl_dist.errors import UserError
 from mtl_dist.importers.external import with_indexes
 from mtl_dist.models.describe import describe
 from mtl_dist.recipe import Recipe
-from mtl_dist.specs import TaskKind
 from mtl_dist.step import RootModule, WindowTotals, count_labels
 
 NUM_SAMPLES = 8
 MAX_STEPS = 500
 CHECK_EVERY = 10
-
-GOALS: dict[TaskKind, tuple[str, float]] = {
-    "classification": ("accuracy", 0.99),
-    "multilabel": ("f1", 0.95),
-    "regression": ("r2", 0.95),
-    "segmentation": ("dice", 0.9),
-}
-"""What counts as having learnt the batch by heart: a metric on the batch itself, and its least value."""
 
 
 def overfit_one_batch(recipe: Recipe, console: Console | None = None) -> bool:
@@ -92,7 +83,7 @@ def overfit_one_batch(recipe: Recipe, console: Console | None = None) -> bool:
             pdb.post_mortem(error.__traceback__)
         raise
     console.print(_verdict(root, reached))
-    return all(value >= GOALS[root.tasks[name].info.kind][1] for name, value in reached.items())
+    return all(root.tasks[name].settings.has_learnt(value) for name, value in reached.items())
 
 
 def _overfit(
@@ -113,7 +104,7 @@ def _overfit(
         engine.step(root.absent_parameters(totals), clip_norm=None)
         if step % CHECK_EVERY == 0:
             reached = _measure(root, batch)
-            if all(value >= GOALS[root.tasks[name].info.kind][1] for name, value in reached.items()):
+            if all(root.tasks[name].settings.has_learnt(value) for name, value in reached.items()):
                 break
     return reached
 
@@ -127,7 +118,7 @@ def _measure(root: RootModule, batch: Batch) -> dict[str, float]:
             continue
         metrics = task.metrics().to(batch.images_BCHW.device)
         metrics.update(outputs[name], batch.targets[name], batch.labelled[name])
-        reached[name] = metrics.compute()[GOALS[task.info.kind][0]]
+        reached[name] = metrics.compute()[task.settings.learnt_by_heart[0]]
     return reached
 
 
@@ -136,12 +127,13 @@ def _verdict(root: RootModule, reached: dict[str, float]) -> Table:
     for column in ("task", "metric on the batch", "reached", "wanted", ""):
         table.add_column(column)
     for name, task in root.tasks.items():
-        metric, goal = GOALS[task.info.kind]
+        metric, goal = task.settings.learnt_by_heart
         value = reached.get(name)
         if value is None:
             table.add_row(name, metric, "-", f"{goal:g}", f"no label among the {NUM_SAMPLES} samples")
         else:
-            verdict = "overfitted" if value >= goal else "NOT overfitted: look at its labels, loss and head"
+            learnt = task.settings.has_learnt(value)
+            verdict = "overfitted" if learnt else "NOT overfitted: look at its labels, loss and head"
             table.add_row(name, metric, f"{value:.4f}", f"{goal:g}", verdict)
     return table
 

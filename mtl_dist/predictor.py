@@ -30,13 +30,13 @@ from mtl_dist.importers.splitting import unique_keys
 from mtl_dist.randomness import Draws
 from mtl_dist.recipe import load_recipe
 from mtl_dist.run_folder import RunFolder
+from mtl_dist.tasks.task import Task
 
 ImageLike: TypeAlias = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """A path, an encoded image, a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W); values as in
 the files that the run was trained on (0 to 255 for 8-bit ones)."""
 
 BATCH_SIZE = 32
-OVERLAY_COLOUR = (255, 64, 64)
 
 
 class Predictor:
@@ -57,6 +57,10 @@ class Predictor:
         self._transform = Transform(self._facts.image_size, recipe.data.resize, PRESETS["none"], own)
         self._boxes = tuple(recipe.data.boxes.values())
         self.tasks = tuple(self._root.tasks)
+
+    def task(self, name: str) -> Task:
+        """One of its tasks."""
+        return self._root.tasks[name]
 
     def predict(self, image: ImageLike, threshold: float = 0.5) -> dict[str, dict[str, Any]]:
         """Every task's answer for one image; masks have the image's own size.
@@ -162,10 +166,13 @@ def predict_files(
             record: dict[str, Any] = {"image": str(path)}
             for task, answer in answers.items():
                 record[task] = {k: v for k, v in answer.items() if not isinstance(v, np.ndarray)}
-                if overlays is not None and "mask" in answer:
-                    mask_path = overlays / f"{names[path]}_{task}.png"
-                    _write_overlay(predictor.decoded(path), answer["mask"], mask_path)
-                    record[task]["mask"] = str(mask_path)
+                picture = predictor.task(task).picture(answer)
+                if overlays is not None and picture is not None:
+                    place = overlays / f"{names[path]}_{task}.png"
+                    Image.fromarray(picture).save(place)
+                    shown = predictor.task(task).overlay(_shown(predictor.decoded(path)), answer)
+                    Image.fromarray(shown.astype(np.uint8)).save(place.with_name(f"{place.stem}_overlay.png"))
+                    record[task]["mask"] = str(place)
             yield record
 
 
@@ -178,17 +185,15 @@ def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
     )
 
 
-def _write_overlay(image_CHW: Tensor, mask: np.ndarray, path: Path) -> None:
-    """Write the mask, and the image as the model saw it with the mask's foreground tinted."""
-    Image.fromarray(mask).save(path)
+def _shown(image_CHW: Tensor) -> np.ndarray:
+    """An image as a picture to draw on, (H, W, 3): values of no fixed range from dark to bright."""
     pixels = image_CHW.float()
     if image_CHW.dtype != torch.uint8:
         low, high = pixels.min(), pixels.max()
         pixels = (pixels - low) * (255 / (high - low).clamp(min=1e-9))
     shown = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
-    colours = shown.permute(1, 2, 0).numpy()
-    tinted = np.where((mask > 0)[..., None], 0.5 * colours + 0.5 * np.array(OVERLAY_COLOUR), colours)
-    Image.fromarray(tinted.astype(np.uint8)).save(path.with_name(f"{path.stem}_overlay.png"))
+    colours: np.ndarray = shown.permute(1, 2, 0).numpy()
+    return colours
 
 
 def to_json(record: dict[str, Any]) -> str:

@@ -19,8 +19,9 @@ from mtl_dist.errors import UserError
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.monitor import MonitorSettings
 from mtl_dist.optim import OptimSettings
-from mtl_dist.tasks.metrics import MEAN_ACCURACY, Mode, metric_names, mode_of
-from mtl_dist.tasks.registry import DEFAULTS, TaskSettings
+from mtl_dist.tasks.metrics import MEAN_ACCURACY
+from mtl_dist.tasks.registry import TaskSettings, default_settings
+from mtl_dist.tasks.task import Mode
 from mtl_dist.tracking.registry import DEFAULT as DEFAULT_TRACKING
 from mtl_dist.tracking.registry import TrackingSettings
 
@@ -147,7 +148,7 @@ class Recipe(Settings):
             f"tasks.{name}.metrics.{metric}: expected another name, found that of a figure of its kind."
             for name, task in self.tasks.items()
             for metric in task.metrics
-            if metric in ("loss", "num_samples", *metric_names(task.kind))
+            if metric in ("loss", "num_samples", *task.modes)
         ]
         if all(task.weight == 0 for task in self.tasks.values()):
             problems.append("tasks: expected a weight > 0 for at least one task, found 0 for all.")
@@ -164,8 +165,10 @@ class Recipe(Settings):
         if self.monitor.mode is not None:
             return self.monitor.mode
         task, _, name = metric.removeprefix("val/").rpartition("/")
-        if task not in self.tasks or name not in self.tasks[task].metrics:
-            return mode_of(metric)
+        if name == "loss" or name == MEAN_ACCURACY:
+            return "min" if name == "loss" else "max"
+        if name in self.tasks[task].modes:
+            return self.tasks[task].modes[name]
         higher = getattr(self.tasks[task].metrics[name].part_class, "higher_is_better", None)
         if higher is None:
             raise UserError(
@@ -176,12 +179,10 @@ class Recipe(Settings):
 
     def _monitor_problems(self) -> list[str]:
         choices = ["val/loss"]
-        if any("accuracy" in metric_names(task.kind) for task in self.tasks.values()):
+        if any("accuracy" in task.modes for task in self.tasks.values()):
             choices.append(f"val/{MEAN_ACCURACY}")
         for name, task in self.tasks.items():
-            choices += [
-                f"val/{name}/{figure}" for figure in ("loss", *metric_names(task.kind), *task.metrics)
-            ]
+            choices += [f"val/{name}/{figure}" for figure in ("loss", *task.modes, *task.metrics)]
         metric = self.monitor.metric
         if metric in choices:
             return []
@@ -213,7 +214,7 @@ def with_tasks_of_the_data(recipe: Recipe) -> Recipe:
     from mtl_dist.data.infos import tasks_in  # (only here are datasets looked at while a recipe is read)
     from mtl_dist.importers.external import with_indexes
 
-    tasks = {name: DEFAULTS[info.kind] for name, info in tasks_in(with_indexes(recipe.data)).items()}
+    tasks = {name: default_settings(info.kind) for name, info in tasks_in(with_indexes(recipe.data)).items()}
     filled = recipe.model_copy(update={"tasks": tasks})
     problems = filled.problems()
     if problems:

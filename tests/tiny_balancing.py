@@ -197,8 +197,8 @@ def build_root(case: Case, world: World) -> RootModule:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    kinds = {name: info.kind for name, info in INFOS.items()}
-    balancer = build_balancer(case.balance.settings(), list(tasks), kinds, dict.fromkeys(tasks, 1.0))
+    factors = {name: task.settings.noise_factor for name, task in tasks.items()}
+    balancer = build_balancer(case.balance.settings(), list(tasks), factors, dict.fromkeys(tasks, 1.0))
     return RootModule(model, tasks, balancer, world, case.precision)
 
 

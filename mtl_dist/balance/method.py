@@ -24,7 +24,6 @@ from mtl_dist.config.settings import Settings
 from mtl_dist.errors import UserError
 from mtl_dist.lazy import torch
 from mtl_dist.randomness import shared_seed
-from mtl_dist.specs import TaskKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,10 +41,14 @@ SMALLEST_LOSS = 1e-8
 
 @dataclass(frozen=True)
 class BalancedTasks:
-    """The tasks in their fixed order, with what a method may know of them: kind, and weight of the recipe."""
+    """The tasks in their fixed order, with what a method may know of them.
+
+    noise_factors  the f of each task's likelihood, f exp(-s) L + s / 2: 1/2 for Gaussian noise, 1 for classes
+    weights        those of the recipe
+    """
 
     names: tuple[str, ...]
-    kinds: tuple[TaskKind, ...]
+    noise_factors: tuple[float, ...]
     weights: tuple[float, ...]
 
     def __len__(self) -> int:

@@ -31,7 +31,6 @@ from mtl_dist.balance.uncertainty import Uncertainty
 from mtl_dist.balance.upgrad import UPGrad
 from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.errors import UserError
-from mtl_dist.specs import TaskKind
 
 if TYPE_CHECKING:
     from mtl_dist.balance.balancer import Balancer
@@ -77,7 +76,7 @@ METHODS: tuple[type[Method], ...] = get_args(get_args(BalanceSettings)[0])
 def build_balancer(
     method: Method,
     tasks: Sequence[str],
-    kinds: Mapping[str, TaskKind],
+    noise_factors: Mapping[str, float],
     task_weights: Mapping[str, float],
 ) -> Balancer:
     """The method at work on these tasks, in this order.
@@ -97,4 +96,6 @@ def build_balancer(
         ]
         if problems:
             raise UserError("\n".join(problems))
-    return Balancer(method, BalancedTasks(tuple(tasks), tuple(kinds[name] for name in tasks), weights))
+    return Balancer(
+        method, BalancedTasks(tuple(tasks), tuple(noise_factors[name] for name in tasks), weights)
+    )

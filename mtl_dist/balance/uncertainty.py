@@ -29,7 +29,7 @@ class Uncertainty(LearnedMethod):
 
     def constants(self, tasks: BalancedTasks) -> dict[str, Tensor]:
         """The f_k."""
-        return {"halves_T": torch.tensor([0.5 if kind == "regression" else 1.0 for kind in tasks.kinds])}
+        return {"halves_T": torch.tensor(tasks.noise_factors)}
 
     def factors(self, scales_T: Tensor, state: State) -> Tensor:
         """f exp(-s)"""

@@ -61,6 +61,11 @@ class OwnSettings(Settings):
         """The import path."""
         return f"{self.part_class.__module__}.{self.part_class.__qualname__}"
 
+    @classmethod
+    def settings_for(cls, part: Any, key: str, path: str) -> type[Settings]:
+        """The settings of a part that fits the slot: its constructor's arguments."""
+        return _derived(part, cls, key, path)
+
     def make(self, **provided: Any) -> Any:
         """The part, from these settings and what it names of `provided`."""
         values = {**{name: getattr(self, name, None) for name in self.arguments}, **provided}
@@ -99,9 +104,9 @@ class OwnParts:
         found = imported(self.names.get(path, path), self._fits)
         for kind in self.kinds:
             if kind.settings_base is not None and _is_subclass(found, kind.settings_base):
-                return _named(found, self.key, path)
+                return named(found, self.key, path)
             if _is_subclass(found, _attribute(kind.part_base)):
-                return _derived(found, kind, self.key, path)
+                return kind.settings_for(found, self.key, path)
         wanted = " or ".join(kind.part_base for kind in self.kinds)
         what = "another class" if inspect.isclass(found) else f"a {type(found).__name__}"
         raise PartError(f"expected a subclass of {wanted}, found {path}, {what}.")
@@ -118,10 +123,14 @@ class OwnParts:
         )
 
     def _tag(self, value: Any) -> str:
-        return OWN if self.only or isinstance(value, OwnSettings) or self.path_in(value) else BUILT_IN
+        return OWN if self.only or self._is_own(value) or self.path_in(value) else BUILT_IN
+
+    def _is_own(self, value: Any) -> bool:
+        """Whether a value is the settings of an own part."""
+        return isinstance(value, Settings) and self.path_in(getattr(value, self.key, None)) is not None
 
     def _validated(self, value: Any) -> Any:
-        if isinstance(value, OwnSettings):
+        if self._is_own(value):
             return value
         path = self.path_in(value)
         if path is None:
@@ -226,7 +235,7 @@ def _is_subclass(value: object, base: type) -> bool:
 
 
 @lru_cache
-def _named(settings: type[Settings], key: str, path: str) -> type[Settings]:
+def named(settings: type[Settings], key: str, path: str) -> type[Settings]:
     """A class of settings of the user's, told by its path."""
     return _create(settings, path, {key: (Literal[path], path)})
 

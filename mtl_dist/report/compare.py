@@ -34,6 +34,7 @@ from mtl_dist.report.compare_figures import (
     CONTROL,
     CONVENTIONS,
     SINGLE,
+    Compared,
     Comparison,
     Metrics,
     Row,
@@ -45,7 +46,6 @@ from mtl_dist.report.compare_figures import (
 from mtl_dist.report.compare_plan import Contender, Plan
 from mtl_dist.report.compare_show import show, write
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.specs import TaskKind
 from mtl_dist.status import read_status
 from mtl_dist.tracking.files import read_rows
 
@@ -188,23 +188,23 @@ def comparison_of(plan: Plan, runs: Sequence[Run]) -> Comparison:
     Raises:
         UserError: the data has neither a test nor a val split, or no single-task model of a task is there.
     """
-    kinds = {name: task.kind for name, task in plan.tasks.items()}
+    compared = {name: task.compared_modes() for name, task in plan.tasks.items()}
     done = [run for run in runs if run.is_done]
     split, metrics = _metrics_of(done)
     single: dict[str, dict[str, Spread]] = {}
-    for task, kind in kinds.items():
+    for task, modes in compared.items():
         own = [metrics[run] for run in done if run.contender.single == task]
         if not own:
             raise UserError(
                 f"task {task}: expected a single-task model to compare with, found none finished."
             )
-        single |= spreads(own, {task: kind})
+        single |= spreads(own, {task: modes})
     rows = [_single_row(done, single, plan.seeds)]
     conflicts: dict[str, Conflicts] = {}
     for contender in plan.contenders:
         mine = [run for run in done if run.contender == contender]
         if contender.single is None and mine:
-            rows.append(_row(contender.name, mine, [metrics[run] for run in mine], means(single), kinds))
+            rows.append(_row(contender.name, mine, [metrics[run] for run in mine], means(single), compared))
             found = conflicts_in(row for run in mine for row in run.rows)
             if found is not None:
                 conflicts[contender.name] = found
@@ -212,7 +212,7 @@ def comparison_of(plan: Plan, runs: Sequence[Run]) -> Comparison:
         raise UserError(f"{CONTROL}: expected the control to finish with some seed, found that it did not.")
     failures = {f"{run.contender.name}, seed {run.seed}": run.failure for run in runs if run.failure}
     notes = (*plan.notes, *_shorter_runs(done, plan.seeds[0]))
-    return Comparison(kinds, split, plan.seeds, rows, conflicts, failures, notes)
+    return Comparison(compared, split, plan.seeds, rows, conflicts, failures, notes)
 
 
 def _shorter_runs(runs: Sequence[Run], seed: int) -> list[str]:
@@ -247,13 +247,13 @@ def _row(
     runs: Sequence[Run],
     metrics: Sequence[Metrics],
     base: Metrics,
-    kinds: Mapping[str, TaskKind],
+    compared: Compared,
 ) -> Row:
-    deltas = [delta_m(found, base, kinds) for found in metrics]
+    deltas = [delta_m(found, base, compared) for found in metrics]
     return Row(
         name=name,
         num_runs=len(runs),
-        metrics=spreads(metrics, kinds),
+        metrics=spreads(metrics, compared),
         delta_m={how: Spread(tuple(delta[how] for delta in deltas)) for how in CONVENTIONS},
         seconds_per_image=Spread(tuple(run.seconds_per_image for run in runs)),
         peak_memory=Spread(tuple(run.peak_memory for run in runs)),

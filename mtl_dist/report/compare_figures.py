@@ -23,10 +23,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from mtl_dist.figures.conflicts import Conflicts
-from mtl_dist.specs import TaskKind
-from mtl_dist.tasks.metrics import mode_of
+from mtl_dist.tasks.task import Mode
 
 CONTROL = "equal"
 SINGLE = "single-task"
@@ -34,14 +34,8 @@ SINGLE = "single-task"
 Metrics = Mapping[str, Mapping[str, float]]
 """By task and metric."""
 
-METRICS: dict[TaskKind, tuple[str, ...]] = {
-    "classification": ("accuracy", "balanced_accuracy", "f1", "auroc"),
-    "multilabel": ("mean_average_precision", "f1", "auroc"),
-    "regression": ("mae", "rmse"),
-    "segmentation": ("iou", "pixel_accuracy"),
-}
-"""What is compared, the main metric first. Metrics that are another one in other words (mse, r2, dice) would
-count twice."""
+Compared: TypeAlias = Mapping[str, Mapping[str, Mode]]
+"""By task the metrics that are compared, the main one first, and which way each is better."""
 
 CONVENTIONS = ("main metrics", "tasks", "metrics")
 
@@ -86,7 +80,7 @@ class Row:
 class Comparison:
     """All rows: single-task models, equal weights, the methods; measured on `split`."""
 
-    kinds: Mapping[str, TaskKind]
+    compared: Compared
     split: str
     seeds: Sequence[int]
     rows: Sequence[Row]
@@ -106,26 +100,27 @@ class Comparison:
         return row.peak_memory.mean / self.control.peak_memory.mean
 
 
-def relative_drop(metric: str, value: float, base: float) -> float:
+def relative_drop(mode: Mode, value: float, base: float) -> float:
     """By how many per cent `value` is worse than `base`; NaN where `base` is 0."""
     if base == 0:
         return math.nan
-    sign = -1 if mode_of(metric) == "max" else 1
+    sign = -1 if mode == "max" else 1
     return 100 * sign * (value - base) / abs(base)
 
 
-def delta_m(found: Metrics, base: Metrics, kinds: Mapping[str, TaskKind]) -> dict[str, float]:
+def delta_m(found: Metrics, base: Metrics, compared: Compared) -> dict[str, float]:
     """The three averages of relative drops, by convention; metrics that are undefined in either are left out.
 
     A task that has none left, or no main metric, makes the averages over tasks undefined.
     """
     drops: dict[str, dict[str, float]] = {}
-    for task, kind in kinds.items():
+    for task, modes in compared.items():
         all_drops = {
-            metric: relative_drop(metric, found[task][metric], base[task][metric]) for metric in METRICS[kind]
+            metric: relative_drop(mode, found[task][metric], base[task][metric])
+            for metric, mode in modes.items()
         }
         drops[task] = {metric: drop for metric, drop in all_drops.items() if math.isfinite(drop)}
-    main = [drops[task].get(METRICS[kind][0], math.nan) for task, kind in kinds.items()]
+    main = [drops[task].get(next(iter(modes)), math.nan) for task, modes in compared.items()]
     by_task = [_mean(list(own.values())) for own in drops.values()]
     every = [drop for own in drops.values() for drop in own.values()]
     return dict(zip(CONVENTIONS, (_mean(main), _mean(by_task), _mean(every)), strict=True))
@@ -135,11 +130,11 @@ def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else math.nan
 
 
-def spreads(runs: Sequence[Metrics], kinds: Mapping[str, TaskKind]) -> dict[str, dict[str, Spread]]:
-    """Every compared metric of the tasks in `kinds` over runs."""
+def spreads(runs: Sequence[Metrics], compared: Compared) -> dict[str, dict[str, Spread]]:
+    """Every compared metric over runs."""
     return {
-        task: {metric: Spread(tuple(run[task][metric] for run in runs)) for metric in METRICS[kind]}
-        for task, kind in kinds.items()
+        task: {metric: Spread(tuple(run[task][metric] for run in runs)) for metric in modes}
+        for task, modes in compared.items()
     }
 
 

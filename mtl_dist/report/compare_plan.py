@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from mtl_dist.balance.fixed import Fixed
-from mtl_dist.balance.methods import build_balancer
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.settings import UniformSampling
 from mtl_dist.errors import UserError
 from mtl_dist.recipe import Recipe, load_recipe
 from mtl_dist.report.compare_figures import CONTROL, SINGLE
-from mtl_dist.tasks.registry import TaskSettings
+from mtl_dist.tasks.task import CommonTaskSettings
 
 S = TypeVar("S", bound=Settings)
 V = TypeVar("V")
@@ -51,7 +50,7 @@ class Contender:
 class Plan:
     """Everything to train, and what was changed of the recipe for the sake of a fair comparison."""
 
-    tasks: Mapping[str, TaskSettings]
+    tasks: Mapping[str, CommonTaskSettings]
     contenders: tuple[Contender, ...]
     seeds: tuple[int, ...]
     notes: tuple[str, ...]
@@ -121,9 +120,7 @@ def _balanced(path: Path, overrides: Sequence[str], given: Recipe, name: str, no
         stated = [f"diagnose_every: {given.balance.diagnose_every}", f"method: {method}"]
         stated += [_key_and_value(name, option) for option in options]
         recipe = load_recipe(path, [*overrides, f"balance={{{', '.join(stated)}}}"])
-    kinds = {task: settings.kind for task, settings in recipe.tasks.items()}
-    ones = dict.fromkeys(recipe.tasks, 1.0)
-    uses_weights = build_balancer(recipe.balance, list(recipe.tasks), kinds, ones).uses_task_weights
+    uses_weights = recipe.balance.uses_task_weights
     if not uses_weights and any(task.weight != 1 for task in recipe.tasks.values()):
         notes.append(f"{name}: the tasks' weights are 1, since the method does not look at them.")
         weightless = {task: _with(settings, weight=1.0) for task, settings in recipe.tasks.items()}

@@ -14,7 +14,7 @@ from rich.table import Table
 from mtl_dist.durable import write_text
 from mtl_dist.figures.conflicts import draw_conflicts
 from mtl_dist.figures.seeds import draw_seeds
-from mtl_dist.report.compare_figures import CONVENTIONS, METRICS, Comparison, Row, Spread
+from mtl_dist.report.compare_figures import CONVENTIONS, Comparison, Row, Spread
 
 WIDTH_OF_LABELS, WIDTH_OF_A_COLUMN = 60, 22
 
@@ -47,10 +47,10 @@ def table_of(comparison: Comparison) -> Table:
     table.add_column("figure")
     for row in comparison.rows:
         table.add_column(row.name, justify="right", overflow="fold")
-    for task, kind in comparison.kinds.items():
-        for number, metric in enumerate(METRICS[kind]):
+    for task, modes in comparison.compared.items():
+        for number, metric in enumerate(modes):
             cells = [spread_text(row.metrics[task][metric], 4) for row in comparison.rows]
-            last = number == len(METRICS[kind]) - 1
+            last = number == len(modes) - 1
             label = metric if number else f"{metric} *"
             table.add_row("" if number else task, label, *cells, end_section=last)
     for how in CONVENTIONS:
@@ -85,7 +85,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "split": comparison.split,
         "seeds": list(comparison.seeds),
-        "main_metrics": {task: METRICS[kind][0] for task, kind in comparison.kinds.items()},
+        "main_metrics": {task: next(iter(modes)) for task, modes in comparison.compared.items()},
         "notes": list(comparison.notes),
         "failures": dict(comparison.failures),
         "contenders": {row.name: _row_json(comparison, row) for row in comparison.rows},
@@ -134,8 +134,8 @@ def _number(value: float) -> float | None:
 def draw(comparison: Comparison, path: Path) -> None:
     """Draw the main metric of each task and delta_m over tasks: every seed, mean and standard deviation."""
     panels: dict[str, list[Spread]] = {}
-    for task, kind in comparison.kinds.items():
-        main = METRICS[kind][0]
+    for task, modes in comparison.compared.items():
+        main = next(iter(modes))
         panels[f"{task} {main}"] = [row.metrics[task][main] for row in comparison.rows]
     panels["delta_m over tasks, %"] = [row.delta_m.get("tasks", Spread((0.0,))) for row in comparison.rows]
     values = {title: [spread.values for spread in spreads] for title, spreads in panels.items()}

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
 from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
-from mtl_dist.tasks.task import OWN_LOSS, CommonTaskSettings, Loss, LossSettings, Task, require_fit
+from mtl_dist.tasks.task import (
+    OWN_LOSS,
+    Baseline,
+    CommonTaskSettings,
+    Loss,
+    LossSettings,
+    Mode,
+    Task,
+    require_fit,
+)
 from mtl_dist.tasks.weights import ClassWeights, class_weights
 
 if TYPE_CHECKING:
@@ -53,6 +63,17 @@ ClassificationLoss: TypeAlias = Annotated[
 
 class ClassificationSettings(CommonTaskSettings):
     """A task with one class per sample; number and names of the classes are the dataset's."""
+
+    modes: ClassVar[Mapping[str, Mode]] = {
+        "accuracy": "max",
+        "balanced_accuracy": "max",
+        "precision": "max",
+        "recall": "max",
+        "f1": "max",
+        "auroc": "max",
+    }
+    compared: ClassVar[tuple[str, ...]] = ("accuracy", "balanced_accuracy", "f1", "auroc")
+    learnt_by_heart: ClassVar[tuple[str, float]] = ("accuracy", 0.99)
 
     kind: Literal["classification"] = "classification"
     loss: ClassificationLoss = CrossEntropySettings()
@@ -108,6 +129,12 @@ class ClassificationTask(Task):
         from mtl_dist.tasks.accumulators import ClassificationMetrics  # torchmetrics is slow to import
 
         return ClassificationMetrics(len(self.info.classes), ranking)
+
+    def baseline(self) -> Baseline | None:
+        """The most frequent class; the scores are the logarithms of the classes' shares."""
+        if not self.info.num_labelled:
+            return None
+        return Baseline("majority", torch.tensor(self.info.class_counts).clamp(min=1e-6).log())
 
     def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
         """Per sample `class_id`, `class_name`, its probability as `confidence`, and all `probabilities`."""

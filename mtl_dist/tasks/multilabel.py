@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.task import (
     OWN_LOSS,
+    Baseline,
     CommonTaskSettings,
     Loss,
     LossSettings,
+    Mode,
     Task,
     require_fit,
     require_threshold,
@@ -38,6 +41,17 @@ class MultilabelBceSettings(LossSettings):
 
 class MultilabelSettings(CommonTaskSettings):
     """A task with any number of labels per sample; their number and names are the dataset's."""
+
+    modes: ClassVar[Mapping[str, Mode]] = {
+        "accuracy": "max",
+        "precision": "max",
+        "recall": "max",
+        "f1": "max",
+        "auroc": "max",
+        "mean_average_precision": "max",
+    }
+    compared: ClassVar[tuple[str, ...]] = ("mean_average_precision", "f1", "auroc")
+    learnt_by_heart: ClassVar[tuple[str, float]] = ("f1", 0.95)
 
     kind: Literal["multilabel"] = "multilabel"
     loss: Annotated[MultilabelBceSettings, OWN_LOSS] = MultilabelBceSettings()
@@ -74,6 +88,13 @@ class MultilabelTask(Task):
         from mtl_dist.tasks.accumulators import MultilabelMetrics  # torchmetrics is slow to import
 
         return MultilabelMetrics(len(self.info.classes), ranking)
+
+    def baseline(self) -> Baseline | None:
+        """Of each class what holds for most samples; the scores are the log-odds of its share."""
+        if not self.info.num_labelled:
+            return None
+        shares_C = torch.tensor(self.info.class_counts, dtype=torch.float64) / self.info.num_labelled
+        return Baseline("majority", torch.logit(shares_C, eps=1e-6).float())
 
     def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
         """Per sample the names above the threshold as `labels`, and all `probabilities`."""

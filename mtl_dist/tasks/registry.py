@@ -3,35 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_args
 
 from pydantic import Field
 
 from mtl_dist.config.errors import suggest
+from mtl_dist.config.parts import OwnParts, OwnSettings, PartError, imported, named
+from mtl_dist.config.settings import Settings
 from mtl_dist.errors import UserError
-from mtl_dist.specs import TaskInfo, TaskKind
+from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.multilabel import MultilabelSettings
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
-from mtl_dist.tasks.task import Task
+from mtl_dist.tasks.task import CommonTaskSettings, Task
+
+
+class OwnTaskSettings(OwnSettings):
+    """A kind of task of the user's: the path names what its labels are, which names how it is learnt."""
+
+    part_base = "mtl_dist.kinds.kind.Kind"
+
+    @classmethod
+    def settings_for(cls, part: Any, key: str, path: str) -> type[Settings]:
+        if not part.task_settings:
+            raise PartError(f"expected task_settings, an import path, in {path}, found none.")
+        settings = imported(part.task_settings)
+        if not (isinstance(settings, type) and issubclass(settings, CommonTaskSettings)):
+            raise PartError(
+                f"expected a subclass of mtl_dist.tasks.task.CommonTaskSettings, found {part.task_settings}."
+            )
+        return named(settings, key, path)
+
+
+_KIND = OwnParts((OwnTaskSettings,))
 
 TaskSettings: TypeAlias = Annotated[
     ClassificationSettings | MultilabelSettings | RegressionSettings | SegmentationSettings,
     Field(discriminator="kind"),
+    _KIND,
 ]
 
-
-DEFAULTS: dict[TaskKind, TaskSettings] = {
-    "classification": ClassificationSettings(),
-    "multilabel": MultilabelSettings(),
-    "regression": RegressionSettings(),
-    "segmentation": SegmentationSettings(),
+TASKS: dict[str, type[CommonTaskSettings]] = {
+    settings.model_fields["kind"].default: settings for settings in get_args(get_args(TaskSettings)[0])
 }
-"""What a task is learnt with where the recipe does not say."""
+"""The settings of each built-in kind of task."""
 
 
-def build_tasks(settings: Mapping[str, TaskSettings], infos: Mapping[str, TaskInfo]) -> dict[str, Task]:
+def default_settings(kind: str) -> CommonTaskSettings:
+    """What a task is learnt with where the recipe does not say.
+
+    Raises:
+        UserError: a user-defined kind that is not there, or says nothing of how it is learnt.
+    """
+    if kind in TASKS:
+        return TASKS[kind]()  # type: ignore[call-arg]
+    try:
+        return _KIND.settings_class(kind)()  # type: ignore[return-value]
+    except PartError as error:
+        raise UserError(f"kind: {error}") from None
+
+
+def build_tasks(settings: Mapping[str, CommonTaskSettings], infos: Mapping[str, TaskInfo]) -> dict[str, Task]:
     """The tasks of a recipe for a dataset that knows `infos`, in the recipe's order.
 
     Raises:
@@ -55,10 +88,7 @@ def build_tasks(settings: Mapping[str, TaskSettings], infos: Mapping[str, TaskIn
 
 def _check_outputs(task: Task) -> None:
     """Refuse a loss, of the user's, for outputs that metrics and predictions could not read."""
-    num_classes = len(task.info.classes)
-    allowed = [1] if task.info.kind == "regression" else [num_classes]
-    if task.info.kind == "segmentation" and num_classes == 2:
-        allowed.append(1)
+    num_classes, allowed = len(task.info.classes), task.allowed_outputs
     if task.loss.num_outputs not in allowed:
         raise UserError(
             f"tasks.{task.name}.loss: expected num_outputs {' or '.join(map(str, allowed))} for "

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
 from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
-from mtl_dist.tasks.task import OWN_LOSS, CommonTaskSettings, Loss, LossSettings, Task, require_fit
+from mtl_dist.tasks.task import (
+    OWN_LOSS,
+    Baseline,
+    CommonTaskSettings,
+    Loss,
+    LossSettings,
+    Mode,
+    Task,
+    require_fit,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +62,11 @@ RegressionLoss: TypeAlias = Annotated[
 
 class RegressionSettings(CommonTaskSettings):
     """A task with one number per sample."""
+
+    modes: ClassVar[Mapping[str, Mode]] = {"mae": "min", "rmse": "min", "mse": "min", "r2": "max"}
+    compared: ClassVar[tuple[str, ...]] = ("mae", "rmse")
+    learnt_by_heart: ClassVar[tuple[str, float]] = ("r2", 0.95)
+    noise_factor: ClassVar[float] = 0.5
 
     kind: Literal["regression"] = "regression"
     loss: RegressionLoss = MseSettings()
@@ -115,6 +130,12 @@ class RegressionTask(Task):
         from mtl_dist.tasks.accumulators import RegressionMetrics  # torchmetrics is slow to import
 
         return RegressionMetrics(self.mean, self.scale)
+
+    def baseline(self) -> Baseline | None:
+        """The mean of the training labels."""
+        if not self.info.num_labelled:
+            return None
+        return Baseline("mean", torch.tensor([(self.info.mean - self.mean) / self.scale]))
 
     def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
         """Per sample the `value` in its `unit`."""

@@ -8,14 +8,19 @@ Of two classes, `bce`, `dice` and `bce_dice` ask for one output, the log-odds of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
 
 from mtl_dist.lazy import torch
 from mtl_dist.specs import IGNORE, TaskInfo
 from mtl_dist.tasks.maps import foreground_logits, predicted_classes, resized
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.segmentation_losses import MapCrossEntropySettings, SegmentationLoss
-from mtl_dist.tasks.task import CommonTaskSettings, Task, require_fit, require_threshold
+from mtl_dist.tasks.task import Baseline, CommonTaskSettings, Mode, Task, require_fit, require_threshold
+
+OVERLAY_COLOUR = (255, 64, 64)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +28,10 @@ if TYPE_CHECKING:
 
 class SegmentationSettings(CommonTaskSettings):
     """A task with a class per pixel; number and names of the classes are the dataset's."""
+
+    modes: ClassVar[Mapping[str, Mode]] = {"dice": "max", "iou": "max", "pixel_accuracy": "max"}
+    compared: ClassVar[tuple[str, ...]] = ("iou", "pixel_accuracy")
+    learnt_by_heart: ClassVar[tuple[str, float]] = ("dice", 0.9)
 
     kind: Literal["segmentation"] = "segmentation"
     loss: SegmentationLoss = MapCrossEntropySettings()
@@ -37,6 +46,11 @@ class SegmentationTask(Task):
 
     layout: ClassVar[Literal["vector", "map"]] = "map"
     harmless_target: ClassVar[int] = IGNORE
+
+    @property
+    def allowed_outputs(self) -> tuple[int, ...]:
+        num_classes = len(self.info.classes)
+        return (num_classes, 1) if num_classes == 2 else (num_classes,)
 
     def metrics(self, ranking: bool = True) -> TaskMetrics:
         from mtl_dist.tasks.accumulators import SegmentationMetrics  # torchmetrics is slow to import
@@ -67,6 +81,26 @@ class SegmentationTask(Task):
                 ratios_C = (pixels_C / mask_HW.numel()).tolist()
                 sample["area_ratios"] = dict(zip(self.info.classes, ratios_C, strict=True))
         return decoded
+
+    def baseline(self) -> Baseline | None:
+        """The most frequent class of a pixel, in every pixel."""
+        if not sum(self.info.class_counts):
+            return None
+        scores_C = torch.tensor(self.info.class_counts).clamp(min=1e-6).log()
+        if self.loss.num_outputs == 1:
+            scores_C = scores_C[1:] - scores_C[:1]
+        return Baseline("majority", scores_C)
+
+    def picture(self, answer: Mapping[str, Any]) -> np.ndarray | None:
+        """The mask, of class indices."""
+        mask: np.ndarray = answer["mask"]
+        return mask
+
+    def overlay(self, pixels_HWC: np.ndarray, answer: Mapping[str, Any]) -> np.ndarray:
+        """With the foreground tinted."""
+        inside = (answer["mask"] > 0)[..., None]
+        tinted = np.where(inside, 0.5 * pixels_HWC + 0.5 * np.array(OVERLAY_COLOUR), pixels_HWC)
+        return tinted.astype(np.uint8)
 
     def metric_inputs(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, C, H, W) at the mask's resolution and classes int64 (B, H, W), 255 = ignore."""

@@ -9,6 +9,7 @@ batches hold different numbers of labels. So a loss here never divides; whoever 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -17,13 +18,17 @@ from pydantic import Field
 from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
 from mtl_dist.errors import UserError
+from mtl_dist.kinds.registry import kind_of
 from mtl_dist.lazy import torch
-from mtl_dist.specs import HeadSpec, TaskInfo, TaskKind
+from mtl_dist.specs import HeadSpec, TaskInfo
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from mtl_dist.tasks.metrics import TaskMetrics
+
+Mode = Literal["max", "min"]
 
 
 class Loss(ABC):
@@ -83,13 +88,36 @@ MetricName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
 
 
 class CommonTaskSettings(Settings, ABC):
-    """What every kind of task has in its settings."""
+    """What every kind of task has in its settings, and what is known of its metrics before one is computed.
 
-    kind: TaskKind
+    One class for each kind; that of a user-defined kind is named by `Kind.task_settings`.
+    """
+
+    modes: ClassVar[Mapping[str, Mode]]
+    """The metrics that it reports, beside its loss, and whether larger or smaller is better."""
+    compared: ClassVar[tuple[str, ...]]
+    """The metrics that methods are compared by, the main one first; none that is another in other words."""
+    learnt_by_heart: ClassVar[tuple[str, float]]
+    """A metric, and what it reaches on a small batch that a model has learnt by heart."""
+    noise_factor: ClassVar[float] = 1.0
+    """The f of uncertainty weighting, f exp(-s) L + s / 2: 1/2 where the loss is that of Gaussian noise."""
+
+    kind: str
     weight: Annotated[float, Field(ge=0, description="Remove the task to switch it off.")] = 1.0
     """The task's share in the total loss; the balancing method applies it."""
     metrics: dict[MetricName, OwnMetric] = Field(default_factory=dict)
     """More metrics by name, each of the user's or of torchmetrics by its import path."""
+
+    @classmethod
+    def compared_modes(cls) -> dict[str, Mode]:
+        """The metrics that methods are compared by, the main one first, and which way is better."""
+        return {metric: cls.modes[metric] for metric in cls.compared}
+
+    @classmethod
+    def has_learnt(cls, value: float) -> bool:
+        """Whether a value of the metric of `learnt_by_heart` is as good as is wanted."""
+        metric, goal = cls.learnt_by_heart
+        return value >= goal if cls.modes[metric] == "max" else value <= goal
 
     @abstractmethod
     def build(self, name: str, info: TaskInfo) -> Task:
@@ -98,6 +126,14 @@ class CommonTaskSettings(Settings, ABC):
         Raises:
             UserError: the settings do not fit the dataset.
         """
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """A constant answer: its name ("majority", "mean"), and one sample's output that gives it, (C,)."""
+
+    name: str
+    output_C: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +147,11 @@ class Task(ABC):
 
     layout: ClassVar[Literal["vector", "map"]] = "vector"
     harmless_target: ClassVar[int] = 0
+
+    @property
+    def allowed_outputs(self) -> tuple[int, ...]:
+        """The numbers of outputs that metrics and predictions can read."""
+        return (max(1, len(self.info.classes)),)
 
     @property
     def head(self) -> HeadSpec:
@@ -161,6 +202,18 @@ class Task(ABC):
             UserError: a threshold not between 0 and 1.
         """
 
+    def baseline(self) -> Baseline | None:
+        """What is best said of every image without looking at it; None where nothing is defined."""
+        return None
+
+    def picture(self, answer: Mapping[str, Any]) -> np.ndarray | None:
+        """What of a decoded answer is written as a picture (H, W), None where it has none."""
+        return None
+
+    def overlay(self, pixels_HWC: np.ndarray, answer: Mapping[str, Any]) -> np.ndarray:
+        """The image, (H, W, 3) from 0 to 255, with the picture of the answer laid over it."""
+        return pixels_HWC
+
     def metric_inputs(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Output and target as own metrics see them."""
         return output, target
@@ -181,9 +234,9 @@ def _along(labelled_B: Tensor, tensor: Tensor) -> Tensor:
     return labelled_B.view(-1, *[1] * (tensor.dim() - 1))
 
 
-def require_fit(name: str, kind: TaskKind, info: TaskInfo, min_classes: int = 0) -> None:
+def require_fit(name: str, kind: str, info: TaskInfo, min_classes: int = 0) -> None:
     """Raise UserError unless the dataset's task `info` is of `kind` and has enough classes."""
-    if info.kind != kind:
+    if type(kind_of(info.kind)) is not type(kind_of(kind)):
         raise UserError(
             f"tasks.{name}.kind: expected {info.kind}, as the dataset has it, found {kind}. "
             "Change the kind in the recipe, or prepare the dataset with this kind."

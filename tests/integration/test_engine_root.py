@@ -137,7 +137,7 @@ def train_root(case: Case) -> Trained:
     balancer = build_balancer(
         METHODS[case.method],  # type: ignore[arg-type]
         list(tasks),
-        {name: info.kind for name, info in INFOS.items()},
+        {name: task.settings.noise_factor for name, task in tasks.items()},
         dict.fromkeys(tasks, 1.0),
     )
     root = RootModule(model, tasks, balancer, world, case.precision)

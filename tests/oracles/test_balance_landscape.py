@@ -24,7 +24,7 @@ Gradients = tuple[Values, Values]
 Rule = Callable[[Values, Gradients], Values]
 
 STARTS = [(-8.5, 7.5), (-8.5, -5.0), (9.0, 9.0)]
-TWO = BalancedTasks(("first", "second"), ("regression", "regression"), (1.0, 1.0))
+TWO = BalancedTasks(("first", "second"), (0.5, 0.5), (1.0, 1.0))
 PRESENT = torch.tensor([True, True])
 NUM_STEPS = 100_000
 

@@ -68,9 +68,7 @@ def jacobian(kind: str, num_tasks: int, seed: int) -> Tensor:
 
 def weights(settings: BalanceSettings, jacobian_TP: Tensor) -> Tensor:
     names = [f"task{i}" for i in range(len(jacobian_TP))]
-    balancer = build_balancer(
-        settings, names, dict.fromkeys(names, "classification"), dict.fromkeys(names, 1.0)
-    )
+    balancer = build_balancer(settings, names, dict.fromkeys(names, 1.0), dict.fromkeys(names, 1.0))
     weights_T = balancer.weights(
         present_T=torch.ones(len(names), dtype=torch.bool),
         key=(0, 0),
@@ -146,9 +144,7 @@ def test_pcgrad_agrees_when_it_takes_the_same_orders(monkeypatch: pytest.MonkeyP
 def test_graddrop_agrees_when_it_takes_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     for jacobian_TP in jacobians((*REGULAR, "duplicate", "opposite")):
         names = [f"task{i}" for i in range(len(jacobian_TP))]
-        balancer = build_balancer(
-            GradDrop(), names, dict.fromkeys(names, "classification"), dict.fromkeys(names, 1.0)
-        )
+        balancer = build_balancer(GradDrop(), names, dict.fromkeys(names, 1.0), dict.fromkeys(names, 1.0))
         draw_P = torch.rand(jacobian_TP.shape[1:], generator=generator((4, 2), "cpu"))
         found_P = balancer.aggregate(
             jacobian_TP,
@@ -230,9 +226,7 @@ def test_the_methods_on_losses_agree_along_a_falling_path() -> None:
     ]
     present_T = torch.ones(3, dtype=torch.bool)
     for settings, oracle in pairs:
-        balancer = build_balancer(
-            settings, names, dict.fromkeys(names, "classification"), dict.fromkeys(names, 1.0)
-        )
+        balancer = build_balancer(settings, names, dict.fromkeys(names, 1.0), dict.fromkeys(names, 1.0))
         draw = torch.Generator().manual_seed(0)
         losses_T = torch.rand(3, generator=draw) + 0.5
         for step in range(40):

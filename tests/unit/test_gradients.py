@@ -218,9 +218,9 @@ def test_what_is_right_is_not_refused(balance: Balance, facts: dict[str, object]
 
 
 def check(balance: Balance, changes: dict[str, object]) -> None:
-    kinds = {name: info.kind for name, info in INFOS.items()}
     tasks = build_tasks(SETTINGS, INFOS)
-    balancer = build_balancer(balance.settings(), list(tasks), kinds, dict.fromkeys(tasks, 1.0))
+    factors = {name: task.settings.noise_factor for name, task in tasks.items()}
+    balancer = build_balancer(balance.settings(), list(tasks), factors, dict.fromkeys(tasks, 1.0))
     facts: dict[str, object] = {
         "engine": zero(0),
         "num_shared": 4,

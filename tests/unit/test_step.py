@@ -46,9 +46,9 @@ def make_root(num_ranks: int = 1, seed: int = 0) -> RootModule:
     model = build_model(
         ModelSettings(backbone="simple_cnn", norm="group"), [t.head for t in tasks.values()], 1, (SIZE, SIZE)
     )
-    kinds = {name: info.kind for name, info in INFOS.items()}
+    factors = {name: task.settings.noise_factor for name, task in tasks.items()}
     weights = {name: settings.weight for name, settings in SETTINGS.items()}
-    balancer = build_balancer(Fixed(), list(tasks), kinds, weights)
+    balancer = build_balancer(Fixed(), list(tasks), factors, weights)
     world = World(rank=0, size=num_ranks, local_rank=0, device=torch.device("cpu"))
     root = RootModule(model, tasks, balancer, world, "fp32")
     for module in root.modules():

@@ -11,16 +11,15 @@ from mtl_dist.balance.fixed import Fixed
 from mtl_dist.balance.method import generator
 from mtl_dist.balance.methods import BalanceSettings, build_balancer
 from mtl_dist.errors import UserError
-from mtl_dist.specs import TaskKind
 
 TASKS = ("digit", "thickness", "ink")
-KINDS: dict[str, TaskKind] = {"digit": "classification", "thickness": "regression", "ink": "segmentation"}
+FACTORS = {"digit": 1.0, "thickness": 0.5, "ink": 1.0}
 ONES = dict.fromkeys(TASKS, 1.0)
 ALL = torch.ones(3, dtype=torch.bool)
 
 
 def build(settings: BalanceSettings, weights: dict[str, float] = ONES) -> Balancer:
-    return build_balancer(settings, TASKS, KINDS, weights)
+    return build_balancer(settings, TASKS, FACTORS, weights)
 
 
 def test_equal_weights_are_one() -> None:

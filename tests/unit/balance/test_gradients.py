@@ -76,7 +76,7 @@ def jacobian(kind: str, num_tasks: int, seed: int = 0) -> Tensor:
 
 def build(settings: BalanceSettings, num_tasks: int) -> Balancer:
     names = [f"task{i}" for i in range(num_tasks)]
-    return build_balancer(settings, names, dict.fromkeys(names, "classification"), dict.fromkeys(names, 1.0))
+    return build_balancer(settings, names, dict.fromkeys(names, 1.0), dict.fromkeys(names, 1.0))
 
 
 def all_present(num_tasks: int) -> Tensor:

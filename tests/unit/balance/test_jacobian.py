@@ -28,7 +28,7 @@ LOSSES = torch.tensor([0.5, 1.0, 4.0])
 
 def build(settings: Any) -> Balancer:
     names = ("a", "b", "c")
-    return build_balancer(settings, names, dict.fromkeys(names, "classification"), dict.fromkeys(names, 1.0))
+    return build_balancer(settings, names, dict.fromkeys(names, 1.0), dict.fromkeys(names, 1.0))
 
 
 def jacobian(seed: int) -> Tensor:

@@ -18,17 +18,16 @@ from mtl_dist.balance.methods import BalanceSettings, build_balancer
 from mtl_dist.balance.rlw import RLW
 from mtl_dist.balance.stch import STCH
 from mtl_dist.balance.uncertainty import Uncertainty
-from mtl_dist.specs import TaskKind
 
 TASKS = ("digit", "thickness", "ink")
-KINDS: dict[str, TaskKind] = {"digit": "classification", "thickness": "regression", "ink": "segmentation"}
+FACTORS = {"digit": 1.0, "thickness": 0.5, "ink": 1.0}
 ALL = torch.ones(3, dtype=torch.bool)
 WITHOUT_INK = torch.tensor([True, True, False])
 NAN = float("nan")
 
 
 def build(settings: BalanceSettings, weights: tuple[float, ...] = (1.0, 1.0, 1.0)) -> Balancer:
-    return build_balancer(settings, TASKS, KINDS, dict(zip(TASKS, weights, strict=True)))
+    return build_balancer(settings, TASKS, FACTORS, dict(zip(TASKS, weights, strict=True)))
 
 
 def gradient(scalar: Tensor, losses_T: Tensor) -> Tensor:

@@ -7,11 +7,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from mtl_dist.balance.methods import METHODS, BalanceSettings, build_balancer
-from mtl_dist.specs import TaskKind
 
 ADAPTER: TypeAdapter[BalanceSettings] = TypeAdapter(BalanceSettings)
 TASKS = ("digit", "thickness")
-KINDS: dict[str, TaskKind] = {"digit": "classification", "thickness": "regression"}
+FACTORS = {"digit": 1.0, "thickness": 0.5}
 NAMES = {
     *("equal", "fixed", "uncertainty", "dwa", "rlw", "gls", "stch", "famo", "gradnorm", "mgda", "pcgrad"),
     *(
@@ -36,7 +35,7 @@ def test_every_method_is_a_recipes_word_away() -> None:
 @pytest.mark.parametrize("method", sorted(NAMES))
 def test_every_method_is_built_by_its_name_and_asks_for_something_known(method: str) -> None:
     settings = ADAPTER.validate_python({"method": method})
-    balancer = build_balancer(settings, TASKS, KINDS, dict.fromkeys(TASKS, 1.0))
+    balancer = build_balancer(settings, TASKS, FACTORS, dict.fromkeys(TASKS, 1.0))
     assert balancer.needs_at(0) in ("nothing", "losses", "gramian", "jacobian")
     assert (balancer.level is None) == (balancer.needs in ("nothing", "losses"))
     assert balancer.scale_heads == (balancer.level is None)
@@ -46,7 +45,7 @@ def test_every_method_is_built_by_its_name_and_asks_for_something_known(method: 
 def test_the_state_is_in_the_root_modules_state_dict_and_moves_with_it(method: str) -> None:
     settings = ADAPTER.validate_python({"method": method})
     root = torch.nn.Module()
-    root.balancer = build_balancer(settings, TASKS, KINDS, dict.fromkeys(TASKS, 1.0))
+    root.balancer = build_balancer(settings, TASKS, FACTORS, dict.fromkeys(TASKS, 1.0))
     assert {"balancer.last_weights_T", "balancer.num_unconverged"} <= set(root.state_dict())
     root.to("meta")
     assert all(value.device.type == "meta" for value in root.state_dict().values())

@@ -297,8 +297,7 @@ def test_a_loss_for_another_number_of_outputs_is_refused(project: Path) -> None:
 def test_an_own_balancer_weighs_the_tasks() -> None:
     adapter: TypeAdapter[BalanceSettings] = TypeAdapter(BalanceSettings)
     settings = adapter.validate_python({"method": "mine.parts.First", "first": 5.0})
-    kinds = {name: info.kind for name, info in INFOS.items()}
-    balancer = build_balancer(settings, list(INFOS), kinds, dict.fromkeys(INFOS, 1.0))
+    balancer = build_balancer(settings, list(INFOS), dict.fromkeys(INFOS, 1.0), dict.fromkeys(INFOS, 1.0))
     weights_T = balancer.weights(present_T=torch.tensor([True, True]), key=(0, 0))
     assert weights_T.tolist() == [5.0, 1.0]
     assert "level" not in type(settings).model_fields

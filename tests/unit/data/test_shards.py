@@ -22,9 +22,8 @@ from mtl_dist.data.shards import (
 )
 from mtl_dist.durable import sha256_of
 from mtl_dist.errors import UserError
-from mtl_dist.specs import TaskKind
 
-TASKS: dict[str, TaskKind] = {
+TASKS: dict[str, str] = {
     "breed": "classification",
     "lesion": "segmentation",
     "age": "regression",

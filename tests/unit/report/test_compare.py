@@ -17,9 +17,10 @@ from mtl_dist.report.compare import Run, compare
 from mtl_dist.report.compare_figures import Comparison, Row, Spread, delta_m, relative_drop, spreads
 from mtl_dist.report.compare_plan import plan_comparison
 from mtl_dist.report.compare_show import show, spread_text, to_json, write
-from mtl_dist.specs import TaskKind
+from mtl_dist.tasks.classification import ClassificationSettings
+from mtl_dist.tasks.regression import RegressionSettings
 
-KINDS: dict[str, TaskKind] = {"kind": "classification", "age": "regression"}
+COMPARED = {"kind": ClassificationSettings.compared_modes(), "age": RegressionSettings.compared_modes()}
 BASE = {
     "kind": {"accuracy": 0.8, "balanced_accuracy": 0.5, "f1": 0.4, "auroc": 0.8},
     "age": {"mae": 2.0, "rmse": 4.0},
@@ -49,15 +50,15 @@ def write_recipe(directory: Path, text: str = RECIPE) -> Path:
 
 # ---------------------------------------------------------------- arithmetic
 def test_a_drop_is_positive_where_it_is_worse_whatever_the_direction_of_the_metric() -> None:
-    assert relative_drop("accuracy", 0.72, 0.8) == pytest.approx(10)
-    assert relative_drop("mae", 1.9, 2.0) == pytest.approx(-5)
-    assert relative_drop("r2", -0.3, -0.2) == pytest.approx(50)
-    assert math.isnan(relative_drop("accuracy", 0.5, 0.0))
+    assert relative_drop("max", 0.72, 0.8) == pytest.approx(10)
+    assert relative_drop("min", 1.9, 2.0) == pytest.approx(-5)
+    assert relative_drop("max", -0.3, -0.2) == pytest.approx(50)
+    assert math.isnan(relative_drop("max", 0.5, 0.0))
 
 
 def test_the_three_conventions_of_delta_m_are_these() -> None:
     # Drops of kind: 10, 0, -5, 5; of age: -5, 10.
-    found = delta_m(WORSE, BASE, KINDS)
+    found = delta_m(WORSE, BASE, COMPARED)
     assert found == {
         "main metrics": pytest.approx((10 - 5) / 2),
         "tasks": pytest.approx((2.5 + 2.5) / 2),
@@ -66,15 +67,15 @@ def test_the_three_conventions_of_delta_m_are_these() -> None:
 
 
 def test_single_task_models_are_no_worse_than_themselves() -> None:
-    assert set(delta_m(BASE, BASE, KINDS).values()) == {0.0}
+    assert set(delta_m(BASE, BASE, COMPARED).values()) == {0.0}
 
 
 def test_an_undefined_metric_is_left_out_and_an_undefined_main_metric_is_said() -> None:
     without_f1 = {"kind": WORSE["kind"] | {"f1": math.nan}, "age": WORSE["age"]}
-    found = delta_m(without_f1, BASE, KINDS)
+    found = delta_m(without_f1, BASE, COMPARED)
     assert found["tasks"] == pytest.approx((15 / 3 + 2.5) / 2)
     without_main = {"kind": WORSE["kind"] | {"accuracy": math.nan}, "age": WORSE["age"]}
-    assert math.isnan(delta_m(without_main, BASE, KINDS)["main metrics"])
+    assert math.isnan(delta_m(without_main, BASE, COMPARED)["main metrics"])
 
 
 def test_the_spread_is_the_sample_standard_deviation() -> None:
@@ -88,15 +89,15 @@ def test_the_spread_is_the_sample_standard_deviation() -> None:
 def comparison() -> Comparison:
     def row(name: str, seconds: float, memory: float, with_delta: bool) -> Row:
         runs = [BASE, WORSE]
-        deltas = [delta_m(run, BASE, KINDS) for run in runs]
+        deltas = [delta_m(run, BASE, COMPARED) for run in runs]
         delta = {how: Spread(tuple(d[how] for d in deltas)) for how in deltas[0]} if with_delta else {}
-        return Row(name, 2, spreads(runs, KINDS), delta, Spread((seconds,)), Spread((memory,)))
+        return Row(name, 2, spreads(runs, COMPARED), delta, Spread((seconds,)), Spread((memory,)))
 
     rows = [row("single-task", 3.0, 1.0, False), row("equal", 2.0, 2.0, True), row("nash", 5.0, 3.0, True)]
     conflicts = conflicts_in([{"kind": "balance", "balance/cosine/kind/age": -0.5}])
     assert conflicts is not None
     failures = {"nash, seed 1": "UserError: the loss is nan"}
-    return Comparison(KINDS, "test", (0, 1), rows, {"equal": conflicts}, failures, ("a note",))
+    return Comparison(COMPARED, "test", (0, 1), rows, {"equal": conflicts}, failures, ("a note",))
 
 
 def test_costs_are_in_parts_of_those_of_the_control() -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from mtl_dist.errors import UserError
+from mtl_dist.kinds.registry import KINDS
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.classification import ClassificationSettings
-from mtl_dist.tasks.metrics import metric_names, mode_of
 from mtl_dist.tasks.multilabel import MultilabelSettings
-from mtl_dist.tasks.registry import build_tasks
+from mtl_dist.tasks.registry import TASKS, build_tasks
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
 from mtl_dist.tasks.segmentation_losses import BceDiceSettings
@@ -66,7 +66,7 @@ def test_every_mistake_is_reported_in_a_line_of_its_own():
 @pytest.mark.parametrize("name", INFOS)
 def test_a_tasks_metrics_have_the_names_its_kind_promises(name):
     metrics = build_tasks(SETTINGS, INFOS)[name].metrics()
-    assert list(metrics.compute()) == [*metric_names(INFOS[name].kind), "num_samples"]
+    assert list(metrics.compute()) == [*SETTINGS[name].modes, "num_samples"]
 
 
 def test_without_ranking_only_the_metrics_of_an_order_are_missing():
@@ -86,16 +86,33 @@ def test_without_ranking_only_the_metrics_of_an_order_are_missing():
 
 def test_errors_are_minimised_and_scores_maximised():
     minimised = {"mae", "rmse", "mse"}
-    for kind in ("classification", "multilabel", "regression", "segmentation"):
-        for metric in metric_names(kind):
-            assert mode_of(metric) == ("min" if metric in minimised else "max")
-    assert mode_of("val/loss") == mode_of("val/age/loss") == mode_of("val/age/mae") == "min"
-    assert mode_of("val/breed/auroc") == "max"
+    for settings in TASKS.values():
+        for metric, mode in settings.modes.items():
+            assert mode == ("min" if metric in minimised else "max")
 
 
-def test_a_misspelt_metric_gets_the_nearest():
-    with pytest.raises(UserError, match=r"val/breed/acuracy: expected a metric.*Did you mean accuracy"):
-        mode_of("val/breed/acuracy")
+def test_every_kind_of_label_has_a_task_and_what_it_is_judged_by_are_metrics_of_its():
+    assert list(TASKS) == list(KINDS)
+    for settings in TASKS.values():
+        assert set(settings.compared) <= set(settings.modes)
+        assert settings.learnt_by_heart[0] in settings.modes
+
+
+@pytest.mark.parametrize("name", INFOS)
+def test_the_baseline_is_what_is_most_frequent_or_the_mean(name):
+    task = build_tasks(SETTINGS, INFOS)[name]
+    baseline = task.baseline()
+    output = baseline.output_C[None] if task.layout == "vector" else baseline.output_C[None, :, None, None]
+    (answer,) = task.decode(output)
+    if name == "age":
+        assert (baseline.name, answer["value"]) == ("mean", 5.0)
+    elif name == "breed":
+        assert (baseline.name, answer["class_name"]) == ("majority", "siamese")
+        assert answer["confidence"] == pytest.approx(0.75)
+    elif name == "tags":
+        assert answer["probabilities"] == pytest.approx({"indoor": 0.75, "kitten": 0.25})
+    else:
+        assert answer["mask"].tolist() == [[0]]
 
 
 def test_a_class_is_decoded_with_its_name_and_all_probabilities():
