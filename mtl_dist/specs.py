@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
-TaskKind: TypeAlias = str
 IGNORE = 255
 """The mask value that says "no label for this pixel"."""
 

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.utils.data import get_worker_info
 from mtl_dist.batch import Batch
 from mtl_dist.data.blend import Blended, Blender
 from mtl_dist.data.boxes import BoxTasks
-from mtl_dist.data.decode import decode_mask, open_picture
+from mtl_dist.data.decode import decode_map, open_picture
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.mixing import Samples
@@ -29,44 +30,63 @@ from mtl_dist.data.reader import SplitReader, UnreadableSample
 from mtl_dist.data.small import read_small
 from mtl_dist.data.transforms import Transform
 from mtl_dist.errors import UserError
+from mtl_dist.kinds.kind import MapKind, ScalarKind
+from mtl_dist.kinds.registry import kind_of
+from mtl_dist.kinds.words import LabelError
 from mtl_dist.randomness import Draws, derive_key
-from mtl_dist.specs import IGNORE, TaskInfo
+from mtl_dist.specs import TaskInfo
 
 _GROUP, _GROUP_BYTES = 8, 1 << 20  # samples, and bytes of image files, that are decoded side by side
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The parts of a block: the images, channels last, then the masks of each segmentation task."""
+    """The parts of a block: the images, channels last, then the maps of each task that has some."""
 
     batch_size: int
     size: tuple[int, int]
     channels: int
     dtype: torch.dtype
-    masks: tuple[str, ...]
+    maps: Mapping[str, MapKind]
 
     @property
     def num_bytes(self) -> int:
         """The size of the whole block."""
-        return self._image_bytes + len(self.masks) * self._mask_bytes
+        return self._image_bytes + sum(map(self._map_bytes, self.maps))
 
     @property
     def _image_bytes(self) -> int:
-        return self._mask_bytes * self.channels * self.dtype.itemsize
+        """Of the images, with room behind them: numbers of several bytes begin at multiples of these."""
+        num_bytes = self._num_pixels * self.channels * self.dtype.itemsize
+        return num_bytes if all(kind.dtype == "uint8" for kind in self.maps.values()) else _even(num_bytes)
 
     @property
-    def _mask_bytes(self) -> int:
+    def _num_pixels(self) -> int:
         return self.batch_size * math.prod(self.size)
+
+    def _map_bytes(self, task: str) -> int:
+        kind = self.maps[task]
+        num_bytes = self._num_pixels * max(1, kind.channels) * np.dtype(kind.dtype).itemsize
+        return num_bytes if all(kind.dtype == "uint8" for kind in self.maps.values()) else _even(num_bytes)
 
     def images_BHWC(self, block: Tensor) -> Tensor:
         """The images in a block, as a view."""
-        pixels = block[: self._image_bytes].view(self.dtype)
+        pixels = block[: self._num_pixels * self.channels * self.dtype.itemsize].view(self.dtype)
         return pixels.view(self.batch_size, *self.size, self.channels)
 
-    def masks_BHW(self, block: Tensor, task: str) -> Tensor:
-        """The masks of a task in a block, as a view."""
-        begin = self._image_bytes + self.masks.index(task) * self._mask_bytes
-        return block[begin : begin + self._mask_bytes].view(self.batch_size, *self.size)
+    def map_of(self, block: Tensor, task: str) -> Tensor:
+        """The maps of a task in a block, as a view (B, H, W) or (B, C, H, W)."""
+        kind = self.maps[task]
+        before = itertools.takewhile(lambda name: name != task, self.maps)
+        begin = self._image_bytes + sum(map(self._map_bytes, before))
+        dtype: torch.dtype = getattr(torch, kind.dtype)
+        end = begin + self._num_pixels * max(1, kind.channels) * dtype.itemsize
+        planes = (kind.channels,) if kind.channels else ()
+        return block[begin:end].view(dtype).view(self.batch_size, *planes, *self.size)
+
+
+def _even(num_bytes: int) -> int:
+    return -(-num_bytes // 8) * 8
 
 
 @dataclass(frozen=True)
@@ -94,10 +114,10 @@ class Loaded:
         """The batch, on the block's memory."""
         size, blended = len(self.positions), self.blended
         targets = {name: torch.from_numpy(values) for name, values in self.targets.items()}
-        masks = {name: self.layout.masks_BHW(self.block, name)[:size] for name in self.layout.masks}
+        maps = {name: self.layout.map_of(self.block, name)[:size] for name in self.layout.maps}
         return Batch(
             images_BCHW=self.layout.images_BHWC(self.block)[:size].permute(0, 3, 1, 2),
-            targets={name: masks[name] if name in masks else targets[name] for name in self.labelled},
+            targets={name: maps[name] if name in maps else targets[name] for name in self.labelled},
             labelled={name: torch.from_numpy(mask) for name, mask in self.labelled.items()},
             valid_B=torch.from_numpy(self.valid),
             positions_B=torch.from_numpy(self.positions),
@@ -115,7 +135,7 @@ class _Arrays:
     """What the samples of a batch are written into."""
 
     images_BHWC: Tensor
-    masks_BHW: dict[str, Tensor]
+    maps: dict[str, Tensor]
     targets: dict[str, np.ndarray]
     labelled: dict[str, np.ndarray]
     keys: list[str]
@@ -141,6 +161,18 @@ class BatchBuilder:
     boxes: Mapping[str, BoxTasks] = field(default_factory=dict)
     pin_memory: bool = False
 
+    @cached_property
+    def _scalars(self) -> dict[str, ScalarKind]:
+        """The kinds of the tasks whose labels are no maps."""
+        kinds = {name: kind_of(info.kind) for name, info in self.infos.items()}
+        return {name: kind for name, kind in kinds.items() if isinstance(kind, ScalarKind)}
+
+    @cached_property
+    def _maps(self) -> dict[str, MapKind]:
+        """The kinds of those whose labels are."""
+        kinds = {name: kind_of(info.kind) for name, info in self.infos.items()}
+        return {name: kind for name, kind in kinds.items() if isinstance(kind, MapKind)}
+
     def build(self, samples: Samples, positions: np.ndarray, real: np.ndarray, size: int) -> Loaded:
         """The batch of the first `size` of these samples; those that are not `real` only fill it.
 
@@ -152,14 +184,14 @@ class BatchBuilder:
         layout = self._layout(len(positions))
         block = _allocate(layout.num_bytes, self.pin_memory)
         images_BHWC = layout.images_BHWC(block)
-        masks_BHW = {name: layout.masks_BHW(block, name) for name in layout.masks}
+        maps = {name: layout.map_of(block, name) for name in layout.maps}
         targets = self._targets(len(positions))
         labelled = self._labelled(samples)
         valid, keys, bad = real.copy(), [""] * len(positions), []
         done = self._build_small(samples, images_BHWC, labelled, targets, keys)
         self._fetch_ahead(samples, labelled, ~done)
         each = list(samples)
-        into = _Arrays(images_BHWC, masks_BHW, targets, labelled, keys)
+        into = _Arrays(images_BHWC, maps, targets, labelled, keys)
         for group in self._groups(samples, np.flatnonzero(~done)):
             for i, error in _in_turns({i: self._fill(into, i, *each[i]) for i in group}):
                 source, _, row = each[i]
@@ -171,12 +203,12 @@ class BatchBuilder:
                     bad.append(problem)
                 valid[i] = False
                 images_BHWC[i] = 0
-                for target in masks_BHW.values():
-                    target[i] = IGNORE
+                for name, target in maps.items():
+                    target[i] = layout.maps[name].missing
         labelled = {name: mask & valid for name, mask in labelled.items()}
         blended = None
         if self.blender is not None:
-            blended = self.blender.blend(positions, valid, images_BHWC, masks_BHW, targets, labelled)
+            blended = self.blender.blend(positions, valid, images_BHWC, maps, targets, labelled)
             blended = Blended(blended.shares[:size], _first(size, blended.partners))
         return Loaded(
             layout,
@@ -200,9 +232,9 @@ class BatchBuilder:
     ) -> np.ndarray:
         """Fill in the small samples that need no transform, bool (B,): which of them are done."""
         done = np.zeros(len(keys), dtype=bool)
-        has_masks = len(targets) < len(self.infos)
+        has_maps = len(targets) < len(self.infos)
         if (
-            has_masks
+            has_maps
             or self.boxes
             or self.image_dtype != "uint8"
             or not self.transform.keeps(self.transform.size)
@@ -235,7 +267,17 @@ class BatchBuilder:
         return done
 
     def _labels(self, labels: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-        return {name: _label(name, self.infos[name], labels) for name in tasks}
+        found = {}
+        for name in tasks:
+            if name not in labels:
+                raise UnreadableSample(f"its labels lack {name}, which the index says it has")
+            try:
+                found[name] = self._scalars[name].target(labels[name], self.infos[name])
+            except LabelError as error:
+                raise UnreadableSample(
+                    f"its label {name} is {error.found}, where {error.expected} is expected"
+                ) from None
+        return found
 
     def _groups(self, samples: Samples, wanted: np.ndarray) -> Iterator[list[int]]:
         """The `wanted` samples, a few at a time: what these are decoded to shall not fill the memory."""
@@ -261,15 +303,15 @@ class BatchBuilder:
             UnreadableSample, UnreadableImage: it cannot be read; nothing was written.
         """
         tasks = [name for name, has in into.labelled.items() if has[i]]
-        sample = self.readers[source].read(row, tuple(name for name in tasks if name in into.masks_BHW))
+        sample = self.readers[source].read(row, tuple(name for name in tasks if name in into.maps))
         draws = Draws(derive_key(self.key, source, epoch, row))
         labels = self._labels(sample.labels, [name for name in tasks if name in into.targets])
         yield
         picture = open_picture(sample.image, self.channels, self.image_dtype)
-        masks = {name: decode_mask(data) for name, data in sample.masks.items()}
+        masks = {name: self._map(name, data) for name, data in sample.masks.items()}
         for name, mask in masks.items():
-            if mask.shape != picture.size:
-                sizes = [f"{width}x{height}" for height, width in (mask.shape, picture.size)]
+            if mask.shape[-2:] != picture.size:
+                sizes = [f"{width}x{height}" for height, width in (mask.shape[-2:], picture.size)]
                 raise UnreadableSample(f"its mask {name} is {sizes[0]}, its image {sizes[1]}")
         boxes = {
             name: [labels[task] for task in tasks]
@@ -286,11 +328,16 @@ class BatchBuilder:
         for name, edges in seen.items():
             labels.update(zip(self.boxes[name], edges, strict=True))
         for name, mask in masks.items():
-            _check_classes(name, mask, self.infos[name])
+            try:
+                self._maps[name].check(mask.numpy(), self.infos[name])
+            except LabelError as error:
+                raise UnreadableSample(
+                    f"its mask {name} holds {error.found}, where {error.expected} are expected"
+                ) from None
         into.keys[i] = sample.key
         into.images_BHWC[i] = image_CHW.permute(1, 2, 0)
-        for name, target in into.masks_BHW.items():
-            target[i] = masks.get(name, IGNORE)
+        for name, target in into.maps.items():
+            target[i] = masks.get(name, self._maps[name].missing)
         for name, value in labels.items():
             into.targets[name][i] = value
         for name in itertools.chain.from_iterable(self.boxes.values()):
@@ -298,17 +345,25 @@ class BatchBuilder:
 
     def _fetch_ahead(self, samples: Samples, labelled: Mapping[str, np.ndarray], wanted: np.ndarray) -> None:
         """Let each reader ask for what it will be asked for, all at once where that is worth it."""
-        masks = [name for name in labelled if self.infos[name].kind == "segmentation"]
+        maps = [name for name in labelled if name in self._maps]
         for source, reader in enumerate(self.readers):
             if reader.is_remote:
                 mine = np.flatnonzero((samples.sources == source) & wanted)
                 rows = samples.rows[mine].tolist()
-                reader.fetch_ahead(rows, [tuple(name for name in masks if labelled[name][i]) for i in mine])
+                reader.fetch_ahead(rows, [tuple(name for name in maps if labelled[name][i]) for i in mine])
+
+    def _map(self, name: str, data: memoryview) -> Tensor:
+        """A stored map as its kind means it."""
+        try:
+            return torch.from_numpy(self._maps[name].values(decode_map(data), self.infos[name]))
+        except LabelError as error:
+            raise UnreadableSample(
+                f"its mask {name} holds {error.found}, where {error.expected} are expected"
+            ) from None
 
     def _layout(self, batch_size: int) -> Layout:
         dtype = torch.uint8 if self.image_dtype == "uint8" else torch.float32
-        masks = tuple(name for name, info in self.infos.items() if info.kind == "segmentation")
-        return Layout(batch_size, self.transform.size, self.channels, dtype, masks)
+        return Layout(batch_size, self.transform.size, self.channels, dtype, self._maps)
 
     def _labelled(self, samples: Samples) -> dict[str, np.ndarray]:
         labelled = {name: np.zeros(len(samples.rows), dtype=bool) for name in self.infos}
@@ -319,16 +374,8 @@ class BatchBuilder:
         return labelled
 
     def _targets(self, batch_size: int) -> dict[str, np.ndarray]:
-        """Harmless values for every target that is not a mask."""
-        targets: dict[str, np.ndarray] = {}
-        for name, info in self.infos.items():
-            if info.kind == "classification":
-                targets[name] = np.zeros(batch_size, dtype=np.int64)
-            elif info.kind == "multilabel":
-                targets[name] = np.zeros((batch_size, len(info.classes)), dtype=np.float32)
-            elif info.kind == "regression":
-                targets[name] = np.zeros(batch_size, dtype=np.float32)
-        return targets
+        """Room for every target that is not a map, holding what stands for a missing one."""
+        return {name: kind.targets(batch_size, self.infos[name]) for name, kind in self._scalars.items()}
 
 
 def _in_turns(
@@ -360,37 +407,3 @@ def _allocate(num_bytes: int, pin_memory: bool) -> Tensor:
     # As torch's own collate function does: what a worker returns is moved to shared memory otherwise.
     storage = torch.UntypedStorage._new_shared(num_bytes)
     return torch.empty(0, dtype=torch.uint8).set_(storage)
-
-
-def _label(name: str, info: TaskInfo, labels: Mapping[str, Any]) -> int | float | np.ndarray:
-    """A target from the sample's labels: a class, a value, or a row of zeros and ones."""
-    if name not in labels:
-        raise UnreadableSample(f"its labels lack {name}, which the index says it has")
-    value = labels[name]
-    if info.kind == "regression":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UnreadableSample(f"its label {name} is {value!r}, where a number is expected")
-        return value
-    if info.kind == "classification":
-        return _class(name, value, info)
-    if not isinstance(value, list):
-        raise UnreadableSample(f"its label {name} is {value!r}, where a list of class indices is expected")
-    row = np.zeros(len(info.classes), dtype=np.float32)
-    row[[_class(name, index, info) for index in value]] = 1
-    return row
-
-
-def _class(name: str, value: Any, info: TaskInfo) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(info.classes):
-        last = len(info.classes) - 1
-        raise UnreadableSample(f"its label {name} is {value!r}, where a class from 0 to {last} is expected")
-    return value
-
-
-def _check_classes(name: str, mask: Tensor, info: TaskInfo) -> None:
-    wrong = mask[(mask >= len(info.classes)) & (mask != IGNORE)]
-    if wrong.numel():
-        last = len(info.classes) - 1
-        raise UnreadableSample(
-            f"its mask {name} holds {int(wrong[0])}, where classes from 0 to {last} and {IGNORE} are expected"
-        )

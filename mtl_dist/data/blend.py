@@ -29,9 +29,11 @@ from pydantic import Field, model_validator
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.pictures import Box
 from mtl_dist.errors import UserError
+from mtl_dist.kinds.kind import ScalarKind
+from mtl_dist.kinds.registry import kind_of
 from mtl_dist.lazy import torch
 from mtl_dist.randomness import Draws, derive_key
-from mtl_dist.specs import TaskInfo, TaskKind
+from mtl_dist.specs import TaskInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,11 +61,7 @@ class BlendSettings(Settings):
         return self
 
 
-_WITHOUT: dict[str, tuple[TaskKind, str, str]] = {
-    "mixup": ("segmentation", "a pixel of a mask is of one class", "cutmix"),
-    "cutmix": ("regression", "a number is not made of an image's parts", "mixup"),
-}
-"""Of each way the kind of task that it does not suit, why, and the other way."""
+_OTHER = {"mixup": "cutmix", "cutmix": "mixup"}
 
 
 def check_blend(settings: BlendSettings | None, infos: Mapping[str, TaskInfo]) -> None:
@@ -73,15 +71,28 @@ def check_blend(settings: BlendSettings | None, infos: Mapping[str, TaskInfo]) -
         UserError: one line for each way that does not suit a task.
     """
     problems = []
-    for way, (kind, why, other) in _WITHOUT.items():
-        unsuitable = [name for name, info in infos.items() if info.kind == kind]
-        if settings is not None and getattr(settings, way) is not None and unsuitable:
-            problems.append(
-                f"data.blend.{way}: expected no {kind} tasks, found {', '.join(unsuitable)}: {why}. "
-                f"Remove it, or use {other}."
-            )
+    for way, other in _OTHER.items():
+        unsuitable: dict[tuple[str, str], list[str]] = {}  # by kind and reason
+        for name, info in infos.items():
+            kind = kind_of(info.kind)
+            why = kind.against_mixup if way == "mixup" else kind.against_cutmix
+            if settings is not None and getattr(settings, way) is not None and why:
+                unsuitable.setdefault((kind.name, why), []).append(name)
+        problems += [
+            f"data.blend.{way}: expected no {kind_name} tasks, found {', '.join(names)}: {why}. "
+            f"Remove it, or use {other}."
+            for (kind_name, why), names in unsuitable.items()
+        ]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def partnered(infos: Mapping[str, TaskInfo]) -> frozenset[str]:
+    """The tasks whose labels have no mean, such as classes."""
+    kinds = {name: kind_of(info.kind) for name, info in infos.items()}
+    return frozenset(
+        name for name, kind in kinds.items() if isinstance(kind, ScalarKind) and kind.blending == "partner"
+    )
 
 
 def partners_elsewhere(positions: np.ndarray, end: int) -> np.ndarray:
@@ -104,22 +115,24 @@ class Blender:
 
     settings: BlendSettings
     key: int
+    partnered: frozenset[str] = frozenset()
+    """The tasks whose labels have no mean: the losses see both."""
 
     def blend(
         self,
         positions: np.ndarray,
         valid: np.ndarray,
         images_BHWC: Tensor,
-        masks_BHW: Mapping[str, Tensor],
+        maps: Mapping[str, Tensor],
         targets: Mapping[str, np.ndarray],
         labelled: Mapping[str, np.ndarray],
     ) -> Blended:
         """Blend images, masks and targets of the pairs that are here and both valid.
 
-        `targets` are those that are not masks; integers among them are classes, which stay.
+        `targets` are those that are not maps; those of `partnered` tasks stay, and the partner's come beside.
         """
         shares = np.ones(len(positions), dtype=np.float32)
-        partners = {name: values.copy() for name, values in targets.items() if values.dtype == np.int64}
+        partners = {name: values.copy() for name, values in targets.items() if name in self.partnered}
         index = {position: i for i, position in enumerate(positions.tolist()) if valid[i]}
         for position, a in index.items():
             b = index.get(position + 1)
@@ -133,7 +146,7 @@ class Blender:
             else:
                 share = draw_beta(self.settings.cutmix or 1.0, draws)
                 box = cut_box(images_BHWC.shape[1], images_BHWC.shape[2], share, draws)
-                for pixels in (images_BHWC.permute(0, 3, 1, 2), *masks_BHW.values()):
+                for pixels in (images_BHWC.permute(0, 3, 1, 2), *maps.values()):
                     _exchange(box.of(pixels), a, b)
                 share = 1 - box.height * box.width / (images_BHWC.shape[1] * images_BHWC.shape[2])
             shares[a] = shares[b] = share

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mtl_dist.data.pictures import Box
 from mtl_dist.errors import UserError
+from mtl_dist.kinds.registry import kind_of
 from mtl_dist.lazy import torch
 from mtl_dist.specs import TaskInfo
 
@@ -45,7 +46,7 @@ def check_boxes(boxes: Mapping[str, BoxTasks], infos: Mapping[str, TaskInfo], mi
             )
         for task in tasks:
             kind = infos[task].kind if task in infos else "no task of the recipe"
-            if kind != "regression":
+            if task not in infos or not kind_of(kind).is_number:
                 problems.append(f"data.boxes.{name}: expected regression tasks, found {task} ({kind}).")
             elif task in used:
                 problems.append(

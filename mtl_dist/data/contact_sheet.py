@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mtl_dist.data.decode import decode_image, decode_mask
+from mtl_dist.data.decode import decode_image, decode_map
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.inspect import spread
 from mtl_dist.data.manifest import Manifest, read_manifest
 from mtl_dist.data.reader import Sample, SplitReader, UnreadableSample
 from mtl_dist.data.remote import Location
 from mtl_dist.errors import UserError
-from mtl_dist.specs import IGNORE, TaskInfo
-
-Colour = tuple[int, int, int]
+from mtl_dist.kinds.kind import Colour, MapKind, ScalarKind
+from mtl_dist.kinds.registry import kind_of, map_kind
+from mtl_dist.specs import TaskInfo
 
 _BOX = 208  # the square that a picture fills, in pixels
 _GAP = 24
@@ -30,9 +29,6 @@ _INK: Colour = (33, 37, 41)
 _FAINT: Colour = (134, 142, 150)
 _PAPER: Colour = (255, 255, 255)
 _BEHIND: Colour = (241, 243, 245)
-_OPACITY = 0.25
-_OUTLINE = 2
-_BACKGROUND = "background"
 # Okabe and Ito's colours, told apart by colour-blind readers too; the one that skin and fur have not first.
 _PALETTE: tuple[Colour, ...] = (
     (86, 180, 233),
@@ -60,8 +56,8 @@ def contact_sheet(directory: Location, split: str, out: Path, rows: int = 4, col
     reader = SplitReader(directory, manifest, split)
     chosen = spread(reader.num_samples, rows * columns)
     colours = _colours(manifest.tasks)
-    lines = [name for name, info in manifest.tasks.items() if info.kind != "segmentation"]
-    masked = tuple(name for name, info in manifest.tasks.items() if info.kind == "segmentation")
+    masked = tuple(name for name, info in manifest.tasks.items() if kind_of(info.kind).is_map)
+    lines = [name for name in manifest.tasks if name not in masked]
     with_mask = {task: reader.labelled(task, np.array(chosen)) for task in masked}
     some_lack_one = any(not present.all() for present in with_mask.values())
     cell_height = _BOX + _LINE * (1 + len(lines) + some_lack_one) + 6 + _GAP
@@ -90,19 +86,18 @@ def contact_sheet(directory: Location, split: str, out: Path, rows: int = 4, col
         raise UserError(f"{out}: expected a file that can be written, found: {error.strerror}.") from None
 
 
-def _colours(tasks: Mapping[str, TaskInfo]) -> dict[tuple[str, int], Colour]:
-    """The colour of each class of each mask task, background left out."""
+def _colours(tasks: Mapping[str, TaskInfo]) -> dict[tuple[str, str], Colour]:
+    """A colour for each line of the legends of the tasks of maps, by task and words."""
     shown = [
-        (name, index)
+        (name, words)
         for name, info in tasks.items()
-        if info.kind == "segmentation"
-        for index, class_name in enumerate(info.classes)
-        if class_name != _BACKGROUND
+        if isinstance(kind := kind_of(info.kind), MapKind)
+        for words in kind.legend(name, info)
     ]
     return {key: _PALETTE[number % len(_PALETTE)] for number, key in enumerate(shown)}
 
 
-def _picture(sample: Sample, manifest: Manifest, colours: Mapping[tuple[str, int], Colour]) -> Image.Image:
+def _picture(sample: Sample, manifest: Manifest, colours: Mapping[tuple[str, str], Colour]) -> Image.Image:
     """The image as large as the box allows, with its masks over it."""
     image_HWC = decode_image(sample.image, manifest.channels, manifest.image_dtype).permute(1, 2, 0).numpy()
     if image_HWC.shape[2] not in (1, 3):
@@ -118,26 +113,21 @@ def _picture(sample: Sample, manifest: Manifest, colours: Mapping[tuple[str, int
         picture.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
     )
     for task, data in sample.masks.items():
-        mask = Image.fromarray(decode_mask(data).numpy()).resize(size, Image.Resampling.NEAREST)
-        _lay_over(pixels_HWC, np.asarray(mask), task, colours)
+        info = manifest.tasks[task]
+        kind = map_kind(info.kind)
+        values = _in_size(kind.values(decode_map(data), info), size)
+        kind.paint(
+            pixels_HWC, values, info, [colour for (name, _), colour in colours.items() if name == task]
+        )
     return Image.fromarray(pixels_HWC)
 
 
-def _lay_over(
-    pixels_HWC: np.ndarray, mask_HW: np.ndarray, task: str, colours: Mapping[tuple[str, int], Colour]
-) -> None:
-    """Tint each class and draw its outline, in place."""
-    for (name, index), colour in [*colours.items(), ((task, IGNORE), _FAINT)]:
-        inside = mask_HW == index
-        if name != task or not inside.any():
-            continue
-        tint = np.array(colour, np.float32)
-        pixels_HWC[inside] = (1 - _OPACITY) * pixels_HWC[inside] + _OPACITY * tint
-        inner = inside
-        for _ in range(_OUTLINE):
-            around = np.pad(inner, 1, mode="edge")  # no outline along the picture's edge
-            inner = inner & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
-        pixels_HWC[inside & ~inner] = colour
+def _in_size(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map (..., H, W) in the (width, height) of its picture, every pixel one of its own."""
+    width, height = size
+    rows = (np.arange(height) + 0.5) * values.shape[-2] / height
+    columns = (np.arange(width) + 0.5) * values.shape[-1] / width
+    return values[..., rows.astype(int)[:, None], columns.astype(int)]
 
 
 def _draw_head(
@@ -146,16 +136,14 @@ def _draw_head(
     split: str,
     num_samples: int,
     num_shown: int,
-    colours: Mapping[tuple[str, int], Colour],
+    colours: Mapping[tuple[str, str], Colour],
 ) -> None:
     title = f"{manifest.name}  {split}"
     draw.text((_MARGIN, _MARGIN - 8), title, _INK, _font(_TITLE))
     end = _MARGIN + draw.textlength(title, _font(_TITLE)) + 16
     draw.text((end, _MARGIN), f"{num_shown} of {num_samples:,} samples", _FAINT, _font(_TEXT))
     x, y = float(_MARGIN), _MARGIN + _TITLE + 6
-    for (task, index), colour in colours.items():
-        class_name = manifest.tasks[task].classes[index]
-        words = class_name if class_name == task else f"{task}: {class_name}"
+    for (_, words), colour in colours.items():
         draw.rectangle((x, y + 2, x + 12, y + 14), fill=colour)
         draw.text((x + 18, y), words, _INK, _font(_TEXT))
         x += 18 + draw.textlength(words, _font(_TEXT)) + 24
@@ -168,11 +156,13 @@ def _draw_labels(
     draw.text((x, y), _fitted(draw, sample.key, _BOX), _FAINT, _font(_TEXT - 2))
     missing_masks = []
     for name, info in tasks.items():
-        if info.kind == "segmentation":
+        kind = kind_of(info.kind)
+        if not isinstance(kind, ScalarKind):
             missing_masks += [] if name in sample.masks else [name]
             continue
         y += _LINE
-        value = _value(sample.labels.get(name), info)
+        label = sample.labels.get(name)
+        value = "" if label is None else kind.text(label, info)
         draw.text((x, y), name, _FAINT, _font(_TEXT))
         start = x + draw.textlength(f"{name}  ", _font(_TEXT))
         words = _fitted(draw, value or "no label", x + _BOX - start)
@@ -181,17 +171,6 @@ def _draw_labels(
         draw.text(
             (x, y + _LINE), _fitted(draw, f"no mask: {', '.join(missing_masks)}", _BOX), _FAINT, _font(_TEXT)
         )
-
-
-def _value(label: Any, info: TaskInfo) -> str:
-    """A label in words, "" where it is missing."""
-    if label is None:
-        return ""
-    if info.kind == "regression":
-        return f"{label:.4g} {info.unit}".rstrip()
-    if info.kind == "multilabel":
-        return ", ".join(info.classes[index] for index in label) or "none"
-    return info.classes[label]
 
 
 def _fitted(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:

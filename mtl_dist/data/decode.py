@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
-from mtl_dist.data.images import UnreadableImage, open_image
+from mtl_dist.data.images import UnreadableImage, open_image, open_map
 from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.pictures import Box, DecodedPicture, Picture, Resizing
 from mtl_dist.data.turbojpeg import Jpeg, find_turbojpeg, is_turned, open_jpeg, version_of
@@ -109,18 +109,20 @@ def decoder_name() -> str:
     return "torchvision" if _simplejpeg is None else f"simplejpeg {_simplejpeg.__version__}"
 
 
-def decode_mask(data: Bytes) -> Tensor:
-    """The mask, an 8-bit grey PNG of class indices, as uint8 (H, W).
+def decode_map(data: Bytes) -> np.ndarray:
+    """The numbers of a stored map, (H, W) or as its array has them: a grey PNG of 8 or 16 bits, or .npy.
 
     Raises:
         UnreadableImage: damaged, or anything else.
     """
-    with open_image(bytes(data)) as image:
-        if image.format != "PNG" or image.mode != "L":
+    with open_map(bytes(data)) as opened:
+        if isinstance(opened, np.ndarray):
+            return opened
+        if opened.format != "PNG" or opened.mode not in ("L", "I;16"):
             raise UnreadableImage(
-                f"a {image.format} mask of mode {image.mode}, where an 8-bit grey PNG is expected"
+                f"a {opened.format} mask of mode {opened.mode}, where an 8-bit grey PNG is expected"
             )
-        return torch.from_numpy(np.array(image))
+        return np.array(opened)
 
 
 def _decode_jpeg(data: Bytes, mode: ImageReadMode) -> Tensor:

@@ -22,6 +22,8 @@ from mtl_dist.data.manifest import LabelCounts, Manifest
 from mtl_dist.data.remote import Location
 from mtl_dist.data.shards import check_task_names
 from mtl_dist.errors import UserError
+from mtl_dist.kinds.classification import Classification
+from mtl_dist.kinds.registry import kind_of
 from mtl_dist.specs import NO_CLASS, TaskInfo
 
 ClassIndex: TypeAlias = Annotated[int, Field(ge=0)]
@@ -110,7 +112,7 @@ def check_derived(settings: Mapping[str, DeriveSettings], manifests: Sequence[Ma
 
 
 def _derivation(wish: DeriveSettings, stored: TaskInfo, where: str) -> Derivation:
-    if stored.kind != "classification":
+    if not kind_of(stored.kind).is_one_class:
         raise UserError(
             f"{where}.from: expected a classification task, found {wish.source}, a {stored.kind}. "
             "Only classes can be mapped."
@@ -140,7 +142,7 @@ def _derivation(wish: DeriveSettings, stored: TaskInfo, where: str) -> Derivatio
         raise UserError(f"{where}.map: expected two or more new classes, found {len(classes)}.")
     table = np.array([targets[index] for index in range(len(stored.classes))], np.int32)
     counts = _sums(table, stored.class_counts, len(classes))
-    return Derivation(wish.source, table, TaskInfo("classification", classes, sum(counts), counts))
+    return Derivation(wish.source, table, TaskInfo(Classification.name, classes, sum(counts), counts))
 
 
 def _target(value: int | str | None, classes: Sequence[str] | None, where: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from mtl_dist.data.manifest import LabelCounts, Manifest, SplitInfo, read_manife
 from mtl_dist.data.remote import Location
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
+from mtl_dist.kinds.registry import kind_of
 from mtl_dist.specs import TaskInfo
 
 
@@ -96,6 +96,14 @@ def disagreements(infos: Mapping[str, TaskInfo], sources: Sequence[SourceFacts])
                         "leave it out."
                     )
                     break
+            else:
+                problems += [
+                    f"{source.path}: expected {key} {expected.facts.get(key)!r} for the task {task}, as in "
+                    f"the first training source, found {found.facts.get(key)!r}. Prepare it again to match, "
+                    "or leave it out."
+                    for key in kind_of(expected.kind).shared_facts
+                    if expected.facts.get(key) != found.facts.get(key)
+                ]
     return problems
 
 
@@ -109,26 +117,11 @@ def _merge(task: str, sources: Sequence[SourceFacts]) -> TaskInfo:
     infos = [source.tasks[task] for source in sources]
     counts = [source.labels(task) for source in sources]
     described = [info for info in infos if info.num_labelled > 0]
-    total = sum(info.num_labelled for info in described)
-    merged = replace(
-        infos[0],
-        num_labelled=sum(count.present for count in counts),
-        class_counts=tuple(map(sum, zip(*(c.class_counts for c in counts if c.class_counts), strict=True))),
-    )
-    if len(described) < 2:
-        return (
-            merged
-            if not described
-            else replace(described[0], num_labelled=merged.num_labelled, class_counts=merged.class_counts)
-        )
-    mean = sum(info.num_labelled * info.mean for info in described) / total
-    variance = sum(i.num_labelled * (i.std**2 + (i.mean - mean) ** 2) for i in described) / total
+    merged = kind_of(infos[0].kind).merge(described) if described else infos[0]
     return replace(
         merged,
-        mean=mean,
-        std=math.sqrt(variance),
-        minimum=min(info.minimum for info in described),
-        maximum=max(info.maximum for info in described),
+        num_labelled=sum(count.present for count in counts),
+        class_counts=tuple(map(sum, zip(*(c.class_counts for c in counts if c.class_counts), strict=True))),
     )
 
 

@@ -21,6 +21,7 @@ from mtl_dist.data.remote import Location, beside, sha256_at
 from mtl_dist.data.shards import index_path, scan_shard
 from mtl_dist.durable import sha256_of
 from mtl_dist.errors import UserError
+from mtl_dist.kinds.registry import kind_of
 from mtl_dist.specs import TaskInfo
 
 _LOOKED_AT = 200
@@ -166,8 +167,8 @@ def render(inspection: Inspection) -> RenderableType:
     """The inspection as tables, for a rich console."""
     manifest = inspection.manifest
     tables = [_split_table(inspection), _label_table(manifest)]
-    measured = {name: info for name, info in manifest.tasks.items() if info.kind == "regression"}
-    tables += [_regression_table(measured)] if measured else []
+    measured = {name: info for name, info in manifest.tasks.items() if kind_of(info.kind).has_values}
+    tables += [_value_table(measured)] if measured else []
     tables += [_class_table(name, info, manifest) for name, info in manifest.tasks.items() if info.classes]
     parts: list[RenderableType] = [_headline(manifest)]
     for table in tables:
@@ -235,8 +236,8 @@ def _range(sizes: list[tuple[int, int]]) -> str:
     return f"{smallest[0]}..{largest[0]} x {smallest[1]}..{largest[1]}"
 
 
-def _regression_table(tasks: dict[str, TaskInfo]) -> Table:
-    """One line per regression task: its values in training."""
+def _value_table(tasks: dict[str, TaskInfo]) -> Table:
+    """One line per task of numbers: its values in training."""
     table = _table("values in training", ("mean", "std", "min", "max", "unit"))
     for name, info in tasks.items():
         values = [f"{value:.4g}" for value in (info.mean, info.std, info.minimum, info.maximum)]
@@ -246,7 +247,7 @@ def _regression_table(tasks: dict[str, TaskInfo]) -> Table:
 
 def _class_table(name: str, info: TaskInfo, manifest: Manifest) -> Table:
     """One line per class: its count in each split, of pixels the share."""
-    pixels = info.kind == "segmentation"
+    pixels = kind_of(info.kind).is_map
     table = _table(f"{name}, {'share of pixels' if pixels else 'samples'}", manifest.splits)
     for index, class_name in enumerate(info.classes[:_CLASSES_SHOWN]):
         cells = []

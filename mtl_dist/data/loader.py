@@ -16,7 +16,7 @@ from mtl_dist.data.ahead import LookAhead
 from mtl_dist.data.balanced import BalancedStream
 from mtl_dist.data.batch_loader import Batches, BatchLoader
 from mtl_dist.data.batches import BatchBuilder
-from mtl_dist.data.blend import Blender, check_blend
+from mtl_dist.data.blend import Blender, check_blend, partnered
 from mtl_dist.data.boxes import check_boxes, with_seen_edges
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.cuts import EvaluationCut, TrainingCut
@@ -32,6 +32,7 @@ from mtl_dist.data.settings import (
 )
 from mtl_dist.data.transforms import PRESETS, Transform
 from mtl_dist.errors import UserError
+from mtl_dist.kinds.registry import kind_of
 from mtl_dist.randomness import derive_key
 from mtl_dist.specs import TaskInfo
 
@@ -150,7 +151,7 @@ def _check_sampling(
     """Refuse to balance what has no classes."""
     if sampling.kind == "uniform":
         return
-    suitable = [name for name, info in infos.items() if info.kind == "classification"]
+    suitable = [name for name, info in infos.items() if kind_of(info.kind).is_one_class]
     if sampling.task not in suitable:
         raise UserError(
             f"data.sampling.task: expected a classification task of the recipe ({', '.join(suitable)}), "
@@ -219,7 +220,11 @@ def train_loader(
     """
     cut = TrainingCut(global_batch, accumulation, rank, world_size, start_position, end_position)
     settings = data.settings
-    blender = None if settings.blend is None else Blender(settings.blend, derive_key(seed, _BLEND))
+    blender = (
+        None
+        if settings.blend is None
+        else Blender(settings.blend, derive_key(seed, _BLEND), partnered(data.infos))
+    )
     own = settings.own_transforms(training=True)
     transform = Transform(data.image_size, settings.resize, settings.augmentation, own)
     key = derive_key(seed, _AUGMENT)

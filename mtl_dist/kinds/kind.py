@@ -82,6 +82,8 @@ class Kind(ABC):
 
     def merge(self, infos: Sequence[TaskInfo]) -> TaskInfo:
         """The facts of several datasets, which agree on the task and have labels: numbers pooled."""
+        if len(infos) == 1:
+            return infos[0]
         total = sum(info.num_labelled for info in infos)
         mean = sum(info.num_labelled * info.mean for info in infos) / total
         variance = sum(i.num_labelled * (i.std**2 + (i.mean - mean) ** 2) for i in infos) / total
@@ -183,7 +185,7 @@ class MapKind(Kind):
     dtype: ClassVar[str]
     """The values of a map in a batch."""
     channels: ClassVar[int] = 0
-    """The values of a pixel: 0 for maps (H, W), else the last dimension of maps (H, W, C)."""
+    """The values of a pixel: 0 for maps (H, W), else the first dimension of maps (C, H, W)."""
     missing: ClassVar[float]
     """The value of a pixel without a label: outside of the image, or of a missing map."""
     resampling: ClassVar[Literal["nearest", "bilinear"]] = "nearest"
@@ -233,7 +235,7 @@ class MapKind(Kind):
 
     # ---- in a batch
     def values(self, stored: np.ndarray, info: TaskInfo) -> np.ndarray:
-        """What the numbers in a stored file mean: (H, W) or (H, W, C) of `dtype`."""
+        """What the numbers in a stored file mean: (H, W) or (C, H, W) of `dtype`."""
         return stored
 
     def check(self, values: np.ndarray, info: TaskInfo) -> None:

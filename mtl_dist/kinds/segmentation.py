@@ -72,6 +72,11 @@ class Segmentation(MapKind):
                 f"Name the classes by their values in the masks, for example 0:background,7:{task}."
             )
 
+    def values(self, stored: np.ndarray, info: TaskInfo) -> np.ndarray:
+        if stored.dtype != np.uint8 or stored.ndim != 2:
+            raise LabelError("8-bit class indices", f"{stored.dtype} {stored.shape}")
+        return stored
+
     def check(self, values: np.ndarray, info: TaskInfo) -> None:
         wrong = values[(values >= len(info.classes)) & (values != IGNORE)]
         if wrong.size:

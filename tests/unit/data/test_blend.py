@@ -110,7 +110,7 @@ def test_cutmix_makes_torchvisions_picture(share: float, monkeypatch: pytest.Mon
         ours, own_masks = images.permute(0, 2, 3, 1).contiguous(), masks.clone()
         monkeypatch.setattr(blend_module, "draw_beta", lambda alpha, draws: share)
         monkeypatch.setattr(blend_module, "cut_box", lambda *a, box=box: box)
-        blended = Blender(BlendSettings(cutmix=1.0), key).blend(
+        blended = Blender(BlendSettings(cutmix=1.0), key, frozenset({"digit"})).blend(
             np.arange(2),
             np.ones(2, bool),
             ours,
@@ -223,7 +223,7 @@ def test_numbers_and_multilabel_targets_are_interpolated(tiny: Path) -> None:
 def test_a_bad_partner_leaves_a_sample_as_it_is() -> None:
     images = torch.randint(0, 256, (4, 5, 5, 3), dtype=torch.uint8)
     before = images.clone()
-    blended = Blender(BlendSettings(mixup=1.0), 1).blend(
+    blended = Blender(BlendSettings(mixup=1.0), 1, frozenset({"digit"})).blend(
         np.arange(4),
         np.array([True, False, True, True]),
         images,

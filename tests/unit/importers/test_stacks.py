@@ -12,7 +12,7 @@ import pytest
 import tifffile
 
 from mtl_dist.commands.options import percentile_pair, stacks_by_split
-from mtl_dist.data.decode import decode_image, decode_mask
+from mtl_dist.data.decode import decode_image, decode_map
 from mtl_dist.data.manifest import Manifest, read_manifest
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.errors import UserError
@@ -73,7 +73,7 @@ def samples(
         found[sample.key] = (
             pixels,
             sample.labels,
-            {n: decode_mask(m).numpy() for n, m in sample.masks.items()},
+            {n: decode_map(m) for n, m in sample.masks.items()},
         )
     return found
 
