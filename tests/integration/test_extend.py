@@ -22,8 +22,14 @@ import mtl_dist
 from mtl_dist.cli import app
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.config.yaml_text import dump, parse
+from mtl_dist.data.contact_sheet import contact_sheet
+from mtl_dist.data.manifest import read_manifest
+from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import Record, TaskSource
 from mtl_dist.importers.packing import PackOptions, pack
+from mtl_dist.kinds.cells import parse_cells
+from mtl_dist.kinds.registry import scalar_kind
+from mtl_dist.kinds.words import Declared
 from mtl_dist.launch.snapshot import take_snapshot
 from mtl_dist.recipe import Recipe, load_recipe
 
@@ -72,22 +78,23 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     (directory / "scans").mkdir()
+    before = os.getcwd()
+    os.chdir(directory)
     records: dict[str, list[Record]] = {"train": [], "val": []}
     for number in range(40):
         picture, mask = scan(number)
         image = png(picture, directory / "scans" / f"{number}_{number % 10}.png")
         key, split = f"scan{number}", "val" if number % 4 == 0 else "train"
         masks = {"ink": png(mask, directory / "mask.png")}
-        records[split].append(Record(key, image, {"digit": number % 10}, masks))
+        records[split].append(Record(key, image, {"digit": number % 10, "cells": number % 7}, masks))
     tasks = {
         "digit": TaskSource("classification", tuple("0123456789")),
         "ink": TaskSource("segmentation", ("background", "ink")),
+        "cells": TaskSource("my_project.count.Count", unit="cells"),
     }
     pack(records, directory / "data" / "scans", tasks, "scans", options=PackOptions(workers=1))
     recipe = OmegaConf.merge(OmegaConf.create(BASE), *map(OmegaConf.create, fragments()))
     (directory / "recipe.yaml").write_text(dump(OmegaConf.to_container(recipe)))
-    before = os.getcwd()
-    os.chdir(directory)
     yield directory
     os.chdir(before)
     for name in [name for name in sys.modules if name.partition(".")[0] == "my_project"]:
@@ -108,11 +115,38 @@ def run(project: Path, recipe: Recipe) -> Path:
     return project / "run"
 
 
-def test_every_example_is_at_most_20_lines() -> None:
-    assert len(blocks("python")) == 8
+def test_every_example_is_at_most_20_lines_and_a_whole_kind_of_task_at_most_60() -> None:
+    assert len(blocks("python")) == 9
     for text in blocks("python"):
         lines = [line for line in text.splitlines()[1:] if line.strip()]
-        assert len(lines) <= 20, f"{text.splitlines()[0]}: {len(lines)} lines"
+        most = 60 if "CommonTaskSettings" in text else 20
+        assert len(lines) <= most, f"{text.splitlines()[0]}: {len(lines)} lines"
+
+
+def test_a_kind_of_ones_own_checks_counts_and_shows_its_labels(project: Path) -> None:
+    info = read_manifest(project / "data" / "scans").tasks["cells"]
+    assert (info.kind, info.unit, info.minimum, info.maximum) == ("my_project.count.Count", "cells", 0.0, 6.0)
+    kind = scalar_kind(info.kind)
+    declared = Declared()
+    assert parse_cells(kind, ["3", "", "0"], str, declared) == ((), [3, None, 0])
+    for wrong in ("-1", "2.5", "many"):
+        with pytest.raises(UserError, match=f"expected a whole number >= 0 or nothing, found '{wrong}'"):
+            parse_cells(kind, [wrong], str, declared)
+    contact_sheet(project / "data" / "scans", "train", project / "sheet.png")
+    assert kind.text(3.0, info) == "3 cells"
+
+
+def test_a_kind_of_ones_own_is_judged_by_its_metrics_and_predicted(project: Path, run: Path) -> None:
+    figures = json.loads((run / "evaluation" / "metrics.json").read_text())["val"]["cells"]
+    assert set(figures) == {"loss", "mae", "exact", "num_samples"} and figures["num_samples"] == 10
+    assert mtl_dist.load(run).predict(project / "scans" / "3_3.png")["cells"]["count"] > 0
+
+
+def test_cutmix_of_a_kind_that_has_none_is_refused_with_its_reason(project: Path) -> None:
+    from mtl_dist.runs import train
+
+    with pytest.raises(UserError, match="found cells: a part of an image does not say how many are in it"):
+        train(load_recipe(project / "recipe.yaml", ["data.blend={cutmix: 1.0}"]), project / "blended")
 
 
 def test_a_recipe_of_own_parts_states_all_their_arguments_and_reads_back_equal(
