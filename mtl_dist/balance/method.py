@@ -146,7 +146,7 @@ class Method(Settings, ABC):
     def first_state(self, num_tasks: int) -> State:
         """What `state` holds in the first window of tasks of which nothing is known."""
         names = tuple(str(number) for number in range(num_tasks))
-        tasks = BalancedTasks(names, ("classification",) * num_tasks, (1.0,) * num_tasks)
+        tasks = BalancedTasks(names, (1.0,) * num_tasks, (1.0,) * num_tasks)
         state = {**self.constants(tasks), **self.memory(tasks)}
         state["last_weights_T"] = torch.full((num_tasks,), self.first_weight(num_tasks))
         if self.learns:
