@@ -100,7 +100,7 @@ def local_run(name: str, num_ranks: int, *overrides: str, recipe: str = "recipe.
 # -- watching ---------------------------------------------------------------------------------------------
 
 
-def wait_for(what: str, ready: Callable[[], bool], seconds: float = 300.0) -> None:
+def wait_for(what: str, ready: Callable[[], bool], seconds: float = 600.0) -> None:
     """Waits for a state; the time is only there to end a test that went wrong."""
     deadline = time.monotonic() + seconds
     while not ready():
@@ -152,8 +152,12 @@ def ranks_of(job: str) -> dict[int, int]:
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             environ = process.environ()
-            is_ours = environ.get("SLURM_JOB_ID") == job and "submitit.core._submit" in process.cmdline()
-            if is_ours and process.name() != "srun":
+            # Another cluster on this machine has jobs of the same numbers.
+            is_ours = (environ.get("SLURM_JOB_ID"), environ.get("SLURM_CONF")) == (
+                job,
+                os.environ["SLURM_CONF"],
+            )
+            if is_ours and "submitit.core._submit" in process.cmdline() and process.name() != "srun":
                 # Numbers of processes begin again at 1: a younger one may have a smaller number.
                 born = (process.create_time(), process.pid)
                 found.setdefault(int(environ["SLURM_PROCID"]), []).append(born)
