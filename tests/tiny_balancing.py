@@ -36,6 +36,7 @@ from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.multilabel import MultilabelSettings
 from mtl_dist.tasks.registry import TaskSettings, build_tasks
 from mtl_dist.tasks.regression import RegressionSettings
+from tests.batch_cuts import micro_batches
 
 SIZE = 8
 GLOBAL_BATCH = 8
@@ -159,18 +160,6 @@ def global_batch(labels: Labels, step: int) -> Batch:
         positions_B=torch.arange(num),
         keys=[str(number) for number in range(num)],
     )
-
-
-def micro_batches(batch: Batch, rank: int, size: int, accumulation: int) -> list[Batch]:
-    """This rank's part, as the loader cuts it."""
-    length = len(batch) // (size * accumulation)
-    pieces = []
-    for number in range(accumulation):
-        start = (rank * accumulation + number) * length
-        rows = slice(start, start + length)
-        piece = batch._map(lambda tensor, rows=rows: tensor[rows])
-        pieces.append(replace(piece, keys=batch.keys[rows]))
-    return pieces
 
 
 def connection_of(engine: EngineName, precision: Precision) -> Connection:

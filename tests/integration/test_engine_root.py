@@ -34,6 +34,7 @@ from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.registry import build_tasks
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
+from tests.batch_cuts import micro_batches
 from tests.ranks import shared_pool
 from tests.tiny_training import whole_up_to
 
@@ -107,12 +108,6 @@ def global_batch(step: int, size: int) -> Batch:
     )
 
 
-def window_of(batch: Batch, rank: int, num_ranks: int, accumulation: int) -> list[Batch]:
-    size = GLOBAL_BATCH // num_ranks // accumulation
-    starts = [(rank * accumulation + number) * size for number in range(accumulation)]
-    return [batch._map(lambda tensor, at=start: tensor[at : at + size]) for start in starts]
-
-
 def small_transformer(patch_size: int, **others: Any) -> nn.Module:
     """torchvision's vision transformer of one layer; its class token is a parameter of no layer's own."""
     return VisionTransformer(32, patch_size, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32)
@@ -151,7 +146,7 @@ def train_root(case: Case) -> Trained:
     balancing = Balancing(root, engine, seed=0)
     sums = []
     for step in range(NUM_STEPS):
-        window = window_of(global_batch(step, case.size), world.rank, world.size, case.accumulation)
+        window = micro_batches(global_batch(step, case.size), world.rank, world.size, case.accumulation)
         counts_T = world.sum(count_labels(tasks, window))
         totals = WindowTotals(counts_T, len(window), step)
         weights = balancing.solve(window, totals)

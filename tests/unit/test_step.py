@@ -22,6 +22,7 @@ from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.registry import build_tasks
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
+from tests.batch_cuts import cut
 
 SIZE = 8
 INFOS = {
@@ -78,16 +79,6 @@ def make_batch(num_samples: int, missing: float = 0.0, absent: tuple[str, ...] =
         positions_B=torch.arange(num_samples),
         keys=[str(i) for i in range(num_samples)],
     )
-
-
-def cut(batch: Batch, parts: int) -> list[Batch]:
-    size = len(batch) // parts
-    pieces = []
-    for i in range(parts):
-        rows = slice(i * size, (i + 1) * size)
-        piece = batch._map(lambda tensor, rows=rows: tensor[rows])
-        pieces.append(replace(piece, keys=batch.keys[rows]))
-    return pieces
 
 
 def gradients(root: RootModule, ranks: list[list[Batch]]) -> dict[str, torch.Tensor]:
