@@ -35,7 +35,8 @@ test: $(VENV)/installed-dev
 test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slurm"
 
-# On a real Slurm of two nodes on this machine, as root, with nothing else running; 7 to 15 minutes.
+# On a real Slurm of two nodes on this machine, as root, with nothing else running: the tests end jobs by their
+# clocks. 7 to 15 minutes.
 test-slurm: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/slurm
 
