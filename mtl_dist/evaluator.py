@@ -47,7 +47,7 @@ def evaluate(root: RootModule, loader: Iterable[Batch], world: World) -> Evaluat
     The same figures come back on every rank.
     """
     # torchmetrics takes seconds to import.
-    from mtl_dist.tasks.own_metrics import all_metrics
+    from mtl_dist.tasks.user_metrics import all_metrics
 
     was_training = root.training
     root.eval()

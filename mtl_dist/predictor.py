@@ -53,7 +53,7 @@ class Predictor:
         self._world = connect_without_engine(recipe.engine)
         self._root = load_root(folder, recipe, self._world, lambda line: print(line, file=sys.stderr))
         self._facts = folder.read_data()
-        own = recipe.data.own_transforms(training=False)
+        own = recipe.data.user_transforms(training=False)
         self._transform = Transform(self._facts.image_size, recipe.data.resize, PRESETS["none"], own)
         self._boxes = tuple(recipe.data.boxes.values())
         self.tasks = tuple(self._root.tasks)

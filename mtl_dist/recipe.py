@@ -159,7 +159,7 @@ class Recipe(Settings):
         """Whether the monitored figure is to grow or to fall.
 
         Raises:
-            UserError: it is an own metric that does not say.
+            UserError: it is a user-defined metric that does not say.
         """
         metric = self.monitor.metric
         if self.monitor.mode is not None:

@@ -29,14 +29,14 @@ from mtl_dist.balance.rlw import RLW
 from mtl_dist.balance.stch import STCH
 from mtl_dist.balance.uncertainty import Uncertainty
 from mtl_dist.balance.upgrad import UPGrad
-from mtl_dist.config.parts import OwnParts, OwnSettings
+from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
 from mtl_dist.errors import UserError
 
 if TYPE_CHECKING:
     from mtl_dist.balance.balancer import Balancer
 
 
-class OwnMethodSettings(OwnSettings):
+class UserMethodSettings(UserDefinedSettings):
     """A method of the user's: a subclass of `Method`, or of one of the classes derived from it."""
 
     part_base = "mtl_dist.balance.method.Method"
@@ -66,7 +66,7 @@ BalanceSettings: TypeAlias = Annotated[
     | Uncertainty
     | UPGrad,
     Field(discriminator="method"),
-    OwnParts((OwnMethodSettings,), key="method"),
+    UserDefined((UserMethodSettings,), key="method"),
 ]
 
 METHODS: tuple[type[Method], ...] = get_args(get_args(BalanceSettings)[0])

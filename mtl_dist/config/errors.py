@@ -17,10 +17,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_core.core_schema import ErrorType
 
+from mtl_dist.config.describe import describe, listed, show
 from mtl_dist.config.nearest import nearest
-from mtl_dist.config.parts import OWN
-from mtl_dist.config.slots import Slot, is_list, is_mapping, slot_of
-from mtl_dist.config.words import describe, listed, show
+from mtl_dist.config.schema import SchemaNode, is_list, is_mapping, node_of
+from mtl_dist.config.user_defined import USER_DEFINED
 
 Location = tuple[str | int, ...]
 Mistake = tuple[Location, str]
@@ -82,48 +82,48 @@ class _Place:
     """Where one of pydantic's errors stands in the recipe.
 
     `location` is free of pydantic's own tags, and `owner` is the section that holds it; where that section
-    has variants, `variant` is the slot of all of them and the name of this one. `union` is the last union
+    has variants, `variant` is the node of all of them and the name of this one. `union` is the last union
     without a discriminator on the way, with its own location, and `branch` the member of it that the error
     is about.
     """
 
     location: Location
-    slot: Slot | None
-    owner: Slot
-    variant: tuple[Slot, str] | None = None
-    union: tuple[Location, Slot] | None = None
+    node: SchemaNode | None
+    owner: SchemaNode
+    variant: tuple[SchemaNode, str] | None = None
+    union: tuple[Location, SchemaNode] | None = None
     branch: str = ""
 
 
 def _place(cls: type[BaseModel], loc: Location) -> _Place:
-    slot: Slot | None = Slot(cls)
-    owner = Slot(cls)
+    node: SchemaNode | None = SchemaNode(cls)
+    owner = SchemaNode(cls)
     location: Location = ()
-    variant: tuple[Slot, str] | None = None
-    chosen: tuple[Slot, str] | None = None
+    variant: tuple[SchemaNode, str] | None = None
+    chosen: tuple[SchemaNode, str] | None = None
     union, branch = None, ""
     origin: str | None = None
     for item in loc:
-        slot = slot.without_null() if slot is not None else None
-        if slot is not None and slot.own is not None and origin is None:
+        node = node.without_null() if node is not None else None
+        if node is not None and node.user_defined is not None and origin is None:
             origin = str(item)
-        elif slot is not None and origin == OWN and chosen is None:
-            chosen, slot = (slot, str(item)), slot.own_variant(str(item))
-        elif slot is not None and slot.discriminator is not None:
-            chosen, slot = (slot, str(item)), slot.variants().get(str(item))
-        elif slot is not None and len(slot.members) > 1:
-            union, branch = (location, slot), str(item)
-            slot = _member(slot, branch)
+        elif node is not None and origin == USER_DEFINED and chosen is None:
+            chosen, node = (node, str(item)), node.user_variant(str(item))
+        elif node is not None and node.discriminator is not None:
+            chosen, node = (node, str(item)), node.variants().get(str(item))
+        elif node is not None and len(node.members) > 1:
+            union, branch = (location, node), str(item)
+            node = _member(node, branch)
         elif item == "[key]":
-            slot = slot_of(get_args(owner.type)[0])
+            node = node_of(get_args(owner.type)[0])
         else:
-            owner, variant, chosen, origin = slot or owner, chosen, None, None
-            slot = slot.child(item) if slot is not None else None
+            owner, variant, chosen, origin = node or owner, chosen, None, None
+            node = node.child(item) if node is not None else None
             location = (*location, item)
-    return _Place(location, slot, owner, variant, union, branch)
+    return _Place(location, node, owner, variant, union, branch)
 
 
-def _member(union: Slot, branch: str) -> Slot | None:
+def _member(union: SchemaNode, branch: str) -> SchemaNode | None:
     """The member of a union that pydantic calls `branch`: `MySettings`, `int`, `list[str]`, ..."""
     words = re.findall(r"\w+", branch)
     for member in union.members:
@@ -135,31 +135,31 @@ def _member(union: Slot, branch: str) -> Slot | None:
 
 
 def _lines(detail: ErrorDetails, place: _Place, cls: type[BaseModel]) -> Iterator[str]:
-    kind, value, slot = detail["type"], detail["input"], place.slot
+    kind, value, node = detail["type"], detail["input"], place.node
     where = f"{dotted(place.location)}: " if place.location else ""
     if kind in _OWN_TEXT:
         for line in str(detail["ctx"]["error"]).splitlines():
             field = re.match(r"\w+(?=[.:])", line)
-            inside = place.location and slot and field and slot.child(field[0]) is not None
+            inside = place.location and node and field and node.child(field[0]) is not None
             yield f"{dotted(place.location)}.{line}" if inside else where + line
     elif kind == "extra_forbidden":
         yield where + _unknown_key(place, cls)
-    elif kind not in _KNOWN_TYPES or slot is None:
+    elif kind not in _KNOWN_TYPES or node is None:
         yield f"{where}{detail['msg']}, found {show(value)}."
     elif kind in ("union_tag_invalid", "union_tag_not_found"):
-        slot = slot.without_null()
-        key, variants = str(slot.discriminator), list(slot.variants())
+        node = node.without_null()
+        key, variants = str(node.discriminator), list(node.variants())
         given = value.get(key) if isinstance(value, dict) else None
         what = "nothing" if given is None else show(given)
         near = nearest(given, variants) if isinstance(given, str) else None
         advice = f"Did you mean {near}?" if near else "Add it." if given is None else ""
         where = dotted((*place.location, key))
-        own = " or an import path" if slot.own is not None else ""
+        own = " or an import path" if node.user_defined is not None else ""
         yield f"{where}: expected one of {listed(variants)}{own}, found {what}. {advice}".rstrip()
     else:
         found = "nothing" if kind == "missing" else show(value)
         key = "a key that is " if detail["loc"][-1:] == ("[key]",) else ""
-        yield f"{where}expected {key}{describe(slot)}, found {found}. {_advice(kind, slot, value)}".rstrip()
+        yield f"{where}expected {key}{describe(node)}, found {found}. {_advice(kind, node, value)}".rstrip()
 
 
 def _unknown_key(place: _Place, cls: type[BaseModel]) -> str:
@@ -168,19 +168,19 @@ def _unknown_key(place: _Place, cls: type[BaseModel]) -> str:
     advice = suggest(name, keys, "Known keys")
     if place.variant is not None:
         union, kind = place.variant
-        others = [other for other, slot in union.variants().items() if slot.child(name) is not None]
+        others = [other for other, node in union.variants().items() if node.child(name) is not None]
         advice = f"It belongs to {' and '.join(others)}. {advice}" if others else advice
-        key = union.discriminator or (union.own.key if union.own is not None else "kind")
+        key = union.discriminator or (union.user_defined.key if union.user_defined is not None else "kind")
         return f"unknown key for {key} {kind}. {advice}"
-    elsewhere = list(dict.fromkeys(_elsewhere(Slot(cls), name)))
+    elsewhere = list(dict.fromkeys(_elsewhere(SchemaNode(cls), name)))
     if elsewhere and not nearest(name, keys):
         advice = f"Did you mean {' or '.join(elsewhere[:3])}? {advice}"
     return f"unknown key. {advice}"
 
 
-def _elsewhere(slot: Slot, name: str, path: str = "") -> Iterator[str]:
+def _elsewhere(node: SchemaNode, name: str, path: str = "") -> Iterator[str]:
     """Where else in the settings a key of this name would be right: `train.epochs`, `tasks.*.weight`."""
-    for member in slot.without_null().members:
+    for member in node.without_null().members:
         if member.model is not None:
             for key in member.model.model_fields:
                 if key == name and path:
@@ -192,33 +192,33 @@ def _elsewhere(slot: Slot, name: str, path: str = "") -> Iterator[str]:
             yield from _elsewhere(child, name, f"{path}*.")
 
 
-def _advice(kind: str, slot: Slot, value: Any) -> str:
+def _advice(kind: str, node: SchemaNode, value: Any) -> str:
     """What to do: the field's own description, the repair that is evident, or the default."""
-    field, slot = slot.field, slot.without_null()
+    field, node = node.field, node.without_null()
     said = f"{field.description} " if field is not None and field.description else ""
     if kind == "missing":
         return f"{said}Add it."
     if isinstance(value, str):
         words = [
             str(choice)
-            for member in slot.members
+            for member in node.members
             if get_origin(member.type) is Literal
             for choice in get_args(member.type)
         ]
         if near := nearest(value, words):
             return f"{said}Did you mean {near}?"
-        if near := nearest(value, slot.variants()):
-            return f"{said}Write {{{slot.discriminator}: {near}}}."
-    types = {member.type for member in slot.members}
+        if near := nearest(value, node.variants()):
+            return f"{said}Write {{{node.discriminator}: {near}}}."
+    types = {member.type for member in node.members}
     if isinstance(value, str) and types & {int, float} and _is_number(value):
         return f"{said}Remove the quotes."
     if isinstance(value, float) and int in types and value.is_integer():
         return f"{said}Write {int(value)}."
-    if isinstance(value, str | int | float) and is_list(slot.type):
+    if isinstance(value, str | int | float) and is_list(node.type):
         return f"{said}Write [{value}]."
     if said:
         return said
-    default = Slot(None, field=field).default
+    default = SchemaNode(None, field=field).default
     if isinstance(default, str | int | float):
         word = default if isinstance(default, str) and default else show(default)
         return f"Leave it out for the default, {word}."

@@ -28,13 +28,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
+from mtl_dist.config.describe import listed, show
 from mtl_dist.config.errors import Location, Mistake, dotted, explain, suggest
 from mtl_dist.config.nearest import nearest
 from mtl_dist.config.overrides import apply_overrides
 from mtl_dist.config.plain import plain
+from mtl_dist.config.schema import SchemaNode, is_list, is_mapping
 from mtl_dist.config.settings import Settings
-from mtl_dist.config.slots import Slot, is_list, is_mapping
-from mtl_dist.config.words import listed, show
 from mtl_dist.config.yaml_text import YamlError, dump, parse
 from mtl_dist.errors import UserError
 
@@ -58,7 +58,7 @@ def load_settings(
     data = _without_bad_references(data, (), unresolved)
     resolved = _resolve(OmegaConf.create(data), data, (), unresolved)
     mistakes += [*misread, *unresolved]
-    complete = _complete(resolved, Slot(cls), (), added, mistakes)
+    complete = _complete(resolved, SchemaNode(cls), (), added, mistakes)
     try:
         # JSON mode, because there strict means: no "3" for 3, but a list fills a tuple and text is a path.
         settings = cls.model_validate_json(json.dumps(complete))
@@ -163,21 +163,21 @@ def _resolve_entry(
 
 
 def _complete(
-    value: Any, slot: Slot | None, location: Location, added: set[Location], mistakes: list[Mistake]
+    value: Any, node: SchemaNode | None, location: Location, added: set[Location], mistakes: list[Mistake]
 ) -> Any:
     """The data without null entries, and with the default kind in sections that do not say theirs."""
-    if slot is None or not isinstance(value, dict | list):
+    if node is None or not isinstance(value, dict | list):
         return value
-    slot, value = _section(slot, value)
+    node, value = _section(node, value)
     if isinstance(value, list):
         return [
-            _complete(item, slot.child(index), (*location, index), added, mistakes)
+            _complete(item, node.child(index), (*location, index), added, mistakes)
             for index, item in enumerate(value)
         ]
     result = {}
     for key, item in value.items():
-        child, here = slot.child(key), (*location, key)
-        if item is None and is_mapping(slot.type) and child is not None and not child.takes_null:
+        child, here = node.child(key), (*location, key)
+        if item is None and is_mapping(node.type) and child is not None and not child.takes_null:
             if here in added:
                 advice = suggest(key, [name for name in value if (*location, name) not in added], "Entries")
                 mistakes.append(
@@ -188,23 +188,23 @@ def _complete(
     return result
 
 
-def _section(slot: Slot, value: Any) -> tuple[Slot, Any]:
+def _section(node: SchemaNode, value: Any) -> tuple[SchemaNode, Any]:
     """The member of a union that `value` is meant for, and `value` with the kind that it has by default."""
-    slot = slot.without_null()
-    path = None if slot.own is None else slot.own.path_in(value)
+    node = node.without_null()
+    path = None if node.user_defined is None else node.user_defined.path_in(value)
     if path is not None:
-        return slot.own_variant(path) or slot, value
-    if slot.discriminator is not None and isinstance(value, dict):
-        default = getattr(slot.default, slot.discriminator, None)
+        return node.user_variant(path) or node, value
+    if node.discriminator is not None and isinstance(value, dict):
+        default = getattr(node.default, node.discriminator, None)
         if default is not None:
-            value = {slot.discriminator: default, **value}
-        return slot.variants().get(str(value.get(slot.discriminator)), slot), value
+            value = {node.discriminator: default, **value}
+        return node.variants().get(str(value.get(node.discriminator)), node), value
     fitting = [
         member
-        for member in slot.members
+        for member in node.members
         if (is_list(member.type) if isinstance(value, list) else is_mapping(member.type) or member.model)
     ]
-    return (fitting[0] if len(fitting) == 1 else slot), value
+    return (fitting[0] if len(fitting) == 1 else node), value
 
 
 def _misspelt_entry(location: Location, line: str, added: set[Location], data: Any) -> str:

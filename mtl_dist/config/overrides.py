@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mtl_dist.config.describe import show
 from mtl_dist.config.errors import Location, Mistake, dotted
 from mtl_dist.config.plain import plain
-from mtl_dist.config.words import show
 from mtl_dist.config.yaml_text import YamlError, parse
 
 

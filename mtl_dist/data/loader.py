@@ -225,7 +225,7 @@ def train_loader(
         if settings.blend is None
         else Blender(settings.blend, derive_key(seed, _BLEND), partnered(data.infos))
     )
-    own = settings.own_transforms(training=True)
+    own = settings.user_transforms(training=True)
     transform = Transform(data.image_size, settings.resize, settings.augmentation, own)
     key = derive_key(seed, _AUGMENT)
     builder = _builder(data, "train", transform, key, blender, pin_memory)
@@ -267,7 +267,7 @@ def eval_loader(
     """
     if split not in data.sources:
         raise UserError(f"expected a split of the data ({', '.join(data.splits)}), found {split!r}.")
-    own = data.settings.own_transforms(training=False)
+    own = data.settings.user_transforms(training=False)
     transform = Transform(data.image_size, data.settings.resize, PRESETS["none"], own)
     order = Concatenation([source.reader.num_samples for source in data.sources[split]])
     cut = EvaluationCut(batch_size, rank, world_size, order.num_samples)

@@ -22,9 +22,9 @@ from mtl_dist.data.transforms import (
     PRESETS,
     AugmentSettings,
     ImageTransform,
-    OwnTransform,
     Preset,
     Resize,
+    UserTransform,
 )
 
 
@@ -167,7 +167,7 @@ class DataSettings(Settings):
     augment: Preset | AugmentSettings = "standard"
     blend: BlendSettings | None = None
     """Mixup and CutMix: blend pairs of training images, and their labels."""
-    transforms: tuple[OwnTransform, ...] = ()
+    transforms: tuple[UserTransform, ...] = ()
     """Steps of the user's after `augment`, by their import paths."""
     boxes: dict[str, BoxTasks] = Field(default_factory=dict)
     """Boxes by name: the four regression tasks of left, top, right and bottom, which move with the image."""
@@ -221,7 +221,7 @@ class DataSettings(Settings):
         """What `augment` stands for."""
         return self.augment if isinstance(self.augment, AugmentSettings) else PRESETS[self.augment]
 
-    def own_transforms(self, training: bool) -> tuple[ImageTransform, ...]:
+    def user_transforms(self, training: bool) -> tuple[ImageTransform, ...]:
         """The user's steps, those for training or those of evaluation and prediction."""
         return tuple(step.make() for step in self.transforms if training or not step.part_class.training_only)
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
+from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
 from mtl_dist.data.boxes import box_of, edges_in, shown_box
 from mtl_dist.data.pictures import Box, DecodedPicture, Picture, Resizing, resized
 from mtl_dist.data.rand_augment import RandAugmentSettings, rand_augment
@@ -111,13 +111,13 @@ class ImageTransform(ABC):
         """
 
 
-class OwnTransformSettings(OwnSettings):
+class UserTransformSettings(UserDefinedSettings):
     """A step of the user's."""
 
     part_base = "mtl_dist.data.transforms.ImageTransform"
 
 
-OwnTransform: TypeAlias = Annotated[OwnTransformSettings, OwnParts((OwnTransformSettings,), only=True)]
+UserTransform: TypeAlias = Annotated[UserTransformSettings, UserDefined((UserTransformSettings,), only=True)]
 
 
 @dataclass(frozen=True)

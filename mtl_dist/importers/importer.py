@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from mtl_dist.config.errors import explain
 from mtl_dist.config.overrides import apply_overrides
-from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
+from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import Record, TaskSource
@@ -32,14 +32,14 @@ class Importer(ABC):
         """Every sample with the name of its split; keys of letters, digits, `_` and `-`, each once."""
 
 
-class OwnImporterSettings(OwnSettings):
+class UserImporterSettings(UserDefinedSettings):
     """An importer of the user's."""
 
     part_base = "mtl_dist.importers.importer.Importer"
 
 
 class _Request(Settings):
-    own: Annotated[OwnImporterSettings, OwnParts((OwnImporterSettings,), only=True)]
+    own: Annotated[UserImporterSettings, UserDefined((UserImporterSettings,), only=True)]
 
 
 def prepare_own(
@@ -68,7 +68,7 @@ def prepare_own(
     return pack(splits, out, reader.tasks(), out.resolve().name, (), options, progress)
 
 
-def _importer(importer: str, arguments: Sequence[str]) -> OwnImporterSettings:
+def _importer(importer: str, arguments: Sequence[str]) -> UserImporterSettings:
     data: dict[str, Any] = {}
     _, mistakes = apply_overrides(data, arguments)
     lines = [line for _, line in mistakes]

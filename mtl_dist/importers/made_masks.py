@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mtl_dist.config.parts import PartError, imported
+from mtl_dist.config.user_defined import PartError, imported
 from mtl_dist.errors import UserError
 from mtl_dist.importers.sources import Source
 

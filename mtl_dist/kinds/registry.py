@@ -57,7 +57,7 @@ def _user_defined(path: str) -> Kind:
             f"kind: expected one of {', '.join(KINDS)} or the import path of a class, found {path!r}."
             f"{f' Did you mean {near}?' if near else ''}"
         )
-    from mtl_dist.config.parts import PartError, imported  # pydantic is slow to import
+    from mtl_dist.config.user_defined import PartError, imported  # pydantic is slow to import
 
     try:
         found = imported(path, is_kind)

@@ -23,7 +23,7 @@ from mtl_dist.config.nearest import nearest
 from mtl_dist.errors import UserError
 from mtl_dist.models.checkpointing import Segment, cut, recomputed
 from mtl_dist.models.norms import convert_norms
-from mtl_dist.models.settings import ModelSettings, OwnBackboneSettings
+from mtl_dist.models.settings import ModelSettings, UserBackboneSettings
 from mtl_dist.models.simple_cnn import SimpleCNN
 from mtl_dist.models.tracing import Trace, Values, needed_steps, run_step, step_shapes, trace
 from mtl_dist.models.weights import input_convolution, load_weights
@@ -79,8 +79,8 @@ def build_network(settings: ModelSettings, in_channels: int, image_size: tuple[i
         UserError: no such network, weights that don't fit it, or images of a size it doesn't take.
     """
     name = settings.backbone_name
-    if settings.own_backbone is not None:
-        network = _own_network(settings.own_backbone, in_channels, image_size)
+    if settings.user_backbone is not None:
+        network = _own_network(settings.user_backbone, in_channels, image_size)
         if settings.weights == "torchvision":
             raise UserError(f"model.weights: expected a file or null for {name}, found torchvision.")
     elif name == SIMPLE_CNN:
@@ -98,7 +98,7 @@ def build_network(settings: ModelSettings, in_channels: int, image_size: tuple[i
     return network
 
 
-def _own_network(settings: OwnBackboneSettings, in_channels: int, image_size: tuple[int, int]) -> Network:
+def _own_network(settings: UserBackboneSettings, in_channels: int, image_size: tuple[int, int]) -> Network:
     """The user's network, whose output is a vector, or a map that is averaged to one."""
     module = settings.make(in_channels=in_channels, image_size=image_size)
     fixed_size = image_size if "image_size" in settings.arguments else None

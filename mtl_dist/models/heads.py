@@ -19,8 +19,8 @@ from mtl_dist.models.settings import (
     DecoderSettings,
     HeadSettings,
     ModelSettings,
-    OwnHeadSettings,
     TaskHeadSettings,
+    UserHeadSettings,
 )
 from mtl_dist.specs import HeadSpec
 
@@ -49,7 +49,7 @@ class VectorHead(nn.Module):
         return self.output(vector_BD if self.hidden else self.dropout(vector_BD))
 
 
-class OwnHead(nn.Module):
+class UserHead(nn.Module):
     """A head of the user's, over the vector of a vector task or over all maps of a map task; or a decoder."""
 
     def __init__(self, module: nn.Module, source: str, strides: Collection[int], spec: HeadSpec) -> None:
@@ -76,7 +76,7 @@ class OwnHead(nn.Module):
         return output
 
 
-Head: TypeAlias = VectorHead | UNetDecoder | OwnHead
+Head: TypeAlias = VectorHead | UNetDecoder | UserHead
 """Its `reads` are the names of the features that it reads."""
 
 
@@ -95,10 +95,10 @@ def check_heads(settings: ModelSettings, specs: Sequence[HeadSpec]) -> None:
                 "Correct the name or remove it."
             )
             continue
-        if isinstance(own, OwnHeadSettings):
+        if isinstance(own, UserHeadSettings):
             problems += _own_problems(own, layouts[task], f"model.heads.{task}")
             continue
-        if layouts[task] == "map" and isinstance(chosen_decoder(settings, task), OwnHeadSettings):
+        if layouts[task] == "map" and isinstance(chosen_decoder(settings, task), UserHeadSettings):
             problems.append(
                 f"model.heads.{task}: expected a decoder of its own (kind: ...), as model.decoder is not "
                 f"unet, found options of unet ({', '.join(sorted(own.model_fields_set))}). State its kind."
@@ -115,7 +115,7 @@ def check_heads(settings: ModelSettings, specs: Sequence[HeadSpec]) -> None:
         raise UserError("\n".join(problems))
 
 
-def _own_problems(own: OwnHeadSettings, layout: str, where: str) -> list[str]:
+def _own_problems(own: UserHeadSettings, layout: str, where: str) -> list[str]:
     other = "channels" if layout == "vector" else "num_features"
     given = "num_features" if layout == "vector" else "channels"
     if other not in own.arguments:
@@ -128,12 +128,12 @@ def head_settings(settings: ModelSettings, task: str) -> HeadSettings:
     return settings.head.model_copy(update=_own(settings, task))
 
 
-def chosen_decoder(settings: ModelSettings, task: str) -> DecoderSettings | OwnHeadSettings:
+def chosen_decoder(settings: ModelSettings, task: str) -> DecoderSettings | UserHeadSettings:
     """The decoder of this map task: `model.decoder` with what `model.heads` says, or its own."""
     own: object = settings.heads.get(task)
     decoder: object = settings.decoder
     for choice in (own, decoder):
-        if isinstance(choice, OwnHeadSettings):
+        if isinstance(choice, UserHeadSettings):
             return choice
     return settings.decoder.model_copy(update=_own(settings, task))
 
@@ -143,7 +143,7 @@ def used_strides(settings: ModelSettings, spec: HeadSpec, channels: Mapping[int,
     if spec.layout == "vector":
         return set()
     decoder = chosen_decoder(settings, spec.task)
-    if isinstance(decoder, OwnHeadSettings):
+    if isinstance(decoder, UserHeadSettings):
         return set(channels)
     return plan_decoder(decoder, channels, spec.task).strides
 
@@ -154,10 +154,10 @@ def build_head(settings: ModelSettings, spec: HeadSpec, network: Network, vector
         chosen: object = chosen_decoder(settings, spec.task)
     else:
         chosen = settings.heads.get(spec.task)
-    if isinstance(chosen, OwnHeadSettings):
+    if isinstance(chosen, UserHeadSettings):
         facts = {"num_features": network.trace.vector_size, "channels": dict(network.channels)}
         module = chosen.make(num_outputs=spec.num_outputs, **facts)
-        return OwnHead(module, vector_name, network.channels, spec)
+        return UserHead(module, vector_name, network.channels, spec)
     if isinstance(chosen, DecoderSettings):
         plan = plan_decoder(chosen, network.channels, spec.task)
         norm: DecoderNorm = "group" if settings.norm in ("group", "frozen") else "batch"

@@ -6,8 +6,8 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
+from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
 from mtl_dist.models.decoders import DECODERS
 
 Width: TypeAlias = Annotated[int, Field(ge=1)]
@@ -59,7 +59,7 @@ class TaskHeadSettings(Settings):
     norm: DecoderNorm | None = None
 
 
-class OwnHeadSettings(OwnSettings):
+class UserHeadSettings(UserDefinedSettings):
     """A head of the user's, or a decoder of the package; its constructor may ask for
 
     num_outputs   what the task wants: the channels of the output
@@ -72,11 +72,11 @@ class OwnHeadSettings(OwnSettings):
     provides = ("num_outputs", "num_features", "channels")
 
 
-OWN_HEAD = OwnParts((OwnHeadSettings,), names=DECODERS)
-Decoder: TypeAlias = Annotated[DecoderSettings, OWN_HEAD]
+USER_HEAD = UserDefined((UserHeadSettings,), names=DECODERS)
+Decoder: TypeAlias = Annotated[DecoderSettings, USER_HEAD]
 
 
-class OwnBackboneSettings(OwnSettings):
+class UserBackboneSettings(UserDefinedSettings):
     """A network of the user's without classifier; its constructor may ask for `in_channels`, and for
     `image_size` (H, W) if it takes only that size."""
 
@@ -105,7 +105,7 @@ class ModelSettings(Settings):
     heads          by task: what it changes in them, or a head or decoder of its own
     """
 
-    backbone: Annotated[str, OwnParts((OwnBackboneSettings,))] = "resnet18"
+    backbone: Annotated[str, UserDefined((UserBackboneSettings,))] = "resnet18"
     shared: bool = True
     weights: str | None = None
     frozen: bool = False
@@ -115,15 +115,15 @@ class ModelSettings(Settings):
     std: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
     head: HeadSettings = HeadSettings()
     decoder: Decoder = DecoderSettings()
-    heads: dict[str, Annotated[TaskHeadSettings, OWN_HEAD]] = Field(default_factory=dict)
+    heads: dict[str, Annotated[TaskHeadSettings, USER_HEAD]] = Field(default_factory=dict)
 
     @property
-    def own_backbone(self) -> OwnBackboneSettings | None:
+    def user_backbone(self) -> UserBackboneSettings | None:
         """The user's network, where `backbone` is one."""
         backbone: object = self.backbone
-        return backbone if isinstance(backbone, OwnBackboneSettings) else None
+        return backbone if isinstance(backbone, UserBackboneSettings) else None
 
     @property
     def backbone_name(self) -> str:
         """What the backbone is called."""
-        return self.backbone if self.own_backbone is None else self.own_backbone.path
+        return self.backbone if self.user_backbone is None else self.user_backbone.path

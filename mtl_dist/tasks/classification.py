@@ -12,7 +12,7 @@ from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.task import (
-    OWN_LOSS,
+    USER_LOSS,
     Baseline,
     CommonTaskSettings,
     Loss,
@@ -57,7 +57,7 @@ class FocalSettings(LossSettings):
 
 
 ClassificationLoss: TypeAlias = Annotated[
-    CrossEntropySettings | FocalSettings, Field(discriminator="kind"), OWN_LOSS
+    CrossEntropySettings | FocalSettings, Field(discriminator="kind"), USER_LOSS
 ]
 
 

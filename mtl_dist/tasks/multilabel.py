@@ -10,7 +10,7 @@ from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.task import (
-    OWN_LOSS,
+    USER_LOSS,
     Baseline,
     CommonTaskSettings,
     Loss,
@@ -54,7 +54,7 @@ class MultilabelSettings(CommonTaskSettings):
     learnt_by_heart: ClassVar[tuple[str, float]] = ("f1", 0.95)
 
     kind: Literal["multilabel"] = "multilabel"
-    loss: Annotated[MultilabelBceSettings, OWN_LOSS] = MultilabelBceSettings()
+    loss: Annotated[MultilabelBceSettings, USER_LOSS] = MultilabelBceSettings()
 
     def build(self, name: str, info: TaskInfo) -> Task:
         require_fit(name, self.kind, info, min_classes=1)

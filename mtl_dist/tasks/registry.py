@@ -8,8 +8,8 @@ from typing import Annotated, Any, TypeAlias, get_args
 from pydantic import Field
 
 from mtl_dist.config.errors import suggest
-from mtl_dist.config.parts import OwnParts, OwnSettings, PartError, imported, named
 from mtl_dist.config.settings import Settings
+from mtl_dist.config.user_defined import PartError, UserDefined, UserDefinedSettings, imported, named
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.classification import ClassificationSettings
@@ -19,7 +19,7 @@ from mtl_dist.tasks.segmentation import SegmentationSettings
 from mtl_dist.tasks.task import CommonTaskSettings, Task
 
 
-class OwnTaskSettings(OwnSettings):
+class UserTaskSettings(UserDefinedSettings):
     """A kind of task of the user's: the path names what its labels are, which names how it is learnt."""
 
     part_base = "mtl_dist.kinds.kind.Kind"
@@ -36,7 +36,7 @@ class OwnTaskSettings(OwnSettings):
         return named(settings, key, path)
 
 
-_KIND = OwnParts((OwnTaskSettings,))
+_KIND = UserDefined((UserTaskSettings,))
 
 TaskSettings: TypeAlias = Annotated[
     ClassificationSettings | MultilabelSettings | RegressionSettings | SegmentationSettings,

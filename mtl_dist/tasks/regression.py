@@ -12,7 +12,7 @@ from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.task import (
-    OWN_LOSS,
+    USER_LOSS,
     Baseline,
     CommonTaskSettings,
     Loss,
@@ -56,7 +56,7 @@ class SmoothL1Settings(LossSettings):
 
 
 RegressionLoss: TypeAlias = Annotated[
-    MseSettings | L1Settings | SmoothL1Settings, Field(discriminator="kind"), OWN_LOSS
+    MseSettings | L1Settings | SmoothL1Settings, Field(discriminator="kind"), USER_LOSS
 ]
 
 

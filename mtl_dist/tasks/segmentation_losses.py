@@ -13,7 +13,7 @@ from pydantic import Field
 from mtl_dist.errors import UserError
 from mtl_dist.lazy import F, torch
 from mtl_dist.specs import IGNORE, TaskInfo
-from mtl_dist.tasks.task import OWN_LOSS, Loss, LossSettings
+from mtl_dist.tasks.task import USER_LOSS, Loss, LossSettings
 from mtl_dist.tasks.weights import ClassWeights, class_weights
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class BceDiceSettings(LossSettings):
 SegmentationLoss: TypeAlias = Annotated[
     MapCrossEntropySettings | MapBceSettings | DiceSettings | BceDiceSettings,
     Field(discriminator="kind"),
-    OWN_LOSS,
+    USER_LOSS,
 ]
 
 

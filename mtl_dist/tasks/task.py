@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
+from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.lazy import torch
@@ -64,7 +64,7 @@ class LossSettings(Settings, ABC):
         """
 
 
-class OwnLossSettings(OwnSettings, LossSettings):
+class UserLossSettings(UserDefinedSettings, LossSettings):
     """A loss of the user's; its constructor may ask for `info`, the dataset's facts of the task."""
 
     part_base = "mtl_dist.tasks.task.Loss"
@@ -75,15 +75,15 @@ class OwnLossSettings(OwnSettings, LossSettings):
         return self.make(info=info)
 
 
-class OwnMetricSettings(OwnSettings):
+class UserMetricSettings(UserDefinedSettings):
     """A metric of torchmetrics or of the user's; its constructor may ask for `info` as well."""
 
     part_base = "torchmetrics.Metric"
     provides = ("info",)
 
 
-OWN_LOSS = OwnParts((OwnLossSettings,))
-OwnMetric: TypeAlias = Annotated[OwnMetricSettings, OwnParts((OwnMetricSettings,), only=True)]
+USER_LOSS = UserDefined((UserLossSettings,))
+UserMetric: TypeAlias = Annotated[UserMetricSettings, UserDefined((UserMetricSettings,), only=True)]
 MetricName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
 
 
@@ -105,7 +105,7 @@ class CommonTaskSettings(Settings, ABC):
     kind: str
     weight: Annotated[float, Field(ge=0, description="Remove the task to switch it off.")] = 1.0
     """The task's share in the total loss; the balancing method applies it."""
-    metrics: dict[MetricName, OwnMetric] = Field(default_factory=dict)
+    metrics: dict[MetricName, UserMetric] = Field(default_factory=dict)
     """More metrics by name, each of the user's or of torchmetrics by its import path."""
 
     @classmethod

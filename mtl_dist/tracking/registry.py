@@ -17,8 +17,8 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import Field
 from rich.console import Console
 
-from mtl_dist.config.parts import OwnParts, OwnSettings
 from mtl_dist.config.settings import Settings
+from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.tracking.external import (
@@ -38,7 +38,7 @@ IDENTITY = "tracking.json"
 """The file of the run folder that holds the run's id for services, which resumes and requeues keep."""
 
 
-class UserSinkSettings(OwnSettings):
+class UserSinkSettings(UserDefinedSettings):
     """A user-defined sink. Its constructor is given `run` (`RunFacts`) where it names it."""
 
     part_base = "mtl_dist.tracking.sink.Sink"
@@ -48,7 +48,7 @@ class UserSinkSettings(OwnSettings):
 SinkSettings: TypeAlias = Annotated[
     TensorBoardSettings | WandbSettings | MlflowSettings | TrackioSettings,
     Field(discriminator="kind"),
-    OwnParts((UserSinkSettings,)),
+    UserDefined((UserSinkSettings,)),
 ]
 TrackingSettings: TypeAlias = tuple[SinkSettings, ...]
 
@@ -117,7 +117,7 @@ def open_tracker(
 
 
 def _opened(settings: Settings, run: RunFacts) -> Sink:
-    if isinstance(settings, OwnSettings):
+    if isinstance(settings, UserDefinedSettings):
         sink: Sink = settings.make(run=run)
         return sink
     return OPENERS[type(settings)](settings, run)

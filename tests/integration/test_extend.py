@@ -169,8 +169,8 @@ def test_every_own_part_is_used(recipe: Recipe, run: Path) -> None:
     assert type(root.balancer).__name__ == "InverseNorm"
     assert type(root.model.heads["digit"].module).__name__ == "Gated"  # type: ignore[union-attr]
     assert root.model.shared_parameters()[0].shape == (8, 1, 3, 3)
-    assert [type(step).__name__ for step in recipe.data.own_transforms(training=True)] == ["Fog"]
-    assert recipe.data.own_transforms(training=False) == ()
+    assert [type(step).__name__ for step in recipe.data.user_transforms(training=True)] == ["Fog"]
+    assert recipe.data.user_transforms(training=False) == ()
     figures = json.loads((run / "evaluation" / "metrics.json").read_text())["val"]["digit"]
     assert 0 <= figures["top3"] <= 1
     assert -1 <= figures["kappa"] <= 1

@@ -21,7 +21,7 @@ train: {max_steps: 160, global_batch: 16, log_every: 1, checkpoint_every: 10, ev
 """
 
 # A part of the user's own beside the recipe: the jobs import it from their snapshot of it.
-OWN_LOSSES = """
+USER_LOSSES = """
 from dataclasses import dataclass
 
 from mtl_dist.tasks.task import Loss
@@ -105,7 +105,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "broken-disk.yaml": PROFILE.replace('"1"}', '"1", TEST_DISK_FAILS: "1"}'),
         "held.yaml": f"{PROFILE}sbatch: {{hold: true}}\n",
         "sitecustomize.py": DISK,
-        "own_losses.py": OWN_LOSSES,
+        "own_losses.py": USER_LOSSES,
     }
     for name, text in files.items():
         Path(name).write_text(text)

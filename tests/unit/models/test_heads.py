@@ -20,8 +20,8 @@ from mtl_dist.models.settings import (
     DecoderSettings,
     HeadSettings,
     ModelSettings,
-    OwnHeadSettings,
     TaskHeadSettings,
+    UserHeadSettings,
 )
 from mtl_dist.specs import HeadSpec
 
@@ -196,7 +196,7 @@ def test_a_decoder_keeps_its_short_name_and_states_its_arguments(tmp_path: Path)
 
 def test_a_task_may_have_another_decoder_than_the_others(tmp_path: Path) -> None:
     settings = loaded(tmp_path, {"decoder": {"kind": "fpn"}, "heads": {"mask": {"kind": "linear"}}})
-    assert isinstance(chosen_decoder(settings, "mask"), OwnHeadSettings)
+    assert isinstance(chosen_decoder(settings, "mask"), UserHeadSettings)
     assert chosen_decoder(settings, "mask").path.endswith("LinearDecoder")  # type: ignore[union-attr]
     assert chosen_decoder(settings, "other").path.endswith("FPNDecoder")  # type: ignore[union-attr]
 

@@ -333,7 +333,7 @@ def test_a_network_that_cannot_be_traced_is_refused() -> None:
 
 
 def test_a_metric_that_keeps_lists_is_refused_because_ranks_may_have_none() -> None:
-    from mtl_dist.tasks.own_metrics import all_metrics
+    from mtl_dist.tasks.user_metrics import all_metrics
 
     task = build_tasks(load("tasks.breed.metrics.s=mine.parts.Scores").tasks, INFOS)["breed"]
     with pytest.raises(UserError, match=r"tasks\.breed\.metrics\.s: expected states that are sums"):
@@ -355,7 +355,7 @@ def test_a_transform_that_changes_the_size_is_refused() -> None:
     from mtl_dist.data.transforms import PRESETS, Transform
     from mtl_dist.randomness import Draws
 
-    own = load("data.transforms=[mine.parts.Cropping]").data.own_transforms(training=True)
+    own = load("data.transforms=[mine.parts.Cropping]").data.user_transforms(training=True)
     transform = Transform((8, 8), "stretch", PRESETS["none"], own)
     assert not transform.keeps((8, 8))
     with pytest.raises(UserError, match=r"data\.transforms: expected Cropping to keep the image \(3, 8, 8\)"):
@@ -364,7 +364,7 @@ def test_a_transform_that_changes_the_size_is_refused() -> None:
 
 def test_a_transform_says_whether_evaluation_leaves_it_out() -> None:
     data = load("data.transforms=[mine.parts.Cropping, mine.parts.Sharper]").data
-    names = [[type(step).__name__ for step in data.own_transforms(training)] for training in (True, False)]
+    names = [[type(step).__name__ for step in data.user_transforms(training)] for training in (True, False)]
     assert names == [["Cropping", "Sharper"], ["Sharper"]]
     assert [type(step.make()).__name__ for step in data.without_augmentation().transforms] == ["Sharper"]
 

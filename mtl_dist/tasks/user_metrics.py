@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from mtl_dist.errors import UserError
 from mtl_dist.tasks.metrics import TaskMetrics
-from mtl_dist.tasks.task import OwnMetricSettings, Task
+from mtl_dist.tasks.task import Task, UserMetricSettings
 
 
 def all_metrics(task: Task) -> TaskMetrics:
@@ -73,7 +73,7 @@ class _WithOwn:
             metric.reset()
 
 
-def _built(task: Task, name: str, settings: OwnMetricSettings) -> Metric:
+def _built(task: Task, name: str, settings: UserMetricSettings) -> Metric:
     where = f"tasks.{task.name}.metrics.{name}"
     metric: Metric = settings.make(info=task.info)
     lists = [state for state, default in metric._defaults.items() if isinstance(default, list)]

@@ -1,7 +1,7 @@
 """What a settings class accepts, place by place: the walk that loading and error lines share.
 
-A slot is one place for a value: a field, an entry of a mapping, an item of a list. The data of a recipe and
-pydantic's errors are both followed downwards through slots.
+A node is one place for a value: a field, an entry of a mapping, an item of a list. The data of a recipe and
+pydantic's errors are both followed downwards through nodes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mtl_dist.config.parts import OwnParts, PartError
+from mtl_dist.config.user_defined import PartError, UserDefined
 
 
 @dataclass(frozen=True)
-class Slot:
+class SchemaNode:
     """One place for a value: its type, its constraints, the key that tells its variants apart, its field."""
 
     type: Any
@@ -31,26 +31,26 @@ class Slot:
         return self.type in (None, NoneType, Any) or NoneType in get_args(self.type)
 
     @property
-    def members(self) -> list[Slot]:
-        """What a value may be besides null: one slot, or several in a union."""
+    def members(self) -> list[SchemaNode]:
+        """What a value may be besides null: one node, or several in a union."""
         if get_origin(self.type) not in (Union, UnionType):
             return [self]
-        return [slot_of(member, self.constraints) for member in get_args(self.type) if member is not NoneType]
+        return [node_of(member, self.constraints) for member in get_args(self.type) if member is not NoneType]
 
     @property
     def model(self) -> type[BaseModel] | None:
-        """The settings class that fills the slot, if it is one."""
+        """The settings class that fills the node, if it is one."""
         return self.type if isinstance(self.type, type) and issubclass(self.type, BaseModel) else None
 
     @property
-    def own(self) -> OwnParts | None:
-        """Which own parts the slot takes, if any."""
-        return next((each for each in self.constraints if isinstance(each, OwnParts)), None)
+    def user_defined(self) -> UserDefined | None:
+        """Which user-defined parts the node takes, if any."""
+        return next((each for each in self.constraints if isinstance(each, UserDefined)), None)
 
-    def own_variant(self, path: str) -> Slot | None:
-        """The slot of the settings of the own part at `path`; None where that is none."""
+    def user_variant(self, path: str) -> SchemaNode | None:
+        """The node of the settings of the user-defined part at `path`; None where that is none."""
         try:
-            return None if self.own is None else Slot(self.own.settings_class(path))
+            return None if self.user_defined is None else SchemaNode(self.user_defined.settings_class(path))
         except PartError:
             return None
 
@@ -61,14 +61,14 @@ class Slot:
             return None
         return self.field.get_default(call_default_factory=True, validated_data={})
 
-    def without_null(self) -> Slot:
-        """The slot of `X` for a slot of `X | None`."""
+    def without_null(self) -> SchemaNode:
+        """The node of `X` for a node of `X | None`."""
         members = self.members
         if self.discriminator is not None or len(members) != 1 or members[0] is self:
             return self
         return replace(members[0], field=self.field)
 
-    def variants(self) -> dict[str, Slot]:
+    def variants(self) -> dict[str, SchemaNode]:
         """The members of a discriminated union by their kind."""
         if self.discriminator is None:
             return {}
@@ -79,32 +79,32 @@ class Slot:
             for kind in get_args(member.model.model_fields[self.discriminator].annotation)
         }
 
-    def child(self, key: str | int) -> Slot | None:
-        """The slot of a field by its name, of any entry of a mapping, or of an item by its index."""
+    def child(self, key: str | int) -> SchemaNode | None:
+        """The node of a field by its name, of any entry of a mapping, or of an item by its index."""
         if self.model is not None:
             field = self.model.model_fields.get(str(key))
-            return None if field is None else slot_of_field(field)
+            return None if field is None else node_of_field(field)
         arguments = get_args(self.type)
         if is_mapping(self.type) and len(arguments) == 2:
-            return slot_of(arguments[1])
+            return node_of(arguments[1])
         if not is_list(self.type) or not arguments or not isinstance(key, int):
             return None
         if get_origin(self.type) is tuple and Ellipsis not in arguments:
-            return slot_of(arguments[key]) if key < len(arguments) else None
-        return slot_of(arguments[0])
+            return node_of(arguments[key]) if key < len(arguments) else None
+        return node_of(arguments[0])
 
 
-def slot_of_field(field: FieldInfo) -> Slot:
-    """The slot of a field of a settings class."""
-    slot = slot_of(field.annotation, tuple(field.metadata))
-    named = field.discriminator if isinstance(field.discriminator, str) else slot.discriminator
-    return replace(slot, discriminator=named, field=field)
+def node_of_field(field: FieldInfo) -> SchemaNode:
+    """The node of a field of a settings class."""
+    node = node_of(field.annotation, tuple(field.metadata))
+    named = field.discriminator if isinstance(field.discriminator, str) else node.discriminator
+    return replace(node, discriminator=named, field=field)
 
 
-def slot_of(annotation: Any, constraints: tuple[Any, ...] = ()) -> Slot:
-    """The slot of an annotation, its `Annotated` taken apart."""
+def node_of(annotation: Any, constraints: tuple[Any, ...] = ()) -> SchemaNode:
+    """The node of an annotation, its `Annotated` taken apart."""
     if get_origin(annotation) is not Annotated:
-        return Slot(annotation, constraints)
+        return SchemaNode(annotation, constraints)
     inner, *extras = get_args(annotation)
     discriminator = None
     for extra in extras:
@@ -113,18 +113,18 @@ def slot_of(annotation: Any, constraints: tuple[Any, ...] = ()) -> Slot:
             discriminator = extra.discriminator if isinstance(extra.discriminator, str) else discriminator
         else:
             constraints = (*constraints, extra)
-    slot = slot_of(inner, constraints)
-    return replace(slot, discriminator=discriminator or slot.discriminator)
+    node = node_of(inner, constraints)
+    return replace(node, discriminator=discriminator or node.discriminator)
 
 
 def is_mapping(annotation: Any) -> bool:
-    """Whether a mapping fills a slot of this type (a settings class is not meant)."""
+    """Whether a mapping fills a node of this type (a settings class is not meant)."""
     origin = get_origin(annotation) or annotation
     return isinstance(origin, type) and issubclass(origin, Mapping)
 
 
 def is_list(annotation: Any) -> bool:
-    """Whether a list in YAML fills a slot of this type."""
+    """Whether a list in YAML fills a node of this type."""
     origin = get_origin(annotation) or annotation
     return (
         isinstance(origin, type)

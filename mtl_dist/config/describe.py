@@ -1,4 +1,4 @@
-"""Settings in words: what a slot accepts, and what a value looks like."""
+"""Settings in words: what a node accepts, and what a value looks like."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from mtl_dist.config.slots import Slot, is_list, is_mapping
+from mtl_dist.config.schema import SchemaNode, is_list, is_mapping
 
 _WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -48,46 +48,46 @@ def show(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def describe(slot: Slot) -> str:
-    """What a slot accepts, in words: `an integer >= 1`, `one of off, stage, block`."""
-    null = " or null" if slot.takes_null and slot.type not in (None, NoneType, Any) else ""
-    slot = slot.without_null()
-    if slot.own is not None:
-        if slot.own.only:
-            return f"a mapping with {slot.own.key} an import path{null}"
+def describe(node: SchemaNode) -> str:
+    """What a node accepts, in words: `an integer >= 1`, `one of off, stage, block`."""
+    null = " or null" if node.takes_null and node.type not in (None, NoneType, Any) else ""
+    node = node.without_null()
+    if node.user_defined is not None:
+        if node.user_defined.only:
+            return f"a mapping with {node.user_defined.key} an import path{null}"
         null = f" or an import path{null}"
-    if slot.discriminator is not None:
-        return f"a mapping with {slot.discriminator} one of {listed(list(slot.variants()))}{null}"
-    if len(slot.members) > 1:
-        words = ["a mapping" if member.model is not None else describe(member) for member in slot.members]
+    if node.discriminator is not None:
+        return f"a mapping with {node.discriminator} one of {listed(list(node.variants()))}{null}"
+    if len(node.members) > 1:
+        words = ["a mapping" if member.model is not None else describe(member) for member in node.members]
         return " or ".join(dict.fromkeys(words)) + null
-    return _describe_type(slot) + _describe_constraints(slot) + null
+    return _describe_type(node) + _describe_constraints(node) + null
 
 
-def _describe_type(slot: Slot) -> str:
-    if get_origin(slot.type) is Literal:
-        choices = [value if isinstance(value, str) else show(value) for value in get_args(slot.type)]
+def _describe_type(node: SchemaNode) -> str:
+    if get_origin(node.type) is Literal:
+        choices = [value if isinstance(value, str) else show(value) for value in get_args(node.type)]
         return choices[0] if len(choices) == 1 else f"one of {listed(choices)}"
-    if slot.model is not None:
-        return f"a mapping with keys among {listed(list(slot.model.model_fields))}"
-    if is_mapping(slot.type):
+    if node.model is not None:
+        return f"a mapping with keys among {listed(list(node.model.model_fields))}"
+    if is_mapping(node.type):
         return "a mapping"
-    if is_list(slot.type):
-        arguments = get_args(slot.type)
-        if get_origin(slot.type) is tuple and Ellipsis not in arguments:
-            items = [slot.child(index) for index in range(len(arguments))]
+    if is_list(node.type):
+        arguments = get_args(node.type)
+        if get_origin(node.type) is tuple and Ellipsis not in arguments:
+            items = [node.child(index) for index in range(len(arguments))]
             return (
                 f"a list of {len(items)}: {', '.join(describe(item) for item in items if item is not None)}"
             )
-        item = slot.child(0)
+        item = node.child(0)
         return "a list" if item is None else f"a list, each item {describe(item)}"
-    return _WORDS.get(slot.type, getattr(slot.type, "__name__", str(slot.type)))
+    return _WORDS.get(node.type, getattr(node.type, "__name__", str(node.type)))
 
 
-def _describe_constraints(slot: Slot) -> str:
-    unit = "item" if is_list(slot.type) or is_mapping(slot.type) else "character"
+def _describe_constraints(node: SchemaNode) -> str:
+    unit = "item" if is_list(node.type) or is_mapping(node.type) else "character"
     parts = []
-    for constraint in slot.constraints:
+    for constraint in node.constraints:
         for name, sign in _BOUNDS.items():
             if (bound := getattr(constraint, name, None)) is not None:
                 parts.append(f"{sign} {bound}")

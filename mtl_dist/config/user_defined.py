@@ -1,12 +1,12 @@
-"""Own parts: a class of the user's in place of a built-in one, named by its import path.
+"""User-defined parts: a class of the user's in place of a built-in one, named by its import path.
 
     loss: {kind: my_project.losses.Tversky, alpha: 0.3}
     loss: my_project.losses.Tversky                        the same with its defaults
 
-A slot that takes own parts is annotated with `OwnParts`. The class is imported (the working directory
-counts) and held against what the slot needs. The arguments of its constructor are its settings, by their
-annotations and defaults; those that the package provides are passed to it where it names them. A class of
-settings, derived from the slot's own, does as well and is taken as it is.
+A slot that takes user-defined parts is annotated with `UserDefined`. The class is imported (the working
+directory counts) and held against what the slot needs. The arguments of its constructor are its settings, by
+their annotations and defaults; those that the package provides are passed to it where it names them. A class
+of settings, derived from the slot's own, does as well and is taken as it is.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from pydantic_core import CoreSchema, InitErrorDetails, core_schema
 from mtl_dist.config.nearest import nearest
 from mtl_dist.config.settings import Settings
 
-OWN, BUILT_IN = "own", "built-in"
-"""What pydantic's locations say after a slot that takes own parts."""
+USER_DEFINED, BUILT_IN = "user-defined", "built-in"
+"""What pydantic's locations say after a slot that takes user-defined parts."""
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _MOST_NAMES = 12
@@ -42,8 +42,8 @@ class PartError(ValueError):
     """Why an import path is no part that fits; `value_error` to pydantic."""
 
 
-class OwnSettings(Settings):
-    """The settings of an own part. Each slot derives its class, and each part's is derived from that."""
+class UserDefinedSettings(Settings):
+    """The settings of a user-defined part: each slot derives a class, and each part's is derived from it."""
 
     part_base: ClassVar[str]
     """Of what the part must be a subclass, as an import path, so that nothing is imported before its time."""
@@ -73,21 +73,21 @@ class OwnSettings(Settings):
 
 
 @dataclass(frozen=True)
-class OwnParts:
-    """Marks a slot, in `Annotated`: besides what is built in, a value may be an own part.
+class UserDefined:
+    """Marks a slot, in `Annotated`: besides what is built in, a value may be a user-defined part.
 
     `kinds` are the settings of each kind of part that fits; the first whose base the part is derived from
     holds. `key` is the key of the import path. With `only` nothing is built in. `names` are short names of
-    classes of the package that are made as own parts are.
+    classes of the package that are made as user-defined parts are.
     """
 
-    kinds: tuple[type[OwnSettings], ...]
+    kinds: tuple[type[UserDefinedSettings], ...]
     key: str = "kind"
     only: bool = False
     names: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def path_in(self, value: Any) -> str | None:
-        """The import path, or the short name, in the data of a slot, if it states an own part."""
+        """The import path, or the short name, in the data of a slot, if it states a user-defined part."""
         path = value.get(self.key) if isinstance(value, dict) else value
         if isinstance(path, str) and (
             path in self.names or _IMPORT_PATH.fullmatch(path) or (self.only and path)
@@ -117,20 +117,21 @@ class OwnParts:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         own = core_schema.no_info_plain_validator_function(self._validated)
         return core_schema.tagged_union_schema(
-            {OWN: own, BUILT_IN: handler(source)},
+            {USER_DEFINED: own, BUILT_IN: handler(source)},
             self._tag,
             serialization=core_schema.plain_serializer_function_ser_schema(_dumped, info_arg=True),
         )
 
     def _tag(self, value: Any) -> str:
-        return OWN if self.only or self._is_own(value) or self.path_in(value) else BUILT_IN
+        stated = self.only or self._is_user_defined(value) or self.path_in(value)
+        return USER_DEFINED if stated else BUILT_IN
 
-    def _is_own(self, value: Any) -> bool:
-        """Whether a value is the settings of an own part."""
+    def _is_user_defined(self, value: Any) -> bool:
+        """Whether a value is the settings of a user-defined part."""
         return isinstance(value, Settings) and self.path_in(getattr(value, self.key, None)) is not None
 
     def _validated(self, value: Any) -> Any:
-        if self._is_own(value):
+        if self._is_user_defined(value):
             return value
         path = self.path_in(value)
         if path is None:
@@ -241,7 +242,7 @@ def named(settings: type[Settings], key: str, path: str) -> type[Settings]:
 
 
 @lru_cache
-def _derived(part: type, base: type[OwnSettings], key: str, path: str) -> type[OwnSettings]:
+def _derived(part: type, base: type[UserDefinedSettings], key: str, path: str) -> type[UserDefinedSettings]:
     """Settings from the arguments of a part's constructor."""
     missing = sorted(getattr(part, "__abstractmethods__", ()))
     if missing:
