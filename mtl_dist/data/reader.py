@@ -385,9 +385,10 @@ def _check_size(path: Path, expected: int) -> None:
 
 def _extent(spans: Mapping[str, tuple[int, int]]) -> tuple[int, int, int]:
     """Where the parts of a sample begin (the image with its header) and end, and how many bytes they are."""
-    begin = min(spans["image"][0] - _HEADER, *(offset for offset, _ in spans.values()))
-    end = max(offset + size for offset, size in spans.values())
-    return begin, end, sum(size for _, size in spans.values())
+    begin, end, wanted = spans["image"][0] - _HEADER, 0, 0
+    for offset, size in spans.values():  # for every sample that is read: generators would take four times it
+        begin, end, wanted = min(begin, offset), max(end, offset + size), wanted + size
+    return begin, end, wanted
 
 
 def _mapped(descriptor: int) -> np.ndarray:
