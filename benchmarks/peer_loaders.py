@@ -12,7 +12,7 @@ import importlib.util
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,14 +26,20 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png, read_file
 
+from mtl_dist.data.decode import open_picture
 from mtl_dist.data.loader import BatchLoader, open_data, train_loader
+from mtl_dist.data.manifest import read_manifest
+from mtl_dist.data.pictures import Box, Resizing
+from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.settings import DataSettings
-from mtl_dist.data.transforms import AugmentSettings
+from mtl_dist.data.transforms import AugmentSettings, Transform
 from mtl_dist.data.turbojpeg import VARIABLE, find_turbojpeg
+from mtl_dist.randomness import Draws, derive_key
 
 SIDE, BATCH, SMALL_SIDE, SMALL_BATCH = 224, 64, 28, 256
 TASK = "label"
 
+_CROP_AND_FLIP = AugmentSettings(crop_scale=(0.08, 1.0), flip=True)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -57,7 +63,7 @@ def ours(
     directory: Path, workers: int, side: int = SIDE, batch: int = BATCH, crop: bool = True
 ) -> BatchLoader:
     """An epoch of our loader over `directory`."""
-    augment = AugmentSettings(crop_scale=(0.08, 1.0), flip=True) if crop else AugmentSettings()
+    augment = _CROP_AND_FLIP if crop else AugmentSettings()
     stated = {"train": [{"path": str(directory)}], "image_size": side, "augment": augment}
     data = open_data(DataSettings.model_validate(stated, strict=False), [TASK])
     return train_loader(
@@ -79,6 +85,27 @@ def ours_whole(directory: Path, workers: int) -> BatchLoader:
     os.environ[VARIABLE] = ""
     find_turbojpeg.cache_clear()
     return ours(directory, workers)
+
+
+class CropsAlone:
+    """No loader: our decoder on crops drawn as ours draws them, one by one, from memory, and nothing else.
+
+    What a loader takes beyond this goes into reading, resizing and putting batches together.
+    """
+
+    def __init__(self, directory: Path, workers: int) -> None:
+        manifest = read_manifest(directory)
+        reader = SplitReader(directory, manifest, "train")
+        transform = Transform((SIDE, SIDE), "stretch", _CROP_AND_FLIP)
+        self._crops: list[tuple[memoryview, Box]] = []
+        for row in range(reader.num_samples):
+            image = reader.read(row).image
+            size = open_picture(image, manifest.channels).size
+            self._crops.append((image, transform.source(size, Draws(derive_key(row)))))
+
+    def __iter__(self) -> Iterator[tuple[list[Resizing]]]:
+        for image, box in self._crops:
+            yield ([open_picture(image, 3).decode(box, (SIDE, SIDE))],)
 
 
 # ---------------------------------------------------------------- what the others have in common
@@ -223,6 +250,7 @@ def lit(directory: Path, workers: int) -> Any:
 
 
 PHOTOS: tuple[Contender, ...] = (
+    Contender("decoding alone, region decode", CropsAlone),
     Contender("ours, region decode", ours),
     Contender("ours, whole images", ours_whole),
     Contender("webdataset", web, "webdataset"),
