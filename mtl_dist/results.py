@@ -15,6 +15,7 @@ from mtl_dist.evaluator import Evaluation
 from mtl_dist.figures.confusion import draw_confusion
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.specs import TaskInfo
+from mtl_dist.tracking.tracker import plain_console
 
 
 def write_evaluation(
@@ -57,4 +58,4 @@ def _shown(name: str, value: float) -> str:
 
 
 def print_results(evaluations: Mapping[str, Evaluation], console: Console | None = None) -> None:
-    (console or Console()).print(results_table(evaluations))
+    (console or plain_console()).print(results_table(evaluations))

@@ -24,7 +24,7 @@ class Tracker:
         self, directory: Path | None, sinks: Mapping[str, Sink] | None = None, console: Console | None = None
     ) -> None:
         self.directory = directory
-        self.console = console or Console()
+        self.console = console or plain_console()
         self._sinks = dict(sinks or {})
         self._status_failed = False
 
@@ -71,6 +71,12 @@ class Tracker:
             except Exception as error:  # whatever a library, a disk or a network raises
                 del self._sinks[name]
                 self.say(switched_off(name, error))
+
+
+def plain_console() -> Console:
+    """The terminal; in a notebook one for plain lines, where rich would make an HTML block of each."""
+    console = Console()
+    return Console(force_jupyter=False, force_terminal=False) if console.is_jupyter else console
 
 
 def _show(path: Path, step: int, sink: Sink) -> None:
