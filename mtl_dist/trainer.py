@@ -144,7 +144,10 @@ class Trainer:
             weights = self.balancing.solve(inputs, totals)
             for number, batch in enumerate(inputs, start=1):
                 sums_T += self.engine.forward_backward(batch, totals, weights, last=number == len(inputs))
-            result = self.engine.step(self.root.absent_parameters(totals), self.optim.clip_norm)
+            logs = (self.step + 1) % self.plan.log_every == 0
+            result = self.engine.step(
+                self.root.absent_parameters(totals), self.optim.clip_norm, measure_norm=logs
+            )
 
             self.step += 1
             self.position = min(self.position + self.plan.global_batch, self.plan.end_position)
@@ -156,7 +159,7 @@ class Trainer:
             self._epoch_counts_T += totals.counts_T
             advance(self.plan.global_batch)
             clock.worked()
-            if self.step % self.plan.log_every == 0:
+            if logs:
                 self._log_step(sums_T, totals, result.grad_norm, clock)
             crossed = self.position // self.plan.samples_per_epoch > epoch
             if crossed:
@@ -211,11 +214,12 @@ class Trainer:
         return {f"{over}/loss": total, **{f"{over}/{name}/loss": loss for name, loss in losses.items()}}
 
     def _log_step(
-        self, sums_T: torch.Tensor, totals: WindowTotals, grad_norm: torch.Tensor, clock: _Clock
+        self, sums_T: torch.Tensor, totals: WindowTotals, grad_norm: torch.Tensor | None, clock: _Clock
     ) -> None:
         figures = self._mean_losses("step", sums_T, totals.counts_T)
         figures |= {f"lr/{part}": rate for part, rate in learning_rates(self.engine.optimizer).items()}
-        figures["grad_norm"] = float(grad_norm)
+        if grad_norm is not None:
+            figures["grad_norm"] = float(grad_norm)
         scaler = self.engine.scaler
         if scaler is not None:
             figures |= {"loss_scale": scaler.scale, "skipped_steps": float(scaler.num_skipped)}

@@ -74,5 +74,7 @@ class AccelerateEngine(ReplicatedEngine):
         own_sums: Tensor = sums
         return own_sums
 
-    def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
-        return self._update(absent, clip_norm)
+    def step(
+        self, absent: Iterable[nn.Parameter], clip_norm: float | None, *, measure_norm: bool = True
+    ) -> StepResult:
+        return self._update(absent, clip_norm, measure_norm)

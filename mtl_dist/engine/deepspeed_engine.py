@@ -100,8 +100,10 @@ class _ReplicatedZero(ReplicatedEngine):
         own_sums: Tensor = sums
         return own_sums
 
-    def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
-        return self._update(absent, clip_norm)
+    def step(
+        self, absent: Iterable[nn.Parameter], clip_norm: float | None, *, measure_norm: bool = True
+    ) -> StepResult:
+        return self._update(absent, clip_norm, measure_norm)
 
 
 class _Zero(Engine):
@@ -138,7 +140,9 @@ class _Zero(Engine):
         own_sums: Tensor = sums
         return own_sums
 
-    def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
+    def step(
+        self, absent: Iterable[nn.Parameter], clip_norm: float | None, *, measure_norm: bool = True
+    ) -> StepResult:
         average_buffers(self.root, self.world)
         away = set(absent)
         self._absent = {group.flat for group in self._groups if group.parameters[0] in away}

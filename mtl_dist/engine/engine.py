@@ -26,10 +26,10 @@ from mtl_dist.errors import UserError
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did: the gradient norm before clipping, and whether the step was skipped
-    because a gradient was not finite (fp16 only; the norm is then infinite)."""
+    """What one optimizer step did: the gradient norm before clipping, where it was measured, and whether the
+    step was skipped because a gradient was not finite (fp16 only; the norm is then infinite)."""
 
-    grad_norm: Tensor
+    grad_norm: Tensor | None
     skipped: bool = False
 
 
@@ -71,8 +71,12 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
+    def step(
+        self, absent: Iterable[nn.Parameter], clip_norm: float | None, *, measure_norm: bool = True
+    ) -> StepResult:
         """One optimizer step on the window's gradients, which are cleared.
+
+        Their norm costs one more pass over them, and without `measure_norm` it is left out unless needed.
 
         The `absent` parameters belong to tasks without any label in the window: they and their optimizer
         state stay exactly as they are.

@@ -32,10 +32,10 @@ class ReplicatedEngine(Engine):
         self.optimizer = optimizer
         self.scaler = scaler
         self._names: dict[Tensor, str] = {p: name for name, p in root.named_parameters()}
-        # Stays on the device: asking it at every step would make the host wait for the GPU.
-        self._all_finite = torch.ones((), dtype=torch.bool, device=world.device)
 
-    def _update(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
+    def _update(
+        self, absent: Iterable[nn.Parameter], clip_norm: float | None, measure_norm: bool
+    ) -> StepResult:
         """One optimizer step on `parameter.grad`, which is cleared."""
         average_buffers(self.root, self.world)
         for parameter in absent:
@@ -43,24 +43,26 @@ class ReplicatedEngine(Engine):
             parameter.grad = None
         parameters = [parameter for parameter in self._names if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        grad_norm = nn.utils.get_total_norm(gradients)
-        if self.scaler is None:
-            self._all_finite &= grad_norm.isfinite()
-            finite = True
-        else:
+        grad_norm: Tensor | None = None
+        if measure_norm or clip_norm is not None or self.scaler is not None:
+            grad_norm = nn.utils.get_total_norm(gradients)
+        finite = True
+        if self.scaler is not None and grad_norm is not None:
             finite = bool(grad_norm.isfinite())
             torch._foreach_mul_(gradients, 1 / self.scaler.scale)
             grad_norm = grad_norm / self.scaler.scale if finite else torch.full_like(grad_norm, torch.inf)
             self.scaler.update(finite)
         if finite:
-            if clip_norm is not None:
+            if clip_norm is not None and grad_norm is not None:
                 nn.utils.clip_grads_with_norm_(parameters, clip_norm, grad_norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm=grad_norm, skipped=not finite)
 
     def full_state(self) -> FullState:
-        if not self._all_finite:
+        # Asked here, not at every step: the host would wait for the GPU.
+        trained = [parameter.detach() for parameter in self._names if parameter.requires_grad]
+        if trained and not torch.stack(torch._foreach_norm(trained, torch.inf)).isfinite().all():
             raise lost_weights()
         scaler = self.scaler.state_dict() if self.scaler is not None else {}
         if not self.world.is_main:
@@ -97,4 +99,3 @@ class ReplicatedEngine(Engine):
             self.optimizer.state[parameter][slot] = own
         if scaler and self.scaler is not None:
             self.scaler.load_state_dict(scaler)
-        self._all_finite.fill_(True)

@@ -13,6 +13,7 @@ from mtl_dist.balance.methods import build_balancer
 from mtl_dist.batch import Batch
 from mtl_dist.engine.accelerated import AccelerateEngine
 from mtl_dist.engine.world import World
+from mtl_dist.errors import UserError
 from mtl_dist.models.multitask import build_model
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.optim import OptimSettings, build_optimizer
@@ -186,3 +187,30 @@ def test_a_forward_remembers_nothing_of_the_window_before() -> None:
     first = root(batch, totals, WEIGHTS)[0]
     root(make_batch(8, missing=0.5, seed=2), totals, Weights(torch.zeros(3)))
     assert torch.equal(root(batch, totals, WEIGHTS)[0], first)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+def test_a_step_is_the_same_whether_its_norm_is_measured_or_not(clip_norm: float | None) -> None:
+    states = []
+    for measure_norm in (True, False):
+        root = make_root()
+        engine = AccelerateEngine(None, ALONE, root, torch.optim.SGD(root.parameters(), lr=0.1))
+        batch = make_batch(8)
+        totals = WindowTotals(count_labels(root.tasks, [batch]), 1, 0)
+        engine.forward_backward(batch, totals, WEIGHTS, last=True)
+        result = engine.step([], clip_norm, measure_norm=measure_norm)
+        assert (result.grad_norm is not None) == (measure_norm or clip_norm is not None)
+        states.append(engine.full_state().model)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_state_with_lost_weights_is_refused(value: float) -> None:
+    root = make_root()
+    engine = AccelerateEngine(None, ALONE, root, torch.optim.AdamW(root.parameters()))
+    batch = make_batch(8)
+    totals = WindowTotals(count_labels(root.tasks, [batch]), 1, 0)
+    engine.forward_backward(batch, totals, Weights(torch.tensor([value, 1.0, 1.0])), last=True)
+    engine.step([], None, measure_norm=False)
+    with pytest.raises(UserError, match="expected finite gradients"):
+        engine.full_state()
