@@ -25,6 +25,8 @@ if compgen -G "$wheels/*.whl" > /dev/null; then
     rm -rf "$out/site"
     "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
         --target "$out/site" "$wheels"/*.whl
+    # A run writes down the versions of what the package requires, which its metadata says.
+    "$python" -c 'import setuptools; setuptools.setup()' --quiet egg_info --egg-base "$out/site"
     export PYTHONPATH="$PWD:$out/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 exec "$python" -m benchmarks gpu "$out" "${tiny[@]}"
