@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A module's tests share their runs, so they stay on one worker; the long ones come first.
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-slurm lint install clean
+.PHONY: demo test test-all test-oldest test-slurm lint install clean
 
 # What a user needs; the tests' own tools come on top of it.
 install: $(VENV)/installed
@@ -40,10 +40,21 @@ test-all: $(VENV)/installed-dev
 test-slurm: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/slurm
 
+# With the oldest releases that setup.cfg allows, in an environment of its own (several GB).
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest $(PYTEST_FLAGS) -m "not slurm and not exhaustive" tests/unit tests/integration
+
+.venv-oldest/installed: setup.cfg tests/oldest_pins.py
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) tests/oldest_pins.py > .venv-oldest/pins.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint .venv-oldest/pins.txt \
+		--editable '.[demo,dev,fast,tiff]'
+	touch $@
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache
