@@ -60,8 +60,11 @@ def _put(section: Any, location: Location, names: list[str], value: Any, added: 
     here: str | int = name
     if isinstance(section, list):
         if not name.isdecimal() or int(name) >= len(section):
-            there = f"one of the {len(section)} items of {dotted(location)}, counted from 0"
-            raise LookupError(f"expected {there}, found {name}.")
+            last = len(section) - 1
+            numbers = "which is empty" if last < 0 else "0" if last == 0 else f"0 to {last}"
+            raise LookupError(
+                f"expected the number of an item of {dotted(location)}, {numbers}, found {name}."
+            )
         here = int(name)
     elif not isinstance(section, dict):
         raise LookupError(f"expected a section at {dotted(location)}, found {show(section)}.")

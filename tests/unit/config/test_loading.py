@@ -17,6 +17,7 @@ from mtl_dist.config.errors import nearest, suggest
 from mtl_dist.config.loading import load_settings, to_yaml
 from mtl_dist.config.settings import Settings
 from mtl_dist.errors import UserError
+from mtl_dist.recipe import load_recipe
 
 
 class CrossEntropy(Settings):
@@ -231,7 +232,7 @@ def test_a_number_in_the_path_of_an_override_is_an_index(tmp_path: Path) -> None
         ("lr", "lr: expected an override a.b=value. Write for example optim.lr=1e-3."),
         ("train..epochs=1", "train..epochs=1: expected an override a.b=value. Write for example optim.lr=1e-3."),
         ("train.epochs.x=1", "train.epochs.x: expected a section at train.epochs, found 4."),
-        ("data.7.path=x", "data.7.path: expected one of the 1 items of data, counted from 0, found 7."),
+        ("data.7.path=x", "data.7.path: expected the number of an item of data, 0, found 7."),
         ("optim=[", """optim: expected a value in YAML, found "[" (expected the node content, but found '<stream end>'). Put text with signs in quotes."""),
         ("optim={lr: 1, lr: 2}", "optim: key lr stands twice in the value. Keep one."),
         ("tasks.bred=null", "tasks.bred: expected an entry to take out, found none. Did you mean breed? Entries: breed, age."),
@@ -390,3 +391,45 @@ def test_what_is_written_states_the_defaults_and_reads_well(tmp_path: Path) -> N
         "notes: {}\n"
     )
     assert json.loads(recipe.model_dump_json())["train"]["checkpointing"] == "off"
+
+
+DIGITS = Path(__file__).parents[3] / "configs" / "digits.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "data.train.path=x",
+            "data.train.path: expected the number of an item of data.train, 0, found path.",
+        ),
+        (
+            "data.train.-1.path=x",
+            "data.train.-1.path: expected the number of an item of data.train, 0, found -1.",
+        ),
+        ("tasks.digit.metrics=[accuracy]", "tasks.digit.metrics: expected a mapping, found a list of 1."),
+        (
+            "model.head.hidden.0=3",
+            "model.head.hidden: expected a list, each item an integer >= 1, found a mapping.",
+        ),
+    ],
+)
+def test_an_override_into_or_of_a_list_that_does_not_fit_is_refused(override: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(DIGITS, [override])
+    assert str(error.value) == said
+
+
+def test_an_override_may_state_a_list_or_one_item_of_it() -> None:
+    recipe = load_recipe(
+        DIGITS,
+        [
+            "data.train=[{path: a}, {path: b}]",
+            "data.train.1.path=c",
+            "model.head.hidden=[8, 4]",
+            "optim.lr=1",
+        ],
+    )
+    assert [str(source.path) for source in recipe.data.train] == ["a", "c"]
+    assert recipe.model.head.hidden == (8, 4)
+    assert recipe.optim.lr == 1.0
