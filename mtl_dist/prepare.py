@@ -4,67 +4,74 @@ import mtl_dist
 
 mtl_dist.prepare.digits("data/digits")
 mtl_dist.prepare.folders("photos", "data/breeds", task="breed", val=0.1, seed=3)
+mtl_dist.prepare.table("labels.csv", "data/skin", classification={"diagnosis": "dx"}, group="patient")
+mtl_dist.prepare.importer(Scans, "data/scans", folder="/mnt/scans")
 
-Besides an importer's own arguments each takes `seed`, `workers`, `max_skipped` and `verify`. Paths may be
-text.
+Besides an importer's own settings each takes those that all share: `split`, `val`, `group`, `seed`, ...
+`importer` runs any, a class or its import path.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from dataclasses import fields
+from typing import Any
 
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.errors import UserError
-from mtl_dist.importers.packing import PackOptions
+from mtl_dist.importers import run
+from mtl_dist.importers.importer import Importer
+from mtl_dist.importers.options import PackOptions
+from mtl_dist.importers.registry import IMPORTERS
+from mtl_dist.importers.road import LABELS, importer_class
+from mtl_dist.kinds.registry import KINDS
 
-IMPORTERS: dict[str, str] = {
-    "digits": "digits",
-    "folders": "folders",
-    "table": "table",
-    "idx": "idx",
-    "cifar": "cifar",
-    "stacks": "stacks",
-    "own": "importer",
-}
-"""The modules that have `prepare_<name>`."""
+_SHARED = [field.name for field in fields(PackOptions)]
 
 
 def __getattr__(name: str) -> Callable[..., Manifest]:
     if name not in IMPORTERS:
-        raise AttributeError(f"module {__name__!r} has no importer {name!r}: {', '.join(IMPORTERS)}")
-    module = import_module(f"mtl_dist.importers.{IMPORTERS[name]}")
-    return _callable(name, getattr(module, f"prepare_{name}"))
+        raise AttributeError(f"module {__name__!r} has no importer {name!r}: {', '.join(__dir__())}")
+    return _callable(name, name)
 
 
 def __dir__() -> list[str]:
-    return list(IMPORTERS)
+    return [*IMPORTERS, "importer"]
 
 
-def _callable(name: str, function: Callable[..., Manifest]) -> Callable[..., Manifest]:
-    """`function` with PackOptions' fields in place of `options`, and text for paths."""
-    signature = inspect.signature(function)
-    hints = get_type_hints(function)
-    packing = inspect.signature(PackOptions).parameters
-    own = [each for key, each in signature.parameters.items() if key not in ("options", "progress")]
-    shared = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in packing.values()]
-    offered = signature.replace(parameters=[*own, *shared])
+def importer(found: str | type[Importer], out: str, **settings: Any) -> Manifest:
+    """The dataset `out` by an importer: a class, or its import path.
+
+    Raises:
+        UserError: settings that do not fit, or data that cannot be used.
+    """
+    prepare: Callable[..., Manifest] = _callable("importer", found)
+    return prepare(out=out, **settings)
+
+
+def _callable(name: str, found: str | type[Importer]) -> Callable[..., Manifest]:
+    """An importer as a function: its source and `out` by position, everything else by name."""
+    by_name = inspect.Parameter.KEYWORD_ONLY
+    kind = importer_class(found)
+    own = dict(list(inspect.signature(kind.__init__).parameters.items())[1:])
+    source = [own.pop("source")] if "source" in own else []
+    out = inspect.Parameter("out", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [*own, *(KINDS if LABELS in own else ()), *_SHARED]
+    offered = [*source, out, *(inspect.Parameter(each, by_name, default=None) for each in names)]
+    signature = inspect.Signature(offered, return_annotation=Manifest)
 
     def prepare(*args: Any, **kwargs: Any) -> Manifest:
         try:
-            arguments = offered.bind(*args, **kwargs).arguments
+            settings = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
-            names = ", ".join(offered.parameters)
-            raise UserError(f"prepare.{name}: {error}. Its arguments are {names}.") from None
-        for key, value in arguments.items():
-            if isinstance(value, str) and Path in (hints.get(key), *get_args(hints.get(key))):
-                arguments[key] = Path(value)
-        options = {key: arguments.pop(key) for key in packing if key in arguments}
-        return function(**arguments, options=PackOptions(**options))
+            raise UserError(
+                f"prepare.{name}: {error}. Its arguments are {', '.join(signature.parameters)}."
+            ) from None
+        shared = {key: settings.pop(key) for key in _SHARED if key in settings}
+        place = settings.pop("out")
+        return run(found, place, settings, PackOptions(**shared))
 
-    prepare.__name__, prepare.__doc__ = name, function.__doc__
-    prepare.__signature__ = offered  # type: ignore[attr-defined]
+    prepare.__name__, prepare.__doc__ = name, kind.__doc__
+    prepare.__signature__ = signature  # type: ignore[attr-defined]
     return prepare

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from PIL import Image
 
 from mtl_dist.data.manifest import Manifest, read_manifest
 from mtl_dist.durable import sha256_of
-from mtl_dist.importers.packing import PackOptions
-from mtl_dist.importers.table import prepare_table
+from mtl_dist.importers import run
+from mtl_dist.importers.importer import Importer
+from mtl_dist.importers.options import PackOptions
 
 HERE = PackOptions(workers=1)
 """In this process: the tests' data is small."""
@@ -88,7 +90,7 @@ ALL: dict[str, Any] = {
     "segmentation": {"lesion": "mask"},
     "units": {"age": "years"},
 }
-"""The arguments of `prepare_table` for every task in `CSV`."""
+"""The settings of a table for every task in `CSV`."""
 
 
 def skin(root: Path, table: str = CSV) -> Path:
@@ -96,6 +98,46 @@ def skin(root: Path, table: str = CSV) -> Path:
     return fill(root, {"labels.csv": table, **FILES, **MASKS})
 
 
+def prepared(
+    importer: str | type[Importer],
+    out: Path,
+    options: PackOptions = HERE,
+    progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> Manifest:
+    """The dataset by an importer, in this process; the shared options may be among the settings."""
+    shared = {field.name for field in fields(PackOptions)} & set(settings)
+    packing = replace(options, **{name: settings.pop(name) for name in shared})
+    return run(importer, out, {k: v for k, v in settings.items() if v is not None}, packing, progress)
+
+
 def prepare(src: Path, out: Path, **arguments: Any) -> Manifest:
-    """`prepare_table` in this process."""
-    return prepare_table(src, out, **{"options": HERE, **arguments})
+    """A dataset from a table."""
+    return prepared("table", out, source=src, **arguments)
+
+
+def prepare_folders(
+    src: Path,
+    out: Path,
+    task: str,
+    split: Sequence[float] | None = None,
+    options: PackOptions = HERE,
+    **more: Any,
+) -> Manifest:
+    """A dataset from folders of classes."""
+    return prepared("folders", out, options, source=src, task=task, split=split, **more)
+
+
+def prepare_idx(src: Path, out: Path, task: str = "label", **more: Any) -> Manifest:
+    """A dataset from IDX files."""
+    return prepared("idx", out, source=src, task=task, **more)
+
+
+def prepare_cifar(src: Path, out: Path, heads: Sequence[str], **more: Any) -> Manifest:
+    """A dataset from CIFAR's records."""
+    return prepared("cifar", out, source=src, heads=heads, **more)
+
+
+def prepare_stacks(src: Path, out: Path, **more: Any) -> Manifest:
+    """A dataset from TIFF stacks."""
+    return prepared("stacks", out, source=src, **more)

@@ -7,16 +7,17 @@ from typing import Annotated
 
 import typer
 
-from mtl_dist.commands import prepare, stacks
-from mtl_dist.commands.options import class_names, named
-from mtl_dist.commands.prepare import MaxSkipped, Out, Pairs, Verify, Workers, packing_options, summary
+from mtl_dist.commands import prepare
+from mtl_dist.commands.options import named
+from mtl_dist.commands.prepare import summary
 from mtl_dist.commands.progress import progress_bar
+
+Pairs = list[str] | None
 
 
 def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel="Data")(inspect)
     app.command(rich_help_panel="Data")(index)
-    stacks.add_to(prepare.app)
     app.add_typer(prepare.app, name="prepare", rich_help_panel="Data")
 
 
@@ -70,7 +71,9 @@ def index(
             help="Tars, names with {000..099}, folders; also as URLs.",
         ),
     ],
-    out: Out,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", show_default=False, help="The new dataset's directory.")
+    ],
     image: Annotated[
         str | None,
         typer.Option(
@@ -105,9 +108,19 @@ def index(
             help="The split of all tars; without it their names tell it, or it is train.",
         ),
     ] = None,
-    workers: Workers = None,
-    max_skipped: MaxSkipped = 0,
-    verify: Verify = True,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", show_default=False, help="Processes; without it one per core."),
+    ] = None,
+    max_skipped: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Unreadable images that may be left out; with 0 the first one stops it."
+        ),
+    ] = 0,
+    verify: Annotated[
+        bool, typer.Option(help="Decode every image once; without it only headers are read.")
+    ] = True,
 ) -> None:
     """Index WebDataset tars that others wrote: they stay where they are, and OUT says what is in them.
 
@@ -117,7 +130,9 @@ def index(
       mtl index 'in1k/train-{000..146}.tar' data/in1k --image jpg --classification label=cls
       mtl index laion/ data/laion --multilabel tags=json:tags --regression score=json:meta.score
     """
+    from mtl_dist.importers.options import PackOptions
     from mtl_dist.importers.tars import FieldMapping, index_tars
+    from mtl_dist.importers.wanted import class_names
 
     mapping = FieldMapping(
         image=image,
@@ -125,11 +140,13 @@ def index(
         multilabel=named("--multilabel", multilabel, "FIELD"),
         regression=named("--regression", regression, "FIELD"),
         segmentation=named("--segmentation", segmentation, "EXT"),
-        classes=class_names("--classes", classes),
+        classes={
+            task: class_names(task, text) for task, text in named("--classes", classes, "NAME,...").items()
+        },
         units=named("--unit", unit, "UNIT"),
         separator=separator,
     )
-    options = packing_options(0, workers, max_skipped, verify)
+    options = PackOptions(workers=workers, max_skipped=max_skipped, verify=verify)
     with progress_bar("tars") as show:
         manifest = index_tars(tars, out, mapping, split=split, options=options, progress=show)
     summary(out, manifest)

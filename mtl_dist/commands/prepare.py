@@ -1,335 +1,286 @@
-"""The commands that pack images and labels into shards: `mtl prepare ...`."""
+"""`mtl prepare NAME ...`: a command for each importer, made from its annotated settings."""
 
 from __future__ import annotations
 
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
-from mtl_dist.commands.options import class_names, fractions, named, numbers, words
+from mtl_dist.commands.options import named, words
 from mtl_dist.commands.progress import progress_bar
+from mtl_dist.errors import UserError
+from mtl_dist.importers.registry import IMPORTERS
 
 if TYPE_CHECKING:
     from mtl_dist.data.manifest import Manifest
-    from mtl_dist.importers.packing import PackOptions
+    from mtl_dist.importers.options import PackOptions
 
-Out = Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The new dataset's directory.")]
-Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Decides the split and the stored order.")]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        min=1, metavar="N", show_default=False, help="Processes; without it as many as the data is worth."
-    ),
-]
-MaxSkipped = Annotated[
-    int,
-    typer.Option(
-        min=0, metavar="N", help="Unreadable images that may be left out; with 0 the first one stops it."
-    ),
-]
-Verify = Annotated[bool, typer.Option(help="Decode every image once; without it only headers are read.")]
-Val = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SHARE",
-        show_default=False,
-        help="The share of train to validate on, where there is no val; without it 0.1.",
-    ),
-]
-Pairs = list[str] | None
+SOURCE, LABELS = "source", "labels"
+_SHARD_OPTIONS = ("shard_samples", "shard_bytes")
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+
+class ImporterGroup(TyperGroup):
+    """The importers as commands: the built-in ones, and any class by its import path."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(IMPORTERS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in IMPORTERS or "." in cmd_name:
+            return command_of(cmd_name)
+        return None
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.get_command = _listed  # type: ignore[method-assign]  # imports nothing
+        super().format_help(ctx, formatter)
+
+
+app = typer.Typer(cls=ImporterGroup, no_args_is_help=True, rich_markup_mode="rich")
 
 
 @app.callback()
 def _prepare() -> None:
     """Pack images and labels into shards: plain WebDataset tars, an index and dataset.json.
 
-    A directory that exists and is not empty is refused. Any sample may lack any label.
+    A directory that exists and is not empty is refused. Any sample may lack any label. An importer of
+    yours is named by its import path; docs/extend.md shows one.
 
     \b
       mtl prepare digits data/digits
       mtl prepare folders photos/ data/breeds --task breed
       mtl prepare table labels.csv data/skin --image file --classification diagnosis=dx
-      mtl prepare idx mnist/ data/mnist --task digit
+      mtl prepare my_project.importers.Scans data/scans folder=/mnt/scans every=2
     """
 
 
-@app.command()
-def digits(out: Out, seed: Seed = 0, workers: Workers = None) -> None:
-    """scikit-learn's 1,797 handwritten digits: three tasks, nothing to download.
+def _listed(ctx: Any, cmd_name: str) -> Any:
+    """A command as the list of commands wants it: nothing is imported."""
 
-    Which digit (classification), how thick the stroke is (regression, measured from the picture), which
-    pixels are ink (segmentation).
+    def command() -> None: ...
 
-    \b
-      mtl prepare digits data/digits
+    command.__doc__ = IMPORTERS[cmd_name].summary
+    return _made(command, cmd_name)
+
+
+def _made(function: Callable[..., None], name: str) -> Any:
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    app.command(name)(function)
+    return typer.main.get_command(app)
+
+
+def command_of(name: str) -> Any:
+    """The command of an importer: its settings as options, then those that all importers share.
+
+    Raises:
+        UserError: no importer there.
     """
-    from mtl_dist.importers.digits import prepare_digits
+    from mtl_dist.importers.options import PackOptions
+    from mtl_dist.importers.road import importer_class
+
+    importer = importer_class(name)
+    built_in = name in IMPORTERS
+    own: list[Setting] = []
+    if built_in:
+        hints = get_type_hints(importer.__init__, include_extras=True)
+        for argument in list(inspect.signature(importer.__init__).parameters.values())[1:]:
+            own += _settings(argument.name, hints[argument.name], argument.default)
+    hints = get_type_hints(PackOptions, include_extras=True)
+    shared = [
+        setting
+        for each in fields(PackOptions)
+        if each.name not in _SHARD_OPTIONS and (importer.verify or each.name != "verify")
+        for setting in _settings(each.name, hints[each.name], each.default)
+    ]
+    arguments = [setting for setting in own if setting.is_argument]
+    arguments.append(Setting("out", _argument(str, "OUT", "The new dataset's directory."), is_argument=True))
+    if not built_in:
+        given = _argument(list[str] | None, "NAME=VALUE", "Arguments of its constructor.")
+        arguments.append(Setting("given", given, None, is_argument=True))
+    ordered = [*arguments, *(setting for setting in own if not setting.is_argument), *shared]
+
+    def command(**values: Any) -> None:
+        packing = PackOptions(**{each.name: each.read(values[each.name]) for each in shared})
+        settings = _arguments(values["given"] or ()) if not built_in else _values(own, values)
+        _run(name, Path(values["out"]), settings, packing)
+
+    command.__doc__ = inspect.cleandoc(importer.__doc__ or "An importer of yours.")
+    command.__signature__ = inspect.Signature([setting.parameter for setting in ordered])  # type: ignore[attr-defined]
+    command.__annotations__ = {setting.name: setting.annotation for setting in ordered}
+    return _made(command, name)
+
+
+def _values(settings: Sequence[Setting], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were given, as the importer takes them; labels of all kinds are one setting."""
+    found = {
+        each.name: each.read(values[each.name])
+        for each in settings
+        if not each.kind and values[each.name] not in (None, [])
+    }
+    labels: dict[str, str] = found.get(LABELS, {})
+    for each in settings:
+        for task, column in named(f"--{each.kind}", values[each.name] if each.kind else []).items():
+            if task in labels:
+                raise UserError(f"tasks: expected each name once, found {task!r} twice.")
+            labels[task] = f"{each.kind}:{column}"
+    if labels:
+        found[LABELS] = _in_order_of_kinds(labels)
+    return found
+
+
+def _run(name: str, out: Path, settings: Mapping[str, Any], options: PackOptions) -> None:
+    from mtl_dist.importers import run
 
     with progress_bar("pack") as show:
-        manifest = prepare_digits(out, packing_options(seed, workers), show)
+        manifest = run(name, out, settings, options, show)
     summary(out, manifest)
 
 
-@app.command()
-def folders(
-    src: Annotated[
-        Path, typer.Argument(metavar="SRC", show_default=False, help="A directory or a zip of class folders.")
-    ],
-    out: Out,
-    task: Annotated[str, typer.Option(show_default=False, help="The task's name.")],
-    mask: Annotated[
-        Pairs,
-        typer.Option(
-            metavar="TASK=HOW",
-            help="Masks made from the pictures: otsu, or the import path of a function of yours.",
-        ),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FRACTIONS",
-            show_default=False,
-            help="Such as 0.8,0.1,0.1, where SRC has no train folder.",
-        ),
-    ] = None,
-    val: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            show_default=False,
-            help="The share of train to validate on, where SRC has train and test but no val.",
-        ),
-    ] = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-    max_skipped: MaxSkipped = 0,
-    verify: Verify = True,
-) -> None:
-    """One folder per class: train|val|test/CLASS/..., or CLASS/... to be split.
+def _in_order_of_kinds(labels: Mapping[str, str]) -> dict[str, str]:
+    """The tasks by kind, as the registry has them: the order of their options does not matter."""
+    from mtl_dist.kinds.registry import KINDS
 
-    \b
-      mtl prepare folders photos/ data/breeds --task breed
-      mtl prepare folders photos.zip data/breeds --task breed --split 0.8,0.1,0.1
-      mtl prepare folders cifar10.zip data/cifar10 --task object --mask shape=otsu --val 0.1
+    order = list(KINDS)
+
+    def rank(task: str) -> int:
+        kind = labels[task].partition(":")[0]
+        return order.index(kind) if kind in order else len(order)
+
+    return {task: labels[task] for task in sorted(labels, key=rank)}
+
+
+def _arguments(given: Sequence[str]) -> dict[str, Any]:
+    """The arguments `name=value` of a user-defined importer.
+
+    Raises:
+        UserError: one has another form.
     """
-    from mtl_dist.importers.folders import prepare_folders
+    from mtl_dist.config.overrides import apply_overrides
 
-    parts = None if split is None else fractions("--split", split)
-    masks = named("--mask", mask, "HOW")
-    options = packing_options(seed, workers, max_skipped, verify)
-    with progress_bar("pack") as show:
-        manifest = prepare_folders(src, out, task, parts, options, show, masks, val)
-    summary(out, manifest)
+    data: dict[str, Any] = {}
+    _, mistakes = apply_overrides(data, given)
+    if mistakes:
+        raise UserError("\n".join(line for _, line in mistakes))
+    return data
 
 
-@app.command()
-def table(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE", show_default=False, help="csv, tsv or json; or a directory or zip that holds one."
-        ),
-    ],
-    out: Out,
-    image: Annotated[str, typer.Option(metavar="COLUMN", help="The column of image files.")] = "file",
-    root: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", show_default=False, help="Where the files are; without it beside FILE."),
-    ] = None,
-    classification: Annotated[
-        Pairs, typer.Option(metavar="TASK=COLUMN", help="A class per image. May be given several times.")
-    ] = None,
-    multilabel: Annotated[
-        Pairs, typer.Option(metavar="TASK=COLUMN", help="Any number of classes per image, as a|b.")
-    ] = None,
-    regression: Annotated[Pairs, typer.Option(metavar="TASK=COLUMN", help="A number per image.")] = None,
-    segmentation: Annotated[
-        Pairs,
-        typer.Option(
-            metavar="TASK=COLUMN|DIR", help="A mask per image: a column of files, or a folder of them."
-        ),
-    ] = None,
-    classes: Annotated[
-        Pairs,
-        typer.Option(metavar="TASK=NAME,...", help="Class names by index, or by value as 0:NAME,255:NAME."),
-    ] = None,
-    unit: Annotated[
-        Pairs, typer.Option(metavar="TASK=UNIT", help="The unit of a number, such as years.")
-    ] = None,
-    separator: Annotated[
-        str, typer.Option(metavar="TEXT", help="What stands between a cell's classes.")
-    ] = "|",
-    split: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COLUMN|FRACTIONS",
-            show_default=False,
-            help="A column, or such as 0.8,0.1,0.1. Without it a column or folders that name splits.",
-        ),
-    ] = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-    max_skipped: MaxSkipped = 0,
-    verify: Verify = True,
-) -> None:
-    """A table of labels: one row per image, one column per task. An empty cell is a missing label.
+# ---------------------------------------------------------------- from annotations to parameters
+@dataclass(frozen=True)
+class Setting:
+    """One parameter of a command: its name, what typer is told of it, and how its value is read.
 
-    \b
-      mtl prepare table labels.csv data/skin --image file --root images \\
-          --classification diagnosis=dx --regression age=age --unit age=years \\
-          --segmentation lesion=masks --split split
+    `kind` is that of a short form such as --regression TASK=COLUMN.
     """
-    from mtl_dist.importers.table import prepare_table
 
-    options = packing_options(seed, workers, max_skipped, verify)
-    with progress_bar("pack") as show:
-        manifest = prepare_table(
-            file,
-            out,
-            image=image,
-            root=root,
-            classification=named("--classification", classification),
-            multilabel=named("--multilabel", multilabel),
-            regression=named("--regression", regression),
-            segmentation=named("--segmentation", segmentation, "COLUMN or TASK=DIR"),
-            classes=class_names("--classes", classes),
-            units=named("--unit", unit, "UNIT"),
-            separator=separator,
-            split=None if split is None else numbers(split) or split,
-            options=options,
-            progress=show,
+    name: str
+    annotation: Any
+    default: Any = inspect.Parameter.empty
+    read: Callable[[Any], Any] = lambda value: value
+    is_argument: bool = False
+    kind: str = ""
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        """The parameter of a function with this setting."""
+        return inspect.Parameter(
+            self.name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=self.annotation
         )
-    summary(out, manifest)
 
 
-@app.command()
-def idx(
-    src: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SRC", show_default=False, help="A directory or a zip of IDX files, .gz or not."
-        ),
-    ],
-    out: Out,
-    task: Annotated[str, typer.Option(help="The task's name.")] = "label",
-    classes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,...", show_default=False, help="Class names by label; without it the labels."
-        ),
-    ] = None,
-    measure: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WHAT,...",
-            show_default=False,
-            help="Measured on every picture, a regression task each: thickness (px), slant (degrees).",
-        ),
-    ] = None,
-    val: Val = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-) -> None:
-    """MNIST and its relatives: train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-...
+def _settings(name: str, hint: Any, default: Any) -> list[Setting]:
+    """The parameters for one annotated setting; labels have one more for each kind there is."""
+    from mtl_dist.importers.options import Help, Split
+    from mtl_dist.kinds.registry import KINDS
 
-    \b
-      mtl prepare idx mnist/ data/mnist --task digit
-      mtl prepare idx mnist/ data/strokes --task digit --measure thickness,slant
-    """
-    from mtl_dist.importers.idx import prepare_idx
-
-    names = words("--classes", classes) if classes is not None else None
-    measures = words("--measure", measure) if measure is not None else []
-    with progress_bar("pack") as show:
-        manifest = prepare_idx(src, out, task, names, measures, val, packing_options(seed, workers), show)
-    summary(out, manifest)
-
-
-@app.command()
-def cifar(
-    src: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SRC", show_default=False, help="A directory or a zip of .bin files, .gz or not."
-        ),
-    ],
-    out: Out,
-    heads: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME,...", show_default=False, help="What a record's labels are, in their order."
-        ),
-    ],
-    classes: Annotated[
-        Pairs,
-        typer.Option(
-            metavar="HEAD=NAME,...",
-            help="Class names by label; without it HEAD_label_names.txt, or the labels.",
-        ),
-    ] = None,
-    val: Val = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-) -> None:
-    """CIFAR's binary records: one byte per label, then 32x32x3 bytes; any number of labels.
-
-    \b
-      mtl prepare cifar cifar-100-binary/ data/cifar100 --heads coarse,fine
-      mtl prepare cifar cifar-10-batches-bin/ data/cifar10 --heads label
-    """
-    from mtl_dist.importers.cifar import prepare_cifar
-
-    names = {head: text.split(",") for head, text in named("--classes", classes, "NAME,...").items()}
-    with progress_bar("pack") as show:
-        manifest = prepare_cifar(
-            src, out, words("--heads", heads), names, val, packing_options(seed, workers), show
-        )
-    summary(out, manifest)
+    metadata = getattr(hint, "__metadata__", ())
+    told = next((each for each in metadata if isinstance(each, Help)), Help(""))
+    annotation = hint.__origin__ if metadata else hint
+    option = f"--{told.option or name.replace('_', '-')}"
+    missing = inspect.Parameter.empty if default is inspect.Parameter.empty else None
+    if name == SOURCE:
+        return [Setting(name, _argument(str, told.metavar or "SRC", told.text), is_argument=True)]
+    if name == LABELS:
+        several = list[str] | None
+        short = [
+            Setting(
+                f"of_{kind.name}",
+                _option(several, f"--{kind.name}", kind.metavar, kind.help),
+                None,
+                kind=kind.name,
+            )
+            for kind in KINDS.values()
+        ]
+        return [*short, Setting(name, _option(several, option, told.metavar, told.text), None, _labels)]
+    if annotation == Split:
+        return [Setting(name, _option(str | None, option, told.metavar, told.text), None)]
+    plain = [each for each in get_args(annotation) if each is not types.NoneType]
+    if get_origin(annotation) in (Union, types.UnionType) and len(plain) == 1:
+        annotation = plain[0]
+    origin = get_origin(annotation) or annotation
+    if origin is dict:
+        what = told.metavar.partition("=")[2] or "VALUE"
+        made = _option(list[str] | None, option, told.metavar or "NAME=VALUE", told.text)
+        return [Setting(name, made, None, lambda texts: named(option, texts, what))]
+    if origin is tuple:
+        item = get_args(annotation)[0]
+        made = _option(str if missing else str | None, option, told.metavar or "VALUE,...", told.text)
+        return [Setting(name, made, missing, lambda text: _items(option, text, item))]
+    if annotation is bool:
+        made = _option(bool, f"{option}/--no-{option[2:]}", "", told.text)
+        return [Setting(name, made, default)]
+    if annotation in (int, float):
+        made = _option(annotation | None if default is None else annotation, option, told.metavar, told.text)
+        return [Setting(name, made, default)]
+    choices = "|".join(get_args(annotation)) if origin is Literal else told.metavar
+    shown = default if isinstance(default, str) and default else missing
+    made = _option(str if shown is not None else str | None, option, choices, told.text)
+    return [Setting(name, made, shown, lambda text: "" if text is None else text)]
 
 
-@app.command()
-def own(
-    importer: Annotated[
-        str, typer.Argument(metavar="IMPORT.PATH", show_default=False, help="A class of yours: an Importer.")
-    ],
-    out: Out,
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="NAME=VALUE", show_default=False, help="Arguments of its constructor."),
-    ] = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-    max_skipped: MaxSkipped = 0,
-    verify: Verify = True,
-) -> None:
-    """Data that only you can read, by a class of yours; docs/extend.md shows one.
-
-    \b
-      mtl prepare own my_project.importers.Scans data/scans folder=/mnt/scans every=2
-    """
-    from mtl_dist.importers.importer import prepare_own
-
-    options = packing_options(seed, workers, max_skipped, verify)
-    with progress_bar("pack") as show:
-        manifest = prepare_own(importer, out, arguments or [], options, show)
-    summary(out, manifest)
+def _argument(kind: Any, metavar: str, text: str) -> Any:
+    return Annotated[kind, typer.Argument(metavar=metavar, help=text, show_default=False)]
 
 
-def packing_options(seed: int, workers: int | None, max_skipped: int = 0, verify: bool = True) -> PackOptions:
-    """What the options that the commands share amount to."""
-    from mtl_dist.importers.packing import PackOptions
+def _option(kind: Any, option: str, metavar: str, text: str) -> Any:
+    return Annotated[kind, typer.Option(option, metavar=metavar or None, help=text)]
 
-    return PackOptions(verify=verify, max_skipped=max_skipped, workers=workers, seed=seed)
+
+def _labels(texts: Sequence[str]) -> dict[str, str]:
+    """`KIND:TASK=COLUMN` by task, as `KIND:COLUMN`."""
+    labels = {}
+    for text in texts:
+        kind, colon, rest = text.partition(":")
+        task, equals, column = rest.partition("=")
+        if not (kind and colon and task and equals and column):
+            raise UserError(f'--label: expected KIND:TASK=COLUMN, found "{text}".')
+        if task in labels:
+            raise UserError(f"tasks: expected each name once, found {task!r} twice.")
+        labels[task] = f"{kind}:{column}"
+    return labels
+
+
+def _items(option: str, text: str, item: type) -> list[Any]:
+    """The items of a text with commas."""
+    try:
+        return [item(word) for word in words(option, text)]
+    except ValueError:
+        raise UserError(f'{option}: expected numbers with commas between them, found "{text}".') from None
 
 
 def summary(out: Path, manifest: Manifest) -> None:
     """What has been made, in a few lines."""
+    from mtl_dist.data.inspect import account_lines
+
     splits = ", ".join(f"{split.num_samples:,} {name}" for name, split in manifest.splits.items())
     tasks = ", ".join(f"{name} ({info.kind})" for name, info in manifest.tasks.items())
     print(f"{out}: {splits}; {tasks}")
+    for line in account_lines(manifest.account):
+        print(f"found: {line}")
     for note in manifest.notes:
         print(f"note: {note}")
     print(f"Look at it with: mtl inspect {out}")

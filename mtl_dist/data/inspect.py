@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,12 +173,23 @@ def render(inspection: Inspection) -> RenderableType:
     parts: list[RenderableType] = [_headline(manifest)]
     for table in tables:
         parts += [table, Text("")]
+    parts += [Text(f"found: {line}") for line in account_lines(manifest.account)]
     parts += [Text(f"note: {note}", style="yellow") for note in manifest.notes]
     if inspection.problems is not None:
         parts += [Text(problem, style="bold red") for problem in inspection.problems]
         if not inspection.problems:
             parts.append(Text("every shard matches its hash, every index its shards", style="green"))
     return Group(*parts)
+
+
+def account_lines(account: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """The account of a preparation as lines: what was found of each unit, and what became of it."""
+    found = []
+    for unit, fates in account.items():
+        ordered = sorted(fates.items(), key=lambda item: (item[0].startswith("left out"), -item[1], item[0]))
+        parts = " + ".join(f"{number:,} {fate}" for fate, number in ordered)
+        found.append(f"{unit}: {sum(fates.values()):,} = {parts or '0'}")
+    return found
 
 
 def _headline(manifest: Manifest) -> Text:

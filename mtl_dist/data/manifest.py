@@ -70,6 +70,7 @@ class Manifest:
     called "train").
     `notes` are lines the preparation had to say (skipped rows, duplicates across splits). `labels` says
     where a reader finds the labels that are not masks, `digests` whether those of the images are kept.
+    `account` is, by unit (files, rows, pages), how many things of the source had each fate.
     """
 
     channels: int
@@ -80,6 +81,7 @@ class Manifest:
     notes: tuple[str, ...] = field(default=())
     labels: LabelPlace = "json"
     digests: bool = False
+    account: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -151,4 +153,5 @@ def _parse(raw: dict[str, Any]) -> Manifest:
         notes=tuple(raw["notes"]),
         labels=raw.get("labels", "json"),
         digests=raw.get("digests", False),
+        account=raw.get("account", {}),
     )

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from mtl_dist.data.manifest import Manifest
 from mtl_dist.errors import UserError
+from mtl_dist.importers.account import SAMPLE
+from mtl_dist.importers.importer import Importer
 from mtl_dist.importers.jobs import Record, TaskSource
 from mtl_dist.importers.measures import MEASURES
-from mtl_dist.importers.packing import PackOptions, Progress, pack
 from mtl_dist.importers.pixels import encoded_picture
-from mtl_dist.importers.sources import Source
-from mtl_dist.importers.splitting import SPLIT_NAMES, held_out_note, split_by_fractions
+from mtl_dist.importers.sources import Source, Tree
 from mtl_dist.kinds.classification import Classification
+from mtl_dist.kinds.kind import Label
 from mtl_dist.kinds.regression import Regression
-
-DEFAULT_VAL = 0.1
-"""The share of the training pictures to validate on, where the data has no val part of its own."""
 
 _GZIP = b"\x1f\x8b"
 
@@ -81,61 +79,53 @@ def class_names_of(
     return tuple(names)
 
 
-def pack_arrays(
-    parts: Sequence[ArrayPart],
-    out: Path,
-    classes: Mapping[str, tuple[str, ...]],
-    name: str,
-    val: float | None,
-    measures: Sequence[str],
-    options: PackOptions,
-    progress: Progress,
-) -> Manifest:
-    """Pack the parts as the dataset `out`; `val` of the training pictures are held out (None: DEFAULT_VAL).
+class ArrayImporter(Importer):
+    """Shares what importers of arrays do: `parts` and the class names by task are found by them.
 
-    Every class of the task with the most classes is divided alike. With a part for val nothing is held out.
-
-    Raises:
-        UserError: no training part, no val that is asked for; or what `pack` refuses.
+    A tenth of the training pictures is held out to validate on, where the data has no val part; every class
+    of the task with the most classes is divided alike.
     """
-    splits = {part.split for part in parts}
-    if "train" not in splits:
-        raise UserError(f"{name}: expected training pictures, found only {', '.join(sorted(splits))}.")
-    if "val" in splits and val is not None:
-        raise UserError(f"{name}: expected no val pictures with --val, found some. Drop --val.")
-    held_out = (DEFAULT_VAL if val is None else val) if "val" not in splits else 0.0
-    if not 0 <= held_out < 1:
-        raise UserError(f"--val: expected a share from 0 up to 1, found {held_out:g}.")
-    finest = max(classes, key=lambda task: len(classes[task]))
-    notes = []
 
-    records: dict[str, list[Record]] = {split: [] for split in (*SPLIT_NAMES, *splits)}
-    training: list[Record] = []
-    for part in parts:
-        target = training if part.split == "train" else records[part.split]
-        target += _records(part, measures)
-    if held_out:
-        strata = [str(record.labels[finest]) for record in training]
-        keys = [record.key for record in training]
-        fractions = (1 - held_out, held_out)
-        chosen = split_by_fractions(keys, strata, fractions, options.seed)
-        notes.append(held_out_note(held_out, finest, options.seed, chosen))
-        for record, split in zip(training, chosen, strict=True):
-            records[split].append(record)
-    else:
-        records["train"] = training
-    tasks = {task: TaskSource(Classification.name, names) for task, names in classes.items()}
-    tasks |= {measure: TaskSource(Regression.name, unit=MEASURES[measure].unit) for measure in measures}
-    filled = {split: found for split, found in records.items() if found}
-    return pack(filled, out, tasks, name, notes, replace(options, verify=False), progress)
+    val: ClassVar[float] = 0.1
+    verify: ClassVar[bool] = False
 
+    parts: Sequence[ArrayPart]
+    classes: Mapping[str, tuple[str, ...]]
+    measures: Sequence[str] = ()
+    source: Path
+    tree: Tree
 
-def _records(part: ArrayPart, measures: Sequence[str]) -> list[Record]:
-    records = []
-    for number, picture in enumerate(part.pictures):
-        labels: dict[str, int | float | list[int]] = {
-            task: int(column[number]) for task, column in part.classes.items()
-        }
-        labels |= {measure: MEASURES[measure].of(picture) for measure in measures}
-        records.append(Record(f"{part.name}_{number:06d}", encoded_picture(picture), labels))
-    return records
+    @property
+    def name(self) -> str:
+        return self.source.resolve().stem
+
+    @property
+    def stratify(self) -> str:
+        return max(self.classes, key=lambda task: len(self.classes[task]))
+
+    def tasks(self) -> Mapping[str, TaskSource]:
+        splits = {part.split for part in self.parts}
+        if "train" not in splits:
+            raise UserError(
+                f"{self.name}: expected training pictures, found only {', '.join(sorted(splits))}."
+            )
+        tasks = {task: TaskSource(Classification.name, names) for task, names in self.classes.items()}
+        return tasks | {name: TaskSource(Regression.name, unit=MEASURES[name].unit) for name in self.measures}
+
+    def records(self) -> Iterator[Record]:
+        for part in self.parts:
+            self.account.count("pictures", SAMPLE, len(part.pictures))
+            for number, picture in enumerate(part.pictures):
+                labels: dict[str, Label] = {
+                    task: int(column[number]) for task, column in part.classes.items()
+                }
+                labels |= {name: MEASURES[name].of(picture) for name in self.measures}
+                key = f"{part.name}_{number:06d}"
+                yield Record(key, encoded_picture(picture), labels, split=part.split)
+
+    def enter_files(self, used: Iterable[str]) -> None:
+        """Account for the files of the tree, of which those at the paths `used` were read."""
+        self.tree.enter(self.account)
+        for path in used:
+            self.account.became("files", path, "read")
+        self.account.rest("files", "left out: no such file by its name")

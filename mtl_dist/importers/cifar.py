@@ -9,16 +9,16 @@ Any number of labels may precede the picture. The files may be compressed by gzi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from mtl_dist.data.manifest import Manifest
 from mtl_dist.data.shards import check_task_names
 from mtl_dist.errors import UserError
-from mtl_dist.importers.arrays import ArrayPart, class_names_of, pack_arrays, unpacked
-from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, refuse_existing, silent
+from mtl_dist.importers.arrays import ArrayImporter, ArrayPart, class_names_of, unpacked
+from mtl_dist.importers.options import Help
 from mtl_dist.importers.sources import Source, Tree
 from mtl_dist.importers.splitting import split_name
 
@@ -29,47 +29,47 @@ _NAME = re.compile(
     r"(?:(?P<split>train|test|val|valid|validation)(?:_batch)?|data_batch)(?:_\d+)?\.bin(?:\.gz)?"
 )
 _LIKELY_HEADS = range(1, 9)
+_NAME_FILES = ("_label_names.txt", "batches.meta.txt")
 
 
-def prepare_cifar(
-    src: Path,
-    out: Path,
-    heads: Sequence[str],
-    classes: Mapping[str, Sequence[str]] | None = None,
-    val: float | None = None,
-    options: PackOptions = STANDARD,
-    progress: Progress = silent,
-) -> Manifest:
-    """Prepare a classification task for each label of the records in a directory or a zip.
+class Cifar(ArrayImporter):
+    """CIFAR's binary records: one byte per label, then 32x32x3 bytes; any number of labels.
 
-    `heads` name the labels in the order of their bytes. Class names are those of `classes`, else the lines of
-    `<head>_label_names.txt` (with one head also of `batches.meta.txt`), else the labels themselves. `val` is
-    the share of train to validate on.
+    \b
+      mtl prepare cifar cifar-100-binary/ data/cifar100 --heads coarse,fine
+      mtl prepare cifar cifar-10-batches-bin/ data/cifar10 --heads label
 
-    Raises:
-        UserError: no such files, one whose size is no multiple of the record's, a label beyond the class
-            names; or what `pack` refuses.
+    Class names are those that are given, else the lines of HEAD_label_names.txt (with one head also of
+    batches.meta.txt), else the labels themselves.
     """
-    refuse_existing(out)
-    check_task_names(heads)
-    if not heads or len(set(heads)) < len(heads):
-        raise UserError(f"--heads: expected each name once, found {', '.join(heads) or 'none'}.")
-    for head in classes or {}:
-        if head not in heads:
-            raise UserError(f"--classes: expected one of the heads {', '.join(heads)}, found {head!r}.")
-    tree = Tree(src)
-    files = _files(tree)
-    parts = [_part(name, split, source, heads) for name, (split, source) in files.items()]
-    names = {
-        head: class_names_of(
-            head,
-            parts,
-            (classes or {}).get(head) or _names_beside(tree, head, only=len(heads) == 1),
-            lambda part: str(files[part.name][1]),
-        )
-        for head in heads
-    }
-    return pack_arrays(parts, out, names, src.resolve().stem, val, (), options, progress)
+
+    def __init__(
+        self,
+        source: Annotated[Path, Help("A directory or a zip of .bin files, .gz or not.", "SRC")],
+        heads: Annotated[tuple[str, ...], Help("What a record's labels are, in their order.", "NAME,...")],
+        classes: Annotated[
+            dict[str, str | tuple[str, ...]], Help("Class names by label.", "HEAD=NAME,...")
+        ] = {},  # noqa: B006 (never changed)
+    ) -> None:
+        check_task_names(heads)
+        if not heads or len(set(heads)) < len(heads):
+            raise UserError(f"--heads: expected each name once, found {', '.join(heads) or 'none'}.")
+        for head in classes:
+            if head not in heads:
+                raise UserError(f"--classes: expected one of the heads {', '.join(heads)}, found {head!r}.")
+        self.source, self.tree = source, Tree(source)
+        files = _files(self.tree)
+        self.parts = [_part(name, split, file, heads) for name, (split, file) in files.items()]
+        beside = {head: _names_beside(self.tree, head, only=len(heads) == 1) for head in heads}
+        given = {head: text.split(",") if isinstance(text, str) else text for head, text in classes.items()}
+        self.classes = {
+            head: class_names_of(
+                head, self.parts, given.get(head) or beside[head], lambda part: str(files[part.name][1])
+            )
+            for head in heads
+        }
+        names = [path for path in self.tree.files if path.endswith((*_NAME_FILES,))]
+        self.enter_files([*(self.tree.inside(file) for _, file in files.values()), *names])
 
 
 def _files(tree: Tree) -> dict[str, tuple[str, Source]]:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from mtl_dist.data.images import IMAGE_EXTENSIONS, extension_of
 from mtl_dist.errors import UserError
-from mtl_dist.importers.sources import Source, Tree
+from mtl_dist.importers.sources import Source, Tree, is_hidden
 
 _IMAGES = "images"
 """Where a name is found in several folders, one of this name is meant."""
@@ -96,15 +96,15 @@ class MaskFolder:
         return self.tree.source(candidates[0]) if candidates else None
 
 
-def unnamed_images(tree: Tree, images: Iterable[Source], masks: Iterable[Source]) -> list[str]:
-    """The pictures in the folders of `images` that are neither of them nor masks, by path in the tree."""
-    paths = [os.path.normpath(image.path) for image in images]
-    folders = {os.path.dirname(path) for path in paths}
-    known = {*paths, *(os.path.normpath(mask.path) for mask in masks)}
+def files_beside(tree: Tree, images: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The files in the folders of the images (of an archive all), by path; and the hidden ones."""
     if tree.is_archive:
-        found = [name for name in tree.files if os.path.dirname(name) in folders]
-    else:
-        listed = ((folder, name) for folder in folders for name in os.listdir(folder))
-        found = [os.path.join(folder, name) for folder, name in listed if not name.startswith(".")]
-    unnamed = [name for name in found if name not in known and extension_of(name) in IMAGE_EXTENSIONS]
-    return sorted(name if tree.is_archive else os.path.relpath(name, tree.root) for name in unnamed)
+        return list(tree.files), list(tree.left_out)
+    beside: list[str] = []
+    hidden: list[str] = []
+    for folder in sorted({os.path.dirname(path) for path in images}):
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_file():
+                    (hidden if is_hidden(entry.name) else beside).append(entry.path)
+    return beside, hidden

@@ -1,121 +1,248 @@
-"""One folder per class: `train|val|test/<class>/...`, or `<class>/...` split by fractions."""
+"""One folder per class: `<class>/...`, with folders of splits above or below them, or without."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated
+from unicodedata import normalize
 
 from mtl_dist.data.images import IMAGE_EXTENSIONS, extension_of
-from mtl_dist.data.manifest import Manifest
 from mtl_dist.errors import UserError
+from mtl_dist.importers.account import IMAGE, NO_IMAGE
+from mtl_dist.importers.importer import Importer
 from mtl_dist.importers.jobs import Record, TaskSource
 from mtl_dist.importers.made_masks import MadeMask, mask_maker
-from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
+from mtl_dist.importers.options import Help
 from mtl_dist.importers.sources import Tree
-from mtl_dist.importers.splitting import (
-    DEFAULT_FRACTIONS,
-    SPLIT_NAMES,
-    held_out_note,
-    split_by_fractions,
-    split_name,
-    unique_keys,
-)
+from mtl_dist.importers.splitting import SPLIT_NAMES, is_split_word, split_name
+from mtl_dist.importers.summary import listed
 from mtl_dist.kinds.classification import Classification
 from mtl_dist.kinds.segmentation import BACKGROUND, Segmentation
 from mtl_dist.kinds.words import class_order
 
+SKIP = "-"
+"""In place of a level's task: folders that say nothing."""
 
-def prepare_folders(
-    src: Path,
-    out: Path,
-    task: str,
-    fractions: Sequence[float] | None = None,
-    options: PackOptions = STANDARD,
-    progress: Progress = silent,
-    masks: Mapping[str, str] = {},
-    val: float | None = None,
-) -> Manifest:
-    """Prepare the classification task `task` from a directory or a zip of class folders.
 
-    The classes are the folders' names, sorted (by number where all are numbers). Where `src` holds no
-    split folders, every class is divided by `fractions`, 0.8, 0.1, 0.1 if none are given. Files that are no
-    images by name are left out and counted. `masks` says for further tasks how their masks are made from the
-    pictures (see `made_masks`). `val` is the share of train to hold out where `src` has no val folder.
+class Folders(Importer):
+    """One folder per class: CLASS/..., train|val|test/CLASS/... or CLASS/train|val|test/...
 
-    Raises:
-        UserError: no images, an empty class folder, a class outside train that train lacks, fractions for
-            data that is split already; or what `pack` refuses.
+    \b
+      mtl prepare folders photos/ data/breeds --task breed
+      mtl prepare folders photos.zip data/breeds --task breed --split 0.8,0.1,0.1
+      mtl prepare folders birds/ data/birds --levels order,species
+      mtl prepare folders cifar10.zip data/cifar10 --task object --mask shape=otsu --val 0.1
+
+    The classes are the folders' names, sorted (by number where all are numbers). Files that are no images
+    by name are left out and counted.
     """
-    refuse_existing(out)
-    if task in masks:
-        raise UserError(f"--mask: expected another name than --task {task}, found the same.")
-    for how in masks.values():
-        mask_maker(how)
-    tree = Tree(src)
-    base = _base(tree)
-    files = [path.removeprefix(base) for path in tree.files if path.startswith(base)]
-    folders = [path.removeprefix(base) for path in tree.directories if path.startswith(base)]
-    in_splits = any(split_name(path) in SPLIT_NAMES for path in folders)
-    depth = 1 if in_splits else 0
-    if in_splits:
-        _check_splits(tree, folders, fractions)
 
-    images = [path for path in files if extension_of(path) in IMAGE_EXTENSIONS]
-    for path in images:
-        if path.count("/") <= depth:
+    def __init__(
+        self,
+        source: Annotated[Path, Help("A directory or a zip of class folders.", "SRC")],
+        task: Annotated[str, Help("The task's name.", "NAME")] = "",
+        levels: Annotated[
+            tuple[str, ...],
+            Help(
+                "Where class folders lie in class folders: the task of each level, from the outermost; "
+                "- for a level that is none.",
+                "NAME,...",
+            ),
+        ] = (),
+        mask: Annotated[
+            dict[str, str],
+            Help(
+                "Masks made from the pictures: otsu, or the import path of a function of yours.", "TASK=HOW"
+            ),
+        ] = {},  # noqa: B006 (never changed)
+    ) -> None:
+        if bool(task) == bool(levels):
             raise UserError(
-                f"{src}/{base}{path}: expected images inside class folders, found one beside them."
+                "--task: expected one of --task NAME and --levels NAME,..., found both or neither."
             )
-    _check_class_folders(tree, base, [path for path in folders if path.count("/") == depth], images)
-    classes = class_order(path.split("/")[depth] for path in images)
-    if len(classes) < 2:
-        raise UserError(f"{src}: expected one folder per class, found {len(classes) or 'no'} with images.")
+        self._levels = tuple(levels) or (task,)
+        named = [level for level in self._levels if level != SKIP]
+        if not named or len(set(named)) < len(named):
+            raise UserError(f"--levels: expected each task once, found {', '.join(self._levels)}.")
+        for name in mask:
+            if name in named:
+                raise UserError(f"--mask: expected another name than the task {name}, found the same.")
+        for how in mask.values():
+            mask_maker(how)
+        self._masks = mask
+        self._tree = Tree(source)
+        self._source = source
+        self._notes: list[str] = []
+        self._base = _base(self._tree)
+        self._images = self._find_images()
+        self._splits, folders = self._layout()
+        self._classes, self._labels = self._classes_of(folders)
+        self._check_known_classes()
 
-    labels = [classes.index(path.split("/")[depth]) for path in images]
-    keys = unique_keys(images)
-    notes = []
-    if len(files) > len(images):
-        notes.append(f"files that are no images by name, left out: {len(files) - len(images)}")
-    if in_splits:
-        splits = [split_name(path.split("/")[0]) for path in images]
-        _check_known_classes(src, classes, labels, splits)
-        if val is not None:
-            splits = _held_out(src, keys, labels, splits, val, options.seed)
-            notes.append(held_out_note(val, "class", options.seed, splits))
-    else:
-        if val is not None:
-            raise UserError(f"{src}: expected --split for folders without splits, found --val. Use that.")
-        fractions = fractions or DEFAULT_FRACTIONS
-        splits = split_by_fractions(keys, labels, fractions, options.seed)
-        shares = ", ".join(f"{fraction:g}" for fraction in fractions)
-        notes.append(f"split by class into {shares} with seed {options.seed}")
+    @property
+    def name(self) -> str:
+        return self._source.resolve().stem
 
-    records: dict[str, list[Record]] = {split: [] for split in SPLIT_NAMES if split in splits}
-    for path, key, label, split in zip(images, keys, labels, splits, strict=True):
-        source = tree.source(base + path)
-        made = {name: MadeMask(source, how) for name, how in masks.items()}
-        records[split].append(Record(key, source, {task: label}, made))
-    tasks = {task: TaskSource(Classification.name, tuple(classes))}
-    for name, how in masks.items():
-        tasks[name] = TaskSource(Segmentation.name, (BACKGROUND, name))
-        notes.append(f"masks of {name} were made from the pictures by {how}")
-    return pack(records, out, tasks, src.resolve().stem, notes, options, progress)
+    def tasks(self) -> Mapping[str, TaskSource]:
+        tasks = {name: TaskSource(Classification.name, classes) for name, classes in self._classes.items()}
+        for name in self._masks:
+            tasks[name] = TaskSource(Segmentation.name, (BACKGROUND, name))
+        return tasks
+
+    @property
+    def stratify(self) -> str:
+        return list(self._classes)[-1]  # the finest
+
+    def records(self) -> Iterator[Record]:
+        for number, path in enumerate(self._images):
+            source = self._tree.source(self._base + path)
+            self.account.became("files", self._base + path, IMAGE)
+            labels = {task: column[number] for task, column in self._labels.items()}
+            made = {name: MadeMask(source, how) for name, how in self._masks.items()}
+            yield Record("", source, labels, made, self._splits[number], path=path)
+
+    def notes(self) -> Iterator[str]:
+        yield from self._notes
+        for name, how in self._masks.items():
+            yield f"masks of {name} were made from the pictures by {how}"
+
+    def _find_images(self) -> list[str]:
+        tree, account = self._tree, self.account
+        tree.enter(account)
+        images = []
+        for path in tree.files:
+            if path.startswith(self._base) and extension_of(path) in IMAGE_EXTENSIONS:
+                images.append(path.removeprefix(self._base))
+            else:
+                account.became("files", path, NO_IMAGE)
+        others = len(tree.files) - len(images)
+        if others:
+            self._notes.append(f"files that are no images by name, left out: {others}")
+        return images
+
+    def _layout(self) -> tuple[list[str], list[tuple[str, ...]]]:
+        """The word of each image's split, "" where there is none, and its class folders from the outside."""
+        tree, base = self._tree, self._base
+        folders = [path.removeprefix(base) for path in tree.directories if path.startswith(base)]
+        above = _has_splits_above(folders)
+        if above:
+            self._check_splits(folders)
+        depth = 1 if above else 0
+        for path in self._images:
+            if path.count("/") <= depth:
+                raise UserError(
+                    f"{self._source}/{base}{path}: expected images inside class folders, found one beside "
+                    "them."
+                )
+        self._check_filled([path for path in folders if path.count("/") == depth])
+        parts = [path.split("/")[:-1] for path in self._images]
+        if above:
+            return [part[0] for part in parts], [tuple(part[1:]) for part in parts]
+        below = bool(parts) and all(len(part) > 1 and is_split_word(part[-1]) for part in parts)
+        if below and len({part[-1] for part in parts}) > 1:
+            self._notes.append("splits taken from the folders below the classes")
+            return [part[-1] for part in parts], [tuple(part[:-1]) for part in parts]
+        return [""] * len(parts), [tuple(part) for part in parts]
+
+    def _classes_of(
+        self, folders: Sequence[tuple[str, ...]]
+    ) -> tuple[dict[str, tuple[str, ...]], dict[str, list[int]]]:
+        """The classes and the labels of each level that is a task."""
+        levels = self._levels
+        open_end = levels[-1] == SKIP
+        for path, inside in zip(self._images, folders, strict=True):
+            advice = ",".join([*levels, *["TASK"] * (len(inside) - len(levels))])
+            if len(inside) != len(levels) and not (open_end and len(inside) >= len(levels) - 1):
+                raise UserError(
+                    f"{self._source}/{self._base}{path}: expected {len(levels)} folder(s) of classes "
+                    f"above an image, found {len(inside)} ({'/'.join(inside)}). Name a task for "
+                    f"level, or - for one that is none: --levels {advice}."
+                )
+        classes: dict[str, tuple[str, ...]] = {}
+        labels: dict[str, list[int]] = {}
+        for depth, task in enumerate(levels):
+            if task == SKIP:
+                continue
+            paths = [tuple(normalize("NFC", part) for part in inside[: depth + 1]) for inside in folders]
+            parents: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
+            for names_above in paths:
+                parents[names_above[-1]].add(names_above[:-1])
+            texts = [each[-1] if len(parents[each[-1]]) == 1 else "/".join(each) for each in paths]
+            if shared := sorted(name for name, where in parents.items() if len(where) > 1):
+                self._notes.append(
+                    f"{task}: one name in several folders, told apart by them: {listed(shared)}"
+                )
+            names = class_order(texts)
+            if len(names) < 2:
+                raise UserError(
+                    f"{self._source}: expected one folder per class, found {len(names) or 'no'} with images."
+                )
+            index = {name: number for number, name in enumerate(names)}
+            classes[task], labels[task] = tuple(names), [index[text] for text in texts]
+            self._note_spellings(task, names, [inside[depth] for inside in folders])
+        return classes, labels
+
+    def _note_spellings(self, task: str, names: Sequence[str], written: Sequence[str]) -> None:
+        """What is said of folders whose names look alike."""
+        forms: defaultdict[str, set[str]] = defaultdict(set)
+        for name in written:
+            forms[normalize("NFC", name)].add(name)
+        for name, found in sorted(forms.items()):
+            if len(found) > 1:
+                self._notes.append(f"{task}: folders {name} in {len(found)} Unicode forms are one class")
+        cases: defaultdict[str, list[str]] = defaultdict(list)
+        for name in names:
+            cases[name.casefold()].append(name)
+        for alike in cases.values():
+            if len(alike) > 1:
+                self._notes.append(f"{task}: classes that differ only in case: {', '.join(alike)}")
+
+    def _check_splits(self, folders: Sequence[str]) -> None:
+        top = [path for path in folders if "/" not in path]
+        others = [path for path in top if not is_split_word(path)]
+        if others:
+            raise UserError(
+                f"{self._tree}: expected train, val and test side by side, found {others[0]!r} with them. "
+                "Move it away, or keep class folders only."
+            )
+        names = [split_name(path) for path in top]
+        if "train" not in names:
+            raise UserError(f"{self._tree}: expected a train folder, found only {', '.join(top)}.")
+
+    def _check_filled(self, folders: Sequence[str]) -> None:
+        depth = folders[0].count("/") + 1 if folders else 0
+        filled = {"/".join(path.split("/")[:depth]) for path in self._images}
+        for folder in folders:
+            if folder not in filled:
+                raise UserError(
+                    f"{self._tree}/{self._base}{folder}: expected images of a class, found none. Fill or "
+                    "remove the folder."
+                )
+
+    def _check_known_classes(self) -> None:
+        """Refuse a class outside train that train lacks."""
+        if not any(self._splits):
+            return
+        splits = [split_name(word) for word in self._splits]
+        for task, labels in self._labels.items():
+            trained = {label for label, split in zip(labels, splits, strict=True) if split == "train"}
+            for label, split in zip(labels, splits, strict=True):
+                if label not in trained:
+                    raise UserError(
+                        f"{self._source}: expected the classes of train in every split, found "
+                        f"{self._classes[task][label]!r} in {split}. Add training images of it, or "
+                        "remove the folder."
+                    )
 
 
-def _held_out(
-    src: Path, keys: Sequence[str], labels: Sequence[int], splits: Sequence[str], val: float, seed: int
-) -> list[str]:
-    """The splits with a share of each class of train made val."""
-    if "val" in splits:
-        raise UserError(f"{src}: expected no val folder with --val, found one. Drop --val.")
-    if not 0 < val < 1:
-        raise UserError(f"--val: expected a share between 0 and 1, found {val:g}.")
-    train = [number for number, split in enumerate(splits) if split == "train"]
-    parts = split_by_fractions([keys[n] for n in train], [labels[n] for n in train], (1 - val, val), seed)
-    result = list(splits)
-    for number, part in zip(train, parts, strict=True):
-        result[number] = part
-    return result
+def _has_splits_above(folders: Sequence[str]) -> bool:
+    """Whether the outermost folders are splits: a usual name, or all of them words for splits."""
+    top = [path for path in folders if "/" not in path]
+    usual = any(path.lower() in (*SPLIT_NAMES, "training", "valid", "validation", "testing") for path in top)
+    words = all(is_split_word(path) for path in top)
+    return usual or (words and any(split_name(path) == "train" for path in top))
 
 
 def _base(tree: Tree) -> str:
@@ -125,49 +252,6 @@ def _base(tree: Tree) -> str:
         below = [path.removeprefix(base) for path in tree.directories if path.startswith(base)]
         top = [path for path in below if "/" not in path]
         has_files = any("/" not in path.removeprefix(base) for path in tree.files if path.startswith(base))
-        if len(top) != 1 or len(below) == 1 or has_files or split_name(top[0]) in SPLIT_NAMES:
+        if len(top) != 1 or len(below) == 1 or has_files or is_split_word(top[0]):
             return base
-        base = f"{base}{top[0]}/"
-
-
-def _check_splits(tree: Tree, folders: Sequence[str], fractions: Sequence[float] | None) -> None:
-    top = [path for path in folders if "/" not in path]
-    if fractions is not None:
-        raise UserError(
-            f"{tree}: expected class folders to split, found the splits {', '.join(top)}. Drop --split."
-        )
-    strangers = [path for path in top if split_name(path) not in SPLIT_NAMES]
-    if strangers:
-        raise UserError(
-            f"{tree}: expected train, val and test side by side, found {strangers[0]!r} with them. "
-            "Move it away, or keep class folders only."
-        )
-    names = [split_name(path) for path in top]
-    if len(set(names)) < len(names):
-        raise UserError(
-            f"{tree}: expected one folder per split, found {', '.join(top)}. Merge the two of one split."
-        )
-    if "train" not in names:
-        raise UserError(f"{tree}: expected a train folder, found only {', '.join(top)}.")
-
-
-def _check_class_folders(tree: Tree, base: str, folders: Sequence[str], images: Sequence[str]) -> None:
-    depth = folders[0].count("/") + 1 if folders else 0
-    filled = {"/".join(path.split("/")[:depth]) for path in images}
-    for folder in folders:
-        if folder not in filled:
-            raise UserError(
-                f"{tree}/{base}{folder}: expected images of a class, found none. Fill or remove the folder."
-            )
-
-
-def _check_known_classes(
-    src: Path, classes: Sequence[str], labels: Sequence[int], splits: Sequence[str]
-) -> None:
-    trained = {label for label, split in zip(labels, splits, strict=True) if split == "train"}
-    for label, split in zip(labels, splits, strict=True):
-        if label not in trained:
-            raise UserError(
-                f"{src}: expected the classes of train in every split, found {classes[label]!r} in {split}. "
-                "Add training images of it, or remove the folder."
-            )
+        base = f"{base}{PurePosixPath(top[0])}/"

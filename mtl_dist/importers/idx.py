@@ -13,15 +13,15 @@ import re
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from mtl_dist.data.manifest import Manifest
 from mtl_dist.data.shards import check_task_names
 from mtl_dist.errors import UserError
-from mtl_dist.importers.arrays import ArrayPart, class_names_of, pack_arrays, unpacked
+from mtl_dist.importers.arrays import ArrayImporter, ArrayPart, class_names_of, unpacked
 from mtl_dist.importers.measures import require_measures
-from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, refuse_existing, silent
+from mtl_dist.importers.options import Help
 from mtl_dist.importers.sources import Source, Tree
 from mtl_dist.importers.splitting import split_name
 
@@ -34,37 +34,46 @@ _UNSIGNED_BYTES = 8
 _TYPES = {9: "signed bytes", 11: "16-bit integers", 12: "32-bit integers", 13: "floats", 14: "doubles"}
 
 
-def prepare_idx(
-    src: Path,
-    out: Path,
-    task: str = "label",
-    classes: Sequence[str] | None = None,
-    measures: Sequence[str] = (),
-    val: float | None = None,
-    options: PackOptions = STANDARD,
-    progress: Progress = silent,
-) -> Manifest:
-    """Prepare the classification task `task` from the IDX files in a directory or a zip.
+class Idx(ArrayImporter):
+    """MNIST and its relatives: train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-...
 
-    `classes` are the names by label; without them the labels themselves. `measures` are quantities measured
-    on every picture (see `measures.py`), each a regression task. `val` is the share of train to validate on.
-
-    Raises:
-        UserError: no IDX files, one without its partner, a damaged one, labels of another number than
-            pictures, a label beyond `classes`; or what `pack` refuses.
+    \b
+      mtl prepare idx mnist/ data/mnist --task digit
+      mtl prepare idx mnist/ data/strokes --task digit --measure thickness,slant
     """
-    refuse_existing(out)
-    require_measures(tuple(measures))
-    check_task_names((task, *measures))
-    if task in measures:
-        raise UserError(f"--task: expected another name than the measure {task!r}.")
-    files = _pairs(Tree(src))
-    parts = [_part(name, files[name], task) for name in files]
-    for part in parts:
-        if measures and part.pictures.ndim != 3:
-            raise UserError(f"{files[part.name]['images']}: expected grey pictures to measure, found colour.")
-    names = class_names_of(task, parts, classes, lambda part: str(files[part.name]["labels"]))
-    return pack_arrays(parts, out, {task: names}, src.resolve().stem, val, measures, options, progress)
+
+    def __init__(
+        self,
+        source: Annotated[Path, Help("A directory or a zip of IDX files, .gz or not.", "SRC")],
+        task: Annotated[str, Help("The task's name.", "NAME")] = "label",
+        classes: Annotated[
+            tuple[str, ...], Help("Class names by label; without it the labels.", "NAME,...")
+        ] = (),
+        measure: Annotated[
+            tuple[str, ...],
+            Help(
+                "Measured on every picture, a task of numbers each: thickness (px), slant (degrees).",
+                "WHAT,...",
+            ),
+        ] = (),
+    ) -> None:
+        require_measures(measure)
+        check_task_names((task, *measure))
+        if task in measure:
+            raise UserError(f"--task: expected another name than the measure {task!r}.")
+        self.source, self.tree, self.measures = source, Tree(source), measure
+        files = _pairs(self.tree)
+        self.parts = [_part(name, files[name], task) for name in files]
+        for part in self.parts:
+            if measure and part.pictures.ndim != 3:
+                raise UserError(
+                    f"{files[part.name]['images']}: expected grey pictures to measure, found colour."
+                )
+        names = class_names_of(
+            task, self.parts, classes or None, lambda part: str(files[part.name]["labels"])
+        )
+        self.classes = {task: names}
+        self.enter_files(self.tree.inside(file) for pair in files.values() for file in pair.values())
 
 
 def _pairs(tree: Tree) -> dict[str, dict[str, Source]]:

@@ -1,81 +1,66 @@
-"""An importer of the user's, by its import path and with its arguments: `mtl prepare own`."""
+"""What reads data of some form: built-in or user-defined, the same interface."""
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
 
-from pydantic import ValidationError
-
-from mtl_dist.config.errors import explain
-from mtl_dist.config.overrides import apply_overrides
-from mtl_dist.config.settings import Settings
-from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
-from mtl_dist.data.manifest import Manifest
-from mtl_dist.errors import UserError
+from mtl_dist.importers.account import Account
 from mtl_dist.importers.jobs import Record, TaskSource
-from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """In place of a record: one that cannot be used, and why. `--max-skipped` says how many may be."""
+
+    reason: str
 
 
 class Importer(ABC):
-    """Reads data of some form: names its tasks, and gives its samples."""
+    """Names the tasks of the data, then streams its samples; the constructor's arguments are its settings.
+
+    Splits, groups, keys, order, skipping, memory and progress are the business of the road (`road.py`), the
+    same for every importer. `records` is read once, in its order, and no image is held: one that is given as
+    bytes is put aside at once.
+    """
+
+    fractions: ClassVar[tuple[float, ...]] = (0.8, 0.1, 0.1)
+    """The splits of data that brings none."""
+    val: ClassVar[float] = 0.0
+    """The share of train to validate on, where the data has splits but no val."""
+    verify: ClassVar[bool] = True
+    """Whether images may be damaged, so that they are decoded once."""
 
     @abstractmethod
     def tasks(self) -> Mapping[str, TaskSource]:
         """Each task: its kind, class names, unit."""
 
     @abstractmethod
-    def records(self) -> Iterable[tuple[str, Record]]:
-        """Every sample with the name of its split; keys of letters, digits, `_` and `-`, each once."""
+    def records(self) -> Iterable[Record | LeftOut]:
+        """Every sample, lazily: an image is a file that is read later, or bytes."""
 
+    def notes(self) -> Iterator[str]:
+        """What is to be said of the data, once its records were read."""
+        yield from ()
 
-class UserImporterSettings(UserDefinedSettings):
-    """An importer of the user's."""
+    def ungrouped(self) -> frozenset[str]:
+        """The columns of its records that are used otherwise, and are no groups."""
+        return frozenset()
 
-    part_base = "mtl_dist.importers.importer.Importer"
+    @property
+    def name(self) -> str:
+        """What the dataset is called; without it as the folder that it is written to."""
+        return ""
 
+    @property
+    def stratify(self) -> str:
+        """The task by which new splits are balanced; without it the first that gives each image a class."""
+        return ""
 
-class _Request(Settings):
-    own: Annotated[UserImporterSettings, UserDefined((UserImporterSettings,), only=True)]
-
-
-def prepare_own(
-    importer: str,
-    out: Path,
-    arguments: Sequence[str] = (),
-    options: PackOptions = STANDARD,
-    progress: Progress = silent,
-) -> Manifest:
-    """Prepare what the class at the import path `importer` reads, made with `arguments` (`name=value`).
-
-    Raises:
-        UserError: no such class, wrong arguments, a key that comes twice; or what `pack` refuses.
-    """
-    refuse_existing(out)
-    reader = _importer(importer, arguments).make()
-    splits: dict[str, list[Record]] = {}
-    keys = set()
-    for split, record in reader.records():
-        if record.key in keys:
-            raise UserError(f"{importer}: expected each key once, found {record.key!r} twice.")
-        keys.add(record.key)
-        splits.setdefault(split, []).append(record)
-    if not splits:
-        raise UserError(f"{importer}: expected samples, found none.")
-    return pack(splits, out, reader.tasks(), out.resolve().name, (), options, progress)
-
-
-def _importer(importer: str, arguments: Sequence[str]) -> UserImporterSettings:
-    data: dict[str, Any] = {}
-    _, mistakes = apply_overrides(data, arguments)
-    lines = [line for _, line in mistakes]
-    try:
-        request = _Request.model_validate_json(json.dumps({"own": {**data, "kind": importer}}))
-    except ValidationError as error:
-        lines += [line.removeprefix("own.") for _, line in explain(error, _Request)]
-    if lines:
-        raise UserError("\n".join(lines))
-    return request.own
+    @cached_property
+    def account(self) -> Account:
+        """What was found, and what became of it."""
+        return Account()

@@ -63,12 +63,26 @@ class TaskSource:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample before it is packed; `labels` and `masks` hold only the tasks that it has a label for."""
+    """One sample before it is packed; `labels` and `masks` hold only the tasks that it has a label for.
+
+    Of the rest a record may say what it knows. Without a `key` it gets one from its `path`, what it is called
+    in the source. `split` is the one that the data puts it into; samples of one `group` are never divided
+    between splits. `columns` are what `--group` and `--split` may name.
+    """
 
     key: str
     image: Readable | bytes
     labels: Mapping[str, Label]
     masks: Mapping[str, Readable | bytes] = field(default_factory=dict)
+    split: str = ""
+    group: str = ""
+    path: str = ""
+    columns: Mapping[str, str | list[str]] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+        return self.path or self.key
 
 
 @dataclass(frozen=True, eq=False)

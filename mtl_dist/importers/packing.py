@@ -26,13 +26,12 @@ from mtl_dist.data.columns import label_columns, labels_path
 from mtl_dist.data.digests import digests_path
 from mtl_dist.data.manifest import Manifest, SplitInfo, write_manifest
 from mtl_dist.data.shards import (
-    DEFAULT_SHARD_BYTES,
-    DEFAULT_SHARD_SAMPLES,
     check_task_names,
     index_path,
     save_index,
 )
 from mtl_dist.errors import UserError
+from mtl_dist.importers.account import SAMPLE, UNREADABLE, Account
 from mtl_dist.importers.jobs import (
     FINISHED,
     Record,
@@ -44,6 +43,7 @@ from mtl_dist.importers.jobs import (
     pack_shard,
     run_jobs,
 )
+from mtl_dist.importers.options import STANDARD, PackOptions
 from mtl_dist.importers.splitting import SPLIT_NAMES, shuffled
 from mtl_dist.importers.summary import (
     PackedSplit,
@@ -57,6 +57,8 @@ from mtl_dist.importers.summary import (
 )
 
 _WORTH_A_WORKER = 64 * 2**20
+SPOOL = ".spool"
+"""The file, beside the shards being written, of images that an importer gave as bytes."""
 
 Progress = Callable[[int, int], None]
 """Called with the samples done and the samples there are."""
@@ -64,28 +66,6 @@ Progress = Callable[[int, int], None]
 
 def silent(done: int, total: int) -> None:
     """The progress callback that shows nothing."""
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """How to pack, the same for every importer.
-
-    verify         decode every image once; without it only headers are read
-    max_skipped    unreadable images that may be left out; with 0 the first one stops the preparation
-    workers        processes; 1 packs in the calling process, None takes as many as the data is worth
-    seed           decides splits by fractions, and the stored order
-    shard_samples, shard_bytes  a shard is closed at this many samples, or once it holds this many bytes
-    """
-
-    verify: bool = True
-    max_skipped: int = 0
-    workers: int | None = None
-    seed: int = 0
-    shard_samples: int = DEFAULT_SHARD_SAMPLES
-    shard_bytes: int = DEFAULT_SHARD_BYTES
-
-
-STANDARD = PackOptions()
 
 
 def refuse_existing(out: Path) -> None:
@@ -117,15 +97,31 @@ def pack(
             task, or the disk is full. Nothing is left under the final name.
     """
     refuse_existing(out)
+    with partial_directory(out) as partial:
+        return pack_into(partial, splits, tasks, name, notes, options, progress, Account())
+
+
+def pack_into(
+    partial: Partial,
+    splits: Mapping[str, Sequence[Record]],
+    tasks: Mapping[str, TaskSource],
+    name: str,
+    notes: Sequence[str],
+    options: PackOptions,
+    progress: Progress,
+    account: Account,
+) -> Manifest:
+    """`pack` in a partial directory that is held already; `account` is what was found so far."""
+    partial.packing = True
     _check(splits, tasks)
-    with _partial_directory(out) as partial:
-        jobs = _plan(splits, partial, tasks, options)
-        results = _run(jobs, options, progress)
-        manifest = _finish(splits, jobs, results, partial, tasks, notes, name)
-        shutil.rmtree(partial / FINISHED)
-        _fsync_directory(partial)
-        os.rename(partial, out)  # also over an empty directory
-        _fsync_directory(out.parent)
+    jobs = _plan(splits, partial.directory, tasks, options)
+    results = _run(jobs, options, progress)
+    manifest = _finish(splits, jobs, results, partial.directory, tasks, notes, name, account)
+    shutil.rmtree(partial.directory / FINISHED)
+    (partial.directory / SPOOL).unlink(missing_ok=True)
+    _fsync_directory(partial.directory)
+    os.rename(partial.directory, partial.out)  # also over an empty directory
+    _fsync_directory(partial.out.parent)
     return manifest
 
 
@@ -140,9 +136,21 @@ def _check(splits: Mapping[str, Sequence[Record]], tasks: Mapping[str, TaskSourc
             raise UserError(f"task {name!r}: expected labels, found none in any of {len(records)} samples.")
 
 
+@dataclass
+class Partial:
+    """The directory that becomes `out`; once `packing` began, a bad input removes it."""
+
+    out: Path
+    directory: Path
+    packing: bool = False
+
+
 @contextmanager
-def _partial_directory(out: Path) -> Iterator[Path]:
-    """The directory to write into: locked, removed after a bad input, kept after a full disk."""
+def partial_directory(out: Path) -> Iterator[Partial]:
+    """The directory to write into: locked, removed after a bad input, kept after a full disk.
+
+    An input that is bad before packing began leaves the shards that an interrupted preparation finished.
+    """
     partial = out.parent / f".{out.name}.partial"
     try:
         (partial / FINISHED).mkdir(parents=True, exist_ok=True)
@@ -154,10 +162,12 @@ def _partial_directory(out: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out}: another `mtl prepare` is writing it. Wait for it to end.") from None
+        held = Partial(out, partial)
         try:
-            yield partial
+            yield held
         except UserError:
-            shutil.rmtree(partial, ignore_errors=True)
+            if held.packing or not any((partial / FINISHED).iterdir()):
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -244,7 +254,11 @@ def _workers_for(jobs: Sequence[ShardJob]) -> int:
 
 def _remove_all_but(directory: Path, finished: Collection[ShardJob]) -> None:
     """Remove what an interrupted run left that is no finished shard of this one."""
-    keep = {directory / FINISHED} | {job.shard for job in finished} | {job.result for job in finished}
+    keep = (
+        {directory / FINISHED, directory / SPOOL}
+        | {job.shard for job in finished}
+        | {job.result for job in finished}
+    )
     for path in [*directory.iterdir(), *(directory / FINISHED).iterdir()]:
         if path not in keep:
             path.unlink()
@@ -258,6 +272,7 @@ def _finish(
     tasks: Mapping[str, TaskSource],
     notes: Sequence[str],
     name: str,
+    account: Account,
 ) -> Manifest:
     """Write indexes and manifest from the results of all jobs."""
     packed = {split: _packed_split(split, jobs, results) for split in _usual_order(splits)}
@@ -272,6 +287,9 @@ def _finish(
     skipped = [reason for result in results for reason in result.skipped.values()]
     digests = {split: content.digests for split, content in packed.items()}
     keys = {split: [record.key for record in content.records] for split, content in packed.items()}
+    account.count("images", SAMPLE, sum(len(content.records) for content in packed.values()))
+    if skipped:
+        account.count("images", UNREADABLE, len(skipped))
     manifest = Manifest(
         name=name,
         channels=channels,
@@ -295,6 +313,7 @@ def _finish(
             *duplicate_notes(digests, keys),
         ),
         digests=True,
+        account=account.totals(),
     )
     for split, content in packed.items():
         save_index(index_path(directory, split), np.concatenate([result.rows for result in content.results]))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import unicodedata
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from mtl_dist.errors import UserError
+from mtl_dist.importers.account import HIDDEN, LOOP, NO_FILE, Account
 
 _NOT_DATA = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
@@ -43,6 +44,18 @@ class Source:
     stamp: int
     archive: str = ""
 
+    @staticmethod
+    def at(path: Path) -> Source:
+        """The file at a path.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not path.is_file():
+            raise UserError(f"{path}: expected a file, found none there.")
+        status = path.stat()
+        return Source(str(path), status.st_size, status.st_mtime_ns)
+
     def read(self) -> bytes:
         """The whole file.
 
@@ -72,8 +85,10 @@ def _open_zip(path: str, process: int) -> zipfile.ZipFile:
 class Tree:
     """The files below a directory or in a zip, by relative path with forward slashes.
 
-    Hidden files and what operating systems leave behind (`.DS_Store`, `__MACOSX`) are not seen. Names are
-    in Unicode's composed form, so that a name is the same whichever system wrote it.
+    Hidden files and what operating systems leave behind (`.DS_Store`, `__MACOSX`) are not among them, but
+    counted (`left_out`). Names are in Unicode's composed form, so that a name is the same whichever system
+    wrote it; of two that are then alike one keeps the form that it has. Links to folders are followed, but
+    not to one that they are in.
     """
 
     def __init__(self, root: Path) -> None:
@@ -88,14 +103,37 @@ class Tree:
         return str(self.root)
 
     @cached_property
+    def _listing(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The name on disk of each relative path, directories with a slash at the end; what is left out."""
+        listed = _zip_names(self.root) if self.is_archive else _directory_names(self.root)
+        names: dict[str, str] = {}
+        left_out: dict[str, str] = {}
+        for name, fate in sorted(listed):
+            hidden = any(is_hidden(part) for part in PurePosixPath(name).parts)
+            if hidden or fate:
+                if fate or not name.endswith("/"):
+                    left_out[name] = fate or HIDDEN
+                continue
+            composed = unicodedata.normalize("NFC", name)
+            if composed == name and composed in names:  # the composed form has the first right to the name
+                names[names[composed]] = names[composed]
+            names[name if composed in names and composed != name else composed] = name
+        return names, left_out
+
+    @property
     def _names(self) -> dict[str, str]:
-        """The name on disk of each relative path; directories end in a slash."""
-        names = _zip_names(self.root) if self.is_archive else _directory_names(self.root)
-        return {
-            unicodedata.normalize("NFC", name): name
-            for name in names
-            if not any(part.startswith(".") or part in _NOT_DATA for part in PurePosixPath(name).parts)
-        }
+        return self._listing[0]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The files and links that are not among `files`, and why."""
+        return self._listing[1]
+
+    def enter(self, account: Account) -> None:
+        """Put all files into an account, with the fate of those that are left out."""
+        account.found("files", (*self.files, *self.left_out))
+        for name, fate in self.left_out.items():
+            account.became("files", name, fate)
 
     @cached_property
     def files(self) -> list[str]:
@@ -113,18 +151,29 @@ class Tree:
     def find(self, path: str) -> Source | None:
         """The file at a relative path (in a directory also an absolute one), or None."""
         if self.is_archive:
-            name = self._names.get(unicodedata.normalize("NFC", str(PurePosixPath(path))))
+            plain = str(PurePosixPath(path))
+            name = self._names.get(plain) or self._names.get(unicodedata.normalize("NFC", plain))
             if name is None or name.endswith("/"):
                 return None
             info = _open_zip(str(self.root), os.getpid()).getinfo(name)
             return Source(name, info.file_size, info.CRC, archive=str(self.root))
         full = self.root / path
-        if not full.is_file() and "_names" in self.__dict__:  # listed: perhaps another Unicode form
-            full = self.root / self._names.get(unicodedata.normalize("NFC", path), path)
+        if "_listing" in self.__dict__:  # perhaps in another Unicode form
+            known = self._names.get(path) or self._names.get(unicodedata.normalize("NFC", path))
+            full = self.root / (known or path)
         if not full.is_file():
             return None
         status = full.stat()
         return Source(str(full), status.st_size, status.st_mtime_ns)
+
+    def relative(self, path: str) -> str:
+        """The path of a source's file from the root of the tree on."""
+        return path if self.is_archive else os.path.relpath(path, self.root)
+
+    def inside(self, source: Source) -> str:
+        """The path of a file of the tree, as `files` has it."""
+        path = self.relative(source.path)
+        return path if path in self._names else unicodedata.normalize("NFC", path)
 
     def source(self, path: str) -> Source:
         """The file at a path out of `files`."""
@@ -133,22 +182,34 @@ class Tree:
         return found
 
 
-def _zip_names(root: Path) -> Iterable[str]:
-    return [name for name in _open_zip(str(root), os.getpid()).namelist() if name.strip("/")]
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no data by its name: hidden, or left behind by an operating system."""
+    return name.startswith(".") or name in _NOT_DATA
 
 
-def _directory_names(root: Path) -> Iterable[str]:
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: expected a readable directory, found: {error.strerror}.")
+def _zip_names(root: Path) -> Iterator[tuple[str, str]]:
+    """(name, why it is left out or nothing) of each member."""
+    yield from ((name, "") for name in _open_zip(str(root), os.getpid()).namelist() if name.strip("/"))
 
-    visited = set()
-    for directory, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(directory)
-        if real in visited:  # a link to a folder above: without this the walk never ends
-            folders.clear()
-            continue
-        visited.add(real)
-        relative = Path(directory).relative_to(root).as_posix()
-        prefix = "" if relative == "." else relative + "/"
-        yield from (f"{prefix}{folder}/" for folder in folders)
-        yield from (f"{prefix}{file}" for file in files)
+
+def _directory_names(root: Path) -> Iterator[tuple[str, str]]:
+    """(relative path, why it is left out or nothing) of everything below a directory."""
+
+    def inside(folder: Path, prefix: str, above: frozenset[str]) -> Iterator[tuple[str, str]]:
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise UserError(f"{folder}: expected a readable directory, found: {error.strerror}.") from None
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.is_dir():
+                real = os.path.realpath(entry.path)
+                if real in above:  # without this the walk never ends
+                    yield name, LOOP
+                    continue
+                yield f"{name}/", ""
+                yield from inside(Path(entry.path), f"{name}/", above | {real})
+            else:
+                yield name, "" if entry.is_file() else NO_FILE
+
+    yield from inside(root, "", frozenset((os.path.realpath(root),)))

@@ -18,13 +18,49 @@ from mtl_dist.errors import UserError
 
 SPLIT_NAMES = ("train", "val", "test")
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
-_ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+_ALIASES = {
+    **dict.fromkeys(("train", "training", "fit"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "development"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("eval", "evaluation"), "val"),
+    **dict.fromkeys(("hold", "holdout", "hold_out", "hold-out", "heldout", "held_out", "held-out"), "test"),
+}
+_EITHER = frozenset(("eval", "evaluation", "hold", "holdout", "hold_out", "heldout", "held_out", "dev"))
+"""What is called so is val in some places and test in others: it gives way where its usual name is taken."""
+
+
+def is_split_word(text: str) -> bool:
+    """Whether a word is one of those by which splits are usually called."""
+    return text.strip().lower() in _ALIASES
 
 
 def split_name(text: str) -> str:
     """The split's usual name: `valid` and `Validation` are `val`."""
     name = text.strip().lower()
     return _ALIASES.get(name, name)
+
+
+def split_names(words: Iterable[str]) -> dict[str, str]:
+    """The split that each word of a dataset means; `eval` beside `val` is `test`.
+
+    Raises:
+        UserError: two words mean the same split.
+    """
+    unique = sorted(set(words))
+    names = {word: split_name(word) for word in unique if word.strip().lower() not in _EITHER}
+    for word in unique:
+        if word not in names:
+            usual = split_name(word)
+            other = "test" if usual == "val" else "val"
+            names[word] = other if usual in names.values() and other not in names.values() else usual
+    meanings: dict[str, str] = {}
+    for word in unique:
+        before = meanings.setdefault(names[word], word)
+        if before != word and before.strip().lower() != word.strip().lower():
+            raise UserError(
+                f"splits: expected one name for {names[word]}, found {before} and {word}. Merge the two."
+            )
+    return names
 
 
 def unique_keys(paths: Sequence[str]) -> list[str]:
@@ -39,7 +75,7 @@ def unique_keys(paths: Sequence[str]) -> list[str]:
     for base, path in zip(bases, paths, strict=True):
         key = base
         if len(key) > MAX_KEY_LENGTH or key in taken:
-            key = f"{base[: MAX_KEY_LENGTH - 9]}-{_hash(path).hex()[:8]}"
+            key = f"{base[: MAX_KEY_LENGTH - 9]}-{key_hash(path).hex()[:8]}"
         taken.add(key)
         keys.append(key)
     return keys
@@ -51,7 +87,7 @@ def shuffled(keys: Sequence[str], seed: int) -> list[int]:
     Samples are stored in this order: a folder's files come sorted by class, and a training run that
     shuffles within a window of shards would see few classes at a time.
     """
-    return sorted(range(len(keys)), key=lambda i: (_hash(f"{seed}/order/{keys[i]}"), keys[i]))
+    return sorted(range(len(keys)), key=lambda i: (key_hash(f"{seed}/order/{keys[i]}"), keys[i]))
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
@@ -84,7 +120,7 @@ def split_by_fractions(
     for position, stratum in enumerate(strata):
         members[stratum].append(position)
     for positions in members.values():
-        positions.sort(key=lambda i: (_hash(f"{seed}/split/{keys[i]}"), keys[i]))
+        positions.sort(key=lambda i: (key_hash(f"{seed}/split/{keys[i]}"), keys[i]))
     splits = _divided(members, fractions, len(keys), [round] * len(members))
     if len(set(splits)) < len(fractions):
         turns = [_rounding((n + 0.5) / len(members)) for n in range(len(members))]
@@ -127,7 +163,8 @@ def _cumulative(fractions: Sequence[float]) -> list[float]:
     return [sum(fractions[: count + 1]) for count in range(len(fractions))]
 
 
-def _hash(text: str) -> bytes:
+def key_hash(text: str) -> bytes:
+    """By which names are put into an order that nobody chose."""
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
 

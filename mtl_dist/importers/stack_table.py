@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +21,7 @@ class StackTable:
     where: str
     columns: tuple[str, ...]
     rows: Mapping[str, Mapping[int, Row]]
+    files: tuple[str, ...] = ()
 
     def rows_of(self, name: str, path: str, num_frames: int) -> Callable[[int], Row]:
         """What gives the row of each frame of a stack; one of empty cells where the table has none.
@@ -51,25 +51,6 @@ class StackTable:
                 raise UserError(
                     f"{row.where}: expected one of the stacks {listed([path for _, path in stacks])}, found "
                     f"{stack!r}."
-                )
-
-    def check_columns(self, wanted: Sequence[str]) -> None:
-        """Refuse a column that the table lacks.
-
-        Raises:
-            UserError: with the columns that it has.
-        """
-        for column in wanted:
-            if not self.where:
-                raise UserError(
-                    f"column {column!r}: expected a table of values, found none. Add --table FILE."
-                )
-            if column not in self.columns:
-                near = difflib.get_close_matches(column, self.columns, 1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise UserError(
-                    f"{self.where}: expected a column {column!r}, found "
-                    f"{', '.join(map(repr, self.columns))}.{hint}"
                 )
 
 
@@ -102,7 +83,7 @@ def read_stack_table(path: Path, src: Path) -> StackTable:
                 f"in {pages[page].where}."
             )
         pages[page] = row
-    return StackTable(where, table.columns, rows)
+    return StackTable(where, table.columns, rows, table.files)
 
 
 def _page(row: Row, column: str) -> int:

@@ -1,44 +1,44 @@
-"""Time-course stacks: multi-page TIFFs, one sample per frame, masks as stacks, values from a table.
+"""Stacks: multi-page TIFFs, one sample per page, masks as stacks, values from a table.
 
-Frames of one stack look alike, so a stack is in one split, never in two.
+Pages of one stack look alike, so a stack is a group: it is in one split, never in two.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Annotated, ClassVar
 
 from mtl_dist.data.images import extension_of
-from mtl_dist.data.manifest import Manifest
-from mtl_dist.data.shards import check_task_names
 from mtl_dist.errors import UserError
+from mtl_dist.importers.account import IMAGE, MASK, SAMPLE, TABLE
+from mtl_dist.importers.compute import Computed, with_computed
 from mtl_dist.importers.frames import chosen_frames
+from mtl_dist.importers.importer import Importer
 from mtl_dist.importers.jobs import Record, TaskSource, run_jobs
-from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, pack, refuse_existing, silent
+from mtl_dist.importers.options import Help
+from mtl_dist.importers.road import split_word
 from mtl_dist.importers.sources import Source, Tree
-from mtl_dist.importers.splitting import (
-    DEFAULT_FRACTIONS,
-    SPLIT_NAMES,
-    split_by_fractions,
-    split_name,
-    unique_keys,
-)
-from mtl_dist.importers.stack_table import NO_TABLE, StackTable, read_stack_table
-from mtl_dist.importers.stack_time import TimeTask
+from mtl_dist.importers.splitting import is_split_word
+from mtl_dist.importers.stack_table import NO_TABLE, read_stack_table
 from mtl_dist.importers.summary import listed
-from mtl_dist.importers.tables import Row, read_labels
+from mtl_dist.importers.tables import SPLIT, Row
 from mtl_dist.importers.tiff import Bounds, Stack, StackPage, open_stack, percentiles
-from mtl_dist.kinds.classification import Classification
+from mtl_dist.importers.wanted import (
+    Classes,
+    Labels,
+    Separator,
+    Units,
+    check_columns,
+    wanted_tasks,
+)
 from mtl_dist.kinds.kind import Label
-from mtl_dist.kinds.regression import Regression
-from mtl_dist.kinds.segmentation import Segmentation
-from mtl_dist.kinds.words import ClassNames, Declared, LabelError
 
-FOLDER = "folder"
-"""In place of a column: the folder that a stack is in names its class."""
+STACK, PAGE, FOLDER = "stack", "page", "folder"
+"""Columns of every page besides those of the table: its stack's name, its number, its stack's folder."""
 
 _WORTH_PROCESSES = 256 * 2**20
 
@@ -56,108 +56,153 @@ class FrameStack:
     frame_bytes: int
 
 
-def prepare_stacks(
-    src: Path,
-    out: Path,
-    *,
-    stacks: str | None = None,
-    table: Path | None = None,
-    classification: Mapping[str, str] = {},
-    regression: Mapping[str, str] = {},
-    segmentation: Mapping[str, str] = {},
-    classes: Mapping[str, ClassNames] = {},
-    units: Mapping[str, str] = {},
-    frames: str = "all",
-    time: TimeTask | None = None,
-    normalise: tuple[float, float] | None = None,
-    split: str | Sequence[float] | Mapping[str, str] | None = None,
-    options: PackOptions = STANDARD,
-    progress: Progress = silent,
-) -> Manifest:
-    """Prepare a dataset from the stacks in a directory or a zip, a sample for each frame that is taken.
+class Stacks(Importer):
+    """Multi-page TIFFs: one sample per page, masks as stacks, values from a table. A stack is in one split.
 
-    stacks          which files are stacks, as `stack_*.tif`: what stands for * is the stack's name.
-                    Without it every TIFF that is no mask; its name is the file's stem
-    table           values by stack, or by stack and page: columns `stack` (or `file`) and `page` (or `frame`,
-                    from 0)
-    classification  by task a column of the table, or `folder`: the folder that the stack is in
-    regression      by task a column of the table
-    segmentation    by task the files of its masks, as `mask_*.tif`: the stack's name stands for *
-    frames          `all`, `every:N`, `A:B` (from A up to before B), or pages such as `first,last`
-    time            a regression task of the time of each frame
-    normalise       two percentiles of a stack's values, by channel, that become 0 and 255 of 8 bits
-    split           a column of the table, fractions, or stacks by split; without it the column `split`, else
-                    folders named train, val and test, else 0.8, 0.1, 0.1 of the stacks by class
+    \b
+      mtl prepare stacks cells/ data/cells --stacks 'stack_*.tif' --table frames.csv \\
+          --regression count=cell_count --segmentation cell='mask_*.tif' --split 'val=sw'
+      mtl prepare stacks wells/ data/wells --classification treated=folder \\
+          --compute 'hours=page * 0.5 - (4 if folder == "treated" else 0)' --regression hours=hours \\
+          --frames every:4 --normalise 1,99
 
-    Raises:
-        UserError: a stack, mask, column, frame or split that is not there or does not fit; a stack in two
-            splits; or what `pack` refuses.
+    Besides those of the table there are the columns stack, page and folder.
     """
-    refuse_existing(out)
-    _check_tasks(
-        [*classification, *regression, *segmentation, *([time.task] if time else [])], classes, units
-    )
-    tree = Tree(src)
-    found = _find_stacks(tree, stacks, segmentation, frames)
-    rows = NO_TABLE if table is None else read_stack_table(table, src)
-    by_stack = {stack.name: rows.rows_of(stack.name, stack.path, stack.num_frames) for stack in found}
-    rows.check_used([(stack.name, stack.path) for stack in found])
-    rows.check_columns([c for c in (*classification.values(), *regression.values()) if c != FOLDER])
 
-    samples = [(stack, frame) for stack in found for frame in stack.frames]
-    cells = [by_stack[stack.name](frame) for stack, frame in samples]
-    tasks, labels = _scalar_tasks(samples, cells, classification, regression, classes, units)
-    notes = [f"frames of {len(found)} stacks: {frames}"]
-    if time is not None:
-        tasks[time.task] = TaskSource(Regression.name, unit=units.get(time.task, "hours"))
-        class_names = {task: tasks[task].classes for task in classification}
-        labels[time.task], early = time.values(
-            [frame for _, frame in samples], cells, class_names, labels, rows.columns
-        )
-        if early:
-            notes.append(f"{time.task}: {early} frames are before their onset, with values below 0")
-    for task in segmentation:
-        tasks[task] = _mask_task(task, classes.get(task))
-    bounds = _bounds(found, normalise, options)
-    if normalise is not None:
-        notes.append(f"values of each stack from percentile {normalise[0]:g} to {normalise[1]:g} made 8 bits")
+    verify: ClassVar[bool] = False
 
-    split_of = _splits(found, samples, cells, rows, split, labels, classification, options.seed, notes)
-    records = _records(samples, labels, bounds, split_of)
-    return pack(records, out, tasks, src.resolve().stem, notes, replace(options, verify=False), progress)
+    def __init__(
+        self,
+        source: Annotated[Path, Help("A directory or a zip of TIFF stacks.", "SRC")],
+        stacks: Annotated[
+            str,
+            Help(
+                "Which files, as 'stack_*.tif': * is the name. Without it all that are no masks.", "PATTERN"
+            ),
+        ] = "",
+        table: Annotated[
+            Path | None,
+            Help("Values by stack, or by stack and page (from 0): columns stack, page and others.", "FILE"),
+        ] = None,
+        labels: Labels = {},  # noqa: B006 (never changed)
+        classes: Classes = {},  # noqa: B006
+        units: Units = {},  # noqa: B006
+        separator: Separator = "|",
+        compute: Computed = {},  # noqa: B006
+        frames: Annotated[
+            str, Help("all, every:N, A:B (B left out), or pages as first,10,last.", "WHICH")
+        ] = "all",
+        normalise: Annotated[
+            tuple[float, float] | None,
+            Help("Percentiles of a stack's values that become 0 and 255, such as 1,99.", "LOW,HIGH"),
+        ] = None,
+    ) -> None:
+        if normalise is not None and not 0 <= normalise[0] < normalise[1] <= 100:
+            raise UserError(
+                f"--normalise: expected two percentiles from 0 to 100, found {normalise[0]:g},"
+                f"{normalise[1]:g}."
+            )
+        self._wanted = wanted_tasks(labels, classes, units, separator)
+        self._source, self._tree = source, Tree(source)
+        self._frames, self._normalise = frames, normalise
+        masks = {task.task: task.column for task in self._wanted if task.is_map}
+        self._stacks = _find_stacks(self._tree, stacks or None, masks, frames)
+        self._table = NO_TABLE if table is None else read_stack_table(table, source)
+        self._table.check_used([(stack.name, stack.path) for stack in self._stacks])
+        by_stack = {s.name: self._table.rows_of(s.name, s.path, s.num_frames) for s in self._stacks}
+        self._samples = [(stack, frame) for stack in self._stacks for frame in stack.frames]
+        rows = [_with_place(by_stack[stack.name](frame), stack, frame) for stack, frame in self._samples]
+        self._rows = with_computed(rows, compute)
+        self._columns = tuple(dict.fromkeys((*self._table.columns, STACK, PAGE, FOLDER, *compute)))
+        wanted = [task.column for task in self._wanted if not task.is_map]
+        check_columns(wanted, self._columns, self._table.where or "the stacks, without --table")
+        if FOLDER in wanted and any(not row.cells[FOLDER] for row in self._rows):
+            raise UserError("column 'folder': expected stacks in folders, found one beside them.")
+
+    @property
+    def name(self) -> str:
+        return self._source.resolve().stem
+
+    def tasks(self) -> Mapping[str, TaskSource]:
+        tasks: dict[str, TaskSource] = {}
+        self._labels: dict[str, Sequence[Label | None]] = {}
+        for task in self._wanted:
+            if task.is_map:
+                tasks[task.task] = task.map_task()
+            else:
+                tasks[task.task], self._labels[task.task] = task.read(self._rows)
+        self._enter()
+        return tasks
+
+    def records(self) -> Iterator[Record]:
+        bounds = self._bounds()
+        splits = self._splits()
+        for i, (stack, frame) in enumerate(self._samples):
+            labels = {
+                task: label for task, column in self._labels.items() if (label := column[i]) is not None
+            }
+            masks = {
+                task: StackPage(source, frame, stack.frame_bytes, is_mask=True)
+                for task, source in stack.masks.items()
+            }
+            page = StackPage(stack.source, frame, stack.frame_bytes, bounds.get(stack.name))
+            path = f"{PurePosixPath(stack.path).with_suffix('')}_{frame:05d}.tif"
+            yield Record("", page, labels, masks, splits[i], stack.name, path, self._rows[i].cells)
+
+    def notes(self) -> Iterator[str]:
+        yield f"frames of {len(self._stacks)} stacks: {self._frames}"
+        if self._normalise is not None:
+            low, high = self._normalise
+            yield f"values of each stack from percentile {low:g} to {high:g} made 8 bits"
+
+    def _enter(self) -> None:
+        """Account for the files and the pages."""
+        account, tree = self.account, self._tree
+        tree.enter(account)
+        taken = "left out: not among the frames that are taken"
+        for stack in self._stacks:
+            account.became("files", stack.path, IMAGE)
+            for mask in stack.masks.values():
+                account.became("files", tree.inside(mask), MASK)
+            account.count("pages", SAMPLE, len(stack.frames))
+            if stack.num_frames > len(stack.frames):
+                account.count("pages", taken, stack.num_frames - len(stack.frames))
+        for path in self._table.files:
+            inside = os.path.relpath(path, tree.root)
+            if inside in tree.files:
+                account.became("files", inside, TABLE)
+        account.rest("files", "left out: neither a stack nor a mask of one")
+
+    def _bounds(self) -> dict[str, Bounds]:
+        """The bounds of each stack's values, found in several processes where there is much to read."""
+        if self._normalise is None:
+            return {}
+        low, high = self._normalise
+        size = sum(len(stack.frames) * stack.frame_bytes for stack in self._stacks)
+        workers = len(os.sched_getaffinity(0)) if size > _WORTH_PROCESSES else 1
+        jobs = [_PercentileJob(stack.source, stack.frames, low, high) for stack in self._stacks]
+        results = run_jobs(_percentiles_of, jobs, workers, lambda done: None)
+        return {stack.name: bounds for stack, bounds in zip(self._stacks, results, strict=True)}
+
+    def _splits(self) -> list[str]:
+        """The word for each page's split that the data has, or nothing."""
+        if SPLIT in self._table.columns:
+            return [
+                split_word(row.cells[SPLIT], f"{row.where}, column {SPLIT!r}, for {stack.path}")
+                for row, (stack, _) in zip(self._rows, self._samples, strict=True)
+            ]
+        folders = [_split_folder(stack.path) for stack, _ in self._samples]
+        return folders if all(folders) else [""] * len(folders)
 
 
-def _check_tasks(names: Sequence[str], classes: Mapping[str, ClassNames], units: Mapping[str, str]) -> None:
-    """Refuse no task, a name that stands twice or cannot be one, and options of tasks that are not there."""
-    if not names:
-        raise UserError("tasks: expected at least one task, found none. Example: --regression hours=hours")
-    if len(set(names)) < len(names):
-        raise UserError(f"tasks: expected each name once, found {', '.join(names)}.")
-    check_task_names(names)
-    for option, given in (("--classes", classes), ("--unit", units)):
-        for task in given:
-            if task not in names:
-                raise UserError(f"{option}: expected one of the tasks {', '.join(names)}, found {task!r}.")
+def _with_place(row: Row, stack: FrameStack, frame: int) -> Row:
+    """The row with the columns that every page has, where the table has none of that name."""
+    place = {STACK: stack.name, PAGE: str(frame), FOLDER: PurePosixPath(stack.path).parent.name}
+    return Row(row.where, {**place, **row.cells})
 
 
-def _records(
-    samples: Sequence[tuple[FrameStack, int]],
-    labels: Mapping[str, Sequence[Label | None]],
-    bounds: Mapping[str, Bounds],
-    split_of: Mapping[str, str],
-) -> dict[str, list[Record]]:
-    """The record of each frame, by split."""
-    pages = [f"{PurePosixPath(stack.path).with_suffix('')}_{frame:05d}.tif" for stack, frame in samples]
-    records: dict[str, list[Record]] = {}
-    for i, ((stack, frame), key) in enumerate(zip(samples, unique_keys(pages), strict=True)):
-        values = {task: label for task, column in labels.items() if (label := column[i]) is not None}
-        masks = {
-            task: StackPage(source, frame, stack.frame_bytes, is_mask=True)
-            for task, source in stack.masks.items()
-        }
-        page = StackPage(stack.source, frame, stack.frame_bytes, bounds.get(stack.name))
-        records.setdefault(split_of[stack.name], []).append(Record(key, page, values, masks))
-    return records
+def _split_folder(path: str) -> str:
+    return next((part for part in reversed(PurePosixPath(path).parts[:-1]) if is_split_word(part)), "")
 
 
 def _find_stacks(
@@ -231,42 +276,6 @@ def _check_mask(mask: Stack, stack: Stack, mask_source: Source, source: Source) 
         )
 
 
-def _mask_task(task: str, classes: ClassNames | None) -> TaskSource:
-    declared = Declared(classes)
-    try:
-        info = Segmentation().declare(task, declared)
-    except LabelError as error:
-        raise UserError(f"classes of {task!r}: {error}") from None
-    return TaskSource(info.kind, info.classes, mask_values=declared.class_values)
-
-
-def _scalar_tasks(
-    samples: Sequence[tuple[FrameStack, int]],
-    cells: Sequence[Row],
-    classification: Mapping[str, str],
-    regression: Mapping[str, str],
-    classes: Mapping[str, ClassNames],
-    units: Mapping[str, str],
-) -> tuple[dict[str, TaskSource], dict[str, Sequence[Label | None]]]:
-    """The tasks with values from the table or from folders, and the label of each sample."""
-    tasks: dict[str, TaskSource] = {}
-    labels: dict[str, Sequence[Label | None]] = {}
-    for task, column in classification.items():
-        rows = cells
-        if column == FOLDER:
-            rows = [Row(stack.path, {FOLDER: PurePosixPath(stack.path).parent.name}) for stack, _ in samples]
-            if any(not row.cells[FOLDER] for row in rows):
-                raise UserError(
-                    f"--classification {task}: expected stacks in folders, found one beside them."
-                )
-        names, labels[task] = read_labels(Classification.name, rows, column, Declared(classes.get(task)))
-        tasks[task] = TaskSource(Classification.name, names)
-    for task, column in regression.items():
-        _, labels[task] = read_labels(Regression.name, cells, column, Declared())
-        tasks[task] = TaskSource(Regression.name, unit=units.get(task, ""))
-    return tasks, labels
-
-
 @dataclass(frozen=True, eq=False)
 class _PercentileJob:
     source: Source
@@ -277,90 +286,3 @@ class _PercentileJob:
 
 def _percentiles_of(job: _PercentileJob, tick: Callable[[], None]) -> Bounds:
     return percentiles(job.source, job.frames, job.low, job.high)
-
-
-def _bounds(
-    found: Sequence[FrameStack], normalise: tuple[float, float] | None, options: PackOptions
-) -> dict[str, Bounds]:
-    """The bounds of each stack's values, found in several processes where there is much to read."""
-    if normalise is None:
-        return {}
-    low, high = normalise
-    if not 0 <= low < high <= 100:
-        raise UserError(f"--normalise: expected two percentiles from 0 to 100, found {low:g},{high:g}.")
-    size = sum(len(stack.frames) * stack.frame_bytes for stack in found)
-    workers = options.workers or (len(os.sched_getaffinity(0)) if size > _WORTH_PROCESSES else 1)
-    jobs = [_PercentileJob(stack.source, stack.frames, low, high) for stack in found]
-    results = run_jobs(_percentiles_of, jobs, workers, lambda done: None)
-    return {stack.name: bounds for stack, bounds in zip(found, results, strict=True)}
-
-
-def _splits(
-    found: Sequence[FrameStack],
-    samples: Sequence[tuple[FrameStack, int]],
-    cells: Sequence[Row],
-    table: StackTable,
-    split: str | Sequence[float] | Mapping[str, str] | None,
-    labels: Mapping[str, Sequence[Label | None]],
-    classification: Mapping[str, str],
-    seed: int,
-    notes: list[str],
-) -> dict[str, str]:
-    """The split of each stack, by the first rule that applies (see `prepare_stacks`)."""
-    if split is None and "split" in table.columns:
-        split = "split"
-    if isinstance(split, str):
-        return _splits_of_column(samples, cells, table, split)
-    if isinstance(split, Mapping):
-        return _splits_by_name(found, split)
-    if split is None:
-        folders = {s.name: _split_folder(s.path) for s in found}
-        if all(folders.values()):
-            notes.append("splits taken from the folders of the stacks")
-            return folders
-    fractions = DEFAULT_FRACTIONS if split is None else split
-    first = next(iter(classification), None)
-    strata: dict[str, str] = {stack.name: "" for stack in found}
-    if first is not None:
-        for (stack, _), label in zip(samples, labels[first], strict=True):
-            strata[stack.name] = str(label)  # of its last frame: that of all, where the class is the stack's
-    names = [stack.name for stack in found]
-    splits = split_by_fractions(names, [strata[name] for name in names], fractions, seed)
-    shares = ", ".join(f"{fraction:g}" for fraction in fractions)
-    notes.append(f"{len(names)} stacks split into {shares} with seed {seed}")
-    return dict(zip(names, splits, strict=True))
-
-
-def _splits_of_column(
-    samples: Sequence[tuple[FrameStack, int]], cells: Sequence[Row], table: StackTable, column: str
-) -> dict[str, str]:
-    table.check_columns([column])
-    splits: dict[str, tuple[str, str]] = {}
-    for (stack, frame), row in zip(samples, cells, strict=True):
-        name = split_name(str(row.cells[column]))
-        if not re.fullmatch(r"[a-z0-9_]+", name):
-            raise UserError(
-                f"{row.where}, column {column!r}: expected a split for every frame of {stack.path}, found "
-                f"{name or 'nothing'!r}."
-            )
-        before, where = splits.setdefault(stack.name, (name, f"page {frame}"))
-        if before != name:
-            raise UserError(
-                f"{stack.path}: expected all its frames in one split, found {before} for {where} and {name} "
-                f"for page {frame}. Frames of one stack look alike: put the whole stack into one."
-            )
-    return {stack: name for stack, (name, _) in splits.items()}
-
-
-def _splits_by_name(found: Sequence[FrameStack], wanted: Mapping[str, str]) -> dict[str, str]:
-    """`{"sw": "val"}`: the named stacks in their splits, the others in train."""
-    names = [stack.name for stack in found]
-    for name in wanted:
-        if name not in names:
-            raise UserError(f"--split: expected one of the stacks {listed(names)}, found {name!r}.")
-    return {name: wanted.get(name, "train") for name in names}
-
-
-def _split_folder(path: str) -> str:
-    names = [split_name(part) for part in PurePosixPath(path).parts[:-1]]
-    return next((name for name in reversed(names) if name in SPLIT_NAMES), "")

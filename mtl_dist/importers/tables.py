@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -50,7 +51,8 @@ def read_labels(
 class Table:
     """A table of labels: the files it speaks of, its columns and rows, and class names that came with it.
 
-    `folder` is where in `tree` the table lies, with a slash at its end, or nothing.
+    `folder` is where in `tree` the table lies, with a slash at its end, or nothing; `files` are the paths of
+    the table and of what completes it.
     """
 
     tree: Tree
@@ -59,6 +61,7 @@ class Table:
     columns: tuple[str, ...]
     rows: Sequence[Row]
     classes: Mapping[str, tuple[str, ...]]
+    files: tuple[str, ...] = ()
 
 
 def read_table(path: Path, root: Path | None) -> Table:
@@ -98,7 +101,10 @@ def read_table(path: Path, root: Path | None) -> Table:
     parent = PurePosixPath(name).parent.as_posix()
     folder = "" if root is not None or parent == "." else f"{parent}/"
     title = path.resolve().parent.name if path.name in ("labels.json", "labels.csv") else path.resolve().stem
-    return Table(tree, folder, title, tuple(columns), rows, classes)
+    beside = [_beside(name, other) for other in ("splits.json", "metadata.csv", "classes.json")]
+    read = [name, *(other for other in beside if suffix == ".json" and home.find(other) is not None)]
+    files = tuple(read if home.is_archive else [os.path.normpath(home.root / each) for each in read])
+    return Table(tree, folder, title, tuple(columns), rows, classes, files)
 
 
 def _find_table(home: Tree) -> str:

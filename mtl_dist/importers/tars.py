@@ -23,7 +23,8 @@ from mtl_dist.data.remote import Location, Place, Url, location
 from mtl_dist.data.shards import check_task_names, index_path, save_index
 from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import check_skipped, run_jobs
-from mtl_dist.importers.packing import STANDARD, PackOptions, Progress, silent
+from mtl_dist.importers.options import STANDARD, PackOptions
+from mtl_dist.importers.packing import Progress, silent
 from mtl_dist.importers.splitting import SPLIT_NAMES, split_name
 from mtl_dist.importers.summary import (
     duplicate_notes,

@@ -26,7 +26,8 @@ from mtl_dist.data.contact_sheet import contact_sheet
 from mtl_dist.data.manifest import read_manifest
 from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import Record, TaskSource
-from mtl_dist.importers.packing import PackOptions, pack
+from mtl_dist.importers.options import PackOptions
+from mtl_dist.importers.packing import pack
 from mtl_dist.kinds.cells import parse_cells
 from mtl_dist.kinds.registry import scalar_kind
 from mtl_dist.kinds.words import Declared
@@ -213,8 +214,8 @@ def logged_losses(run: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def mix(project: Path) -> list[str]:
     """The recipe's data, and beside it what the page's importer prepares: it knows one task of the two."""
-    importer, *settings = blocks("sh")[0].split()[3:]
-    prepare = ["prepare", "own", importer, "data/mixed", *settings[1:]]
+    importer, *settings = blocks("sh")[0].split()[2:]
+    prepare = ["prepare", importer, "data/mixed", *settings[1:]]
     with pytest.raises(SystemExit) as ended:
         app(prepare, prog_name="mtl")
     assert ended.value.code == 0

@@ -9,14 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from mtl_dist.importers.cifar import prepare_cifar
-from mtl_dist.importers.idx import prepare_idx, read_idx
-from mtl_dist.importers.packing import PackOptions
+from mtl_dist.importers.idx import read_idx
+from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.sources import Tree
-from mtl_dist.importers.stack_time import TimeTask
-from mtl_dist.importers.stacks import prepare_stacks
-from mtl_dist.importers.table import prepare_table
 from mtl_dist.recipe import load_recipe
+from tests.source_files import prepare_cifar, prepare_idx, prepare_stacks
 from tests.tiny_runs import rows, train_run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -47,7 +44,7 @@ def prepare(name: str, out: Path) -> None:
         measures = ["thickness", "slant"] if name == "strokes" else []
         if measures:
             pytest.importorskip("skimage", reason="the demo extra is not installed")
-        prepare_idx(src, out, "digit", measures=measures, options=FAST)
+        prepare_idx(src, out, "digit", measure=measures, options=FAST)
     elif name == "cifar100":
         prepare_cifar(DATA / "cifar100", out, ["coarse", "fine"], options=FAST)
     elif name == "timelapse":
@@ -56,10 +53,10 @@ def prepare(name: str, out: Path) -> None:
             out,
             stacks="stack_*.tif",
             table=Path("frames.csv"),
-            regression={"count": "cell_count"},
+            regression={"count": "cell_count", "hours": "hours"},
+            compute={"hours": "page * 0.5"},
             segmentation={"cell": "mask_*.tif"},
             frames="every:8",
-            time=TimeTask("hours", 0.5),
             split={"sw": "val"},
             options=FAST,
         )
@@ -67,7 +64,7 @@ def prepare(name: str, out: Path) -> None:
         folder, numbers = ("hsv1-cells", {"hours": "hours_post_infection"})
         if name == "malaria":
             folder, numbers = ("malaria-cells", {})
-        prepare_table(
+        prepare(
             DATA / folder / f"{folder}.zip",
             out,
             classification={"infected": "infected"},

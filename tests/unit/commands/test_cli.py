@@ -14,8 +14,10 @@ from typer.testing import CliRunner, Result
 
 from mtl_dist import __version__
 from mtl_dist.cli import app
-from mtl_dist.commands.options import class_names, fractions, named
+from mtl_dist.commands.options import named
 from mtl_dist.errors import UserError
+from mtl_dist.importers.options import PackOptions
+from mtl_dist.importers.wanted import class_names
 from mtl_dist.launch.local import Launch, plan_launch
 
 ROOT = Path(__file__).parents[3]
@@ -50,10 +52,12 @@ finally:
 """
 
 
-@pytest.mark.parametrize("command", ["", "train", "prepare table"])
-def test_help_waits_for_no_heavy_import(command: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "imported"), [("", []), ("train", []), ("prepare", []), ("prepare table", ["numpy"])]
+)
+def test_help_waits_for_no_heavy_import(command: str, imported: list[str]) -> None:
     done = python(HELP, *command.split())
-    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert (done.returncode, done.stderr) == (0, f"{imported}\n")
     assert "mtl " in done.stdout
 
 
@@ -61,15 +65,17 @@ def test_help_waits_for_no_heavy_import(command: str) -> None:
 def test_the_help_of_every_command_has_an_example_and_explains_every_argument(command: str) -> None:
     found = typer.main.get_command(app)
     for name in command.split():
-        found = found.commands[name]  # type: ignore[attr-defined]
+        found = found.get_command(typer.Context(found), name)  # type: ignore[attr-defined]
     assert f"mtl {command}" in (found.help or "")
     assert [parameter.name for parameter in found.params if not getattr(parameter, "help", None)] == []
 
 
 def test_the_commands_are_these_and_no_others() -> None:
     group = typer.main.get_command(app)
-    names = {f"{name} {sub}".strip() for name, command in group.commands.items()  # type: ignore[attr-defined]
-             for sub in getattr(command, "commands", [""])}  # fmt: skip
+    names = set()
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        listed = command.list_commands(typer.Context(command)) if hasattr(command, "list_commands") else [""]
+        names |= {f"{name} {sub}".strip() for sub in listed}
     assert names >= set(COMMANDS)
 
 
@@ -91,7 +97,7 @@ def test_mistakes_of_the_user_are_lines_on_stderr_and_exit_code_2() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train"], ["trian"], ["train", str(DIGITS), "--lr", "3"], ["prepare", "folders", "a", "b"]]
+    "arguments", [["train"], ["trian"], ["train", str(DIGITS), "--lr", "3"], ["prepare", "folders", "a"]]
 )
 def test_a_wrong_use_of_the_options_is_exit_code_2(arguments: list[str]) -> None:
     result = mtl(*arguments)
@@ -269,38 +275,42 @@ def test_prepare_and_inspect_work_together_and_a_full_directory_is_refused(tmp_p
     assert mtl("inspect", out, "--verify").exit_code == 1
 
 
-def test_the_options_of_prepare_table_reach_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: dict[str, Any] = {}
+def test_the_options_of_prepare_table_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
 
-    def prepare_table(file: Path, out: Path, **options: Any) -> None:
-        seen.update(options, file=file, out=out)
+    def run(*arguments: Any) -> None:
+        seen.extend(arguments)
         raise UserError("seen")
 
-    monkeypatch.setattr("mtl_dist.importers.table.prepare_table", prepare_table)
+    monkeypatch.setattr("mtl_dist.importers.run", run)
     text = (
-        "prepare table a.csv b --image f --root r --classification x=c --classification y=d --regression z=e"
+        "prepare table a.csv b --image f --root r --regression z=e --classification x=c --classification y=d"
     )
     text += " --segmentation m=masks/ --classes m=0:no,255:yes --unit z=cm --split 0.9,0.1 --max-skipped 3"
+    text += " --label classification:w=v --compute h=page*2 --group slide --stratify x --val 0.2"
     assert mtl(*text.split(), "--no-verify", "--seed", "5", "--workers", "2").exit_code == 2
-    options = seen.pop("options")
-    assert (options.max_skipped, options.verify, options.seed, options.workers) == (3, False, 5, 2)
-    seen.pop("progress")
-    assert seen == {
-        "file": Path("a.csv"),
-        "out": Path("b"),
+    name, out, settings, options, _ = seen
+    assert (name, out) == ("table", Path("b"))
+    assert options == PackOptions(
+        "0.9,0.1", 0.2, "slide", "x", seed=5, workers=2, max_skipped=3, verify=False
+    )
+    assert settings == {
+        "source": "a.csv",
         "image": "f",
-        "root": Path("r"),
-        "classification": {"x": "c", "y": "d"},
-        "multilabel": {},
-        "regression": {"z": "e"},
-        "segmentation": {"m": "masks/"},
-        "classes": {"m": {0: "no", 255: "yes"}},
+        "root": "r",
+        "labels": {
+            "w": "classification:v",
+            "x": "classification:c",
+            "y": "classification:d",
+            "z": "regression:e",
+            "m": "segmentation:masks/",
+        },
+        "classes": {"m": "0:no,255:yes"},
         "units": {"z": "cm"},
         "separator": "|",
-        "split": (0.9, 0.1),
+        "compute": {"h": "page*2"},
     }
-    mtl("prepare", "table", "a.csv", "b", "--split", "fold")
-    assert seen["split"] == "fold"
+    assert list(settings["labels"]) == ["w", "x", "y", "z", "m"]  # by kind, however they are typed
 
 
 @pytest.mark.parametrize(
@@ -309,11 +319,7 @@ def test_the_options_of_prepare_table_reach_it(monkeypatch: pytest.MonkeyPatch, 
         (lambda: named("--unit", ["age"]), '--unit: expected TASK=COLUMN, found "age".'),
         (lambda: named("--unit", ["a=b", "a=c"]), "--unit: expected each task once, found a twice."),
         (
-            lambda: fractions("--split", "a,b"),
-            '--split: expected fractions such as 0.8,0.1,0.1, found "a,b".',
-        ),
-        (
-            lambda: class_names("--classes", ["m=0:no,yes"]),
+            lambda: class_names("m", "0:no,yes"),
             '--classes: expected m=NAME,NAME,... or m=0:NAME,1:NAME,..., found "0:no,yes".',
         ),
     ],
@@ -325,10 +331,12 @@ def test_a_malformed_option_is_one_line(read: Any, line: str) -> None:
 
 
 def test_class_names_go_by_index_or_by_value() -> None:
-    assert class_names("--classes", ["a=no,yes", "b=0:no, 255:yes"]) == {
-        "a": ["no", "yes"],
-        "b": {0: "no", 255: "yes"},
-    }
+    assert class_names("a", "no,yes") == ["no", "yes"] == class_names("a", ["no", "yes"])
+    assert (
+        class_names("b", "0:no, 255:yes")
+        == {0: "no", 255: "yes"}
+        == class_names("b", {"0": "no", "255": "yes"})
+    )
 
 
 def test_predictions_are_written_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

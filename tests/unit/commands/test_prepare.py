@@ -52,7 +52,16 @@ def test_stacks_with_table_masks_and_splits(tmp_path: Path) -> None:
     mtl(
         *("prepare", "stacks", src, tmp_path / "out", "--stacks", "stack_*.tif", "--table", "frames.csv"),
         *("--regression", "count=count", "--segmentation", "cell=mask_*.tif", "--split", "val=b;test=c"),
-        *("--time", "hours", "--interval", "0.5", "--frames", "every:2", "--normalise", "1,99"),
+        *(
+            "--compute",
+            "hours=page * 0.5",
+            "--regression",
+            "hours=hours",
+            "--frames",
+            "every:2",
+            "--normalise",
+            "1,99",
+        ),
     )
     manifest = read_manifest(tmp_path / "out")
     assert {name: info.kind for name, info in manifest.tasks.items()} == {
@@ -67,16 +76,20 @@ def test_stacks_with_table_masks_and_splits(tmp_path: Path) -> None:
     }
 
 
-def test_stacks_in_class_folders_with_a_time_that_depends_on_the_class(tmp_path: Path) -> None:
+def test_stacks_in_class_folders_with_a_number_that_depends_on_the_class(tmp_path: Path) -> None:
     for number, name in enumerate(("infected/x", "uninfected/y", "infected/z", "uninfected/w")):
         (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
         tifffile.imwrite(tmp_path / "src" / f"{name}.tif", frames_of(number))
-    said = mtl(
+    mtl(
         *("prepare", "stacks", tmp_path / "src", tmp_path / "out", "--classification", "infected=folder"),
         *("--classes", "infected=uninfected,infected", "--split", "0.5,0.5"),
-        *("--time", "hours", "--interval", "0.5", "--onset", "infected=1", "--onset", "uninfected=absent"),
+        *(
+            "--compute",
+            "hours=page * 0.5 - 1 if folder == 'infected' else None",
+            "--regression",
+            "hours=hours",
+        ),
     )
-    assert "hours: 4 frames are before their onset, with values below 0" in " ".join(said.split())
     manifest = read_manifest(tmp_path / "out")
     assert manifest.tasks["infected"].class_counts == (6, 6)
     assert manifest.tasks["hours"].num_labelled == 6
@@ -86,10 +99,10 @@ def test_stacks_in_class_folders_with_a_time_that_depends_on_the_class(tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--time", "hours"], "--time: expected --time TASK and --interval HOURS together"),
-        (["--onset", "infected=1"], "--time: expected --time TASK and --interval HOURS together"),
-        (["--normalise", "1"], "--normalise: expected two percentiles such as 1,99"),
-        (["--split", "val="], "--split: expected SPLIT=STACK,..."),
+        (["--regression", "n=page", "--compute", "page=1"], "expected a new column, found one of this name"),
+        (["--regression", "n=n", "--compute", "n=pgae * 2"], "expected one of the columns"),
+        (["--regression", "n=page", "--normalise", "99,1"], "--normalise: expected two percentiles"),
+        (["--regression", "n=page", "--split", "val="], "--split: expected SPLIT=GROUP,..."),
         (["--regression", "count"], "--regression: expected TASK=COLUMN"),
     ],
 )

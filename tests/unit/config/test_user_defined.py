@@ -370,9 +370,9 @@ def test_a_transform_says_whether_evaluation_leaves_it_out() -> None:
 
 
 def test_a_wrong_argument_of_an_importer_is_one_line(tmp_path: Path) -> None:
-    from mtl_dist.importers.importer import prepare_own
+    from mtl_dist.importers import run
 
     with pytest.raises(
         UserError, match=r"^kind: expected a subclass of mtl_dist.importers.importer.Importer"
     ):
-        prepare_own("mine.parts.Poly", tmp_path / "out")
+        run("mine.parts.Poly", tmp_path / "out")

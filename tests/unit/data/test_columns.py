@@ -13,7 +13,8 @@ from mtl_dist.data.manifest import read_manifest
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.shards import Label
 from mtl_dist.importers.jobs import Record, TaskSource
-from mtl_dist.importers.packing import PackOptions, pack
+from mtl_dist.importers.options import PackOptions
+from mtl_dist.importers.packing import pack
 from mtl_dist.specs import TaskInfo
 from tests.tiny_datasets import TASKS, image_of, labels_of, masks_of, png
 

@@ -15,7 +15,8 @@ from mtl_dist.data.inspect import inspect_dataset, render, spread
 from mtl_dist.data.shards import Label
 from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import Record, TaskSource
-from mtl_dist.importers.packing import PackOptions, pack
+from mtl_dist.importers.options import PackOptions
+from mtl_dist.importers.packing import pack
 from tests.source_files import encoded
 
 SIZES = ((24, 16), (16, 24), (20, 20))

@@ -25,7 +25,7 @@ from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.remote import Url, UrlReader, beside, location
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
-from mtl_dist.importers.packing import PackOptions
+from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.tars import FieldMapping, index_tars
 from tests.bad_server import BadServer, serving
 from tests.tiny_datasets import TASKS, write_dataset

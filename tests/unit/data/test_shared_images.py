@@ -19,7 +19,8 @@ from mtl_dist.data.settings import DataSettings
 from mtl_dist.data.shared_images import shared_images
 from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import Record, TaskSource
-from mtl_dist.importers.packing import PackOptions, pack
+from mtl_dist.importers.options import PackOptions
+from mtl_dist.importers.packing import pack
 from tests.tiny_datasets import image_of, png, write_dataset
 
 DIGESTS = st.lists(st.integers(0, 40), max_size=30).map(lambda values: np.array(values, DIGEST_DTYPE))

@@ -16,11 +16,9 @@ from mtl_dist.data.decode import decode_image
 from mtl_dist.data.manifest import Manifest, read_manifest
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.errors import UserError
-from mtl_dist.importers.cifar import prepare_cifar
-from mtl_dist.importers.idx import prepare_idx
 from mtl_dist.importers.measures import slant, thickness
 from mtl_dist.importers.pixels import SMALL, encoded_picture
-from tests.source_files import HERE, contents, fill
+from tests.source_files import HERE, contents, fill, prepare_cifar, prepare_idx
 
 NUM_TRAIN, NUM_TEST = 40, 10
 
@@ -56,7 +54,7 @@ def test_every_idx_picture_keeps_its_label_and_a_tenth_of_train_is_held_out(
     tmp_path: Path, packed: bool
 ) -> None:
     src = fill(tmp_path / "src", idx_files(packed))
-    manifest = prepare_idx(src, tmp_path / "out", "digit", ["a", "b", "c"], options=HERE)
+    manifest = prepare_idx(src, tmp_path / "out", "digit", classes=["a", "b", "c"], options=HERE)
     assert {name: split.num_samples for name, split in manifest.splits.items()} == {
         "train": 37,  # a tenth of each class, which has 14, 13 and 13
         "val": 3,
@@ -92,7 +90,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
 def test_measures_are_regression_tasks_with_their_unit(tmp_path: Path) -> None:
     pytest.importorskip("skimage", reason="the demo extra is not installed")
     src = fill(tmp_path / "src", idx_files())
-    manifest = prepare_idx(src, tmp_path / "out", measures=["thickness", "slant"], options=HERE)
+    manifest = prepare_idx(src, tmp_path / "out", measure=["thickness", "slant"], options=HERE)
     assert [(name, info.kind, info.unit) for name, info in manifest.tasks.items()] == [
         ("label", "classification", ""),
         ("thickness", "regression", "px"),
@@ -165,7 +163,7 @@ def test_damaged_idx_files_are_refused_in_one_line_and_leave_nothing(tmp_path: P
 def test_an_unknown_measure_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     src = fill(tmp_path / "src", idx_files())
     with pytest.raises(UserError, match="expected some of thickness, slant, found width"):
-        prepare_idx(src, tmp_path / "out", measures=["width"], options=HERE)
+        prepare_idx(src, tmp_path / "out", measure=["width"], options=HERE)
 
 
 # ---------------------------------------------------------------- measures

@@ -20,9 +20,10 @@ pytest.importorskip("skimage", reason="the demo extra is not installed")
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.durable import sha256_of
 from mtl_dist.errors import UserError
-from mtl_dist.importers.digits import ENLARGED, enlarge, prepare_digits
+from mtl_dist.importers.digits import ENLARGED, enlarge
 from mtl_dist.importers.measures import INK, stroke_width
-from mtl_dist.importers.packing import PackOptions
+from mtl_dist.importers.options import PackOptions
+from tests.source_files import prepared
 
 HERE = PackOptions(workers=1)
 
@@ -30,7 +31,7 @@ HERE = PackOptions(workers=1)
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     out = tmp_path_factory.mktemp("data") / "digits"
-    return out, prepare_digits(out, HERE)
+    return out, prepared("digits", out, HERE)
 
 
 def opened(data: bytes) -> np.ndarray:
@@ -70,7 +71,7 @@ def test_the_labels_are_measured_on_the_stored_picture(digits: tuple[Path, Manif
 
 def test_the_dataset_is_the_same_every_time(digits: tuple[Path, Manifest], tmp_path: Path) -> None:
     out, _ = digits
-    prepare_digits(tmp_path / "again", HERE)
+    prepared("digits", tmp_path / "again", HERE)
     assert {p.name: sha256_of(p) for p in out.iterdir()} == {
         p.name: sha256_of(p) for p in (tmp_path / "again").iterdir()
     }
@@ -114,5 +115,5 @@ def test_a_missing_library_is_named_with_its_remedy(
     monkeypatch.delitem(sys.modules, library, raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r'pip install "mtl-dist\[demo\]"'):
-        prepare_digits(tmp_path / "out", HERE)
+        prepared("digits", tmp_path / "out", HERE)
     assert list(tmp_path.iterdir()) == []

@@ -14,11 +14,10 @@ from PIL import Image
 
 from mtl_dist.data.manifest import read_manifest
 from mtl_dist.errors import UserError
-from mtl_dist.importers.folders import prepare_folders
-from mtl_dist.importers.packing import PackOptions
+from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.splitting import split_by_fractions, unique_keys
 from mtl_dist.kinds.words import class_order
-from tests.source_files import HERE, contents, encoded, fill, picture, read_back
+from tests.source_files import HERE, contents, encoded, fill, picture, prepare_folders, read_back
 
 
 def cats(train: int = 6, val: int = 2) -> dict[str, bytes]:
@@ -83,6 +82,7 @@ def test_a_zip_gives_what_its_directory_gives(tmp_path: Path) -> None:
     prepare_folders(src, tmp_path / "one", "breed", options=HERE)
     prepare_folders(tmp_path / "pets.zip", tmp_path / "two", "breed", options=HERE)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert one.pop("dataset.json") != two.pop("dataset.json")  # the zip has a file more to account for
     assert one == two
 
 
@@ -136,7 +136,7 @@ def test_where_nothing_can_be_held_out_the_note_says_so(tmp_path: Path) -> None:
     manifest = prepare_folders(fill(tmp_path / "src", files), tmp_path / "out", "breed", None, HERE, val=0.2)
     assert list(manifest.splits) == ["train"]
     assert manifest.notes == (
-        "nothing of train held out as val: too few samples of each class for 0.2 of them",
+        "nothing of train held out as val: too few samples of each breed for 0.2 of them",
     )
 
 
@@ -257,7 +257,7 @@ def test_images_of_several_kinds_are_refused(tmp_path: Path) -> None:
         ),
         ({"train/cover.jpg": picture(5)}, "inside class folders, found one beside them"),
         ({"models/a/0.jpg": picture(5)}, "found 'models' with them"),
-        ({"validation/Bengal/0.jpg": picture(5)}, "expected one folder per split"),
+        ({"validation/Bengal/0.jpg": picture(5)}, "expected one name for val, found val and validation"),
     ],
 )
 def test_a_layout_that_cannot_be_meant_is_refused(tmp_path: Path, files: dict, match: str) -> None:
@@ -281,10 +281,10 @@ def test_sources_that_hold_no_classes_are_refused(tmp_path: Path) -> None:
 
 def test_fractions_must_be_fractions_and_have_something_to_split(tmp_path: Path) -> None:
     src = fill(tmp_path / "src", cats())
-    refused(tmp_path, src, "found the splits train, val. Drop --split", fractions=(0.8, 0.2))
+    refused(tmp_path, src, "found train, val. They are used as they are: drop --split", split=(0.8, 0.2))
     flat = fill(tmp_path / "flat", {"a/1.jpg": picture(1), "b/2.jpg": picture(2)})
     for fractions in ((0.8, 0.3), (1.0,), (1.2, -0.2), (0.25,) * 4):
-        refused(tmp_path, flat, "each above 0 and with the sum 1", fractions=fractions)
+        refused(tmp_path, flat, "each above 0 and with the sum 1", split=fractions)
 
 
 def test_a_task_name_that_a_shard_cannot_hold_is_refused_at_once(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ import pytest
 from PIL import Image
 
 from mtl_dist.errors import UserError
-from mtl_dist.importers.folders import prepare_folders
 from mtl_dist.importers.made_masks import object_by_brightness
-from mtl_dist.importers.table import prepare_table
+from tests.source_files import prepare, prepare_folders
 
 
 def picture(bright_object: bool, object_side: int = 8) -> np.ndarray:
@@ -59,7 +58,7 @@ def masks_of(dataset: Path, task: str) -> dict[str, np.ndarray]:
 
 
 def test_made_masks_are_a_task_of_two_classes(folders: Path, tmp_path: Path) -> None:
-    manifest = prepare_folders(folders, tmp_path / "out", "tone", masks={"shape": "otsu"})
+    manifest = prepare_folders(folders, tmp_path / "out", "tone", mask={"shape": "otsu"})
     assert manifest.tasks["shape"].classes == ("background", "shape")
     assert manifest.tasks["shape"].num_labelled == 6
     assert "masks of shape were made from the pictures by otsu" in manifest.notes
@@ -79,7 +78,7 @@ def test_a_share_of_train_is_held_out_by_class(folders: Path, tmp_path: Path) ->
 
 
 def test_holding_out_is_refused_where_there_is_a_val(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected no val folder with --val, found one"):
+    with pytest.raises(UserError, match="--val: expected data without val, found some"):
         prepare_folders(folders, tmp_path / "out", "tone", val=0.1)
 
 
@@ -92,14 +91,14 @@ def test_a_function_of_the_users_makes_masks(
         "def left(picture):\n    mask = picture[..., 0] < 0\n    mask[:, :8] = True\n    return mask\n\n\n"
         "def wrong(picture):\n    return picture\n"
     )
-    prepare_folders(folders, tmp_path / "out", "tone", masks={"left": "my_masks.left"})
+    prepare_folders(folders, tmp_path / "out", "tone", mask={"left": "my_masks.left"})
     assert all(
         mask[:, :8].all() and mask.sum() == 128 for mask in masks_of(tmp_path / "out", "left").values()
     )
     with pytest.raises(
         UserError, match=r"expected a mask of bool \(16, 16\) from my_masks\.wrong, found uint8"
     ):
-        prepare_folders(folders, tmp_path / "bad", "tone", masks={"left": "my_masks.wrong"})
+        prepare_folders(folders, tmp_path / "bad", "tone", mask={"left": "my_masks.wrong"})
     del sys.modules["my_masks"]
 
 
@@ -108,14 +107,14 @@ def test_a_function_of_the_users_makes_masks(
     [
         ({"shape": "otsou"}, "--mask: expected otsu or the import path of a function"),
         ({"shape": "no_such_module.f"}, "--mask: expected otsu or the import path of a function: expected"),
-        ({"tone": "otsu"}, "--mask: expected another name than --task tone"),
+        ({"tone": "otsu"}, "--mask: expected another name than the task tone"),
     ],
 )  # fmt: skip
 def test_a_mask_that_cannot_be_made_is_refused(
     masks: dict[str, str], said: str, folders: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=said):
-        prepare_folders(folders, tmp_path / "out", "tone", masks=masks)
+        prepare_folders(folders, tmp_path / "out", "tone", mask=masks)
     assert not (tmp_path / "out").exists()
 
 
@@ -130,7 +129,7 @@ def test_classes_by_value_come_in_the_order_in_which_they_are_stated(tmp_path: P
     rows = [{"file": f"{n}.png", "mask": f"{n}_trimap.png", "split": "train"} for n in range(4)]
     (tmp_path / "labels.json").write_text(json.dumps(rows))
     classes = {"animal": {2: "background", 1: "animal", 3: "border"}}
-    manifest = prepare_table(
+    manifest = prepare(
         tmp_path / "labels.json", tmp_path / "out", segmentation={"animal": "mask"}, classes=classes
     )
     assert manifest.tasks["animal"].classes == ("background", "animal", "border")

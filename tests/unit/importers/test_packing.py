@@ -14,9 +14,8 @@ import pytest
 
 import mtl_dist.data.shards as shards
 from mtl_dist.errors import UserError
-from mtl_dist.importers.folders import prepare_folders
-from mtl_dist.importers.packing import PackOptions
-from tests.source_files import HERE, contents, fill, picture
+from mtl_dist.importers.options import PackOptions
+from tests.source_files import HERE, contents, fill, picture, prepare_folders
 
 
 def cats() -> dict[str, bytes]:
@@ -108,7 +107,7 @@ def test_progress_ends_at_all_samples(tmp_path: Path, workers: int) -> None:
     heard: list[tuple[int, int]] = []
     src = fill(tmp_path / "src", cats())
     options = PackOptions(workers=workers, shard_samples=12)
-    prepare_folders(src, tmp_path / "out", "breed", None, options, lambda *now: heard.append(now))
+    prepare_folders(src, tmp_path / "out", "breed", None, options, progress=lambda *now: heard.append(now))
     assert heard[0] == (0, 24) and heard[-1] == (24, 24)
     assert [done for done, _ in heard] == sorted(done for done, _ in heard)
 
@@ -127,10 +126,10 @@ def test_nothing_of_the_work_is_left_in_the_dataset(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from mtl_dist.importers.folders import prepare_folders
-from mtl_dist.importers.packing import PackOptions
+from mtl_dist.importers import run
+from mtl_dist.importers.options import PackOptions
 options = PackOptions(workers=2, shard_samples=20)
-prepare_folders(Path(sys.argv[1]), Path(sys.argv[2]), "breed", options=options)
+run("folders", sys.argv[2], {"source": sys.argv[1], "task": "breed"}, options)
 """
 
 

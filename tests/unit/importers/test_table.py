@@ -15,7 +15,7 @@ from PIL import Image
 from mtl_dist.data.manifest import read_manifest
 from mtl_dist.durable import sha256_of
 from mtl_dist.errors import UserError
-from mtl_dist.importers.packing import PackOptions
+from mtl_dist.importers.options import PackOptions
 from tests.source_files import (
     ALL,
     CSV,

@@ -80,7 +80,7 @@ WRONG_TABLES: dict[str, tuple[str, dict[str, Any], str]] = {
     "an unknown split column": (
         "file,dx\na.png,x\n",
         {"classification": {"dx": "dx"}, "split": "fold"},
-        "split: expected a column, found 'fold'",
+        r"split: expected fractions or a column \(file, dx\), found 'fold'",
     ),
     "an empty file name": (
         "file,split,dx\n,train,x\n",
@@ -118,7 +118,7 @@ def test_a_wrong_table_is_one_clear_line(tmp_path: Path, name: str) -> None:
 
 def test_a_task_of_two_kinds_is_refused(tmp_path: Path) -> None:
     both: dict[str, Any] = {"regression": {"x": "age"}, "classification": {"x": "dx"}}
-    refused(tmp_path, skin(tmp_path / "skin"), "expected each name once, found x, x", **both)
+    refused(tmp_path, skin(tmp_path / "skin"), "expected each name once, found 'x' twice", **both)
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:

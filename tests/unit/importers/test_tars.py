@@ -22,7 +22,7 @@ from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.data.shards import save_index
 from mtl_dist.errors import UserError
-from mtl_dist.importers.packing import PackOptions
+from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.tars import FieldMapping, index_tars
 from tests.tiny_datasets import png
 

@@ -1,0 +1,98 @@
+"""What every importer shares: how samples are split, how many may be left out, how shards are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from mtl_dist.data.shards import DEFAULT_SHARD_BYTES, DEFAULT_SHARD_SAMPLES
+from mtl_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Help:
+    """What the command line says of a setting, in `Annotated`: `Annotated[str, Help("The name.", "NAME")]`.
+
+    `option` is what it is called there, where that is not the setting's name.
+    """
+
+    text: str
+    metavar: str = ""
+    option: str = ""
+
+
+Split = str | Sequence[float] | Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How to split and to pack, the same for every importer."""
+
+    split: Annotated[
+        Split,
+        Help(
+            "Fractions such as 0.8,0.1,0.1; a column; or groups by split as 'val=sw;test=ne'. Without it "
+            "the data's own splits, else fractions.",
+            "WHAT",
+        ),
+    ] = None
+    val: Annotated[
+        float | None, Help("The share of train to validate on, where the data has no val.", "SHARE")
+    ] = None
+    group: Annotated[
+        str,
+        Help(
+            "What is never divided between splits: a column, or a pattern of names as '{group}_*'.",
+            "COLUMN|PATTERN",
+        ),
+    ] = ""
+    stratify: Annotated[
+        str, Help("The task whose classes new splits share alike; without it the first.", "TASK")
+    ] = ""
+    seed: Annotated[int, Help("Decides new splits and the stored order.", "N")] = 0
+    workers: Annotated[int | None, Help("Processes; without it as many as the data is worth.", "N")] = None
+    max_skipped: Annotated[
+        int, Help("Unreadable images that may be left out; with 0 the first one stops it.", "N")
+    ] = 0
+    verify: Annotated[bool, Help("Decode every image once; without it only headers are read.")] = True
+    shard_samples: Annotated[int, Help("A shard is closed at this many samples.", "N")] = (
+        DEFAULT_SHARD_SAMPLES
+    )
+    shard_bytes: Annotated[int, Help("A shard is closed once it holds this many bytes.", "N")] = (
+        DEFAULT_SHARD_BYTES
+    )
+
+
+STANDARD = PackOptions()
+
+
+def fractions_in(split: Split) -> tuple[float, ...] | None:
+    """The fractions that `split` states; None where it is something else."""
+    if isinstance(split, str):
+        try:
+            return tuple(float(part) for part in split.split(","))
+        except ValueError:
+            return None
+    return None if split is None or isinstance(split, Mapping) else tuple(split)
+
+
+def groups_by_split(split: Split) -> dict[str, str] | None:
+    """The split of each group that `val=sw,nw;test=ne` names; None where it is something else.
+
+    Raises:
+        UserError: a group in two splits, or a split without one.
+    """
+    if isinstance(split, Mapping):
+        return dict(split)
+    if not isinstance(split, str) or "=" not in split:
+        return None
+    found: dict[str, str] = {}
+    for part in split.split(";"):
+        name, _, groups = part.partition("=")
+        for group in groups.split(","):
+            if not name.strip() or not group.strip():
+                raise UserError(f'--split: expected SPLIT=GROUP,... with ; between splits, found "{split}".')
+            if found.setdefault(group.strip(), name.strip()) != name.strip():
+                raise UserError(f"--split: expected each group in one split, found {group.strip()} in two.")
+    return found

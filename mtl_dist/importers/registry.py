@@ -1,0 +1,26 @@
+"""The built-in importers by name, with the line about each in `mtl prepare --help`; nothing is imported."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class BuiltIn(NamedTuple):
+    """An importer's import path, and what it reads in one line."""
+
+    path: str
+    summary: str
+
+
+IMPORTERS = {
+    "digits": BuiltIn(
+        "mtl_dist.importers.digits.Digits", "scikit-learn's 1,797 handwritten digits: nothing to download."
+    ),
+    "folders": BuiltIn(
+        "mtl_dist.importers.folders.Folders", "One folder per class, in a directory or a zip."
+    ),
+    "table": BuiltIn("mtl_dist.importers.table.TableImporter", "A table of labels: one row per image."),
+    "idx": BuiltIn("mtl_dist.importers.idx.Idx", "MNIST and its relatives: IDX files."),
+    "cifar": BuiltIn("mtl_dist.importers.cifar.Cifar", "CIFAR's binary records, with any number of labels."),
+    "stacks": BuiltIn("mtl_dist.importers.stacks.Stacks", "Multi-page TIFFs: one sample per page."),
+}

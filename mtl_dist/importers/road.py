@@ -1,0 +1,318 @@
+"""The one road from an importer to a dataset: read, split, pack.
+
+    settings -> importer -> stream of records -> (spool) -> splits -> shards, index, manifest with its account
+
+What stays in memory per sample is its labels and where its image lies.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ValidationError
+
+from mtl_dist.config.errors import explain
+from mtl_dist.config.settings import Settings
+from mtl_dist.config.user_defined import PartError, UserDefined, UserDefinedSettings
+from mtl_dist.data.manifest import Manifest
+from mtl_dist.data.shards import MAX_KEY_LENGTH
+from mtl_dist.errors import UserError
+from mtl_dist.importers.groups import check_whole, groups_of, split_groups, unnoticed_groups
+from mtl_dist.importers.importer import Importer, LeftOut
+from mtl_dist.importers.jobs import Record, TaskSource, check_skipped
+from mtl_dist.importers.options import STANDARD, PackOptions, fractions_in, groups_by_split
+from mtl_dist.importers.packing import SPOOL, Progress, pack_into, partial_directory, refuse_existing, silent
+from mtl_dist.importers.registry import IMPORTERS
+from mtl_dist.importers.splitting import (
+    held_out_note,
+    split_by_fractions,
+    split_name,
+    split_names,
+    unique_keys,
+)
+from mtl_dist.importers.spool import Spool
+from mtl_dist.importers.summary import listed
+from mtl_dist.kinds.registry import KINDS, kind_of
+
+LABELS = "labels"
+"""The setting of an importer that takes tasks of any kind, as `wanted.Labels` has it."""
+
+_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
+_REPORT_EVERY = 100
+
+
+class ImporterSettings(UserDefinedSettings):
+    """The settings of an importer: the arguments of its constructor."""
+
+    part_base = "mtl_dist.importers.importer.Importer"
+
+
+PARTS = UserDefined((ImporterSettings,), only=True)
+
+
+class _Request(Settings):
+    importer: Annotated[ImporterSettings, PARTS]
+
+
+def path_of(importer: str | type[Importer]) -> str:
+    """The import path of an importer, given as a built-in one's name, an import path, or a class."""
+    if not isinstance(importer, str):
+        return f"{importer.__module__}.{importer.__qualname__}"
+    return IMPORTERS[importer].path if importer in IMPORTERS else importer
+
+
+def importer_class(importer: str | type[Importer]) -> type[Importer]:
+    """The class of an importer.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        settings = PARTS.settings_class(path_of(importer))
+    except PartError as error:
+        raise UserError(f"importer: {error}") from None
+    assert issubclass(settings, ImporterSettings)
+    found: type[Importer] = settings.part_class
+    return found
+
+
+def make(importer: str | type[Importer], settings: Mapping[str, Any]) -> Importer:
+    """The importer with these settings. The name of a kind stands for labels of it: `regression={...}`.
+
+    Raises:
+        UserError: no such importer, or settings that do not fit; one line for each.
+    """
+    data = {name: value for name, value in settings.items() if name not in KINDS}
+    for kind in KINDS:
+        for task, column in (settings.get(kind) or {}).items():
+            labels = data.setdefault(LABELS, {})
+            if task in labels:
+                raise UserError(f"tasks: expected each name once, found {task!r} twice.")
+            data[LABELS] = {**labels, task: f"{kind}:{column}"}
+    text = json.dumps({"importer": {**data, "kind": path_of(importer)}}, default=str)
+    try:
+        request = _Request.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(
+            "\n".join(line.removeprefix("importer.") for _, line in explain(error, _Request))
+        ) from None
+    made: Importer = request.importer.make()
+    return made
+
+
+def prepare(
+    importer: Importer, out: Path, options: PackOptions = STANDARD, progress: Progress = silent
+) -> Manifest:
+    """Prepare what the importer reads as the dataset `out`.
+
+    Raises:
+        UserError: `out` is taken, the data cannot be used or split as asked, or the disk is full.
+    """
+    refuse_existing(out)
+    with partial_directory(out) as partial:
+        spool = Spool(partial.directory / SPOOL)
+        try:
+            tasks = importer.tasks()
+            records = _read(importer, spool, options, progress)
+            records = _with_keys(records)
+            names, notes = _splits(importer, records, tasks, options)
+            splits: dict[str, list[Record]] = {}
+            for record, name in zip(records, names, strict=True):
+                splits.setdefault(name, []).append(record)
+            spool.flush()
+            if not importer.verify:
+                options = replace(options, verify=False)
+            name = importer.name or out.resolve().name
+            said = [*importer.notes(), *notes]
+            return pack_into(partial, splits, tasks, name, said, options, progress, importer.account)
+        finally:
+            spool.close()
+
+
+# ---------------------------------------------------------------- reading
+def _read(importer: Importer, spool: Spool, options: PackOptions, progress: Progress) -> list[Record]:
+    """All records, their bytes put aside."""
+    records: list[Record] = []
+    left_out: list[str] = []
+    for found in importer.records():
+        if isinstance(found, LeftOut):
+            left_out.append(found.reason)
+            check_skipped(left_out, options.max_skipped)
+            continue
+        records.append(_spooled(found, spool))
+        if len(records) % _REPORT_EVERY == 0:
+            progress(len(records), 0)
+    if not records:
+        raise UserError(f"{type(importer).__name__}: expected samples, found none.")
+    return records
+
+
+def _spooled(record: Record, spool: Spool) -> Record:
+    image = record.image
+    if isinstance(image, bytes):
+        image = spool.add(image, record.place)
+    masks = record.masks
+    if any(isinstance(mask, bytes) for mask in masks.values()):
+        masks = {
+            task: spool.add(mask, f"{task} of {record.place}") if isinstance(mask, bytes) else mask
+            for task, mask in masks.items()
+        }
+    return (
+        record
+        if image is record.image and masks is record.masks
+        else replace(record, image=image, masks=masks)
+    )
+
+
+def _with_keys(records: Sequence[Record]) -> list[Record]:
+    """The records with a key each, made from their paths where they have none.
+
+    Raises:
+        UserError: a key that cannot be one, or comes twice.
+    """
+    unnamed = [record.path for record in records if not record.key]
+    made = iter(unique_keys(unnamed))
+    keyed = [record if record.key else replace(record, key=next(made)) for record in records]
+    taken: set[str] = set()
+    for record in keyed:
+        if not _KEY.fullmatch(record.key):
+            raise UserError(
+                f"key {record.key!r}: expected 1 to {MAX_KEY_LENGTH} letters, digits, '_' and '-', found "
+                "others. Give the record a `path` instead, from which one is made."
+            )
+        if record.key in taken:
+            raise UserError(f"expected each key once, found {record.key!r} twice.")
+        taken.add(record.key)
+    return keyed
+
+
+# ---------------------------------------------------------------- splitting
+def _splits(
+    importer: Importer, records: Sequence[Record], tasks: Mapping[str, TaskSource], options: PackOptions
+) -> tuple[list[str], list[str]]:
+    """The split of each record, and what is to be said of it."""
+    notes: list[str] = []
+    by, strata = _strata(importer, records, tasks, options.stratify)
+    groups = groups_of(records, options.group)
+    grouped = any(groups)
+    brought = _brought(records, groups, options)
+    fractions = fractions_in(options.split)
+
+    def divided(positions: Sequence[int], shares: Sequence[float]) -> list[str]:
+        of_strata = [strata[i] for i in positions]
+        if grouped:
+            return split_groups(
+                [groups[i] or records[i].key for i in positions], of_strata, shares, options.seed
+            )
+        return split_by_fractions([records[i].key for i in positions], of_strata, shares, options.seed)
+
+    if any(brought):
+        lacking = [record.place for record, split in zip(records, brought, strict=True) if not split]
+        if lacking:
+            raise UserError(
+                f"splits: expected one for every sample, since the data has them, found none for "
+                f"{len(lacking)} ({listed(lacking)})."
+            )
+        if fractions is not None:
+            raise UserError(
+                f"--split: expected data without splits, found {', '.join(sorted(set(brought)))}. They are "
+                "used as they are: drop --split."
+            )
+        names = split_names(brought)
+        renamed = [f"{word} = {name}" for word, name in names.items() if word != name]
+        if renamed:
+            notes.append(f"splits by their names: {', '.join(renamed)}")
+        splits = [names[word] for word in brought]
+        check_whole(groups, splits, records)
+        share = importer.val if options.val is None else options.val
+        if not 0 <= share < 1:
+            raise UserError(f"--val: expected a share from 0 up to 1, found {share:g}.")
+        if "val" in splits and options.val is not None:
+            raise UserError("--val: expected data without val, found some. Drop --val.")
+        if "val" in splits or not share or "train" not in splits:
+            return splits, notes
+        train = [i for i, split in enumerate(splits) if split == "train"]
+        parts = divided(train, (1 - share, share))
+        notes.append(held_out_note(share, by or "name", options.seed, parts))
+        for position, part in zip(train, parts, strict=True):
+            splits[position] = part
+    else:
+        if options.val is not None:
+            raise UserError("--val: expected data that has splits, found none. Use --split 0.9,0.1.")
+        shares = fractions or importer.fractions
+        splits = divided(range(len(records)), shares)
+        told = ", ".join(f"{share:g}" for share in shares)
+        notes.append(f"split {_balanced_by(by, grouped)} into {told} with seed {options.seed}")
+    if grouped:
+        notes.append(_group_note(groups, splits))
+    else:
+        notes.extend(unnoticed_groups(records, strata, importer.ungrouped()))
+    return splits, notes
+
+
+def _balanced_by(by: str, grouped: bool) -> str:
+    return f"by {by}{', groups whole' if grouped else ''}" if by else "by group" if grouped else "by name"
+
+
+def _group_note(groups: Sequence[str], splits: Sequence[str]) -> str:
+    sizes = {split: len({g for g, s in zip(groups, splits, strict=True) if s == split}) for split in splits}
+    return f"groups: {', '.join(f'{number} in {split}' for split, number in sorted(sizes.items()))}"
+
+
+def _strata(
+    importer: Importer, records: Iterable[Record], tasks: Mapping[str, TaskSource], asked: str
+) -> tuple[str, list[Hashable]]:
+    """The task by whose classes new splits are balanced, and what they are for each record."""
+    suitable = [name for name, task in tasks.items() if kind_of(task.kind).is_one_class]
+    if asked and asked not in suitable:
+        raise UserError(
+            f"--stratify: expected a task of one class per image ({', '.join(suitable) or 'there is none'}), "
+            f"found {asked!r}."
+        )
+    task = asked or importer.stratify or next(iter(suitable), "")
+    return task, [str(record.labels.get(task)) if task else "" for record in records]
+
+
+def _brought(records: Sequence[Record], groups: Sequence[str], options: PackOptions) -> list[str]:
+    """The word for each record's split that the data has, or that `--split` takes from it; else ""."""
+    by_group = groups_by_split(options.split)
+    if by_group is not None:
+        known = set(groups)
+        for group in by_group:
+            if group not in known:
+                raise UserError(
+                    f"--split: expected one of the groups {listed(sorted(known - {''})) or '(there is none)'}"
+                    f", found {group!r}."
+                )
+        return [by_group.get(group, "train") for group in groups]
+    if isinstance(options.split, str) and fractions_in(options.split) is None:
+        return [_in_column(record, options.split) for record in records]
+    return [record.split for record in records]
+
+
+def _in_column(record: Record, column: str) -> str:
+    if column not in record.columns:
+        raise UserError(
+            f"--split: expected fractions or a column ({', '.join(record.columns) or 'there is none'}), "
+            f"found {column!r}."
+        )
+    return split_word(record.columns[column], f"{record.place}, column {column!r}")
+
+
+def split_word(cell: str | list[str], where: str) -> str:
+    """The split that a cell names.
+
+    Raises:
+        UserError: it is no word.
+    """
+    name = split_name(cell) if isinstance(cell, str) else ""
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise UserError(
+            f"{where}: expected a split (train, val, test or another word), found {cell or 'nothing'!r}."
+        )
+    return cell.strip().lower() if isinstance(cell, str) else ""

@@ -1,0 +1,147 @@
+"""Which tasks a user wants from data with columns: of what kind, from which column, with which classes.
+
+--label regression:age=age_years      a task `age` of the kind regression, from the column `age_years`
+--regression age=age_years            the same in short, for every kind there is
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+from mtl_dist.config.nearest import nearest
+from mtl_dist.data.shards import check_task_names
+from mtl_dist.errors import UserError
+from mtl_dist.importers.jobs import TaskSource
+from mtl_dist.importers.options import Help
+from mtl_dist.importers.tables import Row, read_labels
+from mtl_dist.kinds.kind import Label
+from mtl_dist.kinds.registry import kind_of
+from mtl_dist.kinds.words import ClassNames, Declared, LabelError
+
+Labels: TypeAlias = Annotated[
+    dict[str, str],
+    Help("A task of any kind, from a column; --KIND TASK=COLUMN in short.", "KIND:TASK=COLUMN", "label"),
+]
+Classes: TypeAlias = Annotated[
+    dict[str, str | tuple[str, ...] | dict[str, str]],
+    Help("Class names by index, or by value as 0:NAME,255:NAME.", "TASK=NAME,..."),
+]
+Units: TypeAlias = Annotated[
+    dict[str, str], Help("The unit of a number, such as years.", "TASK=UNIT", "unit")
+]
+Separator: TypeAlias = Annotated[str, Help("What stands between a cell's classes.", "TEXT")]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A task that is wanted: the name of its kind, its column (or files), and what was said of it."""
+
+    task: str
+    kind: str
+    column: str
+    declared: Declared
+
+    @property
+    def is_map(self) -> bool:
+        """Whether its labels are files of their own."""
+        return kind_of(self.kind).is_map
+
+    def read(
+        self, rows: Sequence[Row], classes: ClassNames | None = None
+    ) -> tuple[TaskSource, list[Label | None]]:
+        """The task and the label of each row; `classes` came with the data, where none were declared.
+
+        Raises:
+            UserError: a cell that holds no label of the task.
+        """
+        declared = self.with_classes(classes)
+        names, labels = read_labels(self.kind, rows, self.column, declared)
+        return TaskSource(self.kind, names, declared.unit), labels
+
+    def map_task(self, classes: ClassNames | None = None) -> TaskSource:
+        """The task, whose labels are maps.
+
+        Raises:
+            UserError: classes that maps cannot have.
+        """
+        declared = self.with_classes(classes)
+        try:
+            info = kind_of(self.kind).declare(self.task, declared)
+        except LabelError as error:
+            raise UserError(f"classes of {self.task!r}: {error}") from None
+        return TaskSource(info.kind, info.classes, info.unit, declared.class_values, info.facts)
+
+    def with_classes(self, classes: ClassNames | None) -> Declared:
+        """What was said of the task, or the classes that came with the data."""
+        said = self.declared
+        return said if said.classes is not None else Declared(classes, said.unit, said.separator, said.facts)
+
+
+def wanted_tasks(
+    labels: Mapping[str, str],
+    classes: Mapping[str, str | Sequence[str] | Mapping[str, str]],
+    units: Mapping[str, str],
+    separator: str,
+) -> list[Wanted]:
+    """The tasks of a request, in its order.
+
+    Raises:
+        UserError: none, a name that cannot be one, or classes or a unit of no task.
+    """
+    if not labels:
+        raise UserError(
+            "tasks: expected at least one task, found none. Example: --classification breed=COLUMN"
+        )
+    check_task_names(labels)
+    for option, given in (("--classes", classes), ("--unit", units)):
+        for task in given:
+            if task not in labels:
+                raise UserError(f"{option}: expected one of the tasks {', '.join(labels)}, found {task!r}.")
+    wanted = []
+    for task, text in labels.items():
+        kind, colon, column = text.partition(":")
+        if not (colon and kind and column):
+            raise UserError(f"--label {task}: expected KIND:{task}=COLUMN, found {text!r}.")
+        kind_of(kind)
+        names = class_names(task, classes[task]) if task in classes else None
+        wanted.append(Wanted(task, kind, column, Declared(names, units.get(task, ""), separator)))
+    return wanted
+
+
+def check_columns(wanted: Iterable[str], columns: Sequence[str], where: str) -> None:
+    """Refuse columns that are not there.
+
+    Raises:
+        UserError: with the nearest one that is.
+    """
+    for column in wanted:
+        if column not in columns:
+            near = nearest(column, columns)
+            raise UserError(
+                f"{where}: expected a column {column!r}, found {', '.join(map(repr, columns)) or 'none'}."
+                f"{f' Did you mean {near!r}?' if near else ''}"
+            )
+
+
+def class_names(task: str, given: str | Sequence[str] | Mapping[str, str]) -> ClassNames:
+    """`background,lesion` by index, `0:background,255:lesion` by value; or these as a list and a mapping.
+
+    Raises:
+        UserError: it has another form.
+    """
+    if isinstance(given, str):
+        parts = [part.strip() for part in given.split(",")]
+        pairs = [part.partition(":") for part in parts]
+        by_value = any(colon for _, colon, _ in pairs)
+        given = {value.strip(): name for value, _, name in pairs} if by_value else parts
+        told = ",".join(parts)
+    else:
+        told = str(given)
+    if isinstance(given, Mapping):
+        if all(name and value.isdecimal() for value, name in given.items()):
+            return {int(value): name for value, name in given.items()}
+    elif all(given):
+        return list(given)
+    raise UserError(f'--classes: expected {task}=NAME,NAME,... or {task}=0:NAME,1:NAME,..., found "{told}".')
