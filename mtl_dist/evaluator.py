@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mtl_dist.batch import Batch
-from mtl_dist.data.prefetch import prefetched
+from mtl_dist.data.device_prefetch import device_prefetch
 from mtl_dist.engine.world import World
 from mtl_dist.step import RootModule
 from mtl_dist.tasks.metrics import MEAN_ACCURACY
@@ -56,7 +56,7 @@ def evaluate(root: RootModule, loader: Iterable[Batch], world: World) -> Evaluat
     sums_T = torch.zeros(num_tasks, dtype=torch.float64)
     counts_T = torch.zeros(num_tasks, dtype=torch.float64)
     num_samples = torch.zeros(1, dtype=torch.float64)
-    for host_batch, batch in prefetched(loader, world.device):
+    for host_batch, batch in device_prefetch(loader, world.device):
         outputs = root.predict(batch.images_BCHW)
         sums_T += root.loss_sums(outputs, batch).double().cpu()
         num_samples += host_batch.valid_B.sum()

@@ -34,10 +34,10 @@ from mtl_dist.checkpoint import (
     steps_in,
 )
 from mtl_dist.config.loading import to_yaml
-from mtl_dist.data.cuts import micro_batch_size
 from mtl_dist.data.decode import decoder_name
+from mtl_dist.data.leakage import leakage
 from mtl_dist.data.loader import Data, eval_loader, open_data, train_loader
-from mtl_dist.data.shared_images import shared_images
+from mtl_dist.data.partition import micro_batch_size
 from mtl_dist.durable import write_text
 from mtl_dist.ema import Ema
 from mtl_dist.engine.connect import connect, connect_without_engine
@@ -343,7 +343,7 @@ def introduce(
     why_not = trainer.balancing.why_no_diagnosis
     if recipe.balance.diagnose_every and why_not and len(recipe.tasks) > 1:
         tracker.say(f"balance  the tasks' gradients are not compared: {why_not}.")
-    for line in world.on_main(lambda: list(shared_images(data))):
+    for line in world.on_main(lambda: list(leakage(data))):
         tracker.say(f"warning  {line}")
     if "val" not in data.splits:
         tracker.say(

@@ -15,8 +15,8 @@ import torch
 from mtl_dist.balancing import Balancing
 from mtl_dist.batch import Batch
 from mtl_dist.checkpoint import Checkpoint, CheckpointWriter
-from mtl_dist.data.cuts import micro_batch_size
-from mtl_dist.data.prefetch import prefetched
+from mtl_dist.data.device_prefetch import device_prefetch
+from mtl_dist.data.partition import micro_batch_size
 from mtl_dist.ema import Ema
 from mtl_dist.engine.engine import Engine
 from mtl_dist.errors import UserError
@@ -126,7 +126,7 @@ class Trainer:
             return self._stopped_early()
         self.root.train()
         clock = _Clock()
-        for window in windows(prefetched(batches, self.world.device), self.plan.accumulation):
+        for window in windows(device_prefetch(batches, self.world.device), self.plan.accumulation):
             clock.waited()
             totals, stopping = self._agree([on_host for on_host, _ in window])
             if stopping:

@@ -36,7 +36,7 @@ from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.multilabel import MultilabelSettings
 from mtl_dist.tasks.registry import TaskSettings, build_tasks
 from mtl_dist.tasks.regression import RegressionSettings
-from tests.batch_cuts import micro_batches
+from tests.batch_partition import micro_batches
 
 SIZE = 8
 GLOBAL_BATCH = 8

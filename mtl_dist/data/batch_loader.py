@@ -1,4 +1,4 @@
-"""The batches of one rank, computed when they are asked for, or ahead by worker processes."""
+"""The batches of one rank, computed when they are asked for, or before that by worker processes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mtl_dist.batch import Batch
-from mtl_dist.data.ahead import LookAhead
 from mtl_dist.data.batches import BatchBuilder, Loaded
 from mtl_dist.data.blend import partners_elsewhere
-from mtl_dist.data.cuts import EvaluationCut, TrainingCut
 from mtl_dist.data.mixing import Samples, Stream
+from mtl_dist.data.partition import EvaluationPartition, TrainingPartition
 from mtl_dist.data.settings import BadSampleSettings
+from mtl_dist.data.shard_prefetch import ShardPrefetch
 from mtl_dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _JUDGED_AT_ONCE = 1000  # a share of fewer samples would end runs by chance
 
 
 class BatchLoader:
-    """The batches of one rank, in order, computed ahead by `workers` processes (0: when asked for)."""
+    """The batches of one rank, in order, computed early by `workers` processes (0: on demand)."""
 
     def __init__(
         self, batches: Batches, workers: int, pin_memory: bool, on_bad_sample: BadSampleSettings
@@ -96,35 +96,35 @@ class Batches(Dataset[Loaded | UserError]):
 
     def __init__(
         self,
-        cut: TrainingCut | EvaluationCut,
+        partition: TrainingPartition | EvaluationPartition,
         order: SampleOrder,
         builder: BatchBuilder,
-        look_ahead: LookAhead | None = None,
+        shard_prefetch: ShardPrefetch | None = None,
     ) -> None:
         self.num_samples = order.num_samples
-        self._cut = cut
+        self._partition = partition
         self._order = order
         self._builder = builder
-        self._look_ahead = look_ahead
+        self._shard_prefetch = shard_prefetch
 
     def __len__(self) -> int:
-        return len(self._cut)
+        return len(self._partition)
 
     def __iter__(self) -> Iterator[Loaded | UserError]:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: int) -> Loaded | UserError:
         """The batch; an error for the user is returned, because a worker would bury it in a traceback."""
-        positions = self._cut.positions(index)
-        size, content = len(positions), self._cut.content(positions)
+        positions = self._partition.positions(index)
+        size, content = len(positions), self._partition.content(positions)
         if self._builder.blender is not None:
-            partners = partners_elsewhere(positions, self._cut.end)
+            partners = partners_elsewhere(positions, self._partition.end)
             positions, content = np.append(positions, partners), np.append(content, partners)
         samples = self._order.samples(content)
-        if self._look_ahead is not None and isinstance(self._order, Stream):
-            self._look_ahead.want(self._order.upcoming(int(content[0])))
+        if self._shard_prefetch is not None and isinstance(self._order, Stream):
+            self._shard_prefetch.want(self._order.upcoming(int(content[0])))
         try:
-            return self._builder.build(samples, positions, positions < self._cut.end, size)
+            return self._builder.build(samples, positions, positions < self._partition.end, size)
         except UserError as error:
             return error
 

@@ -27,7 +27,7 @@ from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.mixing import Samples
 from mtl_dist.data.reader import SplitReader, UnreadableSample
-from mtl_dist.data.small import read_small
+from mtl_dist.data.small_images import read_small_images
 from mtl_dist.data.transforms import Transform
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.kind import MapKind, ScalarKind
@@ -189,7 +189,7 @@ class BatchBuilder:
         labelled = self._labelled(samples)
         valid, keys, bad = real.copy(), [""] * len(positions), []
         done = self._build_small(samples, images_BHWC, labelled, targets, keys)
-        self._fetch_ahead(samples, labelled, ~done)
+        self._prefetch(samples, labelled, ~done)
         each = list(samples)
         into = _Arrays(images_BHWC, maps, targets, labelled, keys)
         for group in self._groups(samples, np.flatnonzero(~done)):
@@ -244,7 +244,7 @@ class BatchBuilder:
         flags = list(zip(*(has.tolist() for has in labelled.values()), strict=True))
         for source in np.unique(samples.sources).tolist():
             mine = np.flatnonzero(samples.sources == source)
-            small = read_small(
+            small = read_small_images(
                 self.readers[source], samples.rows[mine], (*self.transform.size, self.channels)
             )
             if small is None:
@@ -343,14 +343,14 @@ class BatchBuilder:
         for name in itertools.chain.from_iterable(self.boxes.values()):
             into.labelled[name][i] &= name in labels
 
-    def _fetch_ahead(self, samples: Samples, labelled: Mapping[str, np.ndarray], wanted: np.ndarray) -> None:
+    def _prefetch(self, samples: Samples, labelled: Mapping[str, np.ndarray], wanted: np.ndarray) -> None:
         """Let each reader ask for what it will be asked for, all at once where that is worth it."""
         maps = [name for name in labelled if name in self._maps]
         for source, reader in enumerate(self.readers):
             if reader.is_remote:
                 mine = np.flatnonzero((samples.sources == source) & wanted)
                 rows = samples.rows[mine].tolist()
-                reader.fetch_ahead(rows, [tuple(name for name in maps if labelled[name][i]) for i in mine])
+                reader.prefetch(rows, [tuple(name for name in maps if labelled[name][i]) for i in mine])
 
     def _map(self, name: str, data: memoryview) -> Tensor:
         """A stored map as its kind means it."""

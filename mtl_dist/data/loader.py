@@ -2,7 +2,7 @@
 
     positions -> samples (order, mixing) -> bytes (reader) -> pixels (decode, transforms) -> Batch (batches)
 
-A batch is a pure function of its number, so worker processes hold no state: they only compute ahead, and
+A batch is a pure function of its number, so worker processes hold no state: they only compute early, and
 their number changes nothing. The state of the data in training is one integer, the position.
 """
 
@@ -12,24 +12,24 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mtl_dist.data.ahead import LookAhead
 from mtl_dist.data.balanced import BalancedStream
 from mtl_dist.data.batch_loader import Batches, BatchLoader
 from mtl_dist.data.batches import BatchBuilder
 from mtl_dist.data.blend import Blender, check_blend, partnered
 from mtl_dist.data.boxes import check_boxes, with_seen_edges
 from mtl_dist.data.cache import Cache
-from mtl_dist.data.cuts import EvaluationCut, TrainingCut
 from mtl_dist.data.infos import SourceFacts, disagreements, merge_infos, source_facts, training_facts
 from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.mixing import Concatenation, Schedule, Stream
 from mtl_dist.data.order import Order
+from mtl_dist.data.partition import EvaluationPartition, TrainingPartition
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.settings import (
     DataSettings,
     EvaluationSourceSettings,
     SamplingSettings,
 )
+from mtl_dist.data.shard_prefetch import ShardPrefetch
 from mtl_dist.data.transforms import PRESETS, Transform
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.registry import kind_of
@@ -212,25 +212,25 @@ def train_loader(
     """The micro-batches of a rank, in order, for the positions from `start_position` up to `end_position`.
 
     Epoch e is the positions [e * N, (e + 1) * N) for N = data.num_train_samples; a batch may hold the end of
-    one epoch and the beginning of the next. Another cut of the same positions (ranks, accumulation, workers,
-    another start) sees the same samples in the same views.
+    one epoch and the beginning of the next. Another partition of the same positions (ranks, accumulation,
+    workers, another start) sees the same samples in the same views.
 
     Raises:
         UserError: the global batch does not divide into the ranks' micro-batches.
     """
-    cut = TrainingCut(global_batch, accumulation, rank, world_size, start_position, end_position)
+    partition = TrainingPartition(global_batch, accumulation, rank, world_size, start_position, end_position)
     settings = data.settings
     blender = (
         None
         if settings.blend is None
         else Blender(settings.blend, derive_key(seed, _BLEND), partnered(data.infos))
     )
-    own = settings.user_transforms(training=True)
-    transform = Transform(data.image_size, settings.resize, settings.augmentation, own)
+    user_defined = settings.user_transforms(training=True)
+    transform = Transform(data.image_size, settings.resize, settings.augmentation, user_defined)
     key = derive_key(seed, _AUGMENT)
     builder = _builder(data, "train", transform, key, blender, pin_memory)
-    look_ahead = None if settings.cache is None else LookAhead(builder.readers, settings.cache)
-    batches = Batches(cut, _stream(data, seed), builder, look_ahead)
+    shard_prefetch = None if settings.cache is None else ShardPrefetch(builder.readers, settings.cache)
+    batches = Batches(partition, _stream(data, seed), builder, shard_prefetch)
     return BatchLoader(batches, workers, pin_memory, settings.on_bad_sample)
 
 
@@ -270,8 +270,8 @@ def eval_loader(
     own = data.settings.user_transforms(training=False)
     transform = Transform(data.image_size, data.settings.resize, PRESETS["none"], own)
     order = Concatenation([source.reader.num_samples for source in data.sources[split]])
-    cut = EvaluationCut(batch_size, rank, world_size, order.num_samples)
-    batches = Batches(cut, order, _builder(data, split, transform, 0, pin_memory=pin_memory))
+    partition = EvaluationPartition(batch_size, rank, world_size, order.num_samples)
+    batches = Batches(partition, order, _builder(data, split, transform, 0, pin_memory=pin_memory))
     return BatchLoader(batches, workers, pin_memory, data.settings.on_bad_sample)
 
 

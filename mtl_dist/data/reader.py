@@ -97,7 +97,7 @@ class SplitReader:
         }
         self._index: np.ndarray | None = None
         self._columns: np.ndarray | None = None
-        self._ahead: dict[tuple[int, int, int], bytes] = {}
+        self._prefetched: dict[tuple[int, int, int], bytes] = {}
         self._maps: dict[int, mmap.mmap | None] = {}
         for path, shard in zip(self._paths, shards, strict=True):
             if isinstance(path, Path):  # of a URL it would be a request each; reading will tell
@@ -116,7 +116,7 @@ class SplitReader:
             "_columns": None,
             "_files": OrderedDict(),
             "_maps": {},
-            "_ahead": {},
+            "_prefetched": {},
         }
 
     def labelled(self, task: str, rows: np.ndarray) -> np.ndarray:
@@ -198,12 +198,12 @@ class SplitReader:
                     labels = {**labels, name: target}
         return labels
 
-    def fetch_ahead(self, rows: Sequence[int], masks: Sequence[tuple[str, ...]]) -> None:
+    def prefetch(self, rows: Sequence[int], masks: Sequence[tuple[str, ...]]) -> None:
         """Ask for all of these samples at once, if each is going to be a request; `read` then finds them.
 
         What does not come is asked for again by `read`, which also says what is wrong.
         """
-        self._ahead.clear()
+        self._prefetched.clear()
         ranges: dict[tuple[int, int, int], None] = {}  # a set in order: padding repeats samples
         for row, of_row in zip(rows, masks, strict=True):
             begin, end, wanted = _extent(self._spans_at(row, of_row))
@@ -214,7 +214,9 @@ class SplitReader:
             (url, begin, size) for shard, begin, size in ranges if isinstance(url := self._paths[shard], Url)
         ]
         if urls:
-            self._ahead = {r: d for r, d in zip(ranges, read_together(urls), strict=True) if d is not None}
+            self._prefetched = {
+                r: d for r, d in zip(ranges, read_together(urls), strict=True) if d is not None
+            }
 
     def remote_bytes(self, shard: int) -> int:
         """The size of a shard that comes into the cache over the network; 0 of others."""
@@ -332,8 +334,8 @@ class SplitReader:
         """Bytes of a shard, writable because torch wants to wrap them without a copy."""
         location = self._paths[shard]
         if isinstance(location, Url) and self._cache is None:
-            ahead = self._ahead.get((shard, offset, size))
-            return memoryview(bytearray(location.read(offset, size) if ahead is None else ahead))
+            prefetched = self._prefetched.get((shard, offset, size))
+            return memoryview(bytearray(location.read(offset, size) if prefetched is None else prefetched))
         data = np.empty(size, np.uint8).data  # a bytearray would be zeroed first
         filled = 0
         while filled < size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mtl_dist.batch import Batch
-from mtl_dist.data.prefetch import prefetched
+from mtl_dist.data.device_prefetch import device_prefetch
 from tests.gpu.runs_on_devices import DEVICE
 
 NUM_BATCHES = 12
@@ -27,7 +27,7 @@ def batch(number: int) -> Batch:
 def test_every_batch_arrives_whole_and_in_order_while_the_device_is_busy() -> None:
     busy = torch.randn(2048 if DEVICE.type == "cuda" else 64, device=DEVICE).repeat(64, 1)
     means = []
-    for number, (on_host, on_device) in enumerate(prefetched(map(batch, range(NUM_BATCHES)), DEVICE)):
+    for number, (on_host, on_device) in enumerate(device_prefetch(map(batch, range(NUM_BATCHES)), DEVICE)):
         for _ in range(20):
             busy = busy @ busy.T @ busy / busy.numel()
         assert on_host.positions_B[0] == 4 * number

@@ -27,7 +27,7 @@ from mtl_dist.recipe import Recipe
 from mtl_dist.run_folder import DataFacts
 from mtl_dist.specs import TaskInfo
 from mtl_dist.step import RootModule, WindowTotals, count_labels
-from tests.batch_cuts import micro_batches
+from tests.batch_partition import micro_batches
 from tests.pairwise import pairwise
 from tests.ranks import shared_pool
 from tests.tiny_training import whole_up_to

@@ -34,7 +34,7 @@ from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.registry import build_tasks
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
-from tests.batch_cuts import micro_batches
+from tests.batch_partition import micro_batches
 from tests.ranks import shared_pool
 from tests.tiny_training import whole_up_to
 

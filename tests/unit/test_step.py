@@ -23,7 +23,7 @@ from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.registry import build_tasks
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
-from tests.batch_cuts import cut
+from tests.batch_partition import cut
 
 SIZE = 8
 INFOS = {

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from mtl_dist.batch import Batch
 from mtl_dist.config.loading import load_settings
 from mtl_dist.data import batch_loader, batches
-from mtl_dist.data.cuts import EvaluationCut, TrainingCut
+from mtl_dist.data.partition import EvaluationPartition, TrainingPartition
 from mtl_dist.data.loader import BatchLoader, Data, eval_loader, open_data, train_loader
 from mtl_dist.data.manifest import read_manifest, write_manifest
 from mtl_dist.data.mixing import Schedule, Stream
@@ -229,8 +229,8 @@ def test_micro_batches_of_the_ranks_are_consecutive_slices_of_the_step() -> None
         expected = 100 + step * 24
         for part in range(2):
             for rank in range(3):
-                cut = TrainingCut(24, 2, rank, 3, start=100, end=148)
-                positions = cut.positions(step * 2 + part)
+                partition = TrainingPartition(24, 2, rank, 3, start=100, end=148)
+                positions = partition.positions(step * 2 + part)
                 assert positions.tolist() == list(range(expected, expected + 4))
                 expected += 4
 
@@ -243,9 +243,9 @@ def test_a_thousand_ranks_count_every_position_of_an_epoch_once(length: int, acc
     counts = np.zeros(length, dtype=int)
     lengths = set()
     for rank in range(world_size):
-        cut = TrainingCut(global_batch, accumulation, rank, world_size, start=0, end=length)
-        lengths.add(len(cut))
-        positions = np.concatenate([cut.positions(index) for index in range(len(cut))])
+        partition = TrainingPartition(global_batch, accumulation, rank, world_size, start=0, end=length)
+        lengths.add(len(partition))
+        positions = np.concatenate([partition.positions(index) for index in range(len(partition))])
         positions = positions[positions < length]
         if len(positions):
             np.add.at(counts, stream.samples(positions).rows, 1)
@@ -255,14 +255,14 @@ def test_a_thousand_ranks_count_every_position_of_an_epoch_once(length: int, acc
 
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 9))
 @settings(deadline=None)
-def test_evaluation_cuts_give_every_sample_to_one_rank_and_equal_batches(
+def test_partitions_for_evaluation_give_every_sample_to_one_rank_and_equal_batches(
     length: int, batch_size: int, world_size: int
 ) -> None:
-    cuts = [EvaluationCut(batch_size, rank, world_size, length) for rank in range(world_size)]
-    assert len({len(cut) for cut in cuts}) == 1
-    positions = [p for cut in cuts for i in range(len(cut)) for p in cut.positions(i) if p < length]
+    partitions = [EvaluationPartition(batch_size, rank, world_size, length) for rank in range(world_size)]
+    assert len({len(partition) for partition in partitions}) == 1
+    positions = [p for part in partitions for i in range(len(part)) for p in part.positions(i) if p < length]
     assert sorted(positions) == list(range(length))
-    assert len(cuts[0]) * batch_size * world_size - length < batch_size * world_size
+    assert len(partitions[0]) * batch_size * world_size - length < batch_size * world_size
 
 
 def test_an_epoch_may_end_inside_a_batch(datasets: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtl_dist.batch import Batch
-from mtl_dist.data.prefetch import prefetched
+from mtl_dist.data.device_prefetch import device_prefetch
 
 
 def batch_of(number: int) -> Batch:
@@ -24,7 +24,7 @@ def batch_of(number: int) -> Batch:
 
 def check(device: torch.device, count: int) -> None:
     hosts = [batch_of(number) for number in range(count)]
-    found = list(prefetched(hosts, device))
+    found = list(device_prefetch(hosts, device))
     assert [host for host, _ in found] == hosts
     for host, copy in found:
         assert copy.images_BCHW.device.type == device.type
@@ -44,7 +44,7 @@ def test_copies_to_a_gpu_are_whole(count: int) -> None:
     check(torch.device("cuda"), count)
 
 
-def test_without_a_gpu_nothing_is_fetched_ahead() -> None:
+def test_without_a_gpu_no_batch_is_fetched_early() -> None:
     fetched = []
 
     def batches() -> Iterator[Batch]:
@@ -52,5 +52,5 @@ def test_without_a_gpu_nothing_is_fetched_ahead() -> None:
             fetched.append(number)
             yield batch_of(number)
 
-    next(prefetched(batches(), torch.device("cpu")))
+    next(device_prefetch(batches(), torch.device("cpu")))
     assert fetched == [0]

@@ -1,8 +1,9 @@
 """Shards fetched into the cache before they are read.
 
 While the samples of one window are read, a thread of every process that loads fetches the shards of the next
-one. The processes of a node want the same ones: each begins elsewhere in the list, and a shard that another
-is fetching is waited for, so each comes once. What fails here is asked for again when it is read.
+one. The processes of a node want the same shards: each process begins at another place in the list, and waits
+for a shard that another one is fetching, so each shard comes once. A fetch that fails here is tried again
+when the shard is read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Shard = tuple[int, int]
 """The number of a source, and of a shard of its split."""
 
 
-class LookAhead:
+class ShardPrefetch:
     """Fetches shards of some readers into their cache, in a thread of the process that asks."""
 
     def __init__(self, readers: Sequence[SplitReader], cache: CacheSettings) -> None:
@@ -30,9 +31,9 @@ class LookAhead:
         self._thread = threading.Thread()
 
     def want(self, shards: list[Shard]) -> None:
-        """Have these fetched from now on, and no longer those that were wanted before.
+        """Fetch these shards from now on, and no longer those that were wanted before.
 
-        Nothing is fetched ahead where this window and the next would not both fit into the cache.
+        No shard is fetched before its time where this window and the next would not both fit into the cache.
         """
         if shards == self._wanted:
             return
@@ -45,7 +46,7 @@ class LookAhead:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until what is wanted is there."""
+        """Wait until the wanted shards are in the cache."""
         if self._thread.ident is not None:
             self._thread.join()
 

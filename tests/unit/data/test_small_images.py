@@ -78,7 +78,7 @@ def loaded(path: Path, side: int = SIDE, **options: Any) -> list[Batch]:
 
 
 def one_by_one(path: Path, **options: Any) -> list[Batch]:
-    with patch.object(batches, "read_small", return_value=None):
+    with patch.object(batches, "read_small_images", return_value=None):
         return loaded(path, **options)
 
 
@@ -168,7 +168,7 @@ def _without_addresses(error: UserError) -> str:
     return re.sub("0x[0-9a-f]+", "", str(error))
 
 
-def test_a_shard_that_was_cut_off_is_told(tmp_path: Path) -> None:
+def test_a_shard_that_was_cut_off_is_reported(tmp_path: Path) -> None:
     path = write(tmp_path / "data", *FILES["grey_npy"])
     stated = {"train": [{"path": str(path)}], "image_size": SIDE, "augment": "none"}
     data = open_data(DataSettings.model_validate(stated, strict=False), TASKS)

@@ -1,8 +1,8 @@
-"""How positions are cut into the batches of a rank: arithmetic only.
+"""The partition of positions into the batches of the ranks: arithmetic only.
 
-A training step consumes one global batch of consecutive positions. It is cut first into the micro-batches of
-the accumulation, then into the ranks' shares, so each rank's micro-batch is one run of positions, and another
-number of ranks cuts the same stream elsewhere.
+A training step consumes one global batch of consecutive positions. It is divided first into the micro-batches
+of the accumulation, then among the ranks, so each rank's micro-batch is one run of positions, and another
+number of ranks divides the same stream at other places.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def micro_batch_size(global_batch: int, num_ranks: int, accumulation: int) -> in
 
 
 @dataclass(frozen=True)
-class TrainingCut:
+class TrainingPartition:
     """One rank's micro-batches of the positions from `start` up to `end`, in order.
 
     The last global batch is filled up with positions from `end` on: padding.
@@ -61,8 +61,8 @@ class TrainingCut:
     def positions(self, index: int) -> np.ndarray:
         """The positions of the micro-batch, int64 (B,); those from `end` on are padding."""
         step, part = divmod(index, self.accumulation)
-        share = part * self.world_size + self.rank
-        first = self.start + step * self.global_batch + share * self.batch_size
+        number = part * self.world_size + self.rank
+        first = self.start + step * self.global_batch + number * self.batch_size
         return np.arange(first, first + self.batch_size)
 
     def content(self, positions: np.ndarray) -> np.ndarray:
@@ -75,14 +75,14 @@ class TrainingCut:
 
 
 @dataclass(frozen=True)
-class EvaluationCut:
+class EvaluationPartition:
     """One rank's batches of a split in its natural order: every sample once, equally many batches each."""
 
     batch_size: int
     rank: int
     world_size: int
     end: int
-    """The number of samples; what is cut beyond it is padding."""
+    """The number of samples; positions beyond it are padding."""
 
     def __len__(self) -> int:
         return -(-self.end // (self.batch_size * self.world_size))

@@ -1,10 +1,10 @@
-"""Small samples, such as 28x28, read and decoded a batch at a time.
+"""Small images, such as 28x28, read and decoded a batch at a time.
 
 One by one, the calls that read, decode and convert a small image cost ten times what its bytes do. Here the
 bytes are sliced out of memory-mapped shards, PNGs go straight to libpng, .npy files are copied, and labels
 that were seen before are not parsed again.
 
-This is a short cut and decides nothing: whatever is not plain and whole is left to be read as any sample is.
+This module is a short cut and decides nothing: a file that is not plain and whole is read as any sample is.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _NPY = b"\x93NUMPY\x01"
 
 
 @dataclass(frozen=True)
-class SmallSamples:
-    """What was read: images (B, H, W, C), keys and labels; `read` tells of which samples."""
+class SmallImages:
+    """What was read: images (B, H, W, C), keys and labels; `read` says which samples they are."""
 
     images_BHWC: np.ndarray
     keys: list[str]
@@ -40,7 +40,9 @@ class SmallSamples:
     read: np.ndarray
 
 
-def read_small(reader: SplitReader, rows: np.ndarray, shape: tuple[int, int, int]) -> SmallSamples | None:
+def read_small_images(
+    reader: SplitReader, rows: np.ndarray, shape: tuple[int, int, int]
+) -> SmallImages | None:
     """Those rows that are small 8-bit images of this shape (H, W, C); nothing if they are not small."""
     offsets, sizes = reader.spans("image", rows)
     if sizes.max(initial=0) > LARGEST:
@@ -67,7 +69,7 @@ def read_small(reader: SplitReader, rows: np.ndarray, shape: tuple[int, int, int
             done = libpng is not None and libpng.decode(data, *shape, address + i * stride)
         if done and parsed is not None:
             keys[i], labels[i], read[i] = _key(content, at), reader.with_derived(parsed), True
-    return SmallSamples(images_BHWC, keys, labels, read)
+    return SmallImages(images_BHWC, keys, labels, read)
 
 
 def _key(content: mmap.mmap, at: int) -> str:

@@ -1,4 +1,4 @@
-"""Looking ahead: the next window's shards are in the cache before they are read, and nothing hangs on it."""
+"""Prefetching shards: the next window's shards are in the cache before they are read, and nothing hangs on it."""
 
 from __future__ import annotations
 
@@ -95,14 +95,14 @@ def test_the_next_window_is_in_the_cache_while_this_one_is_read(dataset: Path, t
     batches = loader(dataset, tmp_path / "cache", 1.0)
     iterator = iter(batches)
     next(iterator)
-    look_ahead = batches._batches._look_ahead
-    assert look_ahead is not None
-    look_ahead.wait()
+    shard_prefetch = batches._batches._shard_prefetch
+    assert shard_prefetch is not None
+    shard_prefetch.wait()
     upcoming = batches._batches._order.upcoming(0)  # type: ignore[attr-defined]
     assert len(upcoming) == 2
     assert shards_in(tmp_path / "cache") in (3, 4)  # those two, and one or both of this window
     assert len(list(iterator)) == TRAIN // 5 - 1
-    look_ahead.wait()
+    shard_prefetch.wait()
     assert shards_in(tmp_path / "cache") == TRAIN // SHARD
 
 
@@ -110,12 +110,12 @@ def test_a_cache_too_small_for_two_windows_is_left_to_this_one(dataset: Path, tm
     size = max(path.stat().st_size for path in dataset.glob("train-*.tar"))
     batches = loader(dataset, tmp_path / "cache", 3.5 * size / 1e9)
     next(iter(batches))
-    assert batches._batches._look_ahead is not None
-    batches._batches._look_ahead.wait()
+    assert batches._batches._shard_prefetch is not None
+    batches._batches._shard_prefetch.wait()
     assert shards_in(tmp_path / "cache") <= 2
 
 
-def test_what_cannot_be_fetched_ahead_is_told_when_it_is_read(
+def test_what_cannot_be_prefetched_is_reported_when_it_is_read(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mtl_dist.data.reader import SplitReader

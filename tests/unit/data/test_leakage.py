@@ -1,4 +1,4 @@
-"""Images that training, validation and test share are found, within a dataset and over those of a mix."""
+"""Leakage: images that training, validation and test have in common are found, within a dataset and over those of a mix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtl_dist.data.loader import open_data
 from mtl_dist.data.manifest import read_manifest
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.settings import DataSettings
-from mtl_dist.data.shared_images import shared_images
+from mtl_dist.data.leakage import leakage
 from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import Record, TaskSource
 from mtl_dist.importers.options import PackOptions
@@ -44,7 +44,7 @@ def write(directory: Path, task: str, splits: Mapping[str, Sequence[int]]) -> Pa
 
 def lines(root: Path, tasks: Sequence[str], **sources: Any) -> list[str]:
     settings = DataSettings.model_validate({"image_size": 8, **sources}, strict=False)
-    return list(shared_images(open_data(settings, tasks, root)))
+    return list(leakage(open_data(settings, tasks, root)))
 
 
 @given(DIGESTS, DIGESTS)
@@ -91,7 +91,7 @@ def test_of_a_dataset_without_digests_it_is_said_that_nothing_is_known(tmp_path:
     assert not read_manifest(tmp_path / "old").digests
     known, unknown = lines(tmp_path, ["breed", "tags"], train=[{"path": "cats"}, {"path": "old"}])
     assert known.startswith("the same image in train of cats and val of cats: 1 ")
-    assert unknown.startswith("whether splits share images is not known of train of old, val of old: ")
+    assert unknown.startswith("whether splits have images in common is not known of train of old, val of old: ")
 
 
 def test_digests_that_are_promised_and_missing_are_one_line(tmp_path: Path) -> None:

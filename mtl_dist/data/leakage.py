@@ -1,4 +1,4 @@
-"""Whether training, validation and test share images, over all datasets of a recipe."""
+"""Leakage: images that training, validation and test have in common, over all datasets of a recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtl_dist.data.loader import Data, Source
 _LISTED = 3
 
 
-def shared_images(data: Data) -> Iterator[str]:
+def leakage(data: Data) -> Iterator[str]:
     """One line for each two sources of different splits that hold the same images, and one about the unknown.
 
     Raises:
@@ -37,8 +37,8 @@ def shared_images(data: Data) -> Iterator[str]:
                     yield f"the same image in {_name(ours)} and {_name(theirs)}: {len(in_theirs)} ({keys})."
     if unknown and len(data.splits) > 1:
         yield (
-            f"whether splits share images is not known of {', '.join(unknown)}: prepared without digests. "
-            "Prepare or index again to know."
+            f"whether splits have images in common is not known of {', '.join(unknown)}: prepared "
+            "without digests. Prepare or index again to know."
         )
 
 

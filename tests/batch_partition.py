@@ -1,4 +1,4 @@
-"""Global batches, cut as the loader cuts them."""
+"""Global batches, divided as the loader divides them."""
 
 from __future__ import annotations
 
