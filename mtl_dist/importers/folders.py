@@ -157,7 +157,7 @@ class Folders(Importer):
             if len(inside) != len(levels) and not (open_end and len(inside) >= len(levels) - 1):
                 raise UserError(
                     f"{self._source}/{self._base}{path}: expected {len(levels)} folder(s) of classes "
-                    f"above an image, found {len(inside)} ({'/'.join(inside)}). Name a task for "
+                    f"above an image, found {len(inside)} ({'/'.join(inside)}). Name a task for each "
                     f"level, or - for one that is none: --levels {advice}."
                 )
         classes: dict[str, tuple[str, ...]] = {}

@@ -17,7 +17,6 @@ from mtl_dist.data.shards import MAX_KEY_LENGTH
 from mtl_dist.errors import UserError
 
 SPLIT_NAMES = ("train", "val", "test")
-DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
 _ALIASES = {
     **dict.fromkeys(("train", "training", "fit"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "development"), "val"),

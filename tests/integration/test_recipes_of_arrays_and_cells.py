@@ -54,7 +54,6 @@ def prepare(name: str, out: Path) -> None:
             stacks="stack_*.tif",
             table=Path("frames.csv"),
             regression={"count": "cell_count", "hours": "hours"},
-            compute={"hours": "page * 0.5"},
             segmentation={"cell": "mask_*.tif"},
             frames="every:8",
             split={"sw": "val"},
