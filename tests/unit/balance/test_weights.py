@@ -59,7 +59,7 @@ def test_a_misspelt_method_is_an_attribute_error() -> None:
 @pytest.mark.parametrize("method", [m for m in METHODS if not issubclass(m, GradientMethod | JacobianMethod)])
 def test_a_method_on_losses_gives_the_weights_of_a_runs_first_window(method: type[Method]) -> None:
     names, losses = ["a", "b", "c"], np.array([0.5, 1.5, 1.0])
-    run = build_balancer(method(), names, dict.fromkeys(names, "classification"), dict.fromkeys(names, 1.0))
+    run = build_balancer(method(), names, dict.fromkeys(names, 1.0), dict.fromkeys(names, 1.0))
     expected_T = run.weights(
         present_T=torch.ones(3, dtype=torch.bool), key=(0, 0), losses_T=torch.from_numpy(losses).float()
     )
