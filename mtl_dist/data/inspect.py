@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtl_dist.data.columns import columns_dtype, counted, labels_path
-from mtl_dist.data.digests import DIGEST_DTYPE, digest_of, digests_path
+from mtl_dist.data.content_hashes import HASH_DTYPE, content_hash, content_hashes_path
 from mtl_dist.data.images import UnreadableImage, examine_image
 from mtl_dist.data.manifest import Manifest, ShardInfo, SplitInfo, read_manifest
 from mtl_dist.data.reader import SplitReader
@@ -78,7 +78,7 @@ def _problems(directory: Location, manifest: Manifest) -> Iterator[str]:
     """What is wrong with the files, one line each."""
     kinds = {name: info.kind for name, info in manifest.tasks.items()}
     for split, info in manifest.splits.items():
-        rows, digests = [], list[bytes]()
+        rows, hashes = [], list[bytes]()
         for shard in info.shards:
             path = beside(directory, shard.path)
             problem = _problem_of(path, shard)
@@ -86,11 +86,12 @@ def _problems(directory: Location, manifest: Manifest) -> Iterator[str]:
                 yield f"{path}: {problem}"
             elif manifest.labels == "json" and isinstance(path, Path):
                 rows.append(scan_shard(path, kinds))
-                digests += _digests_in(path, rows[-1]) if manifest.digests else []
+                hashes += _hashes_in(path, rows[-1]) if manifest.content_hashes else []
         if isinstance(directory, Path):
             yield from _column_problems(directory, manifest, split)
-            if manifest.digests:
-                yield from _digest_problems(digests_path(directory, split), info, digests)
+            if manifest.content_hashes:
+                path = content_hashes_path(directory, split, manifest.content_hashes)
+                yield from _hash_problems(path, info, hashes)
         if rows and len(rows) == len(info.shards) and isinstance(directory, Path):
             yield from _index_problems(index_path(directory, split), np.concatenate(rows))
 
@@ -114,20 +115,20 @@ def _column_problems(directory: Path, manifest: Manifest, split: str) -> Iterato
             yield f"{path}: other labels of {task} than were counted when it was written"
 
 
-def _digests_in(path: Path, rows: np.ndarray) -> list[bytes]:
-    """The digests of the images of a shard."""
+def _hashes_in(path: Path, rows: np.ndarray) -> list[bytes]:
+    """The content hashes of the images of a shard."""
     spans = zip(rows["image_offset"].tolist(), rows["image_size"].tolist(), strict=True)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
-        return [digest_of(tar[offset : offset + size]) for offset, size in spans]
+        return [content_hash(tar[offset : offset + size]) for offset, size in spans]
 
 
-def _digest_problems(path: Path, split: SplitInfo, expected: Sequence[bytes]) -> Iterator[str]:
-    """What is wrong with the digests of a split; `expected` are those of all its images, if all were read."""
-    found = _rows_in(path, "digests")
+def _hash_problems(path: Path, split: SplitInfo, expected: Sequence[bytes]) -> Iterator[str]:
+    """What is wrong with a split's content hashes; `expected` are those of all images, if all were read."""
+    found = _rows_in(path, "content hashes")
     if isinstance(found, str):
         yield found
         return
-    is_whole = found.dtype == DIGEST_DTYPE and found.shape == (split.num_samples,)
+    is_whole = found.dtype == HASH_DTYPE and found.shape == (split.num_samples,)
     if not is_whole or (len(expected) == split.num_samples and found.tobytes() != b"".join(expected)):
         yield f"{path}: does not fit its shards"
 

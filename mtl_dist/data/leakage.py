@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from mtl_dist.data.digests import same_rows
+from mtl_dist.data.content_hashes import same_rows
 from mtl_dist.data.loader import Data, Source
 
 _LISTED = 3
@@ -17,18 +17,20 @@ def leakage(data: Data) -> Iterator[str]:
     """One line for each two sources of different splits that hold the same images, and one about the unknown.
 
     Raises:
-        UserError: the digests of a split are missing, or are those of other samples.
+        UserError: the content hashes of a split are missing, or are those of other samples.
     """
-    digests = {split: [source.reader.digests() for source in data.sources[split]] for split in data.splits}
+    hashes = {
+        split: [source.reader.content_hashes() for source in data.sources[split]] for split in data.splits
+    }
     unknown = [
         _name(source)
         for split, sources in data.sources.items()
-        for source, found in zip(sources, digests[split], strict=True)
+        for source, found in zip(sources, hashes[split], strict=True)
         if found is None
     ]
     for first, second in combinations(data.splits, 2):
-        for ours, many in zip(data.sources[first], digests[first], strict=True):
-            for theirs, few in zip(data.sources[second], digests[second], strict=True):
+        for ours, many in zip(data.sources[first], hashes[first], strict=True):
+            for theirs, few in zip(data.sources[second], hashes[second], strict=True):
                 if many is None or few is None:
                     continue
                 in_theirs, in_ours = same_rows(few, many)
@@ -38,7 +40,7 @@ def leakage(data: Data) -> Iterator[str]:
     if unknown and len(data.splits) > 1:
         yield (
             f"whether splits have images in common is not known of {', '.join(unknown)}: prepared "
-            "without digests. Prepare or index again to know."
+            "without content hashes. Prepare or index again to know."
         )
 
 

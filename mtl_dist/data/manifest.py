@@ -20,7 +20,7 @@ from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "dataset.json"
 
 ImageDtype = Literal["uint8", "uint16", "float32"]
@@ -28,6 +28,9 @@ ImageDtype = Literal["uint8", "uint16", "float32"]
 
 LabelPlace = Literal["json", "columns"]
 """In each sample's `<key>.json`, or in `<split>.labels.npy` (tars of others have forms of their own)."""
+
+HashFiles = Literal["", "hashes", "digests"]
+"""The name in `<split>.<name>.npy`: "digests" in format version 1; "" without content hashes."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Manifest:
     are read). `tasks` carries the statistics of the training split (of the first split where there is none
     called "train").
     `notes` are lines the preparation had to say (skipped rows, duplicates across splits). `labels` says
-    where a reader finds the labels that are not masks, `digests` whether those of the images are kept.
+    where a reader finds the labels that are not masks, `content_hashes` in which files it finds those of the
+    images, if they are kept.
     `account` is, by unit (files, rows, pages), how many things of the source had each fate.
     """
 
@@ -80,7 +84,7 @@ class Manifest:
     name: str = ""
     notes: tuple[str, ...] = field(default=())
     labels: LabelPlace = "json"
-    digests: bool = False
+    content_hashes: HashFiles = ""
     account: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
@@ -133,6 +137,9 @@ def _parse(raw: dict[str, Any]) -> Manifest:
         raise TypeError(f"image_dtype {raw['image_dtype']!r}")
     if raw.get("labels", "json") not in get_args(LabelPlace):
         raise TypeError(f"labels {raw['labels']!r}")
+    content_hashes = raw.get("content_hashes", "digests" if raw.get("digests") else "")  # else: version 1
+    if content_hashes not in get_args(HashFiles):
+        raise TypeError(f"content_hashes {content_hashes!r}")
 
     def tuples(values: dict[str, Any]) -> dict[str, Any]:
         return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
@@ -152,6 +159,6 @@ def _parse(raw: dict[str, Any]) -> Manifest:
         },
         notes=tuple(raw["notes"]),
         labels=raw.get("labels", "json"),
-        digests=raw.get("digests", False),
+        content_hashes=content_hashes,
         account=raw.get("account", {}),
     )

@@ -23,8 +23,8 @@ import numpy as np
 
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.columns import columns_dtype, labels_at, labels_path
+from mtl_dist.data.content_hashes import HASH_DTYPE, content_hashes_path
 from mtl_dist.data.derived import Derivation
-from mtl_dist.data.digests import DIGEST_DTYPE, digests_path
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.data.remote import Location, Url, beside, read_together
 from mtl_dist.data.shards import index_dtype, index_path, map_tasks, read_key
@@ -83,7 +83,8 @@ class SplitReader:
         self._maps_of = map_tasks({name: info.kind for name, info in manifest.tasks.items()})
         self._index_path = index_path(directory, split)
         self._columns_path = labels_path(directory, split)
-        self._digests_path = digests_path(directory, split) if manifest.digests else None
+        named = manifest.content_hashes
+        self._hashes_path = content_hashes_path(directory, split, named) if named else None
         self._labels_in_json = manifest.labels == "json"
         self._infos = manifest.tasks
         self._derived = dict(derived or {})
@@ -151,13 +152,13 @@ class SplitReader:
         column: np.ndarray = self._column_rows()[task]
         return column
 
-    def digests(self) -> np.ndarray | None:
+    def content_hashes(self) -> np.ndarray | None:
         """By which the same image is found elsewhere, uint64 (num_samples,); None where none are kept.
 
         Raises:
             UserError: the file that the manifest promises is missing or of other samples.
         """
-        return None if self._digests_path is None else self._table(self._digests_path, DIGEST_DTYPE)
+        return None if self._hashes_path is None else self._table(self._hashes_path, HASH_DTYPE)
 
     def read(self, row: int, masks: tuple[str, ...] = ()) -> Sample:
         """The sample at `row`, with its masks of the tasks named.
@@ -303,7 +304,7 @@ class SplitReader:
         )
 
     def _table(self, location: Location, dtype: np.dtype[Any]) -> np.ndarray:
-        """The rows of an index, of label columns or of digests, memory-mapped."""
+        """The rows of an index, of label columns or of content hashes, memory-mapped."""
         try:
             if isinstance(location, Path):
                 # As a plain array: every access to a `memmap` object costs what reading a sample costs.

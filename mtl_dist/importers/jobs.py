@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mtl_dist.data.digests import DIGEST_SIZE, digest_of
+from mtl_dist.data.content_hashes import HASH_SIZE, content_hash
 from mtl_dist.data.images import UnreadableImage, examine_image, open_map
 from mtl_dist.data.manifest import FORMAT_VERSION, ShardInfo
 from mtl_dist.data.shards import TarShard, scan_shard, shard_name
@@ -115,16 +115,16 @@ class ShardJob:
 
 @dataclass
 class ShardResult:
-    """What a job found: index rows, a digest per stored image, and counts.
+    """What a job found: index rows, the content hash of each stored image, and counts.
 
-    `digests` is one hexadecimal string, one image after the other. `skipped` holds the position of each
+    `content_hashes` is one hexadecimal string, image after image. `skipped` holds the position of each
     record that was left out, and why. `image_kinds` maps "channels dtype" to an example; `conventions`
     maps, per task of maps, how values were read to an example, and `tallies` is what is counted of them.
     """
 
     info: ShardInfo
     rows: np.ndarray
-    digests: str
+    content_hashes: str
     skipped: dict[int, str] = field(default_factory=dict)
     image_kinds: dict[str, str] = field(default_factory=dict)
     oddities: dict[str, int] = field(default_factory=dict)
@@ -146,7 +146,7 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
         OSError: the shard could not be written.
     """
     shard = TarShard(job.shard, job.kinds)
-    digests: list[str] = []
+    hashes: list[str] = []
     skipped: dict[int, str] = {}
     image_kinds: dict[str, str] = {}
     oddities: Counter[str] = Counter()
@@ -182,7 +182,7 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
                 tick()
                 continue
             shard.write(record.key, image, facts.extension, record.labels, masks)
-            digests.append(digest_of(image).hex())
+            hashes.append(content_hash(image).hex())
             image_kinds.setdefault(f"{facts.channels} {facts.dtype}", where)
             oddities.update(facts.oddities)
             tick()
@@ -193,7 +193,7 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
     result = ShardResult(
         info,
         rows,
-        "".join(digests),
+        "".join(hashes),
         skipped,
         image_kinds,
         dict(oddities),
@@ -221,8 +221,10 @@ def check_skipped(reasons: Sequence[str], max_skipped: int) -> None:
 
 def _fingerprint(job: ShardJob) -> str:
     """What the bytes of a shard depend on."""
-    digest = hashlib.sha256(repr((FORMAT_VERSION, DIGEST_SIZE, job.split, job.number, job.verify)).encode())
-    digest.update(
+    fingerprint = hashlib.sha256(
+        repr((FORMAT_VERSION, HASH_SIZE, job.split, job.number, job.verify)).encode()
+    )
+    fingerprint.update(
         repr(
             [
                 (name, task.kind, task.classes, dict(task.mask_values), dict(task.facts))
@@ -231,10 +233,10 @@ def _fingerprint(job: ShardJob) -> str:
         ).encode()
     )
     for record in job.records:
-        digest.update(
+        fingerprint.update(
             repr((record.key, record.image, record.labels, record.masks)).encode("utf-8", "surrogateescape")
         )
-    return digest.hexdigest()
+    return fingerprint.hexdigest()
 
 
 def _save_result(job: ShardJob, result: ShardResult) -> None:

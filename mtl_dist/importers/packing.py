@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from mtl_dist.data.columns import label_columns, labels_path
-from mtl_dist.data.digests import digests_path
+from mtl_dist.data.content_hashes import content_hashes_path
 from mtl_dist.data.manifest import Manifest, SplitInfo, write_manifest
 from mtl_dist.data.shards import (
     check_task_names,
@@ -285,7 +285,7 @@ def _finish(
     training = "train" if "train" in packed else next(iter(packed))
     channels, dtype = image_format([result.image_kinds for result in results])
     skipped = [reason for result in results for reason in result.skipped.values()]
-    digests = {split: content.digests for split, content in packed.items()}
+    hashes = {split: content.content_hashes for split, content in packed.items()}
     keys = {split: [record.key for record in content.records] for split, content in packed.items()}
     account.count("images", SAMPLE, sum(len(content.records) for content in packed.values()))
     if skipped:
@@ -310,14 +310,14 @@ def _finish(
             *notes,
             *image_notes([result.oddities for result in results], skipped),
             *label_notes(tasks, labels, training),
-            *duplicate_notes(digests, keys),
+            *duplicate_notes(hashes, keys),
         ),
-        digests=True,
+        content_hashes="hashes",
         account=account.totals(),
     )
     for split, content in packed.items():
         save_index(index_path(directory, split), np.concatenate([result.rows for result in content.results]))
-        save_index(digests_path(directory, split), digests[split])
+        save_index(content_hashes_path(directory, split), hashes[split])
         columns = {task: [record.labels.get(task) for record in content.records] for task in tasks}
         save_index(
             labels_path(directory, split), label_columns(manifest.tasks, columns, len(content.records))

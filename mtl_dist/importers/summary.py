@@ -11,7 +11,7 @@ from typing import cast
 
 import numpy as np
 
-from mtl_dist.data.digests import DIGEST_DTYPE, same_rows
+from mtl_dist.data.content_hashes import HASH_DTYPE, same_rows
 from mtl_dist.data.manifest import ImageDtype, LabelCounts
 from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import Record, ShardResult, TaskSource
@@ -36,9 +36,10 @@ class PackedSplit:
     results: Sequence[ShardResult]
 
     @property
-    def digests(self) -> np.ndarray:
+    def content_hashes(self) -> np.ndarray:
         """Those of the images."""
-        return np.frombuffer(bytes.fromhex("".join(result.digests for result in self.results)), DIGEST_DTYPE)
+        hashes = "".join(result.content_hashes for result in self.results)
+        return np.frombuffer(bytes.fromhex(hashes), HASH_DTYPE)
 
 
 def listed(items: Sequence[str]) -> str:
@@ -154,9 +155,9 @@ def label_notes(
             yield f"{name}: in other splits but not in {training}: {listed(unseen)}"
 
 
-def duplicate_notes(digests: Mapping[str, np.ndarray], keys: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """The images of which two splits hold the very same bytes; digests and keys of samples by split."""
-    for (first, a), (second, b) in itertools.combinations(digests.items(), 2):
+def duplicate_notes(hashes: Mapping[str, np.ndarray], keys: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """The images of which two splits hold the very same bytes; content hashes and keys by split."""
+    for (first, a), (second, b) in itertools.combinations(hashes.items(), 2):
         in_second, in_first = same_rows(b, a)
         if len(in_first):
             pairs = [

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mtl_dist.data.digests import digest_of
+from mtl_dist.data.content_hashes import content_hash
 from mtl_dist.data.images import IMAGE_EXTENSIONS, UnreadableImage, examine_image, open_map
 from mtl_dist.data.manifest import ShardInfo
 from mtl_dist.data.remote import Location, Url, UrlReader
@@ -94,7 +94,7 @@ class TarFacts:
     """What a scan found: the shard, offsets and sizes of images and masks, and the labels as text.
 
     `rows` are index rows whose `labelled` is still 0. `tallies` is what is counted of each task's maps.
-    `skipped` are the samples left out, and why. `digests` are those of the images, one after the other.
+    `skipped` are the samples left out, and why. `content_hashes` are those of the images, in a row.
     """
 
     info: ShardInfo
@@ -105,7 +105,7 @@ class TarFacts:
     image_kinds: dict[str, str] = field(default_factory=dict)
     oddities: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
-    digests: bytes = b""
+    content_hashes: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,14 @@ def scan_tar(scan: TarScan, tick: Callable[[], None]) -> TarFacts:
         {task: map_kind(scan.infos[task].kind).tally(scan.infos[task]) for task in scan.masks},
     )
     rows: list[tuple[int, ...]] = []
-    digests: list[bytes] = []
+    hashes: list[bytes] = []
     oddities: Counter[str] = Counter()
     with _opened_file(scan.path) as file:
         stream = _HashingReader(file)
         for key, members in _samples(scan, stream):
             where = f"{scan.path}, sample {key}"
             try:
-                rows.append(_row(scan, key, members, facts, oddities, digests))
+                rows.append(_row(scan, key, members, facts, oddities, hashes))
             except _Skipped as reason:
                 facts.skipped.append(f"{where}: {reason}.")
                 continue
@@ -156,7 +156,7 @@ def scan_tar(scan: TarScan, tick: Callable[[], None]) -> TarFacts:
         stream.drain()
     facts.rows = np.array(rows, dtype)
     facts.oddities = dict(oddities)
-    facts.digests = b"".join(digests)
+    facts.content_hashes = b"".join(hashes)
     facts.info = ShardInfo(str(scan.path), len(rows), stream.num_bytes, stream.hash.hexdigest())
     tick()
     return facts
@@ -168,7 +168,7 @@ def _row(
     members: Mapping[str, _Member],
     facts: TarFacts,
     oddities: Counter[str],
-    digests: list[bytes],
+    hashes: list[bytes],
 ) -> tuple[int, ...]:
     """A sample's row in the index; what its image and its masks are is added to `facts`."""
     where = f"{scan.path}, sample {key}"
@@ -212,7 +212,7 @@ def _row(
         row += [member.offset, len(member.data)]
     facts.image_kinds.setdefault(f"{picture.channels} {picture.dtype}", where)
     oddities.update(picture.oddities)
-    digests.append(digest_of(image.data))
+    hashes.append(content_hash(image.data))
     return tuple(row)
 
 

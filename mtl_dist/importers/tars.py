@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mtl_dist.data.columns import label_columns, labels_path
-from mtl_dist.data.digests import DIGEST_DTYPE, digests_path
+from mtl_dist.data.content_hashes import HASH_DTYPE, content_hashes_path
 from mtl_dist.data.manifest import MANIFEST_NAME, LabelCounts, Manifest, ShardInfo, SplitInfo, write_manifest
 from mtl_dist.data.remote import Location, Place, Url, location
 from mtl_dist.data.shards import check_task_names, index_path, save_index
@@ -239,7 +239,7 @@ def _write(
     infos: dict[str, SplitInfo] = {}
     values: dict[str, dict[str, list[Label | None]]] = {}
     files: dict[Path, np.ndarray] = {}
-    digests: dict[str, np.ndarray] = {}
+    hashes: dict[str, np.ndarray] = {}
     keys: dict[str, list[str]] = {}
     start = 0
     for split, paths in splits.items():
@@ -251,10 +251,10 @@ def _write(
         start += len(rows)
         for bit, task in enumerate(tasks):
             rows["labelled"] |= _labelled(task, rows, columns).astype(np.uint64) << np.uint64(bit)
-        digests[split] = np.frombuffer(b"".join(facts.digests for facts in of_split), DIGEST_DTYPE)
+        hashes[split] = np.frombuffer(b"".join(facts.content_hashes for facts in of_split), HASH_DTYPE)
         keys[split] = [key for facts in of_split for key in facts.keys]
         files[index_path(out, split)] = rows
-        files[digests_path(out, split)] = digests[split]
+        files[content_hashes_path(out, split)] = hashes[split]
         files[labels_path(out, split)] = label_columns(tasks, columns, len(rows))
         counts = {task: _counts(task, info, rows, columns, of_split) for task, info in tasks.items()}
         shards = tuple(_beside(out, facts.info) for facts in of_split if facts.info.num_samples)
@@ -282,10 +282,10 @@ def _write(
         notes=(
             *image_notes([facts.oddities for facts in found], skipped),
             *label_notes(tasks, {name: info.labels for name, info in infos.items()}, training),
-            *duplicate_notes(digests, keys),
+            *duplicate_notes(hashes, keys),
         ),
         labels="columns",
-        digests=True,
+        content_hashes="hashes",
     )
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -109,15 +109,15 @@ def test_an_index_that_does_not_fit_is_found(dataset: Path) -> None:
     )
 
 
-def test_digests_that_do_not_fit_are_found(dataset: Path) -> None:
-    digests = np.load(dataset / "train.digests.npy")
-    digests[3] ^= 1
-    np.save(dataset / "train.digests.npy", digests)
-    (dataset / "val.digests.npy").unlink()
+def test_content_hashes_that_do_not_fit_are_found(dataset: Path) -> None:
+    hashes = np.load(dataset / "train.hashes.npy")
+    hashes[3] ^= 1
+    np.save(dataset / "train.hashes.npy", hashes)
+    (dataset / "val.hashes.npy").unlink()
     problems = inspect_dataset(dataset, verify=True).problems
     assert problems == (
-        f"{dataset / 'train.digests.npy'}: does not fit its shards",
-        f"{dataset / 'val.digests.npy'}: missing",
+        f"{dataset / 'train.hashes.npy'}: does not fit its shards",
+        f"{dataset / 'val.hashes.npy'}: missing",
     )
 
 

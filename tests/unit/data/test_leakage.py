@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl_dist.data.digests import DIGEST_DTYPE, digest_of, digests_path, same_rows
+from mtl_dist.data.content_hashes import HASH_DTYPE, content_hash, content_hashes_path, same_rows
 from mtl_dist.data.loader import open_data
 from mtl_dist.data.manifest import read_manifest
 from mtl_dist.data.reader import SplitReader
@@ -23,7 +24,7 @@ from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.packing import pack
 from tests.tiny_datasets import image_of, png, write_dataset
 
-DIGESTS = st.lists(st.integers(0, 40), max_size=30).map(lambda values: np.array(values, DIGEST_DTYPE))
+HASHES = st.lists(st.integers(0, 40), max_size=30).map(lambda values: np.array(values, HASH_DTYPE))
 
 
 def write(directory: Path, task: str, splits: Mapping[str, Sequence[int]]) -> Path:
@@ -47,7 +48,7 @@ def lines(root: Path, tasks: Sequence[str], **sources: Any) -> list[str]:
     return list(leakage(open_data(settings, tasks, root)))
 
 
-@given(DIGESTS, DIGESTS)
+@given(HASHES, HASHES)
 def test_each_row_that_the_other_column_holds_is_found_with_the_first_row_there(
     few: np.ndarray, many: np.ndarray
 ) -> None:
@@ -56,13 +57,13 @@ def test_each_row_that_the_other_column_holds_is_found_with_the_first_row_there(
     assert in_many.tolist() == [many.tolist().index(value) for value in few[in_few].tolist()]
 
 
-def test_a_prepared_dataset_keeps_the_digest_of_every_image(tmp_path: Path) -> None:
+def test_a_prepared_dataset_keeps_the_content_hash_of_every_image(tmp_path: Path) -> None:
     write(tmp_path / "cats", "breed", {"train": range(8)})
     reader = SplitReader(tmp_path / "cats", read_manifest(tmp_path / "cats"), "train")
-    digests = reader.digests()
-    assert digests is not None
+    hashes = reader.content_hashes()
+    assert hashes is not None
     for row in range(8):
-        assert digests[row].tobytes() == digest_of(bytes(reader.read(row).image))
+        assert hashes[row].tobytes() == content_hash(bytes(reader.read(row).image))
 
 
 def test_an_image_of_one_datasets_training_in_anothers_validation_is_named(tmp_path: Path) -> None:
@@ -85,17 +86,29 @@ def test_many_shared_images_are_counted_and_the_first_named(tmp_path: Path) -> N
     assert line.count(" = ") == 3
 
 
-def test_of_a_dataset_without_digests_it_is_said_that_nothing_is_known(tmp_path: Path) -> None:
+def test_of_a_dataset_without_content_hashes_it_is_said_that_nothing_is_known(tmp_path: Path) -> None:
     write(tmp_path / "cats", "breed", {"train": range(4), "val": [3]})
     write_dataset(tmp_path / "old", {"train": 6, "val": 3})
-    assert not read_manifest(tmp_path / "old").digests
+    assert not read_manifest(tmp_path / "old").content_hashes
     known, unknown = lines(tmp_path, ["breed", "tags"], train=[{"path": "cats"}, {"path": "old"}])
     assert known.startswith("the same image in train of cats and val of cats: 1 ")
     assert unknown.startswith("whether splits have images in common is not known of train of old, val of old: ")
 
 
-def test_digests_that_are_promised_and_missing_are_one_line(tmp_path: Path) -> None:
+def test_content_hashes_of_a_dataset_of_format_version_1_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "cats", "breed", {"train": range(4), "val": [3]})
+    for split in ("train", "val"):
+        (tmp_path / f"cats/{split}.hashes.npy").rename(tmp_path / f"cats/{split}.digests.npy")
+    manifest = json.loads((tmp_path / "cats/dataset.json").read_text())
+    del manifest["content_hashes"]
+    manifest |= {"version": 1, "digests": True}
+    (tmp_path / "cats/dataset.json").write_text(json.dumps(manifest))
+    (line,) = lines(tmp_path, ["breed"], train=[{"path": "cats"}])
+    assert line.startswith("the same image in train of cats and val of cats: 1 ")
+
+
+def test_content_hashes_that_are_promised_and_missing_are_one_line(tmp_path: Path) -> None:
     write(tmp_path / "cats", "breed", {"train": range(4), "val": [9]})
-    digests_path(tmp_path / "cats", "val").unlink()
-    with pytest.raises(UserError, match=r"val\.digests\.npy: expected .*, found no such file"):
+    content_hashes_path(tmp_path / "cats", "val").unlink()
+    with pytest.raises(UserError, match=r"val\.hashes\.npy: expected .*, found no such file"):
         lines(tmp_path, ["breed"], train=[{"path": "cats"}])

@@ -378,7 +378,7 @@ def test_tars_at_urls_are_indexed_where_they_are(tmp_path: Path) -> None:
         tars = f"{server.url}/train-{{000000..000004}}.tar"
         manifest = index_tars([tars], tmp_path / "there", mapping, options=options)
         index_tars([str(tmp_path / "served")], tmp_path / "here", mapping, options=options)
-        for name in ("train.index.npy", "train.labels.npy", "train.digests.npy"):
+        for name in ("train.index.npy", "train.labels.npy", "train.hashes.npy"):
             assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
         assert manifest.splits["train"].shards[4].path == f"{server.url}/train-000004.tar"
         assert inspect_dataset(tmp_path / "there", verify=True).problems == ()

@@ -115,7 +115,7 @@ def test_progress_ends_at_all_samples(tmp_path: Path, workers: int) -> None:
 def test_nothing_of_the_work_is_left_in_the_dataset(tmp_path: Path) -> None:
     prepare_folders(fill(tmp_path / "src", cats()), tmp_path / "out", "breed", options=HERE)
     splits = [
-        [f"{s}-000000.tar", *(f"{s}.{what}.npy" for what in ("digests", "index", "labels"))]
+        [f"{s}-000000.tar", *(f"{s}.{what}.npy" for what in ("hashes", "index", "labels"))]
         for s in ("train", "val")
     ]
     names = ["dataset.json", *splits[0], *splits[1]]

@@ -318,7 +318,7 @@ def test_an_image_in_two_splits_is_noted(tmp_path: Path) -> None:
     manifest = index_tars([str(tmp_path)], tmp_path / "data", MAPPING, options=ONE)
     twice = "part.v1/00002"
     assert f"the same image in train and val: 1 ({twice} = {twice})" in manifest.notes
-    assert manifest.digests
+    assert manifest.content_hashes
 
 
 def test_the_command_line_indexes_and_says_what_it_found(root: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Digests: by which the same image is found in two splits, also of two datasets, without reading it.
+"""Content hashes: they find the same image in two splits, also of two datasets, without reading it.
 
-    train.digests.npy   <u8 per sample: the first 8 bytes of the SHA-256 of the image's bytes
+    train.hashes.npy   <u8 per sample: the first 8 bytes of the SHA-256 of the image's bytes
 
 The rows are those of the index. Eight bytes suffice: ten million images and ten million others agree by
 chance once in 180,000 such comparisons. Only the very same bytes are found: not an image that was
@@ -13,27 +13,28 @@ import hashlib
 
 import numpy as np
 
+from mtl_dist.data.manifest import HashFiles
 from mtl_dist.data.remote import Place
 
-DIGEST_SIZE = 8
-DIGEST_DTYPE = np.dtype("<u8")
+HASH_SIZE = 8
+HASH_DTYPE = np.dtype("<u8")
 _ROWS_AT_A_TIME = 1 << 20
 
 
-def digest_of(image: bytes) -> bytes:
-    """The digest of an encoded image."""
-    return hashlib.sha256(image).digest()[:DIGEST_SIZE]
+def content_hash(image: bytes) -> bytes:
+    """The content hash of an encoded image."""
+    return hashlib.sha256(image).digest()[:HASH_SIZE]
 
 
-def digests_path(directory: Place, split: str) -> Place:
-    """Where the digests of a split lie."""
-    return directory / f"{split}.digests.npy"
+def content_hashes_path(directory: Place, split: str, name: HashFiles = "hashes") -> Place:
+    """Where the content hashes of a split lie; `name` is what the manifest says."""
+    return directory / f"{split}.{name}.npy"
 
 
 def same_rows(few: np.ndarray, many: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a column of digests that another one holds too, and the first row there of each.
+    """The rows of a column of content hashes that another one holds too, and the first row there of each.
 
-    Takes memory for `few` alone: `many` may be a mapping of a file.
+    It takes memory for `few` alone: `many` may be a mapping of a file.
     """
     values, inverse = np.unique(few, return_inverse=True)
     partner = np.full(len(values), -1)
