@@ -111,7 +111,7 @@ def build_parts(scene: Scene) -> tuple[MultitaskModel, dict[str, Task]]:
     size = (scene.image_size, scene.image_size)
     model_settings = ModelSettings(backbone=scene.backbone, checkpointing=scene.checkpointing)
     model = build_model(model_settings, [task.head for task in tasks.values()], 3, size)
-    model.lie_in(torch.channels_last if scene.channels_last else torch.contiguous_format)
+    model.use_memory_format(torch.channels_last if scene.channels_last else torch.contiguous_format)
     return model, tasks
 
 

@@ -33,7 +33,7 @@ def build_root(recipe: Recipe, facts: DataFacts, world: World) -> RootModule:
     tasks = build_tasks(recipe.tasks, facts.infos)
     heads = [task.head for task in tasks.values()]
     model = build_model(recipe.model, heads, facts.channels, facts.image_size)
-    model.lie_in(torch.channels_last if recipe.train.channels_last else torch.contiguous_format)
+    model.use_memory_format(torch.channels_last if recipe.train.channels_last else torch.contiguous_format)
     factors = {name: settings.noise_factor for name, settings in recipe.tasks.items()}
     weights = {name: settings.weight for name, settings in recipe.tasks.items()}
     balancer = build_balancer(recipe.balance, list(tasks), factors, weights)

@@ -33,8 +33,8 @@ class Batch:
     positions_B   int64 (B,), the global position of each sample in the training stream, or in the split
     keys          the samples' keys
     num_bad       how many of the samples could not be read and were masked (they are not valid)
-    shares_B      float32 (B,) where images are blended with others: how much of its own class each sample is
-                  to learn; the rest is of
+    lam_B         float32 (B,) where images are blended with others: lambda, how much of its own class each
+                  sample is to learn; the rest is of
     partners      per classification task: int64 (B,) the class that was blended in; labelled where its own is
     """
 
@@ -45,7 +45,7 @@ class Batch:
     positions_B: Tensor
     keys: list[str]
     num_bad: int = 0
-    shares_B: Tensor | None = None
+    lam_B: Tensor | None = None
     partners: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class Batch:
             positions_B=move(self.positions_B),
             keys=self.keys,
             num_bad=self.num_bad,
-            shares_B=None if self.shares_B is None else move(self.shares_B),
+            lam_B=None if self.lam_B is None else move(self.lam_B),
             partners={name: move(target) for name, target in self.partners.items()},
         )
 
@@ -69,8 +69,8 @@ class Batch:
         yield from (self.images_BCHW, self.valid_B, self.positions_B)
         for group in (self.targets, self.labelled, self.partners):
             yield from group.values()
-        if self.shares_B is not None:
-            yield self.shares_B
+        if self.lam_B is not None:
+            yield self.lam_B
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies from pinned memory do not block."""

@@ -61,9 +61,9 @@ def count_labels(tasks: Mapping[str, Task], batches: Sequence[Batch]) -> Tensor:
 def _over_labels(part: Callable[..., Tensor], batch: Batch, name: str) -> Tensor:
     """A task's count or loss sum over its labels in the batch: over both of each blended sample."""
     own, labelled_B = batch.targets[name], batch.labelled[name]
-    if batch.shares_B is None or name not in batch.partners:
+    if batch.lam_B is None or name not in batch.partners:
         return part(own, labelled_B)
-    return part(own, labelled_B, batch.shares_B) + part(batch.partners[name], labelled_B, 1 - batch.shares_B)
+    return part(own, labelled_B, batch.lam_B) + part(batch.partners[name], labelled_B, 1 - batch.lam_B)
 
 
 Features: TypeAlias = list[dict[str, Tensor]]

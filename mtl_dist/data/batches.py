@@ -123,7 +123,7 @@ class Loaded:
             positions_B=torch.from_numpy(self.positions),
             keys=self.keys,
             num_bad=len(self.bad),
-            shares_B=None if blended is None else torch.from_numpy(blended.shares),
+            lam_B=None if blended is None else torch.from_numpy(blended.lam_B),
             partners={}
             if blended is None
             else {name: torch.from_numpy(values) for name, values in blended.partners.items()},
@@ -209,7 +209,7 @@ class BatchBuilder:
         blended = None
         if self.blender is not None:
             blended = self.blender.blend(positions, valid, images_BHWC, maps, targets, labelled)
-            blended = Blended(blended.shares[:size], _first(size, blended.partners))
+            blended = Blended(blended.lam_B[:size], _first(size, blended.partners))
         return Loaded(
             layout,
             block,

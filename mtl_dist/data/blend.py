@@ -2,18 +2,19 @@
 
 Positions 2k and 2k + 1 of the training stream are a pair. The order is a random one, so they are as good a
 pair as any; and as they follow from the position alone, as do the blend's own draws, a sample looks the same
-on any number of ranks and workers and in any micro-batch. Where a cut separates a pair, both sides read both.
+on any number of ranks and workers and in any micro-batch. Where the edge of a batch separates a pair, both
+batches read both.
 
-    mixup    a' = s a + (1 - s) b      Zhang et al., https://arxiv.org/abs/1710.09412
+    mixup    a' = lam a + (1 - lam) b      Zhang et al., https://arxiv.org/abs/1710.09412
     cutmix   a' = a, with a rectangle of b's in its place      Yun et al., https://arxiv.org/abs/1905.04899
 
-and b' the same with a and b exchanged; s, the share of the own image, is Beta(alpha, alpha) as in
-`torchvision.transforms.v2.MixUp` and `CutMix`, which draw one share per batch where we draw one per pair.
+and b' the same with a and b exchanged; lambda (`lam`), how much of an image is its own, is Beta(alpha, alpha)
+as in `torchvision.transforms.v2.MixUp` and `CutMix`, which draw one per batch where we draw one per pair.
 
 A pair is blended only where both samples have labels of the same tasks: so no label is lost, and none is
 learnt from a picture that shows only part of what it says. Labels follow the picture: numbers and multilabel
 targets are interpolated, masks cut out and pasted like the image. A class cannot be interpolated: the batch
-carries the partner's class and the shares, and the loss is s loss(own) + (1 - s) loss(partner's).
+carries the partner's class and lambda, and the loss is lam loss(own) + (1 - lam) loss(partner's).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class BlendSettings(Settings):
     """
 
     mixup: Alpha | None = None
-    """Blend whole images; the shares are Beta(alpha, alpha) distributed. Not for segmentation."""
+    """Blend whole images; lambda is Beta(alpha, alpha) distributed. Not for segmentation."""
     cutmix: Alpha | None = None
     """Exchange a rectangle, whose area is distributed so. Not for regression."""
     probability: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -103,9 +104,9 @@ def partners_elsewhere(positions: np.ndarray, end: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Blended:
-    """What a blend leaves for the losses to do: `Batch.shares_B` and `Batch.partners`."""
+    """What a blend leaves for the losses to do: `Batch.lam_B` and `Batch.partners`."""
 
-    shares: np.ndarray
+    lam_B: np.ndarray
     partners: dict[str, np.ndarray]
 
 
@@ -131,7 +132,7 @@ class Blender:
 
         `targets` are those that are not maps; those of `partnered` tasks stay, and the partner's come beside.
         """
-        shares = np.ones(len(positions), dtype=np.float32)
+        lam_B = np.ones(len(positions), dtype=np.float32)
         partners = {name: values.copy() for name, values in targets.items() if name in self.partnered}
         index = {position: i for i, position in enumerate(positions.tolist()) if valid[i]}
         for position, a in index.items():
@@ -142,24 +143,24 @@ class Blender:
             if draws.uniform() >= self.settings.probability:
                 continue
             if self._mixes(draws):
-                share = mix_up(images_BHWC, a, b, draw_beta(self.settings.mixup or 1.0, draws))
+                lam = mix_up(images_BHWC, a, b, draw_beta(self.settings.mixup or 1.0, draws))
             else:
-                share = draw_beta(self.settings.cutmix or 1.0, draws)
-                box = cut_box(images_BHWC.shape[1], images_BHWC.shape[2], share, draws)
+                lam = draw_beta(self.settings.cutmix or 1.0, draws)
+                box = cut_box(images_BHWC.shape[1], images_BHWC.shape[2], lam, draws)
                 for pixels in (images_BHWC.permute(0, 3, 1, 2), *maps.values()):
                     _exchange(box.of(pixels), a, b)
-                share = 1 - box.height * box.width / (images_BHWC.shape[1] * images_BHWC.shape[2])
-            shares[a] = shares[b] = share
+                lam = 1 - box.height * box.width / (images_BHWC.shape[1] * images_BHWC.shape[2])
+            lam_B[a] = lam_B[b] = lam
             for name, values in targets.items():
                 if name in partners:
                     partners[name][a], partners[name][b] = values[b], values[a]
                 else:
                     own, other = values[a].copy(), values[b].copy()
                     values[a], values[b] = (
-                        share * own + (1 - share) * other,
-                        share * other + (1 - share) * own,
+                        lam * own + (1 - lam) * other,
+                        lam * other + (1 - lam) * own,
                     )
-        return Blended(shares, partners)
+        return Blended(lam_B, partners)
 
     def _mixes(self, draws: Draws) -> bool:
         if self.settings.mixup is None or self.settings.cutmix is None:
@@ -167,20 +168,20 @@ class Blender:
         return draws.uniform() < 0.5
 
 
-def mix_up(images_BHWC: Tensor, a: int, b: int, share: float) -> float:
-    """Blend two images, rounded to the nearest value where they are uint8; the share."""
+def mix_up(images_BHWC: Tensor, a: int, b: int, lam: float) -> float:
+    """Blend two images, rounded to the nearest value where they are uint8; lambda."""
     # In the batch's dtype, where a sum of bytes may wrap around: so does the difference, back again.
     total = images_BHWC[a] + images_BHWC[b]
-    blended = torch.lerp(images_BHWC[b].float(), images_BHWC[a].float(), share)
+    blended = torch.lerp(images_BHWC[b].float(), images_BHWC[a].float(), lam)
     images_BHWC[a] = blended.round_() if images_BHWC.dtype == torch.uint8 else blended
     images_BHWC[b] = total - images_BHWC[a]
-    return share
+    return lam
 
 
-def cut_box(height: int, width: int, share: float, draws: Draws) -> Box:
-    """The rectangle to exchange for about `1 - share` of the area: central anywhere, cut off at the edges."""
+def cut_box(height: int, width: int, lam: float, draws: Draws) -> Box:
+    """The rectangle to exchange for about `1 - lam` of the area: central anywhere, cut off at the edges."""
     x, y = int(draws.uniform(0, width)), int(draws.uniform(0, height))
-    half = 0.5 * math.sqrt(1 - share)
+    half = 0.5 * math.sqrt(1 - lam)
     half_width, half_height = int(half * width), int(half * height)
     left, top = max(0, x - half_width), max(0, y - half_height)
     return Box(top, left, min(height, y + half_height) - top, min(width, x + half_width) - left)

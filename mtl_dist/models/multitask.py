@@ -127,7 +127,7 @@ class MultitaskModel(nn.Module):
         """The shared backbone's parameters, frozen ones too; none with separate backbones."""
         return [] if self.backbone is None else list(self.backbone.parameters())
 
-    def lie_in(self, memory_format: torch.memory_format) -> None:
+    def use_memory_format(self, memory_format: torch.memory_format) -> None:
         """Lay out weights, and from now on images and so all maps, in `memory_format`."""
         self.memory_format = memory_format
         self.to(memory_format=memory_format)

@@ -158,30 +158,30 @@ class Task(ABC):
         """The output that the task asks of the model."""
         return HeadSpec(task=self.name, layout=self.layout, num_outputs=self.loss.num_outputs)
 
-    def count(self, target: Tensor, labelled_B: Tensor, shares_B: Tensor | None = None) -> Tensor:
+    def count(self, target: Tensor, labelled_B: Tensor, lam_B: Tensor | None = None) -> Tensor:
         """The loss's denominator, from targets alone: float32 scalar.
 
         Labelled samples, or their class weights, or labelled pixels, as the loss has it; times the samples'
-        shares where these are given.
+        lambdas where these are given.
         """
         counts_B = self.loss.denominators(self._safe_target(target, labelled_B))
         counts_B = torch.where(labelled_B, counts_B, 0.0)
-        return (counts_B if shares_B is None else shares_B * counts_B).sum(dtype=torch.float32)
+        return (counts_B if lam_B is None else lam_B * counts_B).sum(dtype=torch.float32)
 
     def loss_sum(
-        self, output: Tensor, target: Tensor, labelled_B: Tensor, shares_B: Tensor | None = None
+        self, output: Tensor, target: Tensor, labelled_B: Tensor, lam_B: Tensor | None = None
     ) -> Tensor:
         """The loss's numerator: float32 scalar, computed in float32 under any autocast.
 
         A sample without a label adds exactly 0 to value and gradient, whatever its output and target hold.
-        With `shares_B` each sample's loss is taken times its share.
+        With `lam_B` each sample's loss is multiplied by its lambda.
         """
         with torch.autocast(output.device.type, enabled=False):
             safe_target = self._safe_target(target, labelled_B)
             safe_output = self._safe_output(output.float(), safe_target, labelled_B)
             losses_B = self.loss.numerators(safe_output, safe_target)
             losses_B = torch.where(labelled_B, losses_B, 0.0)
-            return (losses_B if shares_B is None else shares_B * losses_B).sum()
+            return (losses_B if lam_B is None else lam_B * losses_B).sum()
 
     @abstractmethod
     def metrics(self, ranking: bool = True) -> TaskMetrics:

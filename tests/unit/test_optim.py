@@ -108,7 +108,7 @@ def test_each_kind_lowers_a_loss(model: MultitaskModel, kind: str) -> None:
 def test_the_fused_kernel_moves_every_weight_as_the_plain_one_does(
     model: MultitaskModel, memory_format: torch.memory_format
 ) -> None:
-    model.lie_in(memory_format)
+    model.use_memory_format(memory_format)
     other = copy.deepcopy(model)
     # A large `eps`: AdamW would make a whole step of a gradient that is 0 but for rounding.
     settings = OptimSettings(lr=1e-2, eps=1e-3)

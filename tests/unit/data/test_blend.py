@@ -50,7 +50,7 @@ def batches(
 def by_position(found: list[Batch]) -> dict[int, tuple[Any, ...]]:
     samples = {}
     for batch in found:
-        assert batch.shares_B is not None
+        assert batch.lam_B is not None
         for i, position in enumerate(batch.positions_B.tolist()):
             if batch.valid_B[i]:
                 labels = [
@@ -69,46 +69,46 @@ def by_position(found: list[Batch]) -> dict[int, tuple[Any, ...]]:
                 samples[position] = (
                     batch.keys[i],
                     batch.images_BCHW[i].tolist(),
-                    float(batch.shares_B[i]),
+                    float(batch.lam_B[i]),
                     labels,
                 )
     return samples
 
 
 # ---------------------------------------------------------------- as torchvision does it
-@pytest.mark.parametrize("share", [0.0, 0.125, 0.5, 0.9, 1.0])
-def test_mixup_makes_torchvisions_picture(share: float) -> None:
+@pytest.mark.parametrize("lam", [0.0, 0.125, 0.5, 0.9, 1.0])
+def test_mixup_makes_torchvisions_picture(lam: float) -> None:
     images = torch.randint(0, 256, (2, 3, 9, 7), dtype=torch.uint8)
     theirs = vision.MixUp(num_classes=3)
     theirs._dist = torch.distributions.Categorical(torch.ones(1))
-    theirs.make_params = lambda _: {"labels": labels, "batch_size": 2, "lam": share}  # type: ignore[method-assign]
+    theirs.make_params = lambda _: {"labels": labels, "batch_size": 2, "lam": lam}  # type: ignore[method-assign]
     labels = torch.tensor([2, 0])
     expected, soft = theirs(images.float(), labels)
 
     ours = images.permute(0, 2, 3, 1).contiguous()
-    mix_up(ours, 0, 1, share)
+    mix_up(ours, 0, 1, lam)
     assert (ours.permute(0, 3, 1, 2).float() - expected).abs().max() <= 0.5 + 1e-4
     floats = images.permute(0, 2, 3, 1).float()
-    mix_up(floats, 0, 1, share)
+    mix_up(floats, 0, 1, lam)
     torch.testing.assert_close(floats.permute(0, 3, 1, 2), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(soft[0], torch.tensor([1 - share, 0, share]))
+    torch.testing.assert_close(soft[0], torch.tensor([1 - lam, 0, lam]))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.77, 1.0])
-def test_cutmix_makes_torchvisions_picture(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lam", [0.0, 0.3, 0.77, 1.0])
+def test_cutmix_makes_torchvisions_picture(lam: float, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randint(0, 256, (2, 3, 33, 20), dtype=torch.uint8)
     masks = torch.randint(0, 4, (2, 33, 20), dtype=torch.uint8)
     for key in range(20):
-        box = cut_box(33, 20, share, Draws(key))
+        box = cut_box(33, 20, lam, Draws(key))
         draws = Draws(key)
         centre = (int(draws.uniform(0, 20)), int(draws.uniform(0, 33)))
         numbers = iter(centre)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "randint", lambda *a, numbers=numbers, **k: torch.tensor([next(numbers)]))
-            patch.setattr(torch.distributions.Beta, "sample", lambda self, shape: torch.tensor(share))
+            patch.setattr(torch.distributions.Beta, "sample", lambda self, shape: torch.tensor(lam))
             expected, soft = vision.CutMix(num_classes=3)(tv_tensors.Image(images), torch.tensor([2, 0]))
         ours, own_masks = images.permute(0, 2, 3, 1).contiguous(), masks.clone()
-        monkeypatch.setattr(blend_module, "draw_beta", lambda alpha, draws: share)
+        monkeypatch.setattr(blend_module, "draw_beta", lambda alpha, draws: lam)
         monkeypatch.setattr(blend_module, "cut_box", lambda *a, box=box: box)
         blended = Blender(BlendSettings(cutmix=1.0), key, frozenset({"digit"})).blend(
             np.arange(2),
@@ -119,7 +119,7 @@ def test_cutmix_makes_torchvisions_picture(share: float, monkeypatch: pytest.Mon
             {"digit": np.ones(2, bool), "mask": np.ones(2, bool)},
         )
         assert torch.equal(ours.permute(0, 3, 1, 2), expected)
-        assert soft[0, 2].item() == pytest.approx(blended.shares[0], abs=1e-6)
+        assert soft[0, 2].item() == pytest.approx(blended.lam_B[0], abs=1e-6)
         assert blended.partners["digit"].tolist() == [0, 2]
         inside = torch.zeros(33, 20, dtype=torch.bool)
         box.of(inside)[:] = True
@@ -164,10 +164,10 @@ def test_workers_change_nothing(tiny: Path) -> None:
 def test_some_pairs_are_blended_and_every_seed_blends_differently(tiny: Path) -> None:
     one = by_position(batches(tiny, {"mixup": 1.0}, ("digit",)))
     other = by_position(batches(tiny, {"mixup": 1.0}, ("digit",), seed=4))
-    shares = [sample[2] for sample in one.values()]
-    assert sum(share < 1 for share in shares) > TRAIN
-    assert [sample[2] for sample in other.values()] != shares
-    first, second = shares[:TRAIN], shares[TRAIN:]
+    lams = [sample[2] for sample in one.values()]
+    assert sum(lam < 1 for lam in lams) > TRAIN
+    assert [sample[2] for sample in other.values()] != lams
+    first, second = lams[:TRAIN], lams[TRAIN:]
     assert first != second
 
 
@@ -184,12 +184,12 @@ def test_a_pair_is_blended_only_where_both_have_the_same_labels_and_none_is_lost
     }
     blended = 0
     for batch in batches(tiny, {"cutmix": 1.0}, CUTTABLE):
-        assert batch.shares_B is not None
+        assert batch.lam_B is not None
         for i, position in enumerate(batch.positions_B.tolist()):
             labelled, image, mask = plain[position]
             assert [bool(batch.labelled[t][i]) for t in CUTTABLE] == labelled
             if labelled != plain[position ^ 1][0]:
-                assert batch.shares_B[i] == 1 and torch.equal(batch.images_BCHW[i], image)
+                assert batch.lam_B[i] == 1 and torch.equal(batch.images_BCHW[i], image)
                 assert torch.equal(batch.targets["shape"][i], mask)
             else:
                 blended += 1
@@ -208,15 +208,15 @@ def test_numbers_and_multilabel_targets_are_interpolated(tiny: Path) -> None:
         for i, p in enumerate(batch.positions_B)
     }
     for batch in batches(tiny, {"mixup": 1.0}, MIXABLE):
-        assert batch.shares_B is not None and list(batch.partners) == ["digit"]
+        assert batch.lam_B is not None and list(batch.partners) == ["digit"]
         for i, position in enumerate(batch.positions_B.tolist()):
-            share, own, other = batch.shares_B[i], plain[position], plain[position ^ 1]
+            lam, own, other = batch.lam_B[i], plain[position], plain[position ^ 1]
             assert batch.targets["digit"][i] == own["digit"]
-            if share < 1:
+            if lam < 1:
                 assert batch.partners["digit"][i] == other["digit"]
                 for name in ("value", "tags"):
                     torch.testing.assert_close(
-                        batch.targets[name][i], share * own[name] + (1 - share) * other[name]
+                        batch.targets[name][i], lam * own[name] + (1 - lam) * other[name]
                     )
 
 
@@ -231,7 +231,7 @@ def test_a_bad_partner_leaves_a_sample_as_it_is() -> None:
         {"digit": np.arange(4)},
         {"digit": np.array([True, False, True, True])},
     )
-    assert torch.equal(images[:2], before[:2]) and blended.shares[:2].tolist() == [1, 1]
+    assert torch.equal(images[:2], before[:2]) and blended.lam_B[:2].tolist() == [1, 1]
     assert not torch.equal(images[2:], before[2:])
 
 
@@ -250,30 +250,30 @@ def test_the_loss_of_a_blended_class_is_the_shares_of_both(loss: dict[str, Any])
     task = ClassificationSettings.model_validate({"loss": loss}, strict=False).build("digit", info)
     own, partner = torch.tensor([0, 1, 2, 2]), torch.tensor([1, 0, 2, 0])
     labelled_B = torch.tensor([True, True, True, False])
-    shares_B = torch.tensor([0.3, 0.3, 0.6, 0.5])
+    lam_B = torch.tensor([0.3, 0.3, 0.6, 0.5])
     batch = Batch(
         torch.zeros(4, 3, 2, 2), {"digit": own}, {"digit": labelled_B}, labelled_B, torch.arange(4), [""] * 4,
-        shares_B=shares_B, partners={"digit": partner},
+        lam_B=lam_B, partners={"digit": partner},
     )  # fmt: skip
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     expected = sum(
-        share * task.loss_sum(logits[i : i + 1], of[i : i + 1], labelled_B[i : i + 1])
+        lam * task.loss_sum(logits[i : i + 1], of[i : i + 1], labelled_B[i : i + 1])
         for i in range(4)
-        for share, of in ((shares_B[i], own), (1 - shares_B[i], partner))
+        for lam, of in ((lam_B[i], own), (1 - lam_B[i], partner))
     )
     found = _over_labels(lambda *a: task.loss_sum(logits, *a), batch, "digit")
     torch.testing.assert_close(found, torch.as_tensor(expected))
     count = count_labels({"digit": task}, [batch])
     if loss["kind"] == "cross_entropy" and "class_weights" not in loss:
-        soft = shares_B[:, None] * F.one_hot(own, 3) + (1 - shares_B[:, None]) * F.one_hot(partner, 3)
+        soft = lam_B[:, None] * F.one_hot(own, 3) + (1 - lam_B[:, None]) * F.one_hot(partner, 3)
         smooth = loss.get("label_smoothing", 0.0)
         theirs = F.cross_entropy(logits, soft, reduction="none", label_smoothing=smooth)
         torch.testing.assert_close(found, theirs[:3].sum())
         assert count == 3
-    # Both samples of a pair have the same share, so what is counted is what would be without blending.
+    # Both samples of a pair have the same lam, so what is counted is what would be without blending.
     pair = Batch(
         batch.images_BCHW[:2], {"digit": own[:2]}, {"digit": labelled_B[:2]}, labelled_B[:2],
-        torch.arange(2), [""] * 2, shares_B=shares_B[:2], partners={"digit": own[:2].flip(0)},
+        torch.arange(2), [""] * 2, lam_B=lam_B[:2], partners={"digit": own[:2].flip(0)},
     )  # fmt: skip
     torch.testing.assert_close(
         count_labels({"digit": task}, [pair])[0].float(), task.count(own[:2], labelled_B[:2])

@@ -289,7 +289,7 @@ def test_the_description_tells_sizes_and_parameters_and_changes_nothing() -> Non
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_images_lie_in_memory_as_the_weights_do(memory_format: torch.memory_format) -> None:
     model = build(SMALL)
-    model.lie_in(memory_format)
+    model.use_memory_format(memory_format)
     maps = [weight for weight in model.parameters() if weight.ndim == 4]
     assert maps and all(weight.is_contiguous(memory_format=memory_format) for weight in maps)
     for given in (torch.channels_last, torch.contiguous_format):
