@@ -152,12 +152,8 @@ def ranks_of(job: str) -> dict[int, int]:
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             environ = process.environ()
-            # Another cluster on this machine has jobs of the same numbers.
-            is_ours = (environ.get("SLURM_JOB_ID"), environ.get("SLURM_CONF")) == (
-                job,
-                os.environ["SLURM_CONF"],
-            )
-            if is_ours and "submitit.core._submit" in process.cmdline() and process.name() != "srun":
+            is_ours = environ.get("SLURM_JOB_ID") == job and "submitit.core._submit" in process.cmdline()
+            if is_ours and process.name() != "srun":
                 # Numbers of processes begin again at 1: a younger one may have a smaller number.
                 born = (process.create_time(), process.pid)
                 found.setdefault(int(environ["SLURM_PROCID"]), []).append(born)

@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,14 +150,7 @@ DISTURBANCES = {
 
 
 @pytest.fixture(scope="module")
-def undisturbed(work: Path) -> Iterator[Future[Path]]:
-    """The same run on four local ranks, beside the other one: that waits most of its time."""
-    with ThreadPoolExecutor(1) as beside:
-        yield beside.submit(local_run, "undisturbed", 4)
-
-
-@pytest.fixture(scope="module")
-def scene(cluster: Cluster, work: Path, undisturbed: Future[Path]) -> Scene:
+def scene(cluster: Cluster, work: Path) -> Scene:
     """A run of two nodes with two ranks each that suffers every disturbance, one after the other."""
     run = work / "disturbed"
     (job,) = submit(Path("recipe.yaml"), Path("profile.yaml"), Shape(2, 2), run_dir=run).job_ids
@@ -174,19 +166,21 @@ def scene(cluster: Cluster, work: Path, undisturbed: Future[Path]) -> Scene:
     return scene
 
 
-def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(
-    scene: Scene, undisturbed: Future[Path]
-) -> None:
-    expected, found = weights_of(undisturbed.result(), STEPS), weights_of(scene.run, STEPS)
+@pytest.fixture(scope="module")
+def undisturbed(work: Path) -> Path:
+    """The same run on four local ranks."""
+    return local_run("undisturbed", 4)
+
+
+def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(scene: Scene, undisturbed: Path) -> None:
+    expected, found = weights_of(undisturbed, STEPS), weights_of(scene.run, STEPS)
     assert expected.keys() == found.keys()
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name
 
 
-def test_a_disturbed_run_consumes_every_sample_once_and_in_order(
-    scene: Scene, undisturbed: Future[Path]
-) -> None:
-    expected, found = step_rows(undisturbed.result()), step_rows(scene.run)
+def test_a_disturbed_run_consumes_every_sample_once_and_in_order(scene: Scene, undisturbed: Path) -> None:
+    expected, found = step_rows(undisturbed), step_rows(scene.run)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     assert [row["step/loss"] for row in found] == [row["step/loss"] for row in expected]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,29 +75,13 @@ def crashed(cluster: Cluster, work: Path) -> Path:
     return folder / "heard"
 
 
-DIGITS_RECIPE = ROOT / "configs" / "digits.yaml"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone(work: Path) -> Iterator[dict[str, Future[Path]]]:
-    """The local runs that jobs are compared with, one after another beside the tests, which often wait."""
-    digits = {f"digits-{n}": (n, *DIGITS) for n in (4, 2)}
-    with ThreadPoolExecutor(1) as beside:
-        yield {
-            name: beside.submit(local_run, name, *how, recipe=str(DIGITS_RECIPE))
-            for name, how in digits.items()
-        } | {"smooth": beside.submit(local_run, "smooth", 4, *SMOOTH)}
-
-
-def test_two_nodes_end_with_the_weights_of_two_and_of_four_local_ranks(
-    cluster: Cluster, work: Path, alone: dict[str, Future[Path]]
-) -> None:
-    run = work / "digits"
-    submit(DIGITS_RECIPE, PROFILE, Shape(2, 2), overrides=DIGITS, run_dir=run)
+def test_two_nodes_end_with_the_weights_of_two_and_of_four_local_ranks(cluster: Cluster, work: Path) -> None:
+    recipe, run = ROOT / "configs" / "digits.yaml", work / "digits"
+    submit(recipe, PROFILE, Shape(2, 2), overrides=DIGITS, run_dir=run)
     wait_for("the end", lambda: has_ended(run))
     weights, losses = weights_of(run, 30), [row["step/loss"] for row in step_rows(run)]
     assert len(losses) == 30
-    four, two = (alone[f"digits-{n}"].result() for n in (4, 2))
+    four, two = (local_run(f"digits-{n}", n, *DIGITS, recipe=str(recipe)) for n in (4, 2))
     for name, weight in weights_of(four, 30).items():
         assert torch.equal(weights[name], weight), name
     for name, weight in weights_of(two, 30).items():
@@ -108,10 +90,8 @@ def test_two_nodes_end_with_the_weights_of_two_and_of_four_local_ranks(
     assert losses == pytest.approx([row["step/loss"] for row in step_rows(two)], rel=1e-5)
 
 
-def test_a_requeued_run_in_a_container_may_have_another_number_of_ranks(
-    cluster: Cluster, work: Path, alone: dict[str, Future[Path]]
-) -> None:
-    run = work / "elastic"
+def test_a_requeued_run_in_a_container_may_have_another_number_of_ranks(cluster: Cluster, work: Path) -> None:
+    expected, run = local_run("smooth", 4, *SMOOTH), work / "elastic"
     (job,) = submit(RECIPE, Path("contained.yaml"), Shape(2, 1), overrides=SMOOTH, run_dir=run).job_ids
     wait_for("steps", in_training(run))
     cluster("scancel", "--signal=USR2", job)
@@ -119,7 +99,6 @@ def test_a_requeued_run_in_a_container_may_have_another_number_of_ranks(
     cluster("scontrol", "update", f"jobid={job}", "NumNodes=1", "NumTasks=1")
     wait_for("the end", lambda: has_ended(run))
     assert [(attempt.nodes, attempt.ranks) for attempt in read_attempts(run)] == [(2, 2), (1, 1)]
-    expected = alone["smooth"].result()
     weights = weights_of(run, 30)
     for name, weight in weights_of(expected, 30).items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6, msg=name)
