@@ -105,7 +105,7 @@ def inference_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def best_or_newest(folder: RunFolder, say: Callable[[str], None]) -> Path:
-    """The best checkpoint, or the newest good one where there is no whole best one (told to `say`).
+    """The best checkpoint, or the newest good one where there is no whole best one (reported to `say`).
 
     Raises:
         UserError: the run has no good checkpoint.

@@ -140,7 +140,7 @@ def steps_in(directory: Path) -> list[int]:
 
 
 def newest_good(directory: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole; every damaged one passed over on the way is told to `say`."""
+    """The newest checkpoint that is whole; every damaged one passed over on the way is reported to `say`."""
     for step in reversed(steps_in(directory)):
         path = step_directory(directory, step)
         problems = problems_of(path)

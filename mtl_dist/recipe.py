@@ -120,7 +120,7 @@ class Recipe(Settings):
 
     @property
     def names_tasks(self) -> bool:
-        """Whether it says what to learn: else the data decides, which only reading the data can tell."""
+        """Whether it says what to learn: else the data decides, which only reading the data can show."""
         return "tasks" in self.model_fields_set
 
     def with_absolute_paths(self) -> Recipe:

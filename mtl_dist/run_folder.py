@@ -44,7 +44,7 @@ RECORDED_PACKAGES = (
 
 
 def new_run_directory(name: str, root: Path = Path("runs")) -> Path:
-    """A run folder nobody has: sorted by time, and told apart when two start in one second."""
+    """A run folder nobody has: sorted by time, and unique when two start in one second."""
     return root / name / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 

@@ -1,4 +1,4 @@
-"""What the packages of layer 1 tell one another: a task's facts and a head's shape.
+"""What the packages of layer 1 exchange: a task's facts and a head's shape.
 
 Data learns a `TaskInfo` from the dataset, a task turns it into a `HeadSpec`, and a model builds the
 head. None of the three imports another.

@@ -27,7 +27,7 @@ TIME_LIMIT = "time limit"
 
 
 class StopAsked(Exception):
-    """Something long that can be begun anew was broken off, because a rank was asked to stop."""
+    """Something long that can be begun again was broken off, because a rank was asked to stop."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

@@ -1,4 +1,4 @@
-"""An HTTP server on the loopback that misbehaves as it is told: it stalls, cuts off, answers 500."""
+"""An HTTP server on the loopback that misbehaves as it is asked: it stalls, cuts off, answers 500."""
 
 from __future__ import annotations
 

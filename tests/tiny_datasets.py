@@ -1,4 +1,4 @@
-"""Tiny datasets with every kind of task, whose samples can be told from their pixels.
+"""Tiny datasets with every kind of task, whose samples can be recognised by their pixels.
 
 The image of sample i shows the number i in every pixel (red: i % 256, green: i // 256, blue: the mask, times
 100). Labels are missing by rule: `digit` in every fifth sample, `value` in every third, `tags` in every

@@ -80,7 +80,7 @@ def worst_case_shift(
     level = high
     if passive_T.any():
         level = min(high, _level_of_radius(cosines_TT, push_T, inverse_T, passive_T, radius_square))
-    # Rounding may have misled the path; then a search between two levels mends it.
+    # Rounding may have misled the path; then a search between two levels corrects it.
     for _ in range(MAX_LEVELS):
         linear_T = push_T - level * inverse_T
         x_T = nonnegative_qp(cosines_TT, linear_T[None], passive_T[None])[0]

@@ -1,4 +1,4 @@
-"""What a Gramian tells about the tasks: who fights whom, and who shouts."""
+"""What a Gramian says about the tasks: whose gradients conflict, and whose are largest."""
 
 from __future__ import annotations
 

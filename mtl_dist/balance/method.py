@@ -72,7 +72,7 @@ class Window:
 
 
 class Method(Settings, ABC):
-    """One method of balancing; each is a class of its own, told from the others by `method`."""
+    """One method of balancing; each is a class of its own, which `method` names."""
 
     needs: ClassVar[Needs]
     uses_task_weights: ClassVar[bool] = False

@@ -105,7 +105,7 @@ def index(
         typer.Option(
             metavar="NAME",
             show_default=False,
-            help="The split of all tars; without it their names tell it, or it is train.",
+            help="The split of all tars; without it their names decide, or it is train.",
         ),
     ] = None,
     workers: Annotated[

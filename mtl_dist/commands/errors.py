@@ -1,6 +1,6 @@
 """How a command ends when something is wrong.
 
-exit code 2    the user can mend it: the lines of a UserError on stderr, or typer's own about the options
+exit code 2    the user can fix it: the lines of a UserError on stderr, or typer's own about the options
 exit code 1    a bug or a broken machine: a traceback
 exit code 130  Ctrl-C
 """

@@ -11,7 +11,7 @@ def named(option: str, values: Sequence[str] | None, what: str = "COLUMN") -> di
     """The `TASK=WHAT` values of an option, by task.
 
     Raises:
-        UserError: one has another form, or a task stands twice.
+        UserError: one has another form, or a task appears twice.
     """
     pairs: dict[str, str] = {}
     for text in values or ():

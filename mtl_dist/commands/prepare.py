@@ -172,7 +172,7 @@ def _arguments(given: Sequence[str]) -> dict[str, Any]:
 # ---------------------------------------------------------------- from annotations to parameters
 @dataclass(frozen=True)
 class Setting:
-    """One parameter of a command: its name, what typer is told of it, and how its value is read.
+    """One parameter of a command: its name, what typer knows of it, and how its value is read.
 
     `kind` is that of a short form such as --regression TASK=COLUMN.
     """
@@ -198,12 +198,12 @@ def _settings(name: str, hint: Any, default: Any) -> list[Setting]:
     from mtl_dist.kinds.registry import KINDS
 
     metadata = getattr(hint, "__metadata__", ())
-    told = next((each for each in metadata if isinstance(each, Help)), Help(""))
+    help_of = next((each for each in metadata if isinstance(each, Help)), Help(""))
     annotation = hint.__origin__ if metadata else hint
-    option = f"--{told.option or name.replace('_', '-')}"
+    option = f"--{help_of.option or name.replace('_', '-')}"
     missing = inspect.Parameter.empty if default is inspect.Parameter.empty else None
     if name == SOURCE:
-        return [Setting(name, _argument(str, told.metavar or "SRC", told.text), is_argument=True)]
+        return [Setting(name, _argument(str, help_of.metavar or "SRC", help_of.text), is_argument=True)]
     if name == LABELS:
         several = list[str] | None
         short = [
@@ -215,30 +215,32 @@ def _settings(name: str, hint: Any, default: Any) -> list[Setting]:
             )
             for kind in KINDS.values()
         ]
-        return [*short, Setting(name, _option(several, option, told.metavar, told.text), None, _labels)]
+        return [*short, Setting(name, _option(several, option, help_of.metavar, help_of.text), None, _labels)]
     if annotation == Split:
-        return [Setting(name, _option(str | None, option, told.metavar, told.text), None)]
+        return [Setting(name, _option(str | None, option, help_of.metavar, help_of.text), None)]
     plain = [each for each in get_args(annotation) if each is not types.NoneType]
     if get_origin(annotation) in (Union, types.UnionType) and len(plain) == 1:
         annotation = plain[0]
     origin = get_origin(annotation) or annotation
     if origin is dict:
-        what = told.metavar.partition("=")[2] or "VALUE"
-        made = _option(list[str] | None, option, told.metavar or "NAME=VALUE", told.text)
+        what = help_of.metavar.partition("=")[2] or "VALUE"
+        made = _option(list[str] | None, option, help_of.metavar or "NAME=VALUE", help_of.text)
         return [Setting(name, made, None, lambda texts: named(option, texts, what))]
     if origin is tuple:
         item = get_args(annotation)[0]
-        made = _option(str if missing else str | None, option, told.metavar or "VALUE,...", told.text)
+        made = _option(str if missing else str | None, option, help_of.metavar or "VALUE,...", help_of.text)
         return [Setting(name, made, missing, lambda text: _items(option, text, item))]
     if annotation is bool:
-        made = _option(bool, f"{option}/--no-{option[2:]}", "", told.text)
+        made = _option(bool, f"{option}/--no-{option[2:]}", "", help_of.text)
         return [Setting(name, made, default)]
     if annotation in (int, float):
-        made = _option(annotation | None if default is None else annotation, option, told.metavar, told.text)
+        made = _option(
+            annotation | None if default is None else annotation, option, help_of.metavar, help_of.text
+        )
         return [Setting(name, made, default)]
-    choices = "|".join(get_args(annotation)) if origin is Literal else told.metavar
+    choices = "|".join(get_args(annotation)) if origin is Literal else help_of.metavar
     shown = default if isinstance(default, str) and default else missing
-    made = _option(str if shown is not None else str | None, option, choices, told.text)
+    made = _option(str if shown is not None else str | None, option, choices, help_of.text)
     return [Setting(name, made, shown, lambda text: "" if text is None else text)]
 
 

@@ -79,7 +79,7 @@ def to_yaml(settings: Settings) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Mistake]]:
-    """The file's mapping, and the keys that stand twice in it."""
+    """The file's mapping, and the keys that appear twice in it."""
     if not path.is_file():
         raise UserError(f"{path}: expected a YAML file, found {_instead_of(path)}")
     try:
@@ -99,7 +99,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Mistake]]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping (key: value), found {show(data)}.")
     return data, [
-        ((), f"{path}:{line}: key {key} stands twice, first in line {first}. Keep one of them.")
+        ((), f"{path}:{line}: key {key} appears twice, first in line {first}. Keep one of them.")
         for key, line, first in duplicates
     ]
 

@@ -36,7 +36,7 @@ def apply_overrides(
             mistakes.append(((), f"{key}: expected a value in YAML, {found}"))
             continue
         mistakes += [
-            ((), f"{key}: key {name} stands twice in the value. Keep one.") for name, _, _ in duplicates
+            ((), f"{key}: key {name} appears twice in the value. Keep one.") for name, _, _ in duplicates
         ]
         try:
             _put(data, (), names, value, added)

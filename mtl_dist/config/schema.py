@@ -19,7 +19,7 @@ from mtl_dist.config.user_defined import PartError, UserDefined
 
 @dataclass(frozen=True)
 class SchemaNode:
-    """One place for a value: its type, its constraints, the key that tells its variants apart, its field."""
+    """One place for a value: its type, its constraints, the key that selects its variant, its field."""
 
     type: Any
     constraints: tuple[Any, ...] = ()

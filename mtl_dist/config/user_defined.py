@@ -165,7 +165,7 @@ class UserDefined:
 def imported(path: str, fits: Any = None) -> Any:
     """What is at an import path: `my_project.losses.Tversky`.
 
-    `fits` tells what might have been meant, for the line about a name that is not there.
+    `fits` says what might have been meant, for the line about a name that is not there.
 
     Raises:
         PartError: no such module, none that can be imported, or nothing of that name in it.
@@ -237,7 +237,7 @@ def _is_subclass(value: object, base: type) -> bool:
 
 @lru_cache
 def named(settings: type[Settings], key: str, path: str) -> type[Settings]:
-    """A class of settings of the user's, told by its path."""
+    """A class of settings of the user's, named by its path."""
     return _create(settings, path, {key: (Literal[path], path)})
 
 

@@ -96,7 +96,7 @@ for _kind, (_pattern, _first) in _SCALARS.items():
 
 
 def parse(text: str) -> tuple[Any, list[tuple[str, int, int]]]:
-    """The value that `text` states, and the keys that stand twice in one mapping.
+    """The value that `text` states, and the keys that appear twice in one mapping.
 
     A duplicate is (key, line, line of the first); the value holds the last one.
 

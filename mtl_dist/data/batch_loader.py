@@ -80,7 +80,7 @@ class BatchLoader:
         if num_bad > self._on_bad_sample.max_fraction * judged:
             raise UserError(
                 f"data.on_bad_sample.max_fraction: expected at most {self._on_bad_sample.max_fraction:g} of "
-                f"the samples to be bad, found {num_bad} of {seen}. The log names them: mend the dataset, or "
+                f"the samples to be bad, found {num_bad} of {seen}. The log names them: fix the dataset, or "
                 "allow more."
             )
 

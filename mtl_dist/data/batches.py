@@ -197,7 +197,7 @@ class BatchBuilder:
                 source, _, row = each[i]
                 problem = f"{self.readers[source].where(row)}: {error}."
                 if self.fail_on_bad:
-                    advice = "Mend the dataset, or set `data.on_bad_sample: {kind: skip}`."
+                    advice = "Fix the dataset, or set `data.on_bad_sample: {kind: skip}`."
                     raise UserError(f"{problem} {advice}") from None
                 if real[i] and i < size:
                     bad.append(problem)

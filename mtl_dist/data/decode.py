@@ -1,8 +1,8 @@
 """From the bytes of an image file to a tensor: 8-bit as uint8, deeper images as float32, in raw values.
 
-The format is told by the bytes, never by a name. An image comes upright (EXIF orientation is applied),
+The bytes decide the format, never a name. An image comes upright (EXIF orientation is applied),
 without alpha (it is dropped, the colours below stay as they are), and in the number of channels asked for:
-grey is repeated to three channels, colour is weighed to grey.
+grey is repeated to three channels, colour is reduced to grey by weights.
 
 torchvision decodes JPEG, faster than Pillow does; simplejpeg, where it is installed, does to the same pixels
 in 7% less time. Where TurboJPEG 3 is found, that decodes the part that is shown, see turbojpeg.py.
@@ -172,7 +172,7 @@ def npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, transposed, dtype = read(file)
-    except (SyntaxError, tokenize.TokenError) as error:  # numpy tries to mend headers of Python 2
+    except (SyntaxError, tokenize.TokenError) as error:  # numpy tries to correct headers of Python 2
         raise ValueError(str(error)) from None
     if dtype.hasobject:
         raise ValueError("it holds Python objects")

@@ -44,7 +44,7 @@ class UnreadableImage(Exception):
 class ImageFacts:
     """One image: its true extension, its size as displayed (after EXIF rotation), channels and depth.
 
-    `oddities` are the words of what its reader has to mend: "rotated", "alpha", "palette", "cmyk".
+    `oddities` are the words of what its reader has to correct: "rotated", "alpha", "palette", "cmyk".
     """
 
     extension: str

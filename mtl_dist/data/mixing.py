@@ -12,7 +12,7 @@ source has had exactly w_s draws, and the schedule repeats.
 
 That rule is a loop over positions, but we need to begin anywhere. A server that is never idle has finished,
 of the jobs of a priority class, min over t <= p of (those released before t) + p - t by time p. Applied to
-the classes "the i draws due first" this tells which draws in progress are done at p, from positions back to
+the classes "the i draws due first" this says which draws in progress are done at p, from positions back to
 the oldest release among them: a vectorised look at up to W / min(w_s) positions, usually a few, and no
 table (`Schedule._state_at`).
 """

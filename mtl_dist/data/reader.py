@@ -101,7 +101,7 @@ class SplitReader:
         self._prefetched: dict[tuple[int, int, int], bytes] = {}
         self._maps: dict[int, mmap.mmap | None] = {}
         for path, shard in zip(self._paths, shards, strict=True):
-            if isinstance(path, Path):  # of a URL it would be a request each; reading will tell
+            if isinstance(path, Path):  # of a URL it would be a request each; reading will show it
                 _check_size(path, shard.num_bytes)
         self._rows()
         if not self._labels_in_json:

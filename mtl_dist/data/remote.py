@@ -1,7 +1,7 @@
 """Where data lies: a path, or a URL of anything that fsspec reads (s3, gs, http, file, ...).
 
 Every read of a URL is a request with a time limit; one that fails, stalls or ends early is made again, later
-and later. What no repetition mends (no such file, no permission) is told at once. Credentials, endpoints and
+and later. An error that no repetition fixes (no such file, no permission) is raised at once. Credentials, endpoints and
 proxies come from where the libraries look for them: the environment, AWS and Google profiles, ~/.netrc,
 ~/.config/fsspec.
 """
@@ -169,7 +169,7 @@ class UrlReader:
         self._url = url
         self._size = url.size()
         if self._size is None:
-            raise UserError(f"{url}: expected a server that tells the size of a file, found none told.")
+            raise UserError(f"{url}: expected a server that states the size of a file, found none stated.")
         self._next = 0
         self._buffer = memoryview(b"")
 
@@ -252,7 +252,7 @@ def _system(url: str) -> tuple[Any, str]:
     import fsspec.core
 
     try:
-        # Anew each time: it is cached per process, and an instance does not outlive a fork.
+        # Made again each time: it is cached per process, and an instance does not outlive a fork.
         system, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise UserError(f"{url}: expected a URL that can be read, found: {error}.") from None

@@ -116,7 +116,7 @@ def find_turbojpeg() -> TurboJpeg | None:
             if named:
                 raise UserError(
                     f"{VARIABLE}: expected the path of a TurboJPEG 3 library, found {named!r} ({error}). "
-                    "Mend it, or remove it."
+                    "Fix it, or remove it."
                 ) from None
     return None
 

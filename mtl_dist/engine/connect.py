@@ -174,7 +174,7 @@ def choose(settings: EngineSettings, precision: Precision, environment: Mapping[
     if kind == "accelerate":
         if launcher.deepspeed:
             problems.append(
-                "engine.kind: expected deepspeed, which `accelerate launch` was told, found accelerate. "
+                "engine.kind: expected deepspeed, which `accelerate launch` was given, found accelerate. "
                 "Start without --use_deepspeed, or remove engine.kind."
             )
         problems += [
@@ -187,7 +187,7 @@ def choose(settings: EngineSettings, precision: Precision, environment: Mapping[
     said, asked_stage = launcher.zero_stage, settings.zero_stage
     if said is not None and asked_stage is not None and said != asked_stage:
         problems.append(
-            f"engine.zero_stage: expected {said}, which `accelerate launch` was told, found {asked_stage}. "
+            f"engine.zero_stage: expected {said}, which `accelerate launch` was given, found {asked_stage}. "
             "Remove one of them."
         )
     stage = asked_stage if asked_stage is not None else said if said is not None else DEFAULT_STAGE
@@ -222,7 +222,7 @@ class _Launcher:
         return self._device(what) == "cpu"
 
     def problems(self, precision: Precision) -> list[str]:
-        """What the launcher was told that is the recipe's to say, or that we do not have."""
+        """What the launcher was given that is the recipe's to say, or that we do not have."""
         problems = [
             f"accelerate launch: expected one process, DDP or DeepSpeed, found {name}. It is not supported."
             for variable, name in (
@@ -235,7 +235,7 @@ class _Launcher:
         mixed = self._environment.get("ACCELERATE_MIXED_PRECISION", "no")
         if mixed != "no" and mixed != precision:
             problems.append(
-                f"train.precision: expected {mixed}, which `accelerate launch` was told, found {precision}. "
+                f"train.precision: expected {mixed}, which `accelerate launch` was given, found {precision}. "
                 "Set the same in both, or start with --mixed_precision no."
             )
         if not self.deepspeed:

@@ -221,7 +221,7 @@ class _Zero(Engine):
         ):
             raise UserError(
                 f"checkpoint: expected equally many optimizer steps of {', '.join(group.shapes)}, which ZeRO "
-                "keeps together, found different ones. Go on without ZeRO, or start anew from its weights."
+                "keeps together, found different ones. Go on without ZeRO, or start again from its weights."
             )
         if present[0].ndim == 0:
             self.optimizer.state[group.flat][slot] = present[0].to(group.counter_device, copy=True)

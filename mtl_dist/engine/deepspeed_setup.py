@@ -1,4 +1,4 @@
-"""DeepSpeed made to run as a library: imported quietly, joined to the launcher's group, told what to do."""
+"""DeepSpeed made to run as a library: imported quietly, joined to the launcher's group, configured."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def import_deepspeed() -> ModuleType:
 def deepspeed_config(
     root: nn.Module, stage: ZeroStage, offload_optimizer: bool, offload_parameters: bool, device: torch.device
 ) -> dict[str, Any]:
-    """What `deepspeed.initialize` is told; whatever is ours is switched off here."""
+    """The configuration of `deepspeed.initialize`; whatever is ours is switched off here."""
     size = sum(parameter.numel() for parameter in root.parameters())
     on_host = {"device": "cpu", "pin_memory": device.type == "cuda"}
     zero: dict[str, Any] = {

@@ -13,7 +13,7 @@ ZeroStage = Literal[0, 1, 2, 3]
 class EngineSettings(Settings):
     """What wraps the model for all ranks.
 
-    `auto` is what `accelerate launch` was told (`--use_deepspeed --zero_stage 2`, or a preset of `launch/`),
+    `auto` is what `accelerate launch` was given (`--use_deepspeed --zero_stage 2`, or a preset of `launch/`),
     else DeepSpeed where something of it is asked for below, else accelerate: one process or DDP.
     """
 

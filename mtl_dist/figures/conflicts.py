@@ -81,7 +81,7 @@ def conflicts_in(rows: Iterable[Mapping[str, Any]]) -> Conflicts | None:
 
 
 def _in_order(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """The tasks of (earlier, later) pairs in the recipe's order, as far as the pairs tell it."""
+    """The tasks of (earlier, later) pairs in the recipe's order, as far as the pairs decide it."""
     before: dict[str, set[str]] = {}
     for first, second in pairs:
         before.setdefault(first, set())

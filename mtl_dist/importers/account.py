@@ -36,7 +36,7 @@ class Account:
         self._counts: dict[str, Counter[str]] = {}
 
     def found(self, unit: str, names: Iterable[str]) -> None:
-        """Things that are there, by names that tell them apart; found twice they count once."""
+        """Things that are there, by names that distinguish them; found twice they count once."""
         fates = self._fates.setdefault(unit, {})
         for name in names:
             fates.setdefault(name, "")

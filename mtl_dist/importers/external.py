@@ -96,12 +96,12 @@ def _names(path: Location) -> list[str]:
     else:
         found = [path]
     if not found:
-        raise UserError(f"{path}: expected tars, found none. Mend data.train's path.")
+        raise UserError(f"{path}: expected tars, found none. Correct data.train's path.")
     return [str(name) for name in found]
 
 
 def _described(tar: str) -> str | list[Any]:
-    """What tells a local tar from another that takes its place."""
+    """What distinguishes a local tar from another that takes its place."""
     path = Path(tar)
     return [tar, path.stat().st_size] if path.is_file() else tar
 
@@ -115,8 +115,8 @@ def _beside(path: Location, request: Mapping[str, Any]) -> Path:
     wild = _first_part_with(_WILD + "{", path)
     folder = path if wild is None else Path(*path.parts[:wild])
     folder = folder.parent if folder.is_file() else folder
-    told = json.dumps([str(path), request["image"], request["fields"]], sort_keys=True)
-    return folder / ".mtl" / f"{folder.name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    identity = json.dumps([str(path), request["image"], request["fields"]], sort_keys=True)
+    return folder / ".mtl" / f"{folder.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 def _first_part_with(signs: str, path: Path) -> int | None:
@@ -141,7 +141,7 @@ def _is_made(place: Path, request: Mapping[str, Any]) -> bool:
         if made_of[what] != request[what]:
             raise UserError(
                 f"{place}: expected an index of the {what} in the recipe, found one of others. "
-                "Remove it to index them anew, or name another `index`."
+                "Remove it to index them again, or name another `index`."
             )
     return True
 

@@ -172,7 +172,7 @@ class Folders(Importer):
             texts = [each[-1] if len(parents[each[-1]]) == 1 else "/".join(each) for each in paths]
             if shared := sorted(name for name, where in parents.items() if len(where) > 1):
                 self._notes.append(
-                    f"{task}: one name in several folders, told apart by them: {listed(shared)}"
+                    f"{task}: one name in several folders, distinguished by them: {listed(shared)}"
                 )
             names = class_order(texts)
             if len(names) < 2:

@@ -175,10 +175,10 @@ def unnoticed_groups(
 
 
 def _looks_grouped(
-    values: Sequence[str], strata: Sequence[Hashable], num_classes: int, telling: bool
+    values: Sequence[str], strata: Sequence[Hashable], num_classes: int, named_so: bool
 ) -> bool:
     counts = Counter(values)
     if len(counts) <= max(num_classes, _FEWEST - 1) or min(counts.values()) < 2:
         return False
     pure = len(set(zip(values, strata, strict=True))) == len(counts)
-    return telling or (num_classes > 1 and pure)
+    return named_so or (num_classes > 1 and pure)

@@ -213,7 +213,7 @@ def check_skipped(reasons: Sequence[str], max_skipped: int) -> None:
     if len(reasons) <= max_skipped:
         return
     if max_skipped == 0:
-        raise UserError(f"{reasons[0]} Mend or remove it, or allow some to be skipped.")
+        raise UserError(f"{reasons[0]} Fix or remove it, or allow some to be skipped.")
     raise UserError(
         f"{len(reasons)} unreadable files, where at most {max_skipped} may be skipped; {reasons[-1]}"
     )

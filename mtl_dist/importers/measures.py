@@ -82,7 +82,7 @@ def require_measures(names: tuple[str, ...]) -> None:
     """Refuse what cannot be measured.
 
     Raises:
-        UserError: an unknown name, one that stands twice, or scikit-image is missing.
+        UserError: an unknown name, one that appears twice, or scikit-image is missing.
     """
     for name in names:
         if name not in MEASURES or names.count(name) > 1:

@@ -246,8 +246,8 @@ def _splits(
             raise UserError("--val: expected data that has splits, found none. Use --split 0.9,0.1.")
         shares = fractions or importer.fractions
         splits = divided(range(len(records)), shares)
-        told = ", ".join(f"{share:g}" for share in shares)
-        notes.append(f"split {_balanced_by(by, grouped)} into {told} with seed {options.seed}")
+        stated = ", ".join(f"{share:g}" for share in shares)
+        notes.append(f"split {_balanced_by(by, grouped)} into {stated} with seed {options.seed}")
     if grouped:
         notes.append(_group_note(groups, splits))
     else:

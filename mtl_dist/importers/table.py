@@ -129,7 +129,7 @@ class TableImporter(Importer):
         return frozenset(used)
 
     def _find_images(self) -> Iterator[_ImageRow]:
-        """The rows whose image is there; the others are told of by `records`."""
+        """The rows whose image is there; `records` reports the others."""
         for row in self._rows:
             cell = row.cells[self._image]
             if not isinstance(cell, str) or not cell:

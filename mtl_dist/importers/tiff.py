@@ -213,7 +213,7 @@ def _damage_told(where: str) -> Iterator[None]:
 
 
 class _Said(logging.Handler):
-    """Keeps the first complaint: of what a damaged file lacks, tifffile only tells its log."""
+    """Keeps the first complaint: of what a damaged file lacks, tifffile only writes to its log."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

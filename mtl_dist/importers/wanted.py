@@ -136,12 +136,14 @@ def class_names(task: str, given: str | Sequence[str] | Mapping[str, str]) -> Cl
         pairs = [part.partition(":") for part in parts]
         by_value = any(colon for _, colon, _ in pairs)
         given = {value.strip(): name for value, _, name in pairs} if by_value else parts
-        told = ",".join(parts)
+        given_text = ",".join(parts)
     else:
-        told = str(given)
+        given_text = str(given)
     if isinstance(given, Mapping):
         if all(name and value.isdecimal() for value, name in given.items()):
             return {int(value): name for value, name in given.items()}
     elif all(given):
         return list(given)
-    raise UserError(f'--classes: expected {task}=NAME,NAME,... or {task}=0:NAME,1:NAME,..., found "{told}".')
+    raise UserError(
+        f'--classes: expected {task}=NAME,NAME,... or {task}=0:NAME,1:NAME,..., found "{given_text}".'
+    )

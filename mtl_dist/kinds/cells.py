@@ -20,7 +20,7 @@ def parse_cells(
     """Class names and the label of each cell, None where it is empty.
 
     Raises:
-        UserError: a cell that holds no label of the task; `where` tells the place of each.
+        UserError: a cell that holds no label of the task; `where` says the place of each.
     """
     at = 0
     try:

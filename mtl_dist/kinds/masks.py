@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 THRESHOLD = 128
-_PNG_BIT_DEPTH = 24  # the byte of a PNG that tells it
+_PNG_BIT_DEPTH = 24  # the byte of a PNG that holds it
 
 Convention = Literal["either", "index", "grey"]
 """How the values were read; "either" where no other reading is possible (1-bit, nothing but 0)."""

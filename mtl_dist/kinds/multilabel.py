@@ -16,7 +16,7 @@ from mtl_dist.specs import TaskInfo
 class Multilabel(ScalarKind):
     """A label is the ascending list of the classes that apply; a column holds a bit for each class.
 
-    A column does not tell a label without a class from a missing one: the index does.
+    A column does not distinguish a label without a class from a missing one: the index does.
     """
 
     name = "multilabel"

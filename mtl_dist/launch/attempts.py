@@ -30,7 +30,7 @@ from mtl_dist.status import Status, read_status, write_status
 from mtl_dist.stopping import TIME_LIMIT
 
 Cause = Literal["running", "done", "asked", "time limit", "preemption", "node failure", "crash", "mistake"]
-"""Why an attempt ended. `asked`: a person interrupted it (SIGINT). `mistake`: the user can mend it."""
+"""Why an attempt ended. `asked`: a person interrupted it (SIGINT). `mistake`: the user can fix it."""
 
 
 STARTED = "the ranks start"

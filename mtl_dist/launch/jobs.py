@@ -106,7 +106,7 @@ def _live_state(job: JobState, status: Status | None, attempts: list[Attempt]) -
 
 
 def _said_state(status: Status | None, why: str) -> tuple[str, str]:
-    """The state that a run on a cluster has told last, where the cluster can't be asked."""
+    """The state that a run on a cluster has reported last, where the cluster can't be asked."""
     if status is None:
         return "unknown", why
     said = f"as it said {_ago(time.time() - status.updated)} ago; {why}"

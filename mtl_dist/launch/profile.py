@@ -1,4 +1,4 @@
-"""A cluster profile: what a cluster wants to be told, apart from what is trained on it."""
+"""A cluster profile: what a cluster needs to know, apart from what is trained on it."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def setup_lines(folder: Path, profile: ClusterProfile, shape: Shape) -> list[str
         lines.append(f"export NCCL_SOCKET_IFNAME={interface} GLOO_SOCKET_IFNAME={interface}")
     lines += [
         # Whoever gave the waiting job other nodes (scontrol update NumNodes=1 NumTasks=4) did not change what
-        # Slurm tells srun: still the number of tasks at submission.
+        # Slurm gives srun: still the number of tasks at submission.
         f"export SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * {shape.tasks_per_node}))",
         "export SLURM_NPROCS=$SLURM_NTASKS",
         'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',

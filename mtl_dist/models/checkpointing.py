@@ -102,7 +102,7 @@ class _FixedStatistics(AbstractContextManager[None]):
 
     Updates of momentum 0 change no statistic, and a scratch number counts the batches. (Switching the
     tracking off would be simpler, but then BatchNorm saves other tensors for its backward pass than the
-    first time, which checkpointing refuses.) Entered anew for every backward pass over a graph.
+    first time, which checkpointing refuses.) Entered again for every backward pass over a graph.
     """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:

@@ -108,7 +108,7 @@ class _BlockTracer(fx.Tracer):
 def trace(module: nn.Module, in_channels: int, probe_size: tuple[int, int], *, has_classifier: bool) -> Trace:
     """Trace `module` and find its stages from the shapes of one forward of a `probe_size` image.
 
-    The probe runs on the meta device: shapes only. A probe that isn't square tells (B, C, H, W) from
+    The probe runs on the meta device: shapes only. A probe that isn't square distinguishes (B, C, H, W) from
     (B, H, W, C). With `has_classifier` the last part that has parameters is cut off; without, the module's
     output is its vector.
     """

@@ -153,7 +153,7 @@ def cpus() -> Check:
     if promised is not None:
         found += f", {promised} promised by Slurm"
         if allowed < int(promised):
-            advice = "srun gives one CPU unless told otherwise: mtl submit passes cpus_per_task on."
+            advice = "srun gives one CPU unless asked otherwise: mtl submit passes cpus_per_task on."
             return Check("CPUs", "failure", found, advice)
     if measured < 0.7 * spinners:
         return Check(
@@ -179,7 +179,7 @@ def usable_cpus(num_processes: int) -> float:
 
 
 def _spin(writer: int) -> None:
-    """A forked child: keeps one CPU busy, tells what share of it there was, and ends at once."""
+    """A forked child: keeps one CPU busy, reports what share of it there was, and ends at once."""
     start, used = time.perf_counter(), time.process_time()
     while (elapsed := time.perf_counter() - start) < SPIN_S:
         math.factorial(200)

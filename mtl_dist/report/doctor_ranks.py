@@ -82,7 +82,7 @@ def bandwidth(device: torch.device) -> Check:
     found = f"{speed:.2f} GB/s between {size} ranks over {backend}"
     if speed < (1.0 if backend == "nccl" else 0.05):
         advice = (
-            "Name the fast network in the profile (network_interface); NCCL_DEBUG=INFO tells what is used."
+            "Name the fast network in the profile (network_interface); NCCL_DEBUG=INFO says what is used."
         )
         return Check("all-reduce", "warning", found, advice)
     return Check("all-reduce", "ok", found)

@@ -86,7 +86,7 @@ def require_two_classes(kind: str, info: TaskInfo, where: str) -> None:
     if len(info.classes) != 2:
         raise UserError(
             f"{where}.kind: expected cross_entropy or dice for masks of {len(info.classes)} classes "
-            f"({', '.join(info.classes)}), found {kind}, which tells two. Change the loss."
+            f"({', '.join(info.classes)}), found {kind}, which is for two classes. Change the loss."
         )
 
 

@@ -53,7 +53,7 @@ class Loss(ABC):
 
 
 class LossSettings(Settings, ABC):
-    """One choice of a task's `loss`, told from the others by its `kind`."""
+    """One choice of a task's `loss`, which its `kind` names."""
 
     @abstractmethod
     def build(self, info: TaskInfo, where: str) -> Loss:
@@ -215,7 +215,7 @@ class Task(ABC):
         return pixels_HWC
 
     def metric_inputs(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Output and target as own metrics see them."""
+        """Output and target as user-defined metrics see them."""
         return output, target
 
     def _safe_target(self, target: Tensor, labelled_B: Tensor) -> Tensor:

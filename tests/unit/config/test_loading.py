@@ -93,11 +93,9 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _fit(self) -> Recipe:
-        strangers = [name for name in self.task_lr if name not in self.tasks]
-        if strangers:
-            raise ValueError(
-                "\n".join(f"task_lr.{name}: expected a task, found {name}." for name in strangers)
-            )
+        unknown = [name for name in self.task_lr if name not in self.tasks]
+        if unknown:
+            raise ValueError("\n".join(f"task_lr.{name}: expected a task, found {name}." for name in unknown))
         return self
 
 
@@ -234,7 +232,7 @@ def test_a_number_in_the_path_of_an_override_is_an_index(tmp_path: Path) -> None
         ("train.epochs.x=1", "train.epochs.x: expected a section at train.epochs, found 4."),
         ("data.7.path=x", "data.7.path: expected the number of an item of data, 0, found 7."),
         ("optim=[", """optim: expected a value in YAML, found "[" (expected the node content, but found '<stream end>'). Put text with signs in quotes."""),
-        ("optim={lr: 1, lr: 2}", "optim: key lr stands twice in the value. Keep one."),
+        ("optim={lr: 1, lr: 2}", "optim: key lr appears twice in the value. Keep one."),
         ("tasks.bred=null", "tasks.bred: expected an entry to take out, found none. Did you mean breed? Entries: breed, age."),
         ("tasks.bred.weight=2", "tasks.bred.kind: expected one of classification, regression, found nothing. Add it. Did you mean tasks.breed?"),
         # references
@@ -255,7 +253,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path: Path, override: st
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     text = "tasks:\n  age: {kind: regresion}\n  breed: {kind: classification, weight: -1}\n  breed: 3\ntrain: {epoch: 3}\n"
     assert lines(tmp_path, text, "optim.lr=0", "lr") == [
-        "recipe.yaml:4: key breed stands twice, first in line 3. Keep one of them.",
+        "recipe.yaml:4: key breed appears twice, first in line 3. Keep one of them.",
         "lr: expected an override a.b=value. Write for example optim.lr=1e-3.",
         'tasks.age.kind: expected one of classification, regression, found "regresion". Did you mean regression?',
         "tasks.breed: expected a mapping with kind one of classification, regression, found 3.",

@@ -1,4 +1,4 @@
-"""Own parts by import path: what fits is taken with typed arguments, what does not is refused in one line."""
+"""User-defined parts by import path: what fits is taken with typed arguments, what does not is refused in one line."""
 
 from __future__ import annotations
 

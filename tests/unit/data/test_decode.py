@@ -1,4 +1,4 @@
-"""Decoding by content: the same pixels as Pillow, upright, of the right channels; damage is told."""
+"""Decoding by content: the same pixels as Pillow, upright, of the right channels; damage is reported."""
 
 from __future__ import annotations
 

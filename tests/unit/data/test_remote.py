@@ -316,7 +316,7 @@ def test_a_run_over_http_sees_what_it_would_see_here(tmp_path: Path, workers: in
         if cached:
             before = server.requests.total()
             assert_same(batches_of(f"{server.url}/tiny", tmp_path, workers, **options), expected)
-            assert server.requests.total() == before + 1  # the manifest, which tells whether all is as it was
+            assert server.requests.total() == before + 1  # the manifest, which says whether all is as it was
 
 
 def test_the_samples_of_a_batch_are_asked_for_at_once(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_no_damage_ends_the_process(progressive: bool) -> None:
 # ---------------------------------------------------------------- which library
 @pytest.fixture
 def unknown_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The library is looked for anew, in the test and after it."""
+    """The library is looked for again, in the test and after it."""
     find_turbojpeg.cache_clear()
     yield monkeypatch
     find_turbojpeg.cache_clear()

@@ -83,7 +83,7 @@ MAPPING = FieldMapping(
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("foreign")
+    root = tmp_path_factory.mktemp("external")
     write_tar(root / "tars" / "train-000.tar", samples(*range(5)))
     write_tar(root / "tars" / "train-001.tar", samples(5, 6), tarfile.GNU_FORMAT)
     write_tar(root / "tars" / "validation-000.tar", samples(7, 8, 9))

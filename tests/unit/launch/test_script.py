@@ -150,7 +150,7 @@ def test_the_verdict_alone_decides_about_the_requeue(
 def run_script(
     work: Path, programs: dict[str, str], environ: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the batch script of job 7 with pretended programs; what they are told is in `calls`."""
+    """Runs the batch script of job 7 with pretended programs; what they get is in `calls`."""
     profile = ClusterProfile(python=str(work / "python"))
     text = script_text(build_executor(work, "x", profile, Shape(1, 1), dry_run=True))
     for name, body in programs.items():

@@ -1,4 +1,4 @@
-"""Submitting, with a pretended sbatch: what is written, what is refused, what the ranks are told."""
+"""Submitting, with a pretended sbatch: what is written, what is refused, what the ranks get."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_the_ranks_know_the_end_of_the_job() -> None:
     assert stop_signal({"MTL_END_TIME": "", "MTL_SAVE_MARGIN": "90"}).deadline is None
 
 
-@pytest.mark.parametrize("error", [RuntimeError("boom"), UserError("mend this"), KeyboardInterrupt("ctrl-c")])
+@pytest.mark.parametrize("error", [RuntimeError("boom"), UserError("fix this"), KeyboardInterrupt("ctrl-c")])
 def test_why_a_rank_failed_is_left_behind(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)), failures_recorded(tmp_path, rank=0):
         raise error

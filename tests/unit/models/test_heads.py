@@ -134,7 +134,7 @@ def test_a_task_can_go_back_to_a_linear_head() -> None:
     assert len(head.hidden) == 0
 
 
-def test_unknown_tasks_and_foreign_options_are_one_line_each() -> None:
+def test_unknown_tasks_and_options_of_others_are_one_line_each() -> None:
     settings = ModelSettings(
         heads={
             "msk": TaskHeadSettings(skips=False),

@@ -269,7 +269,7 @@ def test_each_loss_asks_for_the_head_it_needs(info, loss, head):
             "tasks.it.loss.class_weights: expected label counts of 2 classes in the dataset, found 1",
         ),
         (PETS, {"kind": "bce"}, "tasks.it.loss.kind: expected cross_entropy or dice for masks of 3 classes"),
-        (PETS, {"kind": "bce_dice"}, "found bce_dice, which tells two"),
+        (PETS, {"kind": "bce_dice"}, "found bce_dice, which is for two classes"),
         (
             LESION,
             {"kind": "bce_dice", "bce_weight": 0.0, "dice_weight": 0.0},

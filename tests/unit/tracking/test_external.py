@@ -21,10 +21,10 @@ from mtl_dist.tracking.sink import Row, RunFacts, Sink
 
 
 class FakeRun:
-    """As wandb's and Trackio's runs: keeps what it is told."""
+    """As wandb's and Trackio's runs: keeps what it is given."""
 
-    def __init__(self, **told: Any) -> None:
-        self.init = told
+    def __init__(self, **given: Any) -> None:
+        self.init = given
         self.summary: dict[str, float] = {}
         self.logged: list[tuple[int, dict[str, Any]]] = []
         self.finished = False
@@ -38,7 +38,7 @@ class FakeRun:
 
 @pytest.fixture(params=["wandb", "trackio"])
 def service(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package of that name whose runs only keep what they are told."""
+    """A package of that name whose runs only keep what they are given."""
     module = ModuleType(request.param)
     vars(module).update(init=FakeRun, Image=lambda path: f"image {path}")
     monkeypatch.setitem(sys.modules, request.param, module)
