@@ -49,6 +49,7 @@ from mtl_dist.figures.run_figures import RunFigures
 from mtl_dist.importers.external import with_indexes
 from mtl_dist.models.compiling import compile_parts
 from mtl_dist.optim import build_optimizer
+from mtl_dist.plural import plural
 from mtl_dist.recipe import Recipe, load_recipe, refuse_other_run
 from mtl_dist.results import print_results, write_evaluation
 from mtl_dist.run_folder import RunFolder, new_run_directory
@@ -334,8 +335,8 @@ def introduce(
     tracker.say(f"model    {model}, {recipe.train.precision}")
     tracker.say(f"engine   {engine}")
     tracker.say(
-        f"batch    {plan.global_batch} = {world.size} ranks x {plan.accumulation} x {micro_batch} "
-        f"on {world.device.type}, {plan.total_steps} steps"
+        f"batch    {plan.global_batch} = {plural(world.size, 'rank')} x {plan.accumulation} x {micro_batch} "
+        f"on {world.device.type}, {plural(plan.total_steps, 'step')}"
     )
     for name, info in data.infos.items():
         if info.num_labelled == 0:

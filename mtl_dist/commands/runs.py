@@ -13,6 +13,7 @@ from mtl_dist.commands.errors import INTERRUPTED
 from mtl_dist.commands.progress import progress_bar
 from mtl_dist.durable import replacing
 from mtl_dist.lazy import torch
+from mtl_dist.plural import plural
 
 if TYPE_CHECKING:
     from mtl_dist.recipe import Recipe
@@ -208,7 +209,7 @@ def predict(
         for done, record in enumerate(records, start=1):
             file.write(to_json(record) + "\n")
             show(done, len(images))
-    print(f"{out}: {len(images)} lines")
+    print(f"{out}: {plural(len(images), 'line')}")
 
 
 def verify(run: RunFolder) -> None:

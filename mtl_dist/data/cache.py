@@ -65,7 +65,7 @@ class Cache:
     def open(self, url: Url, size: int | None = None, sha256: str = "", version: str = "") -> int:
         """A descriptor of the file at `url`, which is fetched if it is not here.
 
-        `size` and `sha256` are what it must have, where that is known; `version` distinguishes one content from
+        `size` and `sha256` are what it must have, where that is known; `version` separates one content from
         another where no hash does.
 
         Raises:

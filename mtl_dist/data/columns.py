@@ -4,9 +4,9 @@
                         <task> of regression     <f8: the value, NaN where there is no label
                         <task> of multilabel     u1 (ceil(C / 8),): bit c % 8 of byte c // 8 for class c
 
-The rows are those of the index, which also distinguishes a multilabel sample without a positive class from one
-without a label. Columns answer what no row alone can, such as "which samples are of this class"; and they
-hold the labels of tars that someone else wrote, in which labels may stand in any form.
+The rows are those of the index, which also says whether a multilabel sample has no positive class or no
+label. Columns answer what no row alone can, such as "which samples are of this class"; and they hold the
+labels of tars that someone else wrote, in which labels may stand in any form.
 """
 
 from __future__ import annotations

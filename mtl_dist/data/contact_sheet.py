@@ -29,7 +29,7 @@ _INK: Colour = (33, 37, 41)
 _FAINT: Colour = (134, 142, 150)
 _PAPER: Colour = (255, 255, 255)
 _BEHIND: Colour = (241, 243, 245)
-# Okabe and Ito's colours, which colour-blind readers distinguish too; the one that skin and fur have not first.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; the one that skin and fur lack first.
 _PALETTE: tuple[Colour, ...] = (
     (86, 180, 233),
     (230, 159, 0),

@@ -13,6 +13,7 @@ from mtl_dist.data.remote import Location
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.registry import kind_of
+from mtl_dist.plural import plural
 from mtl_dist.specs import TaskInfo
 
 
@@ -109,7 +110,7 @@ def disagreements(infos: Mapping[str, TaskInfo], sources: Sequence[SourceFacts])
 
 def _words(what: str, value: str | tuple[str, ...]) -> str:
     if isinstance(value, tuple):
-        return f"{len(value)} classes ({', '.join(value)})"
+        return f"{plural(len(value), 'class', 'classes')} ({', '.join(value)})"
     return f"the {what} {value!r}"
 
 

@@ -33,6 +33,7 @@ from mtl_dist.data.shard_prefetch import ShardPrefetch
 from mtl_dist.data.transforms import PRESETS, Transform
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.registry import kind_of
+from mtl_dist.plural import plural
 from mtl_dist.randomness import derive_key
 from mtl_dist.specs import TaskInfo
 
@@ -86,7 +87,7 @@ class Data:
         sampling = self.settings.sampling
         if sampling.kind == "class_balanced":
             num_classes = sum(count > 0 for count in self.infos[sampling.task].class_counts)
-            parts[0] += f", balanced over {num_classes} classes of {sampling.task}"
+            parts[0] += f", balanced over {plural(num_classes, 'class', 'classes')} of {sampling.task}"
         elif len(self.sources["train"]) > 1:
             shares = [
                 f"{source.facts.path.name} {weight / self.schedule.period:.1%}"

@@ -1,9 +1,9 @@
 """Where data lies: a path, or a URL of anything that fsspec reads (s3, gs, http, file, ...).
 
 Every read of a URL is a request with a time limit; one that fails, stalls or ends early is made again, later
-and later. An error that no repetition fixes (no such file, no permission) is raised at once. Credentials, endpoints and
-proxies come from where the libraries look for them: the environment, AWS and Google profiles, ~/.netrc,
-~/.config/fsspec.
+and later. An error that no repetition fixes (no such file, no permission) is raised at once. Credentials,
+endpoints and proxies come from where the libraries look for them: the environment, AWS and Google profiles,
+~/.netrc, ~/.config/fsspec.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from mtl_dist.errors import UserError
+from mtl_dist.plural import plural
 
 
 def chosen_frames(policy: str, num_frames: int, where: str) -> list[int]:
@@ -37,6 +38,7 @@ def chosen_frames(policy: str, num_frames: int, where: str) -> list[int]:
         )
     if not frames or frames[-1] >= num_frames:
         raise UserError(
-            f"{where}: expected the frames {policy}, found {num_frames} pages (0 to {num_frames - 1})."
+            f"{where}: expected the frames {policy}, found {plural(num_frames, 'page')} "
+            f"(0 to {num_frames - 1})."
         )
     return frames

@@ -33,6 +33,7 @@ from mtl_dist.importers.sources import Readable
 from mtl_dist.kinds.kind import Label, UnreadableMap
 from mtl_dist.kinds.registry import kind_of, map_kind
 from mtl_dist.kinds.words import LabelError
+from mtl_dist.plural import plural
 from mtl_dist.specs import TaskInfo
 
 Job = TypeVar("Job")
@@ -215,7 +216,8 @@ def check_skipped(reasons: Sequence[str], max_skipped: int) -> None:
     if max_skipped == 0:
         raise UserError(f"{reasons[0]} Fix or remove it, or allow some to be skipped.")
     raise UserError(
-        f"{len(reasons)} unreadable files, where at most {max_skipped} may be skipped; {reasons[-1]}"
+        f"{plural(len(reasons), 'unreadable file')}, where at most {max_skipped} may be skipped; "
+        f"{reasons[-1]}"
     )
 
 

@@ -55,6 +55,7 @@ from mtl_dist.importers.summary import (
     label_notes,
     task_info,
 )
+from mtl_dist.plural import plural
 
 _WORTH_A_WORKER = 64 * 2**20
 SPOOL = ".spool"
@@ -133,7 +134,9 @@ def _check(splits: Mapping[str, Sequence[Record]], tasks: Mapping[str, TaskSourc
     records = [record for split in splits.values() for record in split]
     for name in tasks:
         if not any(name in record.labels or name in record.masks for record in records):
-            raise UserError(f"task {name!r}: expected labels, found none in any of {len(records)} samples.")
+            raise UserError(
+                f"task {name!r}: expected labels, found none in {plural(len(records), 'sample')}."
+            )
 
 
 @dataclass

@@ -36,6 +36,7 @@ from mtl_dist.importers.wanted import (
     wanted_tasks,
 )
 from mtl_dist.kinds.kind import Label
+from mtl_dist.plural import plural
 
 STACK, PAGE, FOLDER = "stack", "page", "folder"
 """Columns of every page besides those of the table: its stack's name, its number, its stack's folder."""
@@ -150,7 +151,7 @@ class Stacks(Importer):
             yield Record("", page, labels, masks, splits[i], stack.name, path, self._rows[i].cells)
 
     def notes(self) -> Iterator[str]:
-        yield f"frames of {len(self._stacks)} stacks: {self._frames}"
+        yield f"frames of {plural(len(self._stacks), 'stack')}: {self._frames}"
         if self._normalise is not None:
             low, high = self._normalise
             yield f"values of each stack from percentile {low:g} to {high:g} made 8 bits"
@@ -222,7 +223,7 @@ def _find_stacks(
         if len(paths) < len(rest):
             paths = {str(PurePosixPath(path).with_suffix("")): path for path in rest}
     if not paths:
-        raise UserError(f"{tree}: expected TIFF stacks, found none among {len(tree.files)} files.")
+        raise UserError(f"{tree}: expected TIFF stacks, found none among {plural(len(tree.files), 'file')}.")
     found = []
     for name, path in paths.items():
         source = tree.source(path)
@@ -272,7 +273,8 @@ def _by_name(tree: Tree, tiffs: Sequence[str], pattern: str, option: str) -> dic
 def _check_mask(mask: Stack, stack: Stack, mask_source: Source, source: Source) -> None:
     if mask.num_frames != stack.num_frames:
         raise UserError(
-            f"{mask_source}: expected {stack.num_frames} pages, as {source} has, found {mask.num_frames}."
+            f"{mask_source}: expected {plural(stack.num_frames, 'page')}, as {source} has, "
+            f"found {mask.num_frames}."
         )
 
 

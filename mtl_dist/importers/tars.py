@@ -42,6 +42,7 @@ from mtl_dist.kinds.registry import kind_of
 from mtl_dist.kinds.regression import Regression
 from mtl_dist.kinds.segmentation import Segmentation
 from mtl_dist.kinds.words import ClassNames, Declared, LabelError
+from mtl_dist.plural import plural
 from mtl_dist.specs import TaskInfo
 
 _SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)(?![a-z])", re.I)
@@ -246,7 +247,7 @@ def _write(
         of_split = [by_path[str(path)] for path in paths]
         rows = np.concatenate([facts.rows for facts in of_split])
         if len(rows) == 0:
-            raise UserError(f"split {split!r}: expected samples, found none in its {len(paths)} tars.")
+            raise UserError(f"split {split!r}: expected samples, found none in {plural(len(paths), 'tar')}.")
         columns = {task: column[start : start + len(rows)] for task, column in labels.items()}
         start += len(rows)
         for bit, task in enumerate(tasks):

@@ -28,6 +28,7 @@ import psutil
 
 from mtl_dist.config.yaml_text import YamlError, parse
 from mtl_dist.errors import UserError
+from mtl_dist.plural import plural
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -174,7 +175,10 @@ def _end_leftovers(others: set[psutil.Process]) -> None:
     _, left = psutil.wait_procs(left, timeout=_SECONDS_TO_FADE)
     if not left:
         return
-    print(f"The launcher is gone; ending the {len(left)} processes that it left.", file=sys.stderr)
+    print(
+        f"The launcher is gone; ending {plural(len(left), 'process', 'processes')} that it left.",
+        file=sys.stderr,
+    )
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.terminate()

@@ -1,4 +1,4 @@
-"""User-defined parts by import path: what fits is taken with typed arguments, what does not is refused in one line."""
+"""User-defined parts by import path: typed arguments where a part fits, one line of refusal where not."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ WRONG_TABLES: dict[str, tuple[str, dict[str, Any], str]] = {
     "a task without any label": (
         "file,split,age,dx\na.png,train,,x\n",
         {"classification": {"dx": "dx"}, "regression": {"age": "age"}},
-        "task 'age': expected labels, found none in any of 1 samples",
+        "task 'age': expected labels, found none in 1 sample",
     ),
     "no task": ("file,split\na.png,train\n", {"split": "split"}, "expected at least one task"),
     "an image in two splits": (
