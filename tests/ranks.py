@@ -49,6 +49,14 @@ class RankPool:
         Raises:
             RankFailure: it did not return on every rank.
         """
+        try:
+            return self._run(function, args)
+        except BaseException:
+            # Also when the caller is interrupted: an answer still on its way is none to the next call.
+            self.close()
+            raise
+
+    def _run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         if not self._processes:
             self._start()
         message = pickle.dumps((function, args))
@@ -73,7 +81,6 @@ class RankPool:
                 if failed:
                     problems.append(f"rank {rank}: {results[rank]}")
         if problems:
-            self.close()
             raise RankFailure("\n".join(problems))
         return [results[rank] for rank in range(self.size)]
 

@@ -35,3 +35,16 @@ def test_every_rank_answers_and_a_failed_pool_starts_anew() -> None:
         with pytest.raises(RankFailure, match="rank 0: exit code 7"):
             ranks.run(die_on, 0)
         assert ranks.run(rank_and_size)[0][2] != first[2]
+
+
+def test_the_answer_to_an_interrupted_call_is_not_taken_for_that_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with RankPool(1) as ranks:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr("tests.ranks.wait", interrupted)
+            ranks.run(os.getpid)
+        assert ranks.run(rank_and_size)[0][:2] == (0, 1)
