@@ -48,7 +48,9 @@ class Balancer(nn.Module):
         self.scale_heads = method.scales_heads
         self.register_buffer("last_weights_T", torch.full((len(tasks),), method.first_weight(len(tasks))))
         self.register_buffer("num_unconverged", torch.zeros((), dtype=torch.int64))
-        for name, value in method.memory(tasks).items():
+        memory = method.memory(tasks)
+        self._sized_by_first_window = {name for name, value in memory.items() if value.numel() == 0}
+        for name, value in memory.items():
             self.register_buffer(name, value)
         for name, value in method.constants(tasks).items():
             self.register_buffer(name, value, persistent=False)
@@ -162,9 +164,8 @@ class Balancer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Sizes that the first window decides are known from the checkpoint.
-        for name, buffer in self.named_buffers(recurse=False):
-            saved = state_dict.get(prefix + name)
-            if saved is not None and buffer.numel() == 0:
-                buffer.resize_(saved.shape)
+        # Sizes that the first window decides are the checkpoint's, also where a window has passed here.
+        for name in self._sized_by_first_window:
+            if (saved := state_dict.get(prefix + name)) is not None:
+                self.get_buffer(name).resize_(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)

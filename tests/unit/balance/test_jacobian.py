@@ -84,6 +84,17 @@ def test_resuming_from_the_state_dict_equals_never_stopping(settings: Any) -> No
 
 
 @every_method
+def test_a_balancer_that_has_worked_may_begin_again_from_its_first_state(settings: Any) -> None:
+    balancer = build(settings)
+    start = {name: value.clone() for name, value in balancer.state_dict().items()}
+    updates = []
+    for _ in range(2):
+        balancer.load_state_dict(start)
+        updates.append(balancer.aggregate(jacobian(0), losses_T=LOSSES, present_T=ALL, key=(7, 0)))
+    assert torch.equal(*updates)
+
+
+@every_method
 def test_the_heads_get_their_plain_gradients(settings: Any) -> None:
     balancer = build(settings)
     assert balancer.needs_at(5) == "jacobian" and not balancer.scale_heads
