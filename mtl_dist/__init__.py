@@ -9,17 +9,17 @@ if TYPE_CHECKING:
     from mtl_dist import balance, prepare
     from mtl_dist.errors import UserError
     from mtl_dist.face import Run, train
-    from mtl_dist.predictor import Predictor, load
+    from mtl_dist.prediction.predictor import Predictor, load
 
 __version__ = "0.1.0"
 
 __all__ = ["Predictor", "Run", "UserError", "balance", "load", "prepare", "train"]
 
 _HOMES = {
-    "Predictor": "predictor",
+    "Predictor": "prediction.predictor",
     "Run": "face",
     "UserError": "errors",
-    "load": "predictor",
+    "load": "prediction.predictor",
     "train": "face",
 }
 

@@ -175,6 +175,6 @@ class Run:
 
     @cached_property
     def _predictor(self) -> Any:
-        from mtl_dist.predictor import Predictor
+        from mtl_dist.prediction.predictor import Predictor
 
         return Predictor(self.path)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function to call with (done, total); nothing is drawn where stderr is no terminal."""
+def progress_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Yields a function to call with (done, total or None); nothing is drawn where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

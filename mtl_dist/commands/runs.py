@@ -11,7 +11,6 @@ import typer
 
 from mtl_dist.commands.errors import INTERRUPTED
 from mtl_dist.commands.progress import progress_bar
-from mtl_dist.durable import replacing
 from mtl_dist.lazy import torch
 from mtl_dist.plural import plural
 
@@ -167,11 +166,21 @@ def evaluate(
 
 def predict(
     run: RunFolder,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", show_default=False, help="Image files.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE",
+            show_default=False,
+            help="Images, folders, patterns, zips, tars, prepared datasets; - reads an image, or paths, from "
+            "standard input.",
+        ),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", show_default=False, help="Write the lines here instead of printing them."
+            metavar="FILE",
+            show_default=False,
+            help="Write here instead of printing: .jsonl, .csv or .parquet.",
         ),
     ] = None,
     overlays: Annotated[
@@ -186,30 +195,41 @@ def predict(
             min=0.0, max=1.0, metavar="P", help="From which probability on a label or pixel counts."
         ),
     ] = 0.5,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", show_default=False, help="Of prepared datasets: this split alone."),
+    ] = None,
 ) -> None:
-    """Answer for images: one line of JSON for each.
+    """Answer for images: one line of JSON, or row of a table, for each.
+
+    A stack has a row for each page (stack.tif#0, ...). What cannot be read has a row with an error; the rest
+    goes on, and the exit code is 1.
 
     \b
       mtl predict runs/digits/ID photo.png
-      mtl predict runs/skin/ID photos/*.jpg --out answers.jsonl --overlays masks/
+      mtl predict runs/skin/ID photos/ --out answers.csv --overlays masks/
+      mtl predict runs/cells/ID stack.tif 'more/**/*.png' more.zip data/cells --split test
+      find photos -name '*.jpg' | mtl predict runs/skin/ID -
     """
-    from mtl_dist.predictor import predict_files, to_json
+    from mtl_dist.prediction.files import predict_files
 
-    records = predict_files(run, images, overlays, threshold)
-    if out is None:
-        for record in records:
-            print(to_json(record), flush=True)
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        replacing(out, sync=False) as temporary,
-        open(temporary, "w", encoding="utf-8") as file,
-        progress_bar("predict") as show,
-    ):
-        for done, record in enumerate(records, start=1):
-            file.write(to_json(record) + "\n")
-            show(done, len(images))
-    print(f"{out}: {plural(len(images), 'line')}")
+    with progress_bar("predict") as show:
+        num_images, num_errors = predict_files(
+            run,
+            images,
+            out=out,
+            overlays=overlays,
+            threshold=threshold,
+            split=split,
+            stdin=sys.stdin.buffer,
+            note=lambda line: print(line, file=sys.stderr),
+            done=show if out is not None else None,
+        )
+    if out is not None:
+        print(f"{out}: {plural(num_images, 'image')}")
+    if num_errors:
+        print(f"{num_errors} of {plural(num_images, 'image')} could not be read.", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def verify(run: RunFolder) -> None:

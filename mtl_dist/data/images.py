@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -79,8 +80,8 @@ def examine_image(data: bytes, decode: bool = True) -> ImageFacts:
 
 
 @contextmanager
-def open_image(data: bytes) -> Iterator[Image.Image]:
-    """The image in `data`, opened by Pillow; what fails inside the block is an `UnreadableImage`.
+def open_image(data: bytes | Path) -> Iterator[Image.Image]:
+    """The image in `data`, or in the file at it, opened; what fails inside the block is an `UnreadableImage`.
 
     Raises:
         UnreadableImage: empty, damaged, cut off, too large to be safe, or no image.
@@ -90,13 +91,13 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS) as image:
                 yield image
     except Image.UnidentifiedImageError:
         raise UnreadableImage("bytes of no known image format") from None
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"an image too large to be safe ({error})") from None
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error, zlib.error) as error:
         raise UnreadableImage(f"a damaged image ({error})") from None
 
 

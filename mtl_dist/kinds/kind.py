@@ -255,6 +255,11 @@ class MapKind(Kind):
         """The words of what `paint` paints in a colour of its own each."""
         return []
 
+    def palette(self, info: TaskInfo, colours: Sequence[Colour]) -> dict[int, Colour]:
+        """Of a map of uint8 values (H, W) that stand for something, such as classes: the colour of each that
+        has one; a colour per legend line is given. Empty of any other map."""
+        return {}
+
     @abstractmethod
     def paint(
         self, pixels_HWC: np.ndarray, values: np.ndarray, info: TaskInfo, colours: Sequence[Colour]

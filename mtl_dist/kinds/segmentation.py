@@ -86,12 +86,16 @@ class Segmentation(MapKind):
         """Its classes but the background."""
         return [name if name == task else f"{task}: {name}" for name in info.classes if name != BACKGROUND]
 
+    def palette(self, info: TaskInfo, colours: Sequence[Colour]) -> dict[int, Colour]:
+        """A colour for each class but the background; what is ignored is grey."""
+        shown = [index for index, name in enumerate(info.classes) if name != BACKGROUND]
+        return dict(zip(shown, colours, strict=True)) | {IGNORE: _FAINT}
+
     def paint(
         self, pixels_HWC: np.ndarray, values: np.ndarray, info: TaskInfo, colours: Sequence[Colour]
     ) -> None:
         """Tint each class and draw its outline; what is ignored is grey."""
-        shown = [index for index, name in enumerate(info.classes) if name != BACKGROUND]
-        for index, colour in [*zip(shown, colours, strict=True), (IGNORE, _FAINT)]:
+        for index, colour in self.palette(info, colours).items():
             inside = values == index
             if not inside.any():
                 continue

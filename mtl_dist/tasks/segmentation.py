@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-
 from mtl_dist.lazy import torch
 from mtl_dist.specs import IGNORE, TaskInfo
 from mtl_dist.tasks.maps import foreground_logits, predicted_classes, resized
@@ -20,9 +18,8 @@ from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.segmentation_losses import MapCrossEntropySettings, SegmentationLoss
 from mtl_dist.tasks.task import Baseline, CommonTaskSettings, Mode, Task, require_fit, require_threshold
 
-OVERLAY_COLOUR = (255, 64, 64)
-
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -91,16 +88,10 @@ class SegmentationTask(Task):
             scores_C = scores_C[1:] - scores_C[:1]
         return Baseline("majority", scores_C)
 
-    def picture(self, answer: Mapping[str, Any]) -> np.ndarray | None:
+    def map_of(self, answer: Mapping[str, Any]) -> np.ndarray | None:
         """The mask, of class indices."""
         mask: np.ndarray = answer["mask"]
         return mask
-
-    def overlay(self, pixels_HWC: np.ndarray, answer: Mapping[str, Any]) -> np.ndarray:
-        """With the foreground tinted."""
-        inside = (answer["mask"] > 0)[..., None]
-        tinted = np.where(inside, 0.5 * pixels_HWC + 0.5 * np.array(OVERLAY_COLOUR), pixels_HWC)
-        return tinted.astype(np.uint8)
 
     def metric_inputs(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, C, H, W) at the mask's resolution and classes int64 (B, H, W), 255 = ignore."""

@@ -206,13 +206,9 @@ class Task(ABC):
         """What is best said of every image without looking at it; None where nothing is defined."""
         return None
 
-    def picture(self, answer: Mapping[str, Any]) -> np.ndarray | None:
-        """What of a decoded answer is written as a picture (H, W), None where it has none."""
+    def map_of(self, answer: Mapping[str, Any]) -> np.ndarray | None:
+        """The map in a decoded answer, of the values that its kind has in a batch; None where it has none."""
         return None
-
-    def overlay(self, pixels_HWC: np.ndarray, answer: Mapping[str, Any]) -> np.ndarray:
-        """The image, (H, W, 3) from 0 to 255, with the picture of the answer laid over it."""
-        return pixels_HWC
 
     def metric_inputs(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Output and target as user-defined metrics see them."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
 import mtl_dist
 from mtl_dist.errors import UserError
-from mtl_dist.predictor import predict_files
-from tests.tiny_datasets import HEIGHT, WIDTH, image_of
+from mtl_dist.prediction.files import predict_files
+from mtl_dist.prediction.records import flat
+from tests.tiny_datasets import HEIGHT, WIDTH, image_of, npy, png
 from tests.tiny_runs import train_run
 
 pytestmark = pytest.mark.slow
@@ -94,7 +100,91 @@ def test_values_that_are_not_those_of_the_training_files_are_refused(run: Path) 
         mtl_dist.load(run).predict(image_of(5).astype(np.float32) / 255)
 
 
-def test_overlays_are_of_the_upright_picture_and_of_every_file(run: Path, tmp_path: Path) -> None:
+def predict(run: Path, *given: Path, stdin: bytes = b"", **options: Any) -> list[dict[str, Any]]:
+    """What `mtl predict` writes, as records; masks and overlays into `overlays`."""
+    out = given[0].parent / "out.jsonl" if given[0].parent.is_dir() else None
+    assert out is not None
+    defaults = {"overlays": None, "threshold": 0.5, "split": None}
+    predict_files(
+        run,
+        [str(one) for one in given],
+        out=out,
+        stdin=io.BytesIO(stdin),
+        note=lambda line: None,
+        **defaults | options,
+    )
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_a_broken_file_is_an_error_and_the_others_are_answered(run: Path, tmp_path: Path) -> None:
+    """Also where a batch has broken files alone; each answer is that of its own image."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(png(image_of(100 * number)))
+    for number in range(34):
+        (folder / f"1{number:02d}.jpg").write_bytes(b"no image")
+    (folder / "deep.npy").write_bytes(npy(image_of(5).astype(np.float32)))
+    records = predict(run, folder)
+    predictor = mtl_dist.load(run)
+    for record in records:
+        name = Path(record["image"]).name
+        if name in ("0.png", "1.png", "2.png"):
+            answer = predictor.predict(folder / name)
+            assert record["value"]["value"] == pytest.approx(answer["value"]["value"], rel=1e-4)
+        else:
+            assert record["error"].startswith("expected a readable image, found: ")
+    assert len(records) == 38
+    assert "float32" in next(one["error"] for one in records if one["image"].endswith("deep.npy"))
+
+
+def test_a_table_of_predictions_has_what_the_lines_have(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(image_of(1)))
+    (tmp_path / "b.png").write_bytes(b"no image")
+    files = [tmp_path / "b.png", tmp_path / "a.png"]
+    lines = predict(run, *files, overlays=tmp_path / "masks")
+    predict_files(
+        run,
+        [str(file) for file in files],
+        out=tmp_path / "out.csv",
+        overlays=tmp_path / "masks",
+        threshold=0.5,
+        split=None,
+        stdin=io.BytesIO(),
+        note=lambda line: None,
+    )
+    with open(tmp_path / "out.csv", encoding="utf-8", newline="") as file:
+        bad, good = csv.DictReader(file)
+    assert bad["error"] == lines[0]["error"]
+    expected = {key: value for key, value in flat(lines[1]).items() if not isinstance(value, list)}
+    assert {key: good[key] for key in expected} == {
+        key: "" if value is None else str(value) for key, value in expected.items()
+    }
+
+
+def test_a_stack_is_not_answered_as_one_image(run: Path, tmp_path: Path) -> None:
+    pages = np.stack([image_of(number) for number in range(3)])
+    tifffile.imwrite(tmp_path / "s.tif", pages, photometric="rgb")
+    with pytest.raises(UserError, match="several pages, where one image is expected"):
+        mtl_dist.load(run).predict(tmp_path / "s.tif")
+    records = predict(run, tmp_path / "s.tif", overlays=tmp_path / "masks")
+    assert [Path(record["image"]).name for record in records] == ["s.tif#0", "s.tif#1", "s.tif#2"]
+    masks = [Path(record["shape"]["mask"]).name for record in records]
+    assert masks == ["s-0_shape.png", "s-1_shape.png", "s-2_shape.png"]
+    answers = mtl_dist.load(run).predict_many(pages)
+    for record, answer in zip(records, answers, strict=True):
+        assert record["value"]["value"] == pytest.approx(answer["value"]["value"], rel=1e-4)
+
+
+def test_nothing_to_predict_is_a_mistake(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="expected at least one image, found none"):
+        predict(run, tmp_path / "empty")
+
+
+def test_masks_hold_class_indices_in_colours_and_overlays_are_of_the_upright_picture(
+    run: Path, tmp_path: Path
+) -> None:
     """A turned photograph, a grey one, one with alpha, and two files of one name."""
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -105,10 +195,14 @@ def test_overlays_are_of_the_upright_picture_and_of_every_file(run: Path, tmp_pa
     picture.save(files[0], exif=turned)
     picture.convert("L").save(files[1])
     picture.convert("RGBA").save(files[2])
-    records = list(predict_files(run, files, tmp_path / "masks", 0.5))
-    masks = [Path(record["shape"]["mask"]) for record in records]
-    assert len(set(masks)) == 3
-    sizes = [(20, 30), (30, 20), (30, 20)]
-    for mask, size in zip(masks, sizes, strict=True):
-        overlay = mask.with_name(f"{mask.stem}_overlay.png")
-        assert Image.open(mask).size == Image.open(overlay).size == size
+    records = predict(run, *files, overlays=tmp_path / "masks")
+    assert len({record["shape"]["mask"] for record in records}) == 3
+    predictor = mtl_dist.load(run)
+    for record, file, (width, height) in zip(records, files, [(20, 30), (30, 20), (30, 20)], strict=True):
+        with Image.open(record["shape"]["mask"]) as mask, Image.open(record["shape"]["overlay"]) as overlay:
+            assert mask.mode == "P"
+            assert mask.size == (width, height)
+            assert np.array_equal(np.asarray(mask), predictor.predict(file)["shape"]["mask"])
+            colours = np.array(mask.getpalette()).reshape(-1, 3)[:2]
+            assert len({tuple(colour) for colour in colours.tolist()}) == 2
+            assert (overlay.width > overlay.height) == (width > height)

@@ -103,29 +103,6 @@ def test_masks_come_back_at_the_image_s_own_size_whatever_the_resizing(
         assert mask.shape == (height, width)
 
 
-def test_an_image_that_cannot_be_read_is_one_line(run: Path, tmp_path: Path) -> None:
-    from mtl_dist.predictor import predict_files
-
-    broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"broken\.jpg: expected a readable image"):
-        list(predict_files(run, [broken], None, 0.5))
-    with pytest.raises(UserError, match="no such file"):
-        list(predict_files(run, [tmp_path / "absent.png"], None, 0.5))
-
-
-def test_files_are_answered_in_json_with_masks_and_overlays_beside(run: Path, tmp_path: Path) -> None:
-    from mtl_dist.predictor import predict_files, to_json
-
-    path = tmp_path / "five.png"
-    Image.fromarray(image_of(5)).save(path)
-    (record,) = predict_files(run, [path], tmp_path / "masks", 0.5)
-    assert json.loads(to_json(record))["image"] == str(path)
-    with Image.open(record["shape"]["mask"]) as mask:
-        assert mask.size == (WIDTH, HEIGHT)
-    assert (tmp_path / "masks" / "five_shape_overlay.png").is_file()
-
-
 def test_debug_overfits_one_batch_and_says_so(recipe: Path) -> None:
     from mtl_dist.debug import overfit_one_batch
     from mtl_dist.recipe import load_recipe

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -339,22 +338,23 @@ def test_class_names_go_by_index_or_by_value() -> None:
     )
 
 
-def test_predictions_are_written_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def predict_files(
-        run: Path, images: list[Path], overlays: Path | None, threshold: float
-    ) -> Iterator[Any]:
-        for image in images:
-            if image.name == "bad.png":
-                raise UserError("bad.png: expected an image, found none.")
-            yield {"image": str(image), "share": threshold}
+def test_images_that_cannot_be_read_make_exit_code_1_when_the_rest_is_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def predict_files(run: Path, given: list[str], **options: Any) -> tuple[int, int]:
+        asked.update(options, given=given)
+        return len(given), given.count("bad.png")
 
-    monkeypatch.setattr("mtl_dist.predictor.predict_files", predict_files)
-    out = tmp_path / "new" / "answers.jsonl"
-    assert mtl("predict", "run", "a.png", "bad.png", "--out", out).exit_code == 2
-    assert list(out.parent.iterdir()) == []
-    assert mtl("predict", "run", "a.png", "b.png", "--out", out, "--threshold", "0.25").exit_code == 0
-    assert out.read_text() == '{"image": "a.png", "share": 0.25}\n{"image": "b.png", "share": 0.25}\n'
-    assert mtl("predict", "run", "a.png").stdout == '{"image": "a.png", "share": 0.5}\n'
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("mtl_dist.prediction.files.predict_files", predict_files)
+    out = tmp_path / "answers.csv"
+    result = mtl("predict", "run", "a.png", "bad.png", "--out", out, "--threshold", "0.25", "--split", "val")
+    assert result.exit_code == 1
+    assert result.stdout == f"{out}: 2 images\n"
+    assert "1 of 2 images could not be read." in result.stderr
+    assert asked["given"] == ["a.png", "bad.png"]
+    assert (asked["out"], asked["threshold"], asked["split"]) == (out, 0.25, "val")
+    assert mtl("predict", "run", "a.png").exit_code == 0
 
 
 def test_verify_fails_if_a_checkpoint_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,10 @@ predictor.predict("photo.jpg")["diagnosis"]["class_name"]
 from __future__ import annotations
 
 import io
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,7 +27,8 @@ from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.transforms import PRESETS, Transform
 from mtl_dist.engine.connect import connect_without_engine
 from mtl_dist.errors import UserError
-from mtl_dist.importers.splitting import unique_keys
+from mtl_dist.importers.sources import Source
+from mtl_dist.prediction.inputs import Input, pages
 from mtl_dist.randomness import Draws
 from mtl_dist.recipe import load_recipe
 from mtl_dist.run_folder import RunFolder
@@ -36,7 +38,21 @@ ImageLike: TypeAlias = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """A path, an encoded image, a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W); values as in
 the files that the run was trained on (0 to 255 for 8-bit ones)."""
 
+Answers: TypeAlias = dict[str, dict[str, Any]]
+
 BATCH_SIZE = 32
+_VALUES_HELD = 1 << 27
+"""Values of decoded images that are held at once, where a batch of large ones would be more."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What came of one input: the image and every task's answer, or the error that stands in their place."""
+
+    name: str
+    image_CHW: Tensor | None = None
+    answers: Answers | None = None
+    error: str = ""
 
 
 class Predictor:
@@ -56,13 +72,13 @@ class Predictor:
         own = recipe.data.user_transforms(training=False)
         self._transform = Transform(self._facts.image_size, recipe.data.resize, PRESETS["none"], own)
         self._boxes = tuple(recipe.data.boxes.values())
-        self.tasks = tuple(self._root.tasks)
 
-    def task(self, name: str) -> Task:
-        """One of its tasks."""
-        return self._root.tasks[name]
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """Its tasks by name."""
+        return self._root.tasks
 
-    def predict(self, image: ImageLike, threshold: float = 0.5) -> dict[str, dict[str, Any]]:
+    def predict(self, image: ImageLike, threshold: float = 0.5) -> Answers:
         """Every task's answer for one image; masks have the image's own size.
 
         classification  class_id, class_name, confidence, probabilities by name
@@ -75,24 +91,66 @@ class Predictor:
         """
         return self.predict_many([image], threshold)[0]
 
-    @torch.no_grad()
     def predict_many(
         self, images: Sequence[ImageLike] | np.ndarray | Tensor, threshold: float = 0.5
-    ) -> list[dict[str, dict[str, Any]]]:
+    ) -> list[Answers]:
         """`predict` for several images, in batches; also for a stacked array or tensor."""
-        results: list[dict[str, dict[str, Any]]] = []
+        results: list[Answers] = []
         for start in range(0, len(images), BATCH_SIZE):
             originals = [self.decoded(image) for image in images[start : start + BATCH_SIZE]]
-            inputs = torch.stack([self._transform(image, {}, Draws(0))[0] for image in originals])
-            outputs = self._root.predict(inputs.to(self._world.device))
-            for row, original in enumerate(originals):
-                size = (original.shape[1], original.shape[2])
-                results.append(self._decode_row(outputs, row, size, threshold))
+            results += self._answers(originals, threshold)
         return results
+
+    def stream(self, inputs: Iterable[Input], threshold: float = 0.5) -> Iterator[Prediction]:
+        """A prediction for each input, in their order; what cannot be read comes as an error, and the rest
+        goes on. No more than a batch is held at a time."""
+        waiting: list[Prediction] = []
+        held = 0
+        for one in inputs:
+            waiting.append(self._opened(one))
+            image = waiting[-1].image_CHW
+            held += image.numel() if image is not None else 0
+            if len(waiting) == BATCH_SIZE or held >= _VALUES_HELD:
+                yield from self._answered(waiting, threshold)
+                waiting, held = [], 0
+        yield from self._answered(waiting, threshold)
+
+    def example(self) -> Answers:
+        """What an answer looks like: names and types of its values, which mean nothing."""
+        answers = {}
+        for name, task in self._root.tasks.items():
+            size = (1, 1) if task.head.layout == "map" else ()
+            answers[name] = task.decode(torch.zeros(1, task.head.num_outputs, *size))[0]
+        return answers
+
+    def _opened(self, one: Input) -> Prediction:
+        if one.error:
+            return Prediction(one.name, error=one.error)
+        try:
+            image_CHW = decode_image(one.data, self._facts.channels, self._facts.image_dtype)
+        except UnreadableImage as error:
+            return Prediction(one.name, error=f"expected a readable image, found: {error}.")
+        return Prediction(one.name, image_CHW)
+
+    def _answered(self, opened: Sequence[Prediction], threshold: float) -> Iterator[Prediction]:
+        originals = [one.image_CHW for one in opened if one.image_CHW is not None]
+        answers = self._answers(originals, threshold)
+        for one in opened:
+            yield one if one.error else replace(one, answers=next(answers))
+
+    def _answers(self, originals: Sequence[Tensor], threshold: float) -> Iterator[Answers]:
+        """The answer for each image; maps in its size are made one after another."""
+        if not originals:
+            return
+        inputs = torch.stack([self._transform(image, {}, Draws(0))[0] for image in originals])
+        with torch.no_grad():
+            outputs = self._root.predict(inputs.to(self._world.device))
+        for row, original in enumerate(originals):
+            yield self._decode_row(outputs, row, (original.shape[1], original.shape[2]), threshold)
 
     def _decode_row(
         self, outputs: dict[str, Tensor], row: int, size: tuple[int, int], threshold: float
-    ) -> dict[str, dict[str, Any]]:
+    ) -> Answers:
         result = {}
         for name, task in self._root.tasks.items():
             output = outputs[name][row : row + 1]
@@ -114,12 +172,27 @@ class Predictor:
             raise UserError(f"{name}: expected a readable image, found: {error}") from None
 
 
+def _only_page(path: Path) -> bytes:
+    """The one image of a file.
+
+    Raises:
+        UnreadableImage: unreadable, or of several images.
+    """
+    status = path.stat()
+    found = list(islice(pages(Source(str(path), status.st_size, status.st_mtime_ns)), 2))
+    if len(found) > 1:
+        raise UnreadableImage("several pages, where one image is expected; `mtl predict` answers for each.")
+    if found[0].error:
+        raise UnreadableImage(found[0].error)
+    return found[0].data
+
+
 def _encoded(image: ImageLike) -> bytes:
     """The bytes of an image file, so that every kind of input takes the one way that training images take."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | Path):
-        return Path(image).read_bytes()
+        return _only_page(Path(image))
     buffer = io.BytesIO()
     if isinstance(image, Tensor):
         image = image.cpu().movedim(0, -1).numpy()
@@ -142,59 +215,3 @@ def _encoded(image: ImageLike) -> bytes:
 def load(run: str | Path) -> Predictor:
     """The predictor of a trained run, with its best weights."""
     return Predictor(Path(run))
-
-
-def predict_files(
-    run: Path, images: Sequence[Path], overlays: Path | None, threshold: float
-) -> Iterator[dict[str, Any]]:
-    """One JSON-able record per image: `{"image": path, task: answer}`.
-
-    Masks are left out of the records; with `overlays` each is written there as `<image>_<task>.png`, of class
-    indices, and the image with its foreground tinted as `<image>_<task>_overlay.png`. `<image>` is the file's
-    name without extension, or made of its whole path where two files share that.
-    """
-    missing = [f"{path}: expected an image, found no such file." for path in images if not path.is_file()]
-    if missing:
-        raise UserError("\n".join(missing))
-    predictor = load(run)
-    if overlays is not None:
-        overlays.mkdir(parents=True, exist_ok=True)
-    names = _overlay_names(images)
-    for start in range(0, len(images), BATCH_SIZE):
-        chunk = images[start : start + BATCH_SIZE]
-        for path, answers in zip(chunk, predictor.predict_many(chunk, threshold), strict=True):
-            record: dict[str, Any] = {"image": str(path)}
-            for task, answer in answers.items():
-                record[task] = {k: v for k, v in answer.items() if not isinstance(v, np.ndarray)}
-                picture = predictor.task(task).picture(answer)
-                if overlays is not None and picture is not None:
-                    place = overlays / f"{names[path]}_{task}.png"
-                    Image.fromarray(picture).save(place)
-                    shown = predictor.task(task).overlay(_shown(predictor.decoded(path)), answer)
-                    Image.fromarray(shown.astype(np.uint8)).save(place.with_name(f"{place.stem}_overlay.png"))
-                    record[task]["mask"] = str(place)
-            yield record
-
-
-def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
-    shared = len({path.stem for path in paths}) < len(set(paths))
-    return (
-        dict(zip(paths, unique_keys([str(path) for path in paths]), strict=True))
-        if shared
-        else {path: path.stem for path in paths}
-    )
-
-
-def _shown(image_CHW: Tensor) -> np.ndarray:
-    """An image as a picture to draw on, (H, W, 3): values of no fixed range from dark to bright."""
-    pixels = image_CHW.float()
-    if image_CHW.dtype != torch.uint8:
-        low, high = pixels.min(), pixels.max()
-        pixels = (pixels - low) * (255 / (high - low).clamp(min=1e-9))
-    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
-    colours: np.ndarray = shown.permute(1, 2, 0).numpy()
-    return colours
-
-
-def to_json(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False)

@@ -1,0 +1,125 @@
+"""Pictures to look at: an image in the size that is wanted, maps laid over it, a legend of their colours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mtl_dist.kinds.kind import Colour, MapKind
+from mtl_dist.kinds.registry import kind_of, map_kind
+from mtl_dist.specs import TaskInfo
+
+LegendLine: TypeAlias = tuple[str, str]
+"""A task and the words of a line of its legend."""
+
+INK: Colour = (33, 37, 41)
+FAINT: Colour = (134, 142, 150)
+PAPER: Colour = (255, 255, 255)
+# Okabe and Ito's colours, which colour-blind readers can distinguish; the one that skin and fur lack first.
+_PALETTE: tuple[Colour, ...] = (
+    (86, 180, 233),
+    (230, 159, 0),
+    (0, 158, 115),
+    (213, 94, 0),
+    (204, 121, 167),
+    (240, 228, 66),
+    (0, 114, 178),
+)
+_TEXT = 14
+_SWATCH = 12
+_LINE = 20
+_MARGIN = 6
+
+
+def legend_colours(tasks: Mapping[str, TaskInfo]) -> dict[LegendLine, Colour]:
+    """A colour for each line of the legends of the tasks of maps."""
+    shown = [
+        (name, words)
+        for name, info in tasks.items()
+        if isinstance(kind := kind_of(info.kind), MapKind)
+        for words in kind.legend(name, info)
+    ]
+    return {key: _PALETTE[number % len(_PALETTE)] for number, key in enumerate(shown)}
+
+
+def colours_of(task: str, colours: Mapping[LegendLine, Colour]) -> list[Colour]:
+    """The colours of one task, in the order of its legend."""
+    return [colour for (name, _), colour in colours.items() if name == task]
+
+
+def overlaid(
+    image_CHW: Tensor,
+    maps: Mapping[str, np.ndarray],
+    tasks: Mapping[str, TaskInfo],
+    colours: Mapping[LegendLine, Colour],
+    side: int,
+) -> Image.Image:
+    """The image with its longer side of `side` pixels, and the `maps` of tasks laid over it.
+
+    Of many channels the first is shown; values of no fixed range go from dark to bright.
+    """
+    image_HWC = image_CHW.permute(1, 2, 0).numpy()
+    if image_HWC.shape[2] not in (1, 3):
+        image_HWC = image_HWC[..., :1]
+    if image_HWC.dtype != np.uint8:
+        low, high = np.percentile(image_HWC, (1, 99))
+        image_HWC = ((image_HWC - low) / max(high - low, 1e-6)).clip(0, 1) * 255
+    picture = Image.fromarray(np.broadcast_to(image_HWC, (*image_HWC.shape[:2], 3)).astype(np.uint8))
+    scale = side / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    small = scale >= 2  # pixels are shown as they are
+    pixels_HWC = np.array(
+        picture.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+    )
+    for task, values in maps.items():
+        info = tasks[task]
+        map_kind(info.kind).paint(pixels_HWC, _in_size(values, size), info, colours_of(task, colours))
+    return Image.fromarray(pixels_HWC)
+
+
+def with_legend(picture: Image.Image, lines: Mapping[str, Colour]) -> Image.Image:
+    """The picture with a legend below: each line's words beside its colour, in as many rows as they need."""
+    draw = ImageDraw.Draw(picture)
+    places = []
+    x, y = _MARGIN, picture.height + _MARGIN
+    for words, colour in lines.items():
+        shown = fitted(draw, words, picture.width - 2 * _MARGIN - _SWATCH - 6)
+        width = _SWATCH + 6 + round(draw.textlength(shown, font(_TEXT)))
+        if x > _MARGIN and x + width > picture.width - _MARGIN:
+            x, y = _MARGIN, y + _LINE
+        places.append((x, y, shown, colour))
+        x += width + 16
+    page = Image.new("RGB", (picture.width, y + _LINE), PAPER)
+    page.paste(picture)
+    draw = ImageDraw.Draw(page)
+    for x, y, shown, colour in places:
+        draw.rectangle((x, y + 2, x + _SWATCH, y + 2 + _SWATCH), fill=colour)
+        draw.text((x + _SWATCH + 6, y), shown, INK, font(_TEXT))
+    return page
+
+
+def fitted(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
+    """The text, shortened until it is no wider than `width`."""
+    if draw.textlength(text, font(_TEXT)) <= width:
+        return text
+    while text and draw.textlength(f"{text}...", font(_TEXT)) > width:
+        text = text[:-1]
+    return f"{text}..."
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's copy of DejaVu Sans: class names are not only ASCII, and Pillow's own font is."""
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+
+def _in_size(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map (..., H, W) in the (width, height) of its picture, every pixel one of its own."""
+    width, height = size
+    rows = (np.arange(height) + 0.5) * values.shape[-2] / height
+    columns = (np.arange(width) + 0.5) * values.shape[-1] / width
+    return values[..., rows.astype(int)[:, None], columns.astype(int)]

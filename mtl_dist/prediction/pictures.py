@@ -1,0 +1,94 @@
+"""Predicted maps as files: masks that a viewer shows, and the image with the map and its legend."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from mtl_dist.data.overlays import colours_of, legend_colours, overlaid, with_legend
+from mtl_dist.errors import UserError
+from mtl_dist.kinds.kind import MapKind
+from mtl_dist.kinds.registry import kind_of, map_kind
+from mtl_dist.tasks.task import Task
+
+_SIDES = (512, 1280)
+"""Pixels of an overlay's longer side: no fewer, no more, and else the image's own."""
+
+
+_LONGEST = 80
+"""Letters of a name: those at its end, where names are longer."""
+
+
+class Pictures:
+    """Writes the maps of predictions into a folder, as `<image>_<task>.png` and `<image>_<task>_overlay.png`.
+
+    `<image>` is the file's name without extension, or made of its whole path where another has that.
+    """
+
+    def __init__(self, directory: Path, tasks: Mapping[str, Task]) -> None:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{directory}: expected a folder to write, found: {error.strerror}.") from None
+        self._directory = directory
+        self._tasks = tasks
+        self._infos = {name: task.info for name, task in tasks.items()}
+        self._colours = legend_colours(self._infos)
+        self._taken: set[str] = set()
+
+    def example(self) -> dict[str, dict[str, str]]:
+        """By task of maps the keys of what `write` returns for it."""
+        keys: dict[str, dict[str, str]] = {}
+        for name, info in self._infos.items():
+            kind = kind_of(info.kind)
+            if isinstance(kind, MapKind):
+                palette = kind.palette(info, colours_of(name, self._colours))
+                keys[name] = ({"mask": ""} if palette else {}) | {"overlay": ""}
+        return keys
+
+    def write(self, name: str, image_CHW: Tensor, answers: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+        """By task of maps the paths of its `mask`, where the kind has one, and of its `overlay`."""
+        written: dict[str, dict[str, str]] = {}
+        stem = ""
+        for task, answer in answers.items():
+            values = self._tasks[task].map_of(answer)
+            if values is None:
+                continue
+            stem = stem or self._stem(name)
+            written[task] = {}
+            info, colours = self._infos[task], colours_of(task, self._colours)
+            palette = map_kind(info.kind).palette(info, colours)
+            if palette:
+                place = self._directory / f"{stem}_{task}.png"
+                indexed = Image.fromarray(values)
+                indexed.putpalette(
+                    np.array([palette.get(value, (0, 0, 0)) for value in range(256)], np.uint8).tobytes()
+                )
+                indexed.save(place)
+                written[task]["mask"] = str(place)
+            side = min(max(*image_CHW.shape[1:], _SIDES[0]), _SIDES[1])
+            picture = overlaid(image_CHW, {task: values}, self._infos, self._colours, side)
+            lines = {words: colour for (of, words), colour in self._colours.items() if of == task}
+            place = self._directory / f"{stem}_{task}_overlay.png"
+            with_legend(picture, lines).save(place)
+            written[task]["overlay"] = str(place)
+        return written
+
+    def _stem(self, name: str) -> str:
+        file, at, page = name.rpartition("#")
+        path, suffix = (file, f"-{page}") if at and page.isdecimal() else (name, "")
+        whole = re.sub(r"[^\w.-]+", "_", path.removesuffix(Path(path).suffix)).strip("_")
+        for number in itertools.count(1):
+            for choice in (Path(path).stem, whole):
+                stem = choice[-_LONGEST:] + suffix + (f"-{number}" if number > 1 else "")
+                if stem.casefold() not in self._taken:
+                    self._taken.add(stem.casefold())
+                    return stem
+        raise AssertionError("counting ends nowhere")

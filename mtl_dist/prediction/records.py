@@ -1,0 +1,152 @@
+"""Predictions as records, and where records go: JSON lines, CSV, parquet.
+
+A record of lines is nested as an answer is; a row of a table has a column for each value, `task.value` or
+`task.probabilities.class`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+
+from mtl_dist.durable import replacing
+from mtl_dist.errors import UserError
+
+Record: TypeAlias = dict[str, Any]
+"""`{"image": name, task: {...}}`, or `{"image": name, "error": why}`."""
+
+_ROWS = 1000
+"""Rows of a parquet file that are written at once."""
+
+
+def plain(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an answer JSON holds: all but its maps."""
+    return {key: value for key, value in answer.items() if not isinstance(value, np.ndarray)}
+
+
+def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The record as a row of a table."""
+    row: dict[str, Any] = {}
+    for key, value in record.items():
+        row |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return row
+
+
+def columns_of(example: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a table with rows like the `example`, and an example of each one's values."""
+    return {"image": "", "error": ""} | flat(example)
+
+
+def to_json(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False)
+
+
+def check_format(out: Path | None) -> None:
+    """Refuse a file of a format that is not written, or for which a package is missing.
+
+    Raises:
+        UserError: what is.
+    """
+    if out is None:
+        return
+    if out.suffix.lower() not in _FORMATS:
+        raise UserError(
+            f"--out {out}: expected a name that ends in {', '.join(_FORMATS)}, found {out.suffix or 'none'}."
+        )
+    if out.suffix.lower() == ".parquet":
+        _pyarrow()
+
+
+@contextmanager
+def open_records(out: Path | None, columns: Mapping[str, Any]) -> Iterator[Callable[[Record], None]]:
+    """A function that takes records, and writes them to a file by its suffix, or prints JSON lines.
+
+    The file is there, whole, when the block has ended well.
+    """
+    if out is None:
+        yield lambda record: print(to_json(record), flush=True)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out, sync=False) as temporary, _FORMATS[out.suffix.lower()](temporary, columns) as write:
+        yield write
+
+
+@contextmanager
+def _lines(path: Path, columns: Mapping[str, Any]) -> Iterator[Callable[[Record], None]]:
+    with open(path, "w", encoding="utf-8") as file:
+        yield lambda record: _print(file, to_json(record))
+
+
+def _print(file: IO[str], line: str) -> None:
+    file.write(line + "\n")
+
+
+@contextmanager
+def _csv(path: Path, columns: Mapping[str, Any]) -> Iterator[Callable[[Record], None]]:
+    """Comma-separated, UTF-8; several values of a cell are parted by semicolons."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+
+        def write(record: Record) -> None:
+            cells = flat(record).items()
+            writer.writerow({k: ";".join(map(str, v)) if isinstance(v, list) else v for k, v in cells})
+
+        yield write
+
+
+@contextmanager
+def _parquet(path: Path, columns: Mapping[str, Any]) -> Iterator[Callable[[Record], None]]:
+    arrow, parquet = _pyarrow()
+    schema = arrow.schema([(name, _arrow_type(arrow, example)) for name, example in columns.items()])
+    with parquet.ParquetWriter(path, schema) as file:
+        table = _Table(lambda rows: file.write_table(arrow.Table.from_pylist(rows, schema)))
+        yield lambda record: table.add(flat(record))
+        table.flush()
+
+
+@dataclass
+class _Table:
+    """Rows on their way to a file."""
+
+    write: Callable[[Sequence[Record]], None]
+    rows: list[Record] = field(default_factory=list)
+
+    def add(self, row: Record) -> None:
+        self.rows.append(row)
+        if len(self.rows) == _ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.rows:
+            self.write(self.rows)
+            self.rows = []
+
+
+def _arrow_type(arrow: Any, example: Any) -> Any:
+    if isinstance(example, list):
+        return arrow.list_(arrow.string())
+    types = {bool: arrow.bool_(), int: arrow.int64(), float: arrow.float64()}
+    return types.get(type(example), arrow.string())
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            "--out: expected pyarrow, which writes parquet, found it not installed. "
+            'Install it with `pip install "mtl-dist[parquet]"`, or write .csv or .jsonl.'
+        ) from None
+    return pyarrow, pyarrow.parquet
+
+
+_FORMATS = {".jsonl": _lines, ".json": _lines, ".csv": _csv, ".parquet": _parquet}
