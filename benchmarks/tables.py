@@ -1,4 +1,4 @@
-"""What a benchmark found: rows of figures, for JSON, a terminal and docs."""
+"""What a benchmark found: rows of values, for JSON, a terminal and docs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-Figure = str | int | float | None
+Value = str | int | float | None
 """None where there is nothing to say."""
-Row = Mapping[str, Figure]
+Row = Mapping[str, Value]
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Findings:
         return not any(isinstance(row[column], str) for row in self.rows)
 
 
-def shown(figure: Figure) -> str:
-    """A figure with as many digits as mean something."""
-    if figure is None:
+def shown(value: Value) -> str:
+    """A value with as many digits as mean something."""
+    if value is None:
         return ""
-    if isinstance(figure, str):
-        return figure
-    if isinstance(figure, int):
-        return f"{figure:,}"
-    size = abs(figure)
-    return f"{figure:,.0f}" if size >= 1000 else f"{figure:.1f}" if size >= 10 else f"{figure:.3f}"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    size = abs(value)
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 10 else f"{value:.3f}"

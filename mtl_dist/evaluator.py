@@ -17,7 +17,7 @@ from mtl_dist.tasks.metrics import MEAN_ACCURACY
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one split.
+    """The metrics of one split.
 
     `loss` is the weighted sum of the tasks' mean losses; a task without a label in the split has no entry in
     `tasks` beyond `num_samples` 0. `confusion` holds (C, C) counts, rows true, columns predicted.
@@ -29,29 +29,29 @@ class Evaluation:
     num_samples: int
 
     def flat(self, split: str) -> dict[str, float]:
-        """The figures by path, as in `val/digit/accuracy`; `val/mean_accuracy` is over the tasks with one."""
-        figures = {f"{split}/loss": self.loss}
+        """The metrics by path, as in `val/digit/accuracy`; `val/mean_accuracy` is over the tasks with one."""
+        metrics = {f"{split}/loss": self.loss}
         accuracies = [values["accuracy"] for values in self.tasks.values() if "accuracy" in values]
         if accuracies:
-            figures[f"{split}/{MEAN_ACCURACY}"] = float(np.mean(accuracies))
+            metrics[f"{split}/{MEAN_ACCURACY}"] = float(np.mean(accuracies))
         for task, values in self.tasks.items():
-            figures |= {f"{split}/{task}/{name}": value for name, value in values.items()}
-        return figures
+            metrics |= {f"{split}/{task}/{name}": value for name, value in values.items()}
+        return metrics
 
 
 @torch.no_grad()
 def evaluate(root: RootModule, loader: Iterable[Batch], world: World) -> Evaluation:
     """Run the model over a split and compute loss and metrics of each task.
 
-    `loader` yields this rank's share, padded with invalid samples to equally many batches on every rank.
-    The same figures come back on every rank.
+    `loader` yields this rank's part, padded with invalid samples to equally many batches on every rank.
+    The same metrics come back on every rank.
     """
     # torchmetrics takes seconds to import.
     from mtl_dist.tasks.user_metrics import all_metrics
 
     was_training = root.training
     root.eval()
-    metrics = {name: all_metrics(task).to(world.device) for name, task in root.tasks.items()}
+    accumulators = {name: all_metrics(task).to(world.device) for name, task in root.tasks.items()}
     num_tasks = len(root.tasks)
     sums_T = torch.zeros(num_tasks, dtype=torch.float64)
     counts_T = torch.zeros(num_tasks, dtype=torch.float64)
@@ -63,21 +63,21 @@ def evaluate(root: RootModule, loader: Iterable[Batch], world: World) -> Evaluat
         for t, (name, task) in enumerate(root.tasks.items()):
             target, labelled_B = batch.targets[name], batch.labelled[name]
             counts_T[t] += task.count(host_batch.targets[name], host_batch.labelled[name]).double()
-            metrics[name].update(outputs[name], target, labelled_B)
+            accumulators[name].update(outputs[name], target, labelled_B)
     root.train(was_training)
 
     totals = world.sum(torch.cat([sums_T, counts_T, num_samples]))
     sums_T, counts_T = totals[:num_tasks], totals[num_tasks : 2 * num_tasks]
-    figures: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, float]] = {}
     confusion = {}
     loss = 0.0
     for t, name in enumerate(root.tasks):
-        figures[name] = metrics[name].compute()
+        metrics[name] = accumulators[name].compute()
         if counts_T[t] > 0:
             task_loss = float(sums_T[t] / counts_T[t])
-            figures[name] = {"loss": task_loss, **figures[name]}
+            metrics[name] = {"loss": task_loss, **metrics[name]}
             loss += root.task_weights[name] * task_loss
-        matrix = metrics[name].confusion_matrix()
+        matrix = accumulators[name].confusion_matrix()
         if matrix is not None:
             confusion[name] = matrix
-    return Evaluation(loss=loss, tasks=figures, confusion=confusion, num_samples=int(totals[-1]))
+    return Evaluation(loss=loss, tasks=metrics, confusion=confusion, num_samples=int(totals[-1]))

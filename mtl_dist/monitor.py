@@ -13,7 +13,7 @@ from mtl_dist.optim import PlateauSchedule, Schedule
 
 
 class MonitorSettings(Settings):
-    """Which figure decides what "best" means."""
+    """Which metric decides what "best" means."""
 
     metric: str = "val/loss"
     """`val/loss` (the weighted sum of the tasks' losses), `val/mean_accuracy`, `val/<task>/loss` or

@@ -145,7 +145,7 @@ class Recipe(Settings):
                 if name not in self.tasks
             ]
         problems += [
-            f"tasks.{name}.metrics.{metric}: expected another name, found that of a figure of its kind."
+            f"tasks.{name}.metrics.{metric}: expected another name, found that of a metric of its kind."
             for name, task in self.tasks.items()
             for metric in task.metrics
             if metric in ("loss", "num_samples", *task.modes)
@@ -156,7 +156,7 @@ class Recipe(Settings):
 
     @property
     def monitor_mode(self) -> Mode:
-        """Whether the monitored figure is to grow or to fall.
+        """Whether the monitored metric is to grow or to fall.
 
         Raises:
             UserError: it is a user-defined metric that does not say.
@@ -182,11 +182,11 @@ class Recipe(Settings):
         if any("accuracy" in task.modes for task in self.tasks.values()):
             choices.append(f"val/{MEAN_ACCURACY}")
         for name, task in self.tasks.items():
-            choices += [f"val/{name}/{figure}" for figure in ("loss", *task.modes, *task.metrics)]
+            choices += [f"val/{name}/{metric}" for metric in ("loss", *task.modes, *task.metrics)]
         metric = self.monitor.metric
         if metric in choices:
             return []
-        return [f"monitor.metric: expected a validation figure, found {metric!r}. {suggest(metric, choices)}"]
+        return [f"monitor.metric: expected a validation metric, found {metric!r}. {suggest(metric, choices)}"]
 
 
 def load_recipe(

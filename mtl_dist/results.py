@@ -43,10 +43,10 @@ def results_table(evaluations: Mapping[str, Evaluation]) -> Table:
         table.add_column(split, justify="right")
     tasks = dict.fromkeys(task for evaluation in evaluations.values() for task in evaluation.tasks)
     for task in tasks:
-        figures = [evaluation.tasks.get(task, {}) for evaluation in evaluations.values()]
-        names = list(dict.fromkeys(name for figure in figures for name in figure))
+        rows = [evaluation.tasks.get(task, {}) for evaluation in evaluations.values()]
+        names = list(dict.fromkeys(name for row in rows for name in row))
         for number, name in enumerate(names):
-            values = [_shown(name, figure.get(name, math.nan)) for figure in figures]
+            values = [_shown(name, row.get(name, math.nan)) for row in rows]
             table.add_row(task if number == 0 else "", name, *values, end_section=name == names[-1])
     return table
 

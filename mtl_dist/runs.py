@@ -106,7 +106,7 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
 
 
 def evaluate_run(run: Path, split: str) -> None:
-    """Evaluate the best weights of a run on one split; figures go to its evaluation/ folder.
+    """Evaluate the best weights of a run on one split; metrics go to its evaluation/ folder.
 
     Raises:
         UserError: not a run folder, no good checkpoint, or no such split.
@@ -278,7 +278,7 @@ def evaluate_split(
     world: World,
     stop: StopSignal | None = None,
 ) -> Evaluation:
-    """Collective: the figures of one split.
+    """Collective: the metrics of one split.
 
     Raises:
         StopAsked: a rank was asked to stop before the end.
@@ -296,7 +296,7 @@ def evaluate_split(
 
 
 def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> str:
-    """Evaluate the best weights on every split but the training one; write and print the figures.
+    """Evaluate the best weights on every split but the training one; write and print the metrics.
 
     Returns the reason to stop, if any rank was asked to before all was evaluated: then nothing is written,
     and the next start of the run evaluates.

@@ -28,7 +28,7 @@ class Status:
     epoch         as the data defines it, with its fraction
     position      global samples consumed, of `end_position`
     images_per_s  over all ranks
-    metric, best  the monitored figure and its best value so far
+    metric, best  the monitored metric and its best value so far
     reason        why it stopped or failed; the last line says it all
     retry         false if starting again can't help: the user has something to fix
     updated       seconds since 1970; `host` and `pid` are those of rank 0

@@ -30,7 +30,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.figures.conflicts import Conflicts, conflicts_in
 from mtl_dist.launch.local import Launch, plan_launch, supervise
 from mtl_dist.recipe import load_recipe
-from mtl_dist.report.compare_figures import (
+from mtl_dist.report.compare_metrics import (
     CONTROL,
     CONVENTIONS,
     SINGLE,
@@ -183,7 +183,7 @@ def _last_words(run: Run, code: int) -> str:
 
 # ---------------------------------------------------------------- what came of it
 def comparison_of(plan: Plan, runs: Sequence[Run]) -> Comparison:
-    """The figures of the runs that came to an end.
+    """The metrics of the runs that came to an end.
 
     Raises:
         UserError: the data has neither a test nor a val split, or no single-task model of a task is there.

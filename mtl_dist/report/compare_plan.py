@@ -18,7 +18,7 @@ from mtl_dist.config.settings import Settings
 from mtl_dist.data.settings import UniformSampling
 from mtl_dist.errors import UserError
 from mtl_dist.recipe import Recipe, load_recipe
-from mtl_dist.report.compare_figures import CONTROL, SINGLE
+from mtl_dist.report.compare_metrics import CONTROL, SINGLE
 from mtl_dist.tasks.task import CommonTaskSettings
 
 S = TypeVar("S", bound=Settings)

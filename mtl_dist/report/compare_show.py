@@ -14,14 +14,14 @@ from rich.table import Table
 from mtl_dist.durable import write_text
 from mtl_dist.figures.conflicts import draw_conflicts
 from mtl_dist.figures.seeds import draw_seeds
-from mtl_dist.report.compare_figures import CONVENTIONS, Comparison, Row, Spread
+from mtl_dist.report.compare_metrics import CONVENTIONS, Comparison, Row, Spread
 
 WIDTH_OF_LABELS, WIDTH_OF_A_COLUMN = 60, 22
 
 
 # ---------------------------------------------------------------- terminal
 def show(comparison: Comparison, console: Console) -> None:
-    """Print one column per way to train, one row per figure, and who fights."""
+    """Print one column per way to train, one row per metric, and which tasks conflict."""
     if not console.is_terminal:
         # A file or a pipe has no width: nothing is cut off there.
         needed = WIDTH_OF_LABELS + WIDTH_OF_A_COLUMN * len(comparison.rows)
@@ -44,7 +44,7 @@ def table_of(comparison: Comparison) -> Table:
     seeds = len(comparison.seeds)
     table = Table(title=f"{comparison.split} split, {seeds} seed{'s' if seeds > 1 else ''}", pad_edge=False)
     table.add_column("task")
-    table.add_column("figure")
+    table.add_column("metric")
     for row in comparison.rows:
         table.add_column(row.name, justify="right", overflow="fold")
     for task, modes in comparison.compared.items():

@@ -25,7 +25,7 @@ def all_metrics(task: Task) -> TaskMetrics:
     """A task's metrics and those that its recipe adds.
 
     Raises:
-        UserError: an added one has the name of another figure, or could not be merged over ranks.
+        UserError: an added one has the name of another metric, or could not be merged over ranks.
     """
     return _WithOwn(task) if task.settings.metrics else task.metrics()
 
@@ -46,7 +46,7 @@ class _WithOwn:
                 metric.update(seen[labelled_B], wanted[labelled_B])
 
     def compute(self) -> dict[str, float]:
-        figures = self._standard.compute()
+        metrics = self._standard.compute()
         for name, metric in self._own.items():
             # A rank without a label takes part with its empty sums; torchmetrics would warn of it.
             metric._update_count = max(metric._update_count, 1)
@@ -56,8 +56,8 @@ class _WithOwn:
                     f"tasks.{self._task.name}.metrics.{name}: expected one number, found {value.numel()}. "
                     "Let its compute return their mean, or one of them."
                 )
-            figures[name] = float(value) if figures["num_samples"] else math.nan
-        return figures
+            metrics[name] = float(value) if metrics["num_samples"] else math.nan
+        return metrics
 
     def confusion_matrix(self) -> np.ndarray | None:
         return self._standard.confusion_matrix()

@@ -58,10 +58,10 @@ def test_a_comparison_goes_on_where_it_was_interrupted_and_ends_with_all_figures
     assert done.returncode == 0, done.stdout + done.stderr
     assert (first / "metrics.jsonl").read_bytes() == finished
     assert [status_of(out / name / "seed-0") for name in RUNS] == ["done"] * len(RUNS)
-    figures = json.loads((out / "comparison.json").read_text())
-    assert figures["split"] == "test"
-    assert list(figures["contenders"]) == ["single-task", "equal", "famo"]
-    for name, row in figures["contenders"].items():
+    metrics = json.loads((out / "comparison.json").read_text())
+    assert metrics["split"] == "test"
+    assert list(metrics["contenders"]) == ["single-task", "equal", "famo"]
+    for name, row in metrics["contenders"].items():
         assert row["num_runs"] == 1
         measured = json.loads(
             (
@@ -73,7 +73,7 @@ def test_a_comparison_goes_on_where_it_was_interrupted_and_ends_with_all_figures
         assert row["metrics"]["tags"]["f1"]["values"] == [measured["test"]["tags"]["f1"]]
         assert row["time_ratio_to_equal"] > 0
         assert 0.5 < row["memory_ratio_to_equal"] < 2
-    assert set(figures["conflicts"]) == {"equal", "famo"}
+    assert set(metrics["conflicts"]) == {"equal", "famo"}
     assert "delta_m over tasks" in done.stdout
     assert (out / "comparison.png").is_file() and (out / "conflicts.png").is_file()
 
@@ -81,4 +81,4 @@ def test_a_comparison_goes_on_where_it_was_interrupted_and_ends_with_all_figures
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0
     assert "seed 0: " not in again.stdout
-    assert json.loads((out / "comparison.json").read_text()) == figures
+    assert json.loads((out / "comparison.json").read_text()) == metrics

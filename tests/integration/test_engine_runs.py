@@ -1,4 +1,4 @@
-"""Whole runs (`mtl train`) under DeepSpeed: the figures of DDP, and a run that changes engines half-way."""
+"""Whole runs (`mtl train`) under DeepSpeed: the metrics of DDP, and a run that changes engines half-way."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_run_is_evaluated_alike_under_any_launcher(
 
     from mtl_dist.runs import evaluate_run
 
-    figures = []
+    metrics = []
     for name in ("alone", "launched"):
         run = tmp_path / name
         shutil.copytree(ddp, run)
@@ -109,9 +109,9 @@ def test_a_run_is_evaluated_alike_under_any_launcher(
             evaluate_run(run, "val")
         else:
             ranks.run(evaluate_under_deepspeed, run, "val")
-        figures.append(json.loads((run / "evaluation" / "metrics.json").read_text())["val"])
-    for task, expected in figures[0].items():
-        assert figures[1][task] == pytest.approx(expected, rel=1e-5)
+        metrics.append(json.loads((run / "evaluation" / "metrics.json").read_text())["val"])
+    for task, expected in metrics[0].items():
+        assert metrics[1][task] == pytest.approx(expected, rel=1e-5)
 
 
 def test_fp16_keeps_its_loss_scale_in_the_checkpoint(recipe: Path, ranks: RankPool, tmp_path: Path) -> None:

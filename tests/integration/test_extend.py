@@ -138,8 +138,8 @@ def test_a_kind_of_ones_own_checks_counts_and_shows_its_labels(project: Path) ->
 
 
 def test_a_kind_of_ones_own_is_judged_by_its_metrics_and_predicted(project: Path, run: Path) -> None:
-    figures = json.loads((run / "evaluation" / "metrics.json").read_text())["val"]["cells"]
-    assert set(figures) == {"loss", "mae", "exact", "num_samples"} and figures["num_samples"] == 10
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())["val"]["cells"]
+    assert set(metrics) == {"loss", "mae", "exact", "num_samples"} and metrics["num_samples"] == 10
     assert mtl_dist.load(run).predict(project / "scans" / "3_3.png")["cells"]["count"] > 0
 
 
@@ -172,10 +172,10 @@ def test_every_own_part_is_used(recipe: Recipe, run: Path) -> None:
     assert root.model.shared_parameters()[0].shape == (8, 1, 3, 3)
     assert [type(step).__name__ for step in recipe.data.user_transforms(training=True)] == ["Fog"]
     assert recipe.data.user_transforms(training=False) == ()
-    figures = json.loads((run / "evaluation" / "metrics.json").read_text())["val"]["digit"]
-    assert 0 <= figures["top3"] <= 1
-    assert -1 <= figures["kappa"] <= 1
-    assert figures["accuracy"] <= figures["top3"]
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())["val"]["digit"]
+    assert 0 <= metrics["top3"] <= 1
+    assert -1 <= metrics["kappa"] <= 1
+    assert metrics["accuracy"] <= metrics["top3"]
 
 
 def test_a_tracker_of_ones_own_has_every_epoch(run: Path) -> None:

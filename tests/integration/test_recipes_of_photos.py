@@ -108,10 +108,10 @@ def test_a_step_of_the_recipe_leaves_everything_that_a_run_does(case: Case) -> N
     recipe = recipe_of(case)
     metrics = json.loads(Path("run/evaluation/metrics.json").read_text())
     history = json.loads(Path("run/history.json").read_text())
-    for split, figures in metrics.items():
-        assert set(figures) == set(recipe.tasks)
+    for split, of_tasks in metrics.items():
+        assert set(of_tasks) == set(recipe.tasks)
         for name, task in recipe.tasks.items():
-            assert figures[name]["num_samples"] > 0
+            assert of_tasks[name]["num_samples"] > 0
             matrix = Path(f"run/evaluation/{split}_{name}_confusion")
             has_classes = task.kind != "regression"
             assert matrix.with_suffix(".csv").exists() == matrix.with_suffix(".png").exists() == has_classes

@@ -67,8 +67,8 @@ def test_evaluating_again_gives_the_same_figures(run: Path) -> None:
     evaluate_run(run, "test")
     again = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert again["test"].keys() == before["test"].keys()
-    for task, figures in before["test"].items():
-        defined = {name: value for name, value in figures.items() if value is not None}
+    for task, metrics in before["test"].items():
+        defined = {name: value for name, value in metrics.items() if value is not None}
         assert {name: again["test"][task][name] for name in defined} == pytest.approx(defined, rel=1e-4)
     with pytest.raises(UserError, match="--split"):
         evaluate_run(run, "holdout")

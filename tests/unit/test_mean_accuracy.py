@@ -14,10 +14,10 @@ def evaluation(**tasks: dict[str, float]) -> Evaluation:
 
 
 def test_it_is_the_mean_over_the_tasks_that_have_an_accuracy() -> None:
-    figures = evaluation(
+    metrics = evaluation(
         digit={"accuracy": 0.9, "f1": 0.1}, parity={"accuracy": 0.7}, age={"mae": 2.0}, unlabelled={}
     ).flat("val")
-    assert figures["val/mean_accuracy"] == pytest.approx(0.8)
+    assert metrics["val/mean_accuracy"] == pytest.approx(0.8)
 
 
 def test_it_is_absent_where_no_task_has_one() -> None:
@@ -40,5 +40,5 @@ def test_it_cannot_be_monitored_where_no_task_has_an_accuracy() -> None:
         "data": {"train": [{"path": "data/x"}], "image_size": 8},
         "monitor": {"metric": "val/mean_accuracy"},
     }
-    with pytest.raises((UserError, ValueError), match=r"monitor.metric: expected a validation figure"):
+    with pytest.raises((UserError, ValueError), match=r"monitor.metric: expected a validation metric"):
         Recipe.model_validate(stated, strict=False)

@@ -113,8 +113,8 @@ def test_the_cases_of_a_test_are_counted_by_how_they_ended(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("figure", "text"),
+    ("value", "text"),
     [(None, ""), ("x", "x"), (12800, "12,800"), (1234.5, "1,234"), (77.04, "77.0"), (0.98531, "0.985")],
 )
-def test_figures_are_shown_with_the_digits_that_mean_something(figure: float | None, text: str) -> None:
-    assert shown(figure) == text
+def test_values_are_shown_with_the_digits_that_mean_something(value: float | None, text: str) -> None:
+    assert shown(value) == text

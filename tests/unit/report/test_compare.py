@@ -14,7 +14,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.figures.conflicts import conflicts_in
 from mtl_dist.recipe import load_recipe
 from mtl_dist.report.compare import Run, compare
-from mtl_dist.report.compare_figures import Comparison, Row, Spread, delta_m, relative_drop, spreads
+from mtl_dist.report.compare_metrics import Comparison, Row, Spread, delta_m, relative_drop, spreads
 from mtl_dist.report.compare_plan import plan_comparison
 from mtl_dist.report.compare_show import show, spread_text, to_json, write
 from mtl_dist.tasks.classification import ClassificationSettings
@@ -188,7 +188,7 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- runs, pretended
-FIGURES = {
+METRICS = {
     "digit": {"accuracy": 0.8, "balanced_accuracy": 0.5, "f1": 0.4, "auroc": None, "loss": 1.0},
     "value": {"mae": 2.0, "rmse": 4.0},
 }
@@ -200,8 +200,8 @@ def pretend(run: Run, nproc: int | None) -> int:
     failed = run.contender.name == "famo" and run.seed == 6
     tasks = [run.contender.single] if run.contender.single else ["digit", "value"]
     worse = 1.0 if run.contender.single else 1.1
-    figures = {
-        task: {name: value and value * worse for name, value in FIGURES[task].items()} for task in tasks
+    metrics = {
+        task: {name: value and value * worse for name, value in METRICS[task].items()} for task in tasks
     }
     files = {
         "status.json": {
@@ -217,7 +217,7 @@ def pretend(run: Run, nproc: int | None) -> int:
     steps = [{"kind": "step", "step": n, "images_per_s": rate} for n, rate in enumerate(rates)]
     (run.directory / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (run.directory / "evaluation").mkdir()
-    (run.directory / "evaluation" / "metrics.json").write_text(json.dumps({"val": figures}))
+    (run.directory / "evaluation" / "metrics.json").write_text(json.dumps({"val": metrics}))
     return 2 if failed else 0
 
 

@@ -42,7 +42,7 @@ CONVENTIONS = ("main metrics", "tasks", "metrics")
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over seeds: mean and sample standard deviation (of one value NaN) of those that are known."""
+    """A metric over seeds: mean and sample standard deviation (of one value NaN) of those that are known."""
 
     values: tuple[float, ...]
 
