@@ -99,7 +99,7 @@ def build_parts(scene: Scene) -> tuple[MultitaskModel, dict[str, Task]]:
     """The model, the same at every call, and its tasks."""
     torch.manual_seed(0)
     classes = tuple(map(str, range(NUM_CLASSES)))
-    infos = {
+    task_infos = {
         name: TaskInfo(kind, classes=classes, num_labelled=100, class_counts=(10,) * NUM_CLASSES)
         for name, kind in scene.kinds.items()
     }
@@ -107,7 +107,7 @@ def build_parts(scene: Scene) -> tuple[MultitaskModel, dict[str, Task]]:
         name: SegmentationSettings() if kind == "segmentation" else ClassificationSettings()
         for name, kind in scene.kinds.items()
     }
-    tasks = build_tasks(settings, infos)
+    tasks = build_tasks(settings, task_infos)
     size = (scene.image_size, scene.image_size)
     model_settings = ModelSettings(backbone=scene.backbone, checkpointing=scene.checkpointing)
     model = build_model(model_settings, [task.head for task in tasks.values()], 3, size)

@@ -26,11 +26,11 @@ from mtl_dist.trainer import Plan
 
 
 def facts_of(data: Data) -> DataFacts:
-    return DataFacts(data.infos, data.channels, data.image_dtype, data.image_size)
+    return DataFacts(data.task_infos, data.channels, data.image_dtype, data.image_size)
 
 
 def build_root(recipe: Recipe, facts: DataFacts, world: World) -> RootModule:
-    tasks = build_tasks(recipe.tasks, facts.infos)
+    tasks = build_tasks(recipe.tasks, facts.task_infos)
     heads = [task.head for task in tasks.values()]
     model = build_model(recipe.model, heads, facts.channels, facts.image_size)
     model.use_memory_format(torch.channels_last if recipe.train.channels_last else torch.contiguous_format)
@@ -63,7 +63,7 @@ def plan_of(recipe: Recipe, data: Data, accumulation: int) -> Plan:
 
 def check_labels(data: Data, recipe: Recipe) -> None:
     """Refuse a recipe none of whose tasks has a training label."""
-    if all(info.num_labelled == 0 for info in data.infos.values()):
+    if all(info.num_labelled == 0 for info in data.task_infos.values()):
         names = ", ".join(recipe.tasks)
         raise UserError(
             f"tasks: expected training labels for at least one of {names}, found none in data.train."

@@ -211,7 +211,7 @@ def with_tasks_of_the_data(recipe: Recipe) -> Recipe:
     Raises:
         UserError: the data cannot be opened, or something else in the recipe does not fit its tasks.
     """
-    from mtl_dist.data.infos import tasks_in  # (only here are datasets looked at while a recipe is read)
+    from mtl_dist.data.task_infos import tasks_in  # (only here are datasets looked at while a recipe is read)
     from mtl_dist.importers.external import with_indexes
 
     tasks = {name: default_settings(info.kind) for name, info in tasks_in(with_indexes(recipe.data)).items()}

@@ -19,13 +19,13 @@ from mtl_dist.tracking.tracker import plain_console
 
 
 def write_evaluation(
-    folder: RunFolder, split: str, evaluation: Evaluation, infos: Mapping[str, TaskInfo]
+    folder: RunFolder, split: str, evaluation: Evaluation, task_infos: Mapping[str, TaskInfo]
 ) -> None:
     """Write evaluation/metrics.json and, per classification task, the confusion matrix as CSV and picture."""
     folder.write_metrics(split, evaluation.tasks)
     for task, matrix in evaluation.confusion.items():
         stem = folder.evaluation / f"{split}_{task}_confusion"
-        classes = infos[task].classes
+        classes = task_infos[task].classes
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(["true \\ predicted", *classes])

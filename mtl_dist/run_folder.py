@@ -52,7 +52,7 @@ def new_run_directory(name: str, root: Path = Path("runs")) -> Path:
 class DataFacts:
     """What a trained model must know of its data: the tasks, and the images' channels, dtype and (H, W)."""
 
-    infos: dict[str, TaskInfo]
+    task_infos: dict[str, TaskInfo]
     channels: int
     image_dtype: ImageDtype
     image_size: tuple[int, int]
@@ -115,19 +115,19 @@ class RunFolder:
             ) from None
 
     def write_data(self, facts: DataFacts) -> None:
-        infos = facts.infos
+        task_infos = facts.task_infos
         write_text(self.directory / "data.json", json.dumps(asdict(facts), indent=1))
-        names = {task: list(info.classes) for task, info in infos.items() if info.classes}
+        names = {task: list(info.classes) for task, info in task_infos.items() if info.classes}
         write_text(self.directory / "class_names.json", json.dumps(names, indent=1, ensure_ascii=False))
 
     def read_data(self) -> DataFacts:
         facts = json.loads((self.directory / "data.json").read_text(encoding="utf-8"))
-        infos: dict[str, TaskInfo] = {}
-        for name, raw in facts["infos"].items():
+        task_infos: dict[str, TaskInfo] = {}
+        for name, raw in facts["task_infos"].items():
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-            infos[name] = TaskInfo(**values)
+            task_infos[name] = TaskInfo(**values)
         height, width = facts["image_size"]
-        return DataFacts(infos, facts["channels"], facts["image_dtype"], (height, width))
+        return DataFacts(task_infos, facts["channels"], facts["image_dtype"], (height, width))
 
     def write_environment(self, world_size: int, device: str, decoder: str) -> str | None:
         """Add this start to environment.json; the decoder of the start before, if it was another one.

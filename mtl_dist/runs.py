@@ -122,7 +122,7 @@ def evaluate_run(run: Path, split: str) -> None:
     batch_size = micro_batch_size(recipe.train.global_batch, world.size, accumulation)
     evaluation = evaluate_split(root, data, split, batch_size, world)
     if world.is_main:
-        write_evaluation(folder, split, evaluation, data.infos)
+        write_evaluation(folder, split, evaluation, data.task_infos)
         print_results({split: evaluation})
 
 
@@ -315,7 +315,7 @@ def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> str:
         return asked.reason
     if world.is_main and evaluations:
         for split, evaluation in evaluations.items():
-            write_evaluation(folder, split, evaluation, data.infos)
+            write_evaluation(folder, split, evaluation, data.task_infos)
             tracker.results(evaluation.flat(f"best/{split}"), trainer.step)
         tracker.say(f"Results of {path.name}:")
         print_results(evaluations, tracker.console)
@@ -330,7 +330,7 @@ def introduce(
     micro_batch = plan.micro_batch_on(world.size)
     tracker.say(f"run      {folder.directory}")
     tracker.say(f"data     {data.describe()}")
-    tracker.say(f"tasks    {', '.join(f'{name} ({info.kind})' for name, info in data.infos.items())}")
+    tracker.say(f"tasks    {', '.join(f'{name} ({info.kind})' for name, info in data.task_infos.items())}")
     model = f"{recipe.model.backbone_name}, {num_parameters:,} parameters"
     tracker.say(f"model    {model}, {recipe.train.precision}")
     tracker.say(f"engine   {engine}")
@@ -338,7 +338,7 @@ def introduce(
         f"batch    {plan.global_batch} = {plural(world.size, 'rank')} x {plan.accumulation} x {micro_batch} "
         f"on {world.device.type}, {plural(plan.total_steps, 'step')}"
     )
-    for name, info in data.infos.items():
+    for name, info in data.task_infos.items():
         if info.num_labelled == 0:
             tracker.say(f"warning  task {name} has no label in the training data: its head stays as it is.")
     why_not = trainer.balancing.why_no_diagnosis

@@ -94,8 +94,8 @@ def write_dataset(
                 writer.write(f"sample{n:05d}", encode(n), extension, labels, masks)  # type: ignore[arg-type]
         counts = {name: _counts(name, info, numbers) for name, info in tasks.items()}
         splits[split] = SplitInfo(length, tuple(writer.shards), counts)
-    infos = {name: _info(name, info, splits) for name, info in tasks.items()}
-    write_manifest(directory, Manifest(3, "uint8", infos, splits, name=directory.name))
+    task_infos = {name: _info(name, info, splits) for name, info in tasks.items()}
+    write_manifest(directory, Manifest(3, "uint8", task_infos, splits, name=directory.name))
     return directory
 
 

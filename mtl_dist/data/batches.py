@@ -151,7 +151,7 @@ class BatchBuilder:
     """
 
     readers: Sequence[SplitReader]
-    infos: Mapping[str, TaskInfo]
+    task_infos: Mapping[str, TaskInfo]
     channels: int
     image_dtype: ImageDtype
     transform: Transform
@@ -164,13 +164,13 @@ class BatchBuilder:
     @cached_property
     def _scalars(self) -> dict[str, ScalarKind]:
         """The kinds of the tasks whose labels are no maps."""
-        kinds = {name: kind_of(info.kind) for name, info in self.infos.items()}
+        kinds = {name: kind_of(info.kind) for name, info in self.task_infos.items()}
         return {name: kind for name, kind in kinds.items() if isinstance(kind, ScalarKind)}
 
     @cached_property
     def _maps(self) -> dict[str, MapKind]:
         """The kinds of those whose labels are."""
-        kinds = {name: kind_of(info.kind) for name, info in self.infos.items()}
+        kinds = {name: kind_of(info.kind) for name, info in self.task_infos.items()}
         return {name: kind for name, kind in kinds.items() if isinstance(kind, MapKind)}
 
     def build(self, samples: Samples, positions: np.ndarray, real: np.ndarray, size: int) -> Loaded:
@@ -232,7 +232,7 @@ class BatchBuilder:
     ) -> np.ndarray:
         """Fill in the small samples that need no transform, bool (B,): which of them are done."""
         done = np.zeros(len(keys), dtype=bool)
-        has_maps = len(targets) < len(self.infos)
+        has_maps = len(targets) < len(self.task_infos)
         if (
             has_maps
             or self.boxes
@@ -272,7 +272,7 @@ class BatchBuilder:
             if name not in labels:
                 raise UnreadableSample(f"its labels lack {name}, which the index says it has")
             try:
-                found[name] = self._scalars[name].target(labels[name], self.infos[name])
+                found[name] = self._scalars[name].target(labels[name], self.task_infos[name])
             except LabelError as error:
                 raise UnreadableSample(
                     f"its label {name} is {error.found}, where {error.expected} is expected"
@@ -329,7 +329,7 @@ class BatchBuilder:
             labels.update(zip(self.boxes[name], edges, strict=True))
         for name, mask in masks.items():
             try:
-                self._maps[name].check(mask.numpy(), self.infos[name])
+                self._maps[name].check(mask.numpy(), self.task_infos[name])
             except LabelError as error:
                 raise UnreadableSample(
                     f"its mask {name} holds {error.found}, where {error.expected} are expected"
@@ -355,7 +355,7 @@ class BatchBuilder:
     def _map(self, name: str, data: memoryview) -> Tensor:
         """A stored map as its kind means it."""
         try:
-            return torch.from_numpy(self._maps[name].values(decode_map(data), self.infos[name]))
+            return torch.from_numpy(self._maps[name].values(decode_map(data), self.task_infos[name]))
         except LabelError as error:
             raise UnreadableSample(
                 f"its mask {name} holds {error.found}, where {error.expected} are expected"
@@ -366,7 +366,7 @@ class BatchBuilder:
         return Layout(batch_size, self.transform.size, self.channels, dtype, self._maps)
 
     def _labelled(self, samples: Samples) -> dict[str, np.ndarray]:
-        labelled = {name: np.zeros(len(samples.rows), dtype=bool) for name in self.infos}
+        labelled = {name: np.zeros(len(samples.rows), dtype=bool) for name in self.task_infos}
         for source, reader in enumerate(self.readers):
             mine = samples.sources == source
             for name, mask in labelled.items():
@@ -375,7 +375,7 @@ class BatchBuilder:
 
     def _targets(self, batch_size: int) -> dict[str, np.ndarray]:
         """Room for every target that is not a map, holding what stands for a missing one."""
-        return {name: kind.targets(batch_size, self.infos[name]) for name, kind in self._scalars.items()}
+        return {name: kind.targets(batch_size, self.task_infos[name]) for name, kind in self._scalars.items()}
 
 
 def _in_turns(

@@ -65,7 +65,7 @@ class BlendSettings(Settings):
 _OTHER = {"mixup": "cutmix", "cutmix": "mixup"}
 
 
-def check_blend(settings: BlendSettings | None, infos: Mapping[str, TaskInfo]) -> None:
+def check_blend(settings: BlendSettings | None, task_infos: Mapping[str, TaskInfo]) -> None:
     """Refuse to blend the labels of a task that has no blend.
 
     Raises:
@@ -74,7 +74,7 @@ def check_blend(settings: BlendSettings | None, infos: Mapping[str, TaskInfo]) -
     problems = []
     for way, other in _OTHER.items():
         unsuitable: dict[tuple[str, str], list[str]] = {}  # by kind and reason
-        for name, info in infos.items():
+        for name, info in task_infos.items():
             kind = kind_of(info.kind)
             why = kind.against_mixup if way == "mixup" else kind.against_cutmix
             if settings is not None and getattr(settings, way) is not None and why:
@@ -88,9 +88,9 @@ def check_blend(settings: BlendSettings | None, infos: Mapping[str, TaskInfo]) -
         raise UserError("\n".join(problems))
 
 
-def partnered(infos: Mapping[str, TaskInfo]) -> frozenset[str]:
+def partnered(task_infos: Mapping[str, TaskInfo]) -> frozenset[str]:
     """The tasks whose labels have no mean, such as classes."""
-    kinds = {name: kind_of(info.kind) for name, info in infos.items()}
+    kinds = {name: kind_of(info.kind) for name, info in task_infos.items()}
     return frozenset(
         name for name, kind in kinds.items() if isinstance(kind, ScalarKind) and kind.blending == "partner"
     )

@@ -31,7 +31,7 @@ BoxTasks: TypeAlias = tuple[str, str, str, str]
 _SMALLEST_SIDE = 1.0
 
 
-def check_boxes(boxes: Mapping[str, BoxTasks], infos: Mapping[str, TaskInfo], mixup: bool) -> None:
+def check_boxes(boxes: Mapping[str, BoxTasks], task_infos: Mapping[str, TaskInfo], mixup: bool) -> None:
     """Refuse boxes that are not of four regression tasks each.
 
     Raises:
@@ -40,13 +40,13 @@ def check_boxes(boxes: Mapping[str, BoxTasks], infos: Mapping[str, TaskInfo], mi
     problems = []
     used: dict[str, str] = {}
     for name, tasks in boxes.items():
-        if name in infos:
+        if name in task_infos:
             problems.append(
                 f"data.boxes.{name}: expected a name of its own, found that of a task. Rename it."
             )
         for task in tasks:
-            kind = infos[task].kind if task in infos else "no task of the recipe"
-            if task not in infos or not kind_of(kind).is_number:
+            kind = task_infos[task].kind if task in task_infos else "no task of the recipe"
+            if task not in task_infos or not kind_of(kind).is_number:
                 problems.append(f"data.boxes.{name}: expected regression tasks, found {task} ({kind}).")
             elif task in used:
                 problems.append(
@@ -62,16 +62,18 @@ def check_boxes(boxes: Mapping[str, BoxTasks], infos: Mapping[str, TaskInfo], mi
 
 
 def with_seen_edges(
-    infos: Mapping[str, TaskInfo], boxes: Mapping[str, BoxTasks], size: tuple[int, int]
+    task_infos: Mapping[str, TaskInfo], boxes: Mapping[str, BoxTasks], size: tuple[int, int]
 ) -> dict[str, TaskInfo]:
     """The tasks' facts, with those of boxes as they are in images of `size`, whatever is stored.
 
     Mean and deviation, by which a target is standardised, are the middle and a quarter of the side.
     """
-    seen = dict(infos)
+    seen = dict(task_infos)
     for tasks in boxes.values():
         for task, side in zip(tasks, size[::-1] * 2, strict=True):
-            seen[task] = replace(infos[task], mean=side / 2, std=side / 4, minimum=0.0, maximum=float(side))
+            seen[task] = replace(
+                task_infos[task], mean=side / 2, std=side / 4, minimum=0.0, maximum=float(side)
+            )
     return seen
 
 

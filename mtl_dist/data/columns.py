@@ -48,12 +48,12 @@ def label_columns(
     return rows
 
 
-def labels_at(columns: np.ndarray, row: int, infos: Mapping[str, TaskInfo]) -> dict[str, Label]:
+def labels_at(columns: np.ndarray, row: int, task_infos: Mapping[str, TaskInfo]) -> dict[str, Label]:
     """The labels of one row, of those tasks that have a column, as a shard's JSON holds them."""
     return {
-        name: scalar_kind(infos[name].kind).decode(columns[name][row], infos[name])
+        name: scalar_kind(task_infos[name].kind).decode(columns[name][row], task_infos[name])
         for name in columns.dtype.names or ()
-        if name in infos
+        if name in task_infos
     }
 
 

@@ -16,7 +16,7 @@ def disjoint_tasks(data: Data) -> list[tuple[str, str]]:
 
     Reads the indexes only as far as it takes to have seen every pair.
     """
-    labelled = [name for name, info in data.infos.items() if info.num_labelled]
+    labelled = [name for name, info in data.task_infos.items() if info.num_labelled]
     open_pairs = set(combinations(labelled, 2))
     for source in data.sources["train"]:
         for start in range(0, source.reader.num_samples, _ROWS_AT_A_TIME):

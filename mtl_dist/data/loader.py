@@ -18,7 +18,6 @@ from mtl_dist.data.batches import BatchBuilder
 from mtl_dist.data.blend import Blender, check_blend, partnered
 from mtl_dist.data.boxes import check_boxes, with_seen_edges
 from mtl_dist.data.cache import Cache
-from mtl_dist.data.infos import SourceFacts, disagreements, merge_infos, source_facts, training_facts
 from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.mixing import Concatenation, Schedule, Stream
 from mtl_dist.data.order import Order
@@ -30,6 +29,13 @@ from mtl_dist.data.settings import (
     SamplingSettings,
 )
 from mtl_dist.data.shard_prefetch import ShardPrefetch
+from mtl_dist.data.task_infos import (
+    SourceFacts,
+    disagreements,
+    merge_task_infos,
+    source_facts,
+    training_facts,
+)
 from mtl_dist.data.transforms import PRESETS, Transform
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.registry import kind_of
@@ -54,7 +60,7 @@ class Data:
     """The datasets of a recipe, opened and checked, and what they know of its tasks."""
 
     settings: DataSettings
-    infos: dict[str, TaskInfo]
+    task_infos: dict[str, TaskInfo]
     channels: int
     image_dtype: ImageDtype
     sources: dict[str, tuple[Source, ...]]
@@ -86,7 +92,7 @@ class Data:
         parts = [f"{split} {self.num_samples(split):,}" for split in self.splits]
         sampling = self.settings.sampling
         if sampling.kind == "class_balanced":
-            num_classes = sum(count > 0 for count in self.infos[sampling.task].class_counts)
+            num_classes = sum(count > 0 for count in self.task_infos[sampling.task].class_counts)
             parts[0] += f", balanced over {plural(num_classes, 'class', 'classes')} of {sampling.task}"
         elif len(self.sources["train"]) > 1:
             shares = [
@@ -111,14 +117,14 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
     for source in training:
         if source.info.num_samples == 0:
             raise UserError(f"{source.path}: expected samples in the split {source.split}, found none.")
-    infos = merge_infos(tasks, training)
-    settings, training, left_out = _with_labels(settings, training, infos)
-    check_blend(settings.blend, infos)
-    check_boxes(settings.boxes, infos, settings.blend is not None and settings.blend.mixup is not None)
+    task_infos = merge_task_infos(tasks, training)
+    settings, training, left_out = _with_labels(settings, training, task_infos)
+    check_blend(settings.blend, task_infos)
+    check_boxes(settings.boxes, task_infos, settings.blend is not None and settings.blend.mixup is not None)
     facts = {"train": training}
     for split, stated in (("val", settings.val), ("test", settings.test)):
         facts[split] = _evaluation_facts(settings, stated, split, training)
-        problems = disagreements(infos, facts[split])
+        problems = disagreements(task_infos, facts[split])
         if problems:
             raise UserError("\n".join(problems))
     channels, image_dtype = _image_kind([source for group in facts.values() for source in group])
@@ -128,11 +134,11 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
         for split, group in facts.items()
         if group
     }
-    _check_sampling(settings.sampling, infos, sources["train"])
+    _check_sampling(settings.sampling, task_infos, sources["train"])
     lengths = [source.info.num_samples for source in training]
     schedule = Schedule(settings.mixing.weights(settings.train, lengths))
-    infos = with_seen_edges(infos, settings.boxes, settings.size)
-    return Data(settings, infos, channels, image_dtype, sources, schedule, left_out)
+    task_infos = with_seen_edges(task_infos, settings.boxes, settings.size)
+    return Data(settings, task_infos, channels, image_dtype, sources, schedule, left_out)
 
 
 def _with_labels(
@@ -147,12 +153,12 @@ def _with_labels(
 
 
 def _check_sampling(
-    sampling: SamplingSettings, infos: Mapping[str, TaskInfo], sources: Sequence[Source]
+    sampling: SamplingSettings, task_infos: Mapping[str, TaskInfo], sources: Sequence[Source]
 ) -> None:
     """Refuse to balance what has no classes."""
     if sampling.kind == "uniform":
         return
-    suitable = [name for name, info in infos.items() if kind_of(info.kind).is_one_class]
+    suitable = [name for name, info in task_infos.items() if kind_of(info.kind).is_one_class]
     if sampling.task not in suitable:
         raise UserError(
             f"data.sampling.task: expected a classification task of the recipe ({', '.join(suitable)}), "
@@ -224,7 +230,7 @@ def train_loader(
     blender = (
         None
         if settings.blend is None
-        else Blender(settings.blend, derive_key(seed, _BLEND), partnered(data.infos))
+        else Blender(settings.blend, derive_key(seed, _BLEND), partnered(data.task_infos))
     )
     user_defined = settings.user_transforms(training=True)
     transform = Transform(data.image_size, settings.resize, settings.augmentation, user_defined)
@@ -286,7 +292,7 @@ def _builder(
 ) -> BatchBuilder:
     return BatchBuilder(
         readers=[source.reader for source in data.sources[split]],
-        infos=data.infos,
+        task_infos=data.task_infos,
         channels=data.channels,
         image_dtype=data.image_dtype,
         transform=transform,

@@ -86,7 +86,7 @@ class SplitReader:
         named = manifest.content_hashes
         self._hashes_path = content_hashes_path(directory, split, named) if named else None
         self._labels_in_json = manifest.labels == "json"
-        self._infos = manifest.tasks
+        self._task_infos = manifest.tasks
         self._derived = dict(derived or {})
         described = repr((manifest.tasks, manifest.splits[split])).encode()
         self._version = hashlib.sha256(described).hexdigest()
@@ -294,13 +294,15 @@ class SplitReader:
 
     def _column_rows(self) -> np.ndarray:
         if self._columns is None:
-            self._columns = self._table(self._columns_path, columns_dtype(self._infos))
+            self._columns = self._table(self._columns_path, columns_dtype(self._task_infos))
         return self._columns
 
     def _column_labels(self, row: int) -> dict[str, Any]:
         labelled = self._rows()["labelled"][row]
         return labels_at(
-            self._column_rows(), row, {n: self._infos[n] for n, bit in self._bits.items() if labelled & bit}
+            self._column_rows(),
+            row,
+            {n: self._task_infos[n] for n, bit in self._bits.items() if labelled & bit},
         )
 
     def _table(self, location: Location, dtype: np.dtype[Any]) -> np.ndarray:

@@ -78,14 +78,14 @@ class TarScan:
     """What to look for in a tar.
 
     `images` are the extensions that may be the image; `labels` and `masks` the field of each task, and
-    `infos` what is known of it. With `verify` every image is decoded.
+    `task_infos` what is known of it. With `verify` every image is decoded.
     """
 
     path: Location
     images: tuple[str, ...]
     labels: Mapping[str, LabelField]
     masks: Mapping[str, str]
-    infos: Mapping[str, TaskInfo]
+    task_infos: Mapping[str, TaskInfo]
     verify: bool
 
 
@@ -130,7 +130,7 @@ def scan_tar(scan: TarScan, tick: Callable[[], None]) -> TarFacts:
         np.empty(0, dtype),
         [],
         {task: [] for task in scan.labels},
-        {task: map_kind(scan.infos[task].kind).tally(scan.infos[task]) for task in scan.masks},
+        {task: map_kind(scan.task_infos[task].kind).tally(scan.task_infos[task]) for task in scan.masks},
     )
     rows: list[tuple[int, ...]] = []
     hashes: list[bytes] = []
@@ -185,7 +185,7 @@ def _row(
         raise _Skipped(f"expected a readable image, found {error}") from None
     row = [image.offset, len(image.data), 0, 0, 0]
     for task, extension in scan.masks.items():
-        info = scan.infos[task]
+        info = scan.task_infos[task]
         kind = map_kind(info.kind)
         member = members.get(extension)
         if member is None:

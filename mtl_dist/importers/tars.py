@@ -221,7 +221,7 @@ def _scan(path: Location, mapping: FieldMapping, tasks: Mapping[str, TaskInfo], 
         images=image_extensions(mapping.image),
         labels={task: LabelField.parse(text) for task, text in scalar.items()},
         masks={task: text.lower().lstrip(".") for task, text in mapping.segmentation.items()},
-        infos=tasks,
+        task_infos=tasks,
         verify=verify,
     )
 
@@ -237,7 +237,7 @@ def _write(
     """Write everything that the scans found, the manifest last."""
     labels, tasks = _labels(mapping, tasks, found)
     by_path = {facts.info.path: facts for facts in found}
-    infos: dict[str, SplitInfo] = {}
+    split_infos: dict[str, SplitInfo] = {}
     values: dict[str, dict[str, list[Label | None]]] = {}
     files: dict[Path, np.ndarray] = {}
     hashes: dict[str, np.ndarray] = {}
@@ -259,12 +259,12 @@ def _write(
         files[labels_path(out, split)] = label_columns(tasks, columns, len(rows))
         counts = {task: _counts(task, info, rows, columns, of_split) for task, info in tasks.items()}
         shards = tuple(_beside(out, facts.info) for facts in of_split if facts.info.num_samples)
-        infos[split] = SplitInfo(len(rows), shards, counts)
+        split_infos[split] = SplitInfo(len(rows), shards, counts)
         values[split] = columns
     for task in tasks:
-        if not any(info.labels[task].present for info in infos.values()):
+        if not any(info.labels[task].present for info in split_infos.values()):
             raise UserError(f"task {task!r}: expected labels, found none in {start} samples.")
-    training = "train" if "train" in infos else next(iter(infos))
+    training = "train" if "train" in split_infos else next(iter(split_infos))
     channels, dtype = image_format([facts.image_kinds for facts in found])
     skipped = [reason for facts in found for reason in facts.skipped]
     manifest = Manifest(
@@ -274,15 +274,15 @@ def _write(
         tasks={
             task: with_facts(
                 info,
-                infos[training].labels[task],
+                split_infos[training].labels[task],
                 _content(task, info, values[training], [by_path[str(path)] for path in splits[training]]),
             )
             for task, info in tasks.items()
         },
-        splits=infos,
+        splits=split_infos,
         notes=(
             *image_notes([facts.oddities for facts in found], skipped),
-            *label_notes(tasks, {name: info.labels for name, info in infos.items()}, training),
+            *label_notes(tasks, {name: info.labels for name, info in split_infos.items()}, training),
             *duplicate_notes(hashes, keys),
         ),
         labels="columns",

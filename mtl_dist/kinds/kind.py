@@ -80,19 +80,19 @@ class Kind(ABC):
         names = names_of(declared.classes) if self.has_classes and declared.classes is not None else ()
         return TaskInfo(self.name, names, unit=declared.unit, facts=dict(declared.facts))
 
-    def merge(self, infos: Sequence[TaskInfo]) -> TaskInfo:
+    def merge(self, task_infos: Sequence[TaskInfo]) -> TaskInfo:
         """The facts of several datasets, which agree on the task and have labels: numbers pooled."""
-        if len(infos) == 1:
-            return infos[0]
-        total = sum(info.num_labelled for info in infos)
-        mean = sum(info.num_labelled * info.mean for info in infos) / total
-        variance = sum(i.num_labelled * (i.std**2 + (i.mean - mean) ** 2) for i in infos) / total
+        if len(task_infos) == 1:
+            return task_infos[0]
+        total = sum(info.num_labelled for info in task_infos)
+        mean = sum(info.num_labelled * info.mean for info in task_infos) / total
+        variance = sum(i.num_labelled * (i.std**2 + (i.mean - mean) ** 2) for i in task_infos) / total
         return replace(
-            infos[0],
+            task_infos[0],
             mean=mean,
             std=math.sqrt(variance),
-            minimum=min(info.minimum for info in infos),
-            maximum=max(info.maximum for info in infos),
+            minimum=min(info.minimum for info in task_infos),
+            maximum=max(info.maximum for info in task_infos),
         )
 
 

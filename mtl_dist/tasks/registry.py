@@ -64,8 +64,10 @@ def default_settings(kind: str) -> CommonTaskSettings:
         raise UserError(f"kind: {error}") from None
 
 
-def build_tasks(settings: Mapping[str, CommonTaskSettings], infos: Mapping[str, TaskInfo]) -> dict[str, Task]:
-    """The tasks of a recipe for a dataset that knows `infos`, in the recipe's order.
+def build_tasks(
+    settings: Mapping[str, CommonTaskSettings], task_infos: Mapping[str, TaskInfo]
+) -> dict[str, Task]:
+    """The tasks of a recipe for a dataset that knows `task_infos`, in the recipe's order.
 
     Raises:
         UserError: one line for every task that the dataset lacks or that does not fit it.
@@ -74,10 +76,10 @@ def build_tasks(settings: Mapping[str, CommonTaskSettings], infos: Mapping[str, 
     mistakes: list[str] = []
     for name, task_settings in settings.items():
         try:
-            if name not in infos:
-                advice = suggest(name, infos, "The dataset's tasks")
+            if name not in task_infos:
+                advice = suggest(name, task_infos, "The dataset's tasks")
                 raise UserError(f"tasks.{name}: expected a task of the dataset, found none such. {advice}")
-            tasks[name] = task_settings.build(name, infos[name])
+            tasks[name] = task_settings.build(name, task_infos[name])
             _check_outputs(tasks[name])
         except UserError as mistake:
             mistakes.append(str(mistake))

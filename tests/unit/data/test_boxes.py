@@ -137,10 +137,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
             labels = {} if i == 3 else dict(zip(EDGES[: 3 if i == 2 else 4], map(float, edges), strict=False))
             image = np.repeat(rectangle(edges).numpy()[..., None] * 200, 3, axis=-1)
             writer.write(f"sample{i}", npy(image), "npy", labels, {})  # type: ignore[arg-type]
-    infos = {name: TaskInfo("regression", num_labelled=5, mean=20, std=9) for name in EDGES}
+    task_infos = {name: TaskInfo("regression", num_labelled=5, mean=20, std=9) for name in EDGES}
     counts = dict.fromkeys(EDGES, LabelCounts(5, 1))
     splits = {"train": SplitInfo(6, tuple(writer.shards), counts)}
-    write_manifest(directory, Manifest(3, "uint8", infos, splits))
+    write_manifest(directory, Manifest(3, "uint8", task_infos, splits))
     return directory
 
 
@@ -181,9 +181,9 @@ def test_a_batch_holds_the_boxes_of_the_images_as_they_are_seen(dataset: Path) -
 def test_boxes_are_standardised_by_the_image_that_is_seen(dataset: Path) -> None:
     stated = {"train": [{"path": str(dataset)}], "image_size": [30, 160], "boxes": BOXES}
     data = open_data(DataSettings.model_validate(stated, strict=False), EDGES)
-    assert [data.infos[name].mean for name in EDGES] == [80, 15, 80, 15]
-    assert [data.infos[name].std for name in EDGES] == [40, 7.5, 40, 7.5]
-    assert data.infos["x0"].num_labelled == 5
+    assert [data.task_infos[name].mean for name in EDGES] == [80, 15, 80, 15]
+    assert [data.task_infos[name].std for name in EDGES] == [40, 7.5, 40, 7.5]
+    assert data.task_infos["x0"].num_labelled == 5
 
 
 def test_what_is_not_moved_stays_as_it_is(dataset: Path) -> None:

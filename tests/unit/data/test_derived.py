@@ -116,7 +116,7 @@ def test_the_facts_of_a_derived_task_are_counted(numbers: Path) -> None:
     data = open_data(settings(numbers, derive={"parity": PARITY, "small": SMALL}), ["parity", "small"])
     digits = [digit_of(number) for number in range(24)]
     counts = [digits.count(digit) for digit in range(4)]
-    parity, small = data.infos["parity"], data.infos["small"]
+    parity, small = data.task_infos["parity"], data.task_infos["small"]
     assert parity.classes == ("even", "odd")
     assert parity.class_counts == (counts[0] + counts[2], counts[1] + counts[3])
     assert parity.num_labelled == sum(counts)
@@ -134,7 +134,7 @@ def test_classes_of_a_derived_task_can_be_balanced(numbers: Path) -> None:
 def test_a_dataset_without_the_task_has_no_labels_of_the_derived_one(numbers: Path, tmp_path: Path) -> None:
     other = write_numbers(tmp_path / "other", with_digit=False)
     data = open_data(settings(numbers, other, derive={"parity": PARITY}), ["parity", "value"])
-    assert data.infos["parity"].num_labelled == 20
+    assert data.task_infos["parity"].num_labelled == 20
     other_only = settings(other, derive={"parity": PARITY})
     with pytest.raises(UserError, match=r"data.derive.parity.from: expected a task of the training data"):
         open_data(other_only, ["value"])

@@ -126,7 +126,7 @@ def test_a_batch_holds_the_samples_that_were_written(datasets: Path) -> None:
 def test_only_the_tasks_asked_for_are_loaded(datasets: Path) -> None:
     data = open_data(settings_for("tiny"), ["value"], datasets)
     batch = next(iter(training(data)))
-    assert list(batch.targets) == list(batch.labelled) == list(data.infos) == ["value"]
+    assert list(batch.targets) == list(batch.labelled) == list(data.task_infos) == ["value"]
 
 
 def test_images_deeper_than_eight_bits_are_raw_floats(tmp_path: Path) -> None:
@@ -394,10 +394,10 @@ def test_facts_of_the_tasks_come_from_the_split_that_is_trained_on(datasets: Pat
     assert data.splits == ("train", "val", "test")
     assert data.num_train_samples == TRAIN
     digits = [labels_of(n).get("digit") for n in range(TRAIN)]
-    assert data.infos["digit"].num_labelled == sum(d is not None for d in digits)
-    assert data.infos["digit"].class_counts == tuple(digits.count(c) for c in range(3))
+    assert data.task_infos["digit"].num_labelled == sum(d is not None for d in digits)
+    assert data.task_infos["digit"].class_counts == tuple(digits.count(c) for c in range(3))
     val = opened(datasets, train=[{"path": "tiny", "split": "val"}])
-    assert val.infos["digit"].num_labelled == sum("digit" in labels_of(n) for n in range(TRAIN, TRAIN + 11))
+    assert val.task_infos["digit"].num_labelled == sum("digit" in labels_of(n) for n in range(TRAIN, TRAIN + 11))
 
 
 def test_facts_of_several_sources_are_pooled(datasets: Path, tmp_path: Path) -> None:
@@ -416,13 +416,13 @@ def test_facts_of_several_sources_are_pooled(datasets: Path, tmp_path: Path) -> 
         write_manifest(directory, replace(manifest, tasks=manifest.tasks | {"value": info}))
     data = opened(tmp_path, "a", "b")
     everything = np.concatenate([*values.values()])
-    assert data.infos["value"].mean == pytest.approx(everything.mean(), rel=1e-12)
-    assert data.infos["value"].std == pytest.approx(everything.std(), rel=1e-12)
-    assert (data.infos["value"].minimum, data.infos["value"].maximum) == (-3, 9)
+    assert data.task_infos["value"].mean == pytest.approx(everything.mean(), rel=1e-12)
+    assert data.task_infos["value"].std == pytest.approx(everything.std(), rel=1e-12)
+    assert (data.task_infos["value"].minimum, data.task_infos["value"].maximum) == (-3, 9)
     single = opened(tmp_path, "a")
-    assert data.infos["digit"].num_labelled == 2 * single.infos["digit"].num_labelled
-    assert data.infos["digit"].class_counts == tuple(2 * c for c in single.infos["digit"].class_counts)
-    assert data.infos["value"].num_labelled == 2 * single.infos["value"].num_labelled
+    assert data.task_infos["digit"].num_labelled == 2 * single.task_infos["digit"].num_labelled
+    assert data.task_infos["digit"].class_counts == tuple(2 * c for c in single.task_infos["digit"].class_counts)
+    assert data.task_infos["value"].num_labelled == 2 * single.task_infos["value"].num_labelled
 
 
 def test_the_mix_is_stated(datasets: Path) -> None:
@@ -492,7 +492,7 @@ def test_what_is_not_there_is_named(
 def test_a_task_without_a_label_is_told_by_its_count(tmp_path: Path) -> None:
     write_dataset(tmp_path / "one", {"train": 1})
     data = opened(tmp_path, "one")
-    assert data.infos["digit"].num_labelled == 0
+    assert data.task_infos["digit"].num_labelled == 0
     batch = next(iter(training(data, global_batch=1)))
     assert not any(has.any() for has in batch.labelled.values())
 

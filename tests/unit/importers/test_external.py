@@ -64,7 +64,7 @@ EXPECTED = {(number, number % 3) for number in range(7)}
 def test_a_recipe_trains_on_tars_of_others(web: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = opened(web.parent / path)
     assert pixels_and_classes(data) == EXPECTED
-    assert data.infos["label"].classes == ("0", "1", "2") and data.infos["age"].num_labelled == 6
+    assert data.task_infos["label"].classes == ("0", "1", "2") and data.task_infos["age"].num_labelled == 6
     monkeypatch.setattr(external, "index_tars", None)  # it would be called, were it needed again
     assert pixels_and_classes(opened(web.parent / path)) == EXPECTED
 
@@ -102,7 +102,7 @@ def test_other_fields_beside_the_same_tars_are_another_index(web: Path) -> None:
     opened(web)
     other = {"label": {"kind": "classification", "from": "json:dog.breed", "classes": ["b0", "b1", "b2"]}}
     data = open_data(with_indexes(settings_for(web, fields=other)), ("label",))
-    assert data.infos["label"].classes == ("b0", "b1", "b2")
+    assert data.task_infos["label"].classes == ("b0", "b1", "b2")
     assert len([path for path in (web / ".mtl").iterdir() if path.is_dir()]) == 2
 
 

@@ -58,35 +58,35 @@ def source_facts(
     return SourceFacts(path, manifest, split, derivations(derive or {}, manifest, path))
 
 
-def merge_infos(tasks: Collection[str], sources: Sequence[SourceFacts]) -> dict[str, TaskInfo]:
+def merge_task_infos(tasks: Collection[str], sources: Sequence[SourceFacts]) -> dict[str, TaskInfo]:
     """The facts of each task over all training sources: counts added, mean and deviation pooled.
 
     Raises:
         UserError: no source has the task, or two disagree on what it is; one line for each mistake.
     """
-    infos: dict[str, TaskInfo] = {}
+    task_infos: dict[str, TaskInfo] = {}
     problems: list[str] = []
     known = list(dict.fromkeys(name for source in sources for name in source.tasks))
     for task in tasks:
         having = [source for source in sources if task in source.tasks]
         if having:
-            infos[task] = _merge(task, having)
+            task_infos[task] = _merge(task, having)
             continue
         problems.append(
             f"tasks.{task}: expected a task of the training data, found none of that name. "
             f"{suggest(task, known, 'Tasks in the data')}"
         )
-    problems += disagreements(infos, sources)
+    problems += disagreements(task_infos, sources)
     if problems:
         raise UserError("\n".join(problems))
-    return infos
+    return task_infos
 
 
-def disagreements(infos: Mapping[str, TaskInfo], sources: Sequence[SourceFacts]) -> list[str]:
-    """One line for each source and task that means something else there than `infos` say."""
+def disagreements(task_infos: Mapping[str, TaskInfo], sources: Sequence[SourceFacts]) -> list[str]:
+    """One line for each source and task that means something else there than `task_infos` say."""
     problems = []
     for source in sources:
-        for task, expected in infos.items():
+        for task, expected in task_infos.items():
             found = source.tasks.get(task, expected)
             for what in ("kind", "classes", "unit"):
                 wanted, has = getattr(expected, what), getattr(found, what)
@@ -115,10 +115,10 @@ def _words(what: str, value: str | tuple[str, ...]) -> str:
 
 
 def _merge(task: str, sources: Sequence[SourceFacts]) -> TaskInfo:
-    infos = [source.tasks[task] for source in sources]
+    task_infos = [source.tasks[task] for source in sources]
     counts = [source.labels(task) for source in sources]
-    described = [info for info in infos if info.num_labelled > 0]
-    merged = kind_of(infos[0].kind).merge(described) if described else infos[0]
+    described = [info for info in task_infos if info.num_labelled > 0]
+    merged = kind_of(task_infos[0].kind).merge(described) if described else task_infos[0]
     return replace(
         merged,
         num_labelled=sum(count.present for count in counts),
@@ -133,7 +133,9 @@ def tasks_in(settings: DataSettings, root: Path | None = None) -> dict[str, Task
         UserError: a dataset or split is missing, or two disagree on a task.
     """
     training = training_facts(settings.with_absolute_paths(root or Path.cwd()))
-    return merge_infos(list(dict.fromkeys(name for source in training for name in source.tasks)), training)
+    return merge_task_infos(
+        list(dict.fromkeys(name for source in training for name in source.tasks)), training
+    )
 
 
 def training_facts(settings: DataSettings) -> list[SourceFacts]:
