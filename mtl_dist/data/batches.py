@@ -324,16 +324,26 @@ class BatchBuilder:
         yield
         resizing = self.transform.decode(picture, shown)
         yield
-        image_CHW, masks, seen = self.transform.finish(resizing, shown, picture.size, masks, boxes, draws)
+        image_CHW, masks, seen, view = self.transform.finish(
+            resizing, shown, picture.size, masks, boxes, draws
+        )
         for name, edges in seen.items():
             labels.update(zip(self.boxes[name], edges, strict=True))
         for name, mask in masks.items():
+            kind, info = self._maps[name], self.task_infos[name]
             try:
-                self._maps[name].check(mask.numpy(), self.task_infos[name])
+                kind.check(mask.numpy(), info)
             except LabelError as error:
                 raise UnreadableSample(
                     f"its mask {name} holds {error.found}, where {error.expected} are expected"
                 ) from None
+            if kind.moves:
+                masks[name] = torch.from_numpy(kind.moved(mask.numpy(), view, info))
+        for name in list(labels):
+            if self._scalars[name].moves:
+                moved = self._scalars[name].moved(labels.pop(name), view, self.task_infos[name])
+                labels |= {} if moved is None else {name: moved}
+                into.labelled[name][i] &= moved is not None
         into.keys[i] = sample.key
         into.images_BHWC[i] = image_CHW.permute(1, 2, 0)
         for name, target in into.maps.items():

@@ -38,6 +38,7 @@ from mtl_dist.data.task_infos import (
 )
 from mtl_dist.data.transforms import PRESETS, Transform
 from mtl_dist.errors import UserError
+from mtl_dist.kinds.kind import MapKind
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.plural import plural
 from mtl_dist.randomness import derive_key
@@ -72,6 +73,12 @@ class Data:
     def image_size(self) -> tuple[int, int]:
         """Height and width of the batches' images."""
         return self.settings.size
+
+    @property
+    def fills(self) -> dict[str, float]:
+        """What a map says where there is no label, by task."""
+        kinds = {name: kind_of(info.kind) for name, info in self.task_infos.items()}
+        return {name: kind.missing for name, kind in kinds.items() if isinstance(kind, MapKind)}
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -233,7 +240,9 @@ def train_loader(
         else Blender(settings.blend, derive_key(seed, _BLEND), partnered(data.task_infos))
     )
     user_defined = settings.user_transforms(training=True)
-    transform = Transform(data.image_size, settings.resize, settings.augmentation, user_defined)
+    transform = Transform(
+        data.image_size, settings.resize, settings.augmentation, user_defined, data.fills
+    )
     key = derive_key(seed, _AUGMENT)
     builder = _builder(data, "train", transform, key, blender, pin_memory)
     shard_prefetch = None if settings.cache is None else ShardPrefetch(builder.readers, settings.cache)
@@ -275,7 +284,7 @@ def eval_loader(
     if split not in data.sources:
         raise UserError(f"expected a split of the data ({', '.join(data.splits)}), found {split!r}.")
     own = data.settings.user_transforms(training=False)
-    transform = Transform(data.image_size, data.settings.resize, PRESETS["none"], own)
+    transform = Transform(data.image_size, data.settings.resize, PRESETS["none"], own, data.fills)
     order = Concatenation([source.reader.num_samples for source in data.sources[split]])
     partition = EvaluationPartition(batch_size, rank, world_size, order.num_samples)
     batches = Batches(partition, order, _builder(data, split, transform, 0, pin_memory=pin_memory))

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from mtl_dist.config.settings import Settings
+from mtl_dist.data.moving import Moving
 from mtl_dist.lazy import torch, vision
 from mtl_dist.randomness import Draws
-from mtl_dist.specs import IGNORE
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torchvision.transforms.v2 import InterpolationMode
 
 _LARGEST = 30
 _SHEAR, _SHIFT, _TURN, _CHANGE, _BITS = 0.3, 150 / 331, 30.0, 0.9, 4  # at the largest magnitude
@@ -35,29 +34,23 @@ class RandAugmentSettings(Settings):
     magnitude: Annotated[int, Field(ge=0, le=_LARGEST)] = 9
 
 
-def rand_augment(
-    image_CHW: Tensor, masks: dict[str, Tensor], settings: RandAugmentSettings, draws: Draws
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The image (C, H, W) and the masks (1, H, W), varied.
+def rand_augment(moving: Moving, settings: RandAugmentSettings, draws: Draws) -> None:
+    """Vary the image and its maps.
 
     Images that are not 8-bit, or neither grey nor of three colours, have no defined brightness or colour: of
     the fourteen operations those that would change it leave them alone.
     """
+    image_CHW = moving.image_CHW
     coloured = image_CHW.dtype == torch.uint8 and len(image_CHW) in (1, 3)
     for _ in range(settings.operations):
         operation = int(draws.uniform(0, 1 + len(_MOVES) + len(_CHANGES)))
         strength = settings.magnitude / _LARGEST
         sign = 1 if draws.uniform() < 0.5 else -1
         if operation < len(_MOVES):
-            move = _MOVES[operation](strength * sign, image_CHW.shape[-2], image_CHW.shape[-1])
-            image_CHW = _moved(image_CHW, *move, vision.InterpolationMode.BILINEAR, 0)
-            masks = {
-                name: _moved(mask, *move, vision.InterpolationMode.NEAREST, IGNORE)
-                for name, mask in masks.items()
-            }
+            angle, shift, shear = _MOVES[operation](strength * sign, *moving.image_CHW.shape[-2:])
+            moving.move(angle, shift, 1.0, shear)
         elif operation < len(_MOVES) + len(_CHANGES) and coloured:
-            image_CHW = _CHANGES[operation - len(_MOVES)](image_CHW, strength, sign)
-    return image_CHW, masks
+            moving.image_CHW = _CHANGES[operation - len(_MOVES)](moving.image_CHW, strength, sign)
 
 
 _Move = tuple[float, list[int], list[float]]  # degrees, shift (x, y) in pixels, shear (x, y) in degrees
@@ -68,13 +61,6 @@ _MOVES: tuple[Callable[[float, int, int], _Move], ...] = (
     lambda strength, height, width: (0.0, [round(_SHIFT * strength * width), 0], [0.0, 0.0]),
     lambda strength, height, width: (0.0, [0, round(_SHIFT * strength * height)], [0.0, 0.0]),
 )
-
-
-def _moved(
-    pixels: Tensor, angle: float, shift: list[int], shear: list[float], mode: InterpolationMode, fill: int
-) -> Tensor:
-    moved: Tensor = vision.functional.affine(pixels, angle, shift, 1.0, shear, mode, [fill])
-    return moved
 
 
 # Each takes the image, a strength from 0 to 1, and a sign for those that have one.

@@ -1,8 +1,9 @@
 """From a decoded image and its masks to the size and the view that a batch wants.
 
-An image and its masks go through the same geometry: a box of the source is resized (antialiased for the
-image, nearest for masks), then flipped, then turned. Where the view shows what lies outside the image, the
-image is black and masks say "ignore". Everything random comes from the `Draws` that the caller passes, so
+An image and its maps go through the same geometry: a box of the source is resized (antialiased for the
+image; a map's pixel takes the value of the nearest one, so that no value appears that is in no pixel), then
+flipped, then turned. Where the view shows what lies outside the image, the image is black and a map says "no
+label", in the value of its kind. Everything random comes from the `Draws` that the caller passes, so
 that a sample's view depends on (seed, epoch, sample) alone.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, model_validator
@@ -19,16 +20,17 @@ from pydantic import Field, model_validator
 from mtl_dist.config.settings import Settings
 from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
 from mtl_dist.data.boxes import box_of, edges_in, shown_box
+from mtl_dist.data.moving import Affine, Moving
 from mtl_dist.data.pictures import Box, DecodedPicture, Picture, Resizing, resized
 from mtl_dist.data.rand_augment import RandAugmentSettings, rand_augment
 from mtl_dist.errors import UserError
+from mtl_dist.kinds.view import View
 from mtl_dist.lazy import F, torch, vision
 from mtl_dist.randomness import Draws
 from mtl_dist.specs import IGNORE
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torchvision.transforms.v2 import InterpolationMode
 
 Resize = Literal["stretch", "crop", "pad"]
 Preset = Literal["none", "standard", "strong"]
@@ -93,7 +95,7 @@ PRESETS: dict[Preset, AugmentSettings] = {
 
 
 class ImageTransform(ABC):
-    """A step of the user's after the built-in ones, on an image and its masks of the batches' size.
+    """A step of the user's after the built-in ones, on an image and its maps of the batches' size.
 
     `training_only` says whether evaluation and prediction leave it out. One that they don't must not move
     pixels: predicted masks are those of the image as it came.
@@ -105,8 +107,10 @@ class ImageTransform(ABC):
     def __call__(
         self, image_CHW: Tensor, masks: dict[str, Tensor], draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The image, of unchanged shape and dtype, and the masks (H, W, uint8; 255 = ignore).
+        """The image, of unchanged shape and dtype, and the maps: masks (H, W, uint8; 255 = ignore), numbers
+        (H, W) and vectors (C, H, W) of float32, NaN where there is no label.
 
+        Labels whose values change with the view (normals, metric depth) do not hear of what it does.
         Everything random must come from `draws`, so that a sample's view is the same on every machine.
         """
 
@@ -122,17 +126,21 @@ UserTransform: TypeAlias = Annotated[UserTransformSettings, UserDefined((UserTra
 
 @dataclass(frozen=True)
 class Transform:
-    """The way from a decoded image and its masks to `size` (height, width)."""
+    """The way from a decoded image and its maps to `size` (height, width).
+
+    `fills` is what each task's map says where there is no label; a mask's 255 where it is not stated.
+    """
 
     size: tuple[int, int]
     resize: Resize
     augment: AugmentSettings
     own: tuple[ImageTransform, ...] = ()
+    fills: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(
         self, image_CHW: Tensor, masks: Mapping[str, Tensor], draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The image (C, H, W) and the masks (H, W, uint8) in their new size, and of unchanged dtype."""
+        """The image (C, H, W) and the maps (H, W) or (C, H, W) in their new size, and of unchanged dtype."""
         return self.view(DecodedPicture(image_CHW), masks, draws)
 
     def keeps(self, size: tuple[int, int]) -> bool:
@@ -159,7 +167,8 @@ class Transform:
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, list[float]]]:
         """The same with boxes: left, top, right and bottom in pixels; those that are seen come back."""
         source = self.source(picture.size, draws)
-        return self.finish(self.decode(picture, source), source, picture.size, masks, boxes, draws)
+        resizing = self.decode(picture, source)
+        return self.finish(resizing, source, picture.size, masks, boxes, draws)[:3]
 
     def source(self, size: tuple[int, int], draws: Draws) -> Box:
         """The first step: the part to show of an image of this size."""
@@ -188,14 +197,22 @@ class Transform:
         masks: Mapping[str, Tensor],
         boxes: Mapping[str, Sequence[float]],
         draws: Draws,
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, list[float]]]:
-        """The last step: all that follows, on the decoded part `source` of an image of this `size`."""
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, list[float]], View]:
+        """The last step: all that follows, on the decoded part `source` of an image of this `size`.
+
+        What comes last is the view that was taken, by which labels move that are no pixels.
+        """
         inner = self._inner(source)
+        path = self._shown(source)
         image_CHW = resizing()
-        views = {name: resized(source.of(mask)[None], inner, "nearest-exact") for name, mask in masks.items()}
+        flat = [name for name, mask in masks.items() if mask.dim() == 2]
+        views = {
+            name: resized(source.of(mask[None] if name in flat else mask), inner, "nearest-exact")
+            for name, mask in masks.items()
+        }
         if inner != self.size:
             image_CHW = _padded(image_CHW, self.size, 0)
-            views = {name: _padded(mask, self.size, IGNORE) for name, mask in views.items()}
+            views = {name: _padded(mask, self.size, self._fill(name)) for name, mask in views.items()}
         for name, edges in boxes.items():  # from here on they go with the masks
             views[name] = _padded_box(shown_box(box_of(edges, size), source, inner), inner, self.size)
 
@@ -206,14 +223,18 @@ class Transform:
             if flipped and draws.uniform() < 0.5:
                 image_CHW = image_CHW.flip(axis)
                 views = {name: flip(mask) for name, mask in views.items()}
-        image_CHW, views = self._turned(image_CHW, views, draws)
-        image_CHW = self._recoloured(image_CHW, draws)
+                path = path.flipped(axis, self.size)
+        moving = Moving(image_CHW, views, self.fills, path)
+        self._turn(moving, draws)
+        moving.image_CHW = self._recoloured(moving.image_CHW, draws)
         if self.augment.rand_augment is not None:
-            image_CHW, views = rand_augment(image_CHW, views, self.augment.rand_augment, draws)
-        image_CHW = self._erased(image_CHW, draws)
+            rand_augment(moving, self.augment.rand_augment, draws)
+        image_CHW, views = self._erased(moving.image_CHW, draws), moving.maps
         seen = {name: edges_in(views.pop(name), self.size) for name in boxes}
-        image_CHW, views = self._own_steps(image_CHW, {name: mask[0] for name, mask in views.items()}, draws)
-        return image_CHW, views, {name: edges for name, edges in seen.items() if edges is not None}
+        views = {name: mask[0] if name in flat else mask for name, mask in views.items()}
+        image_CHW, views = self._own_steps(image_CHW, views, draws)
+        edges = {name: edges for name, edges in seen.items() if edges is not None}
+        return image_CHW, views, edges, self._view(moving.path, size)
 
     def restored(self, maps_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps of an image that was not augmented, back at the image's own `size` (height, width).
@@ -268,25 +289,28 @@ class Transform:
         scale = min(self.size[0] / source.height, self.size[1] / source.width)
         return max(1, round(source.height * scale)), max(1, round(source.width * scale))
 
-    def _turned(
-        self, image_CHW: Tensor, masks: dict[str, Tensor], draws: Draws
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _fill(self, task: str) -> float:
+        return self.fills.get(task, IGNORE)
+
+    def _shown(self, source: Box) -> Affine:
+        """The way of a pixel of the image into the resized and padded `source`."""
+        inner = self._inner(source)
+        top, left = _margins(inner, self.size)
+        scale_x, scale_y = inner[1] / source.width, inner[0] / source.height
+        return Affine(scale_x, 0.0, left - source.left * scale_x, 0.0, scale_y, top - source.top * scale_y)
+
+    def _view(self, path: Affine, size: tuple[int, int]) -> View:
+        plain = replace(self, augment=PRESETS["none"]) if self.augment != PRESETS["none"] else self
+        unvaried = plain._shown(plain.source(size, Draws(0)))
+        return View(path.matrix, self.size, math.sqrt(path.enlargement / unvaried.enlargement))
+
+    def _turn(self, moving: Moving, draws: Draws) -> None:
         augment = self.augment
         if not augment.rotate and not augment.translate and augment.zoom == (1.0, 1.0):
-            return image_CHW, masks
+            return
         angle = draws.uniform(-augment.rotate, augment.rotate)
         shift = [round(draws.uniform(-augment.translate, augment.translate) * side) for side in self.size]
-        zoom = draws.uniform(*augment.zoom)
-
-        def turn(pixels: Tensor, mode: InterpolationMode, fill: int) -> Tensor:
-            moved: Tensor = vision.functional.affine(
-                pixels, angle, shift[::-1], zoom, [0.0, 0.0], mode, [fill]
-            )
-            return moved
-
-        image_CHW = turn(image_CHW, vision.InterpolationMode.BILINEAR, 0)
-        masks = {name: turn(mask, vision.InterpolationMode.NEAREST, IGNORE) for name, mask in masks.items()}
-        return image_CHW, masks
+        moving.move(angle, shift[::-1], draws.uniform(*augment.zoom), [0.0, 0.0])
 
     def _recoloured(self, image_CHW: Tensor, draws: Draws) -> Tensor:
         strengths = (self.augment.brightness, self.augment.contrast, self.augment.saturation)
@@ -327,7 +351,7 @@ def _random_box(
     return Box((height - box_height) // 2, (width - box_width) // 2, max(1, box_height), max(1, box_width))
 
 
-def _padded(image: Tensor, size: tuple[int, int], value: int) -> Tensor:
+def _padded(image: Tensor, size: tuple[int, int], value: float) -> Tensor:
     height, width = image.shape[-2:]
     top, left = _margins((height, width), size)
     return F.pad(image, (left, size[1] - width - left, top, size[0] - height - top), value=value)

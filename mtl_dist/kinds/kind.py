@@ -187,9 +187,7 @@ class MapKind(Kind):
     channels: ClassVar[int] = 0
     """The values of a pixel: 0 for maps (H, W), else the first dimension of maps (C, H, W)."""
     missing: ClassVar[float]
-    """The value of a pixel without a label: outside of the image, or of a missing map."""
-    resampling: ClassVar[Literal["nearest", "bilinear"]] = "nearest"
-    """How a map follows the size and the geometry of its image."""
+    """The value of a pixel without a label: outside of the image, or of a missing map; NaN for numbers."""
 
     # ---- from files
     @abstractmethod

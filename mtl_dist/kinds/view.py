@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +42,3 @@ class View:
         height, width = self.size
         x, y = points_N2[:, 0], points_N2[:, 1]
         return np.asarray((x >= 0) & (x < width) & (y >= 0) & (y < height))
-
-
-def zoom_of(matrix: np.ndarray, plain: np.ndarray) -> float:
-    """By how much a view enlarges what it shows, against the `plain` one without augmentation."""
-    return math.sqrt(abs(np.linalg.det(matrix[:, :2])) / abs(np.linalg.det(plain[:, :2])))

@@ -6,12 +6,21 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
+from mtl_dist.data.moving import Affine, Moving
 from mtl_dist.data.rand_augment import RandAugmentSettings, rand_augment
 from mtl_dist.data.transforms import PRESETS, AugmentSettings, Transform
 from mtl_dist.randomness import Draws
 from mtl_dist.specs import IGNORE
 
 KEYS = range(60)
+
+
+def varied(
+    image: torch.Tensor, masks: dict[str, torch.Tensor], settings: RandAugmentSettings, draws: Draws
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    moving = Moving(image, masks, {}, Affine(1, 0, 0, 0, 1, 0))
+    rand_augment(moving, settings, draws)
+    return moving.image_CHW, moving.maps
 
 
 def block_image() -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +36,7 @@ def test_masks_move_with_their_image(magnitude: int) -> None:
     moved = 0
     for key in KEYS:
         settings = RandAugmentSettings(operations=2, magnitude=magnitude)
-        shown, masks = rand_augment(image.float(), {"block": mask}, settings, Draws(key))  # moves alone
+        shown, masks = varied(image.float(), {"block": mask}, settings, Draws(key))  # moves alone
         block = masks["block"]
         assert set(block.unique().tolist()) <= {0, 1, IGNORE}
         edge = (shown[:1] > 25) & (shown[:1] < 215)  # between the block and the ground, or beside the image
@@ -42,7 +51,7 @@ def test_what_is_outside_the_image_is_black_and_ignored() -> None:
     image, mask = block_image()
     seen = 0
     for key in KEYS:
-        shown, masks = rand_augment(
+        shown, masks = varied(
             image.float(), {"block": mask}, RandAugmentSettings(operations=1, magnitude=30), Draws(key)
         )
         outside = masks["block"] == IGNORE
@@ -56,15 +65,15 @@ def test_what_is_outside_the_image_is_black_and_ignored() -> None:
 def test_every_kind_of_image_keeps_its_kind(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     image = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 255).to(dtype)
     for key in KEYS:
-        shown, _ = rand_augment(image, {}, RandAugmentSettings(operations=3, magnitude=20), Draws(key))
+        shown, _ = varied(image, {}, RandAugmentSettings(operations=3, magnitude=20), Draws(key))
         assert (shown.shape, shown.dtype) == (image.shape, dtype)
         assert shown.min() >= 0 and shown.max() <= 255
 
 
 def test_equal_draws_are_equal_views_and_others_differ() -> None:
     image = (torch.rand((3, 40, 40), generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
-    views = [rand_augment(image, {}, RandAugmentSettings(), Draws(key))[0] for key in KEYS]
-    again = [rand_augment(image, {}, RandAugmentSettings(), Draws(key))[0] for key in KEYS]
+    views = [varied(image, {}, RandAugmentSettings(), Draws(key))[0] for key in KEYS]
+    again = [varied(image, {}, RandAugmentSettings(), Draws(key))[0] for key in KEYS]
     assert all(torch.equal(one, other) for one, other in zip(views, again, strict=True))
     assert len({view.numpy().tobytes() for view in views}) > 40
 
@@ -73,7 +82,7 @@ def test_the_operations_are_those_of_torchvision() -> None:
     """With one operation, each of theirs that has no interpolation gives a view that is one of ours."""
     image = (torch.rand((3, 16, 16), generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
     settings = RandAugmentSettings(operations=1, magnitude=9)
-    ours = {rand_augment(image, {}, settings, Draws(key))[0].numpy().tobytes() for key in range(1000)}
+    ours = {varied(image, {}, settings, Draws(key))[0].numpy().tobytes() for key in range(1000)}
     theirs = v2.RandAugment(num_ops=1, magnitude=9)
     space = dict(v2.RandAugment._AUGMENTATION_SPACE)
     assert len(space) == 14
