@@ -143,6 +143,8 @@ def shapes_of(batch: Batch) -> str:
 
     def line(name: str, tensor: torch.Tensor) -> str:
         values = tensor.float()
+        values = values[values.isfinite()]  # what is not says "no label"
+        values = values if len(values) else torch.zeros(1)
         shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         return f"  {name}: {shape} {dtype} from {values.min():g} to {values.max():g}"
 

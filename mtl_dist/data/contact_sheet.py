@@ -74,13 +74,15 @@ def contact_sheet(directory: Location, split: str, out: Path, rows: int = 4, col
 
 
 def _picture(sample: Sample, manifest: Manifest, colours: Mapping[LegendLine, Colour]) -> Image.Image:
-    """The image as large as the box allows, with its masks over it."""
+    """The image, with its masks over it and its other maps beside it, as large as the box allows."""
     image_CHW = decode_image(sample.image, manifest.channels, manifest.image_dtype)
     maps = {}
     for task, data in sample.masks.items():
         info = manifest.tasks[task]
         maps[task] = map_kind(info.kind).values(decode_map(data), info)
-    return overlaid(image_CHW, maps, manifest.tasks, colours, _BOX)
+    picture = overlaid(image_CHW, maps, manifest.tasks, colours, _BOX)
+    picture.thumbnail((_BOX, _BOX), Image.Resampling.BOX)
+    return picture
 
 
 def _draw_head(

@@ -110,7 +110,8 @@ def decoder_name() -> str:
 
 
 def decode_map(data: Bytes) -> np.ndarray:
-    """The numbers of a stored map, (H, W) or as its array has them: a grey PNG of 8 or 16 bits, or .npy.
+    """The numbers of a stored map: (H, W) of a grey PNG of 8 or 16 bits, (H, W, 3) of an 8-bit colour PNG, or
+    as an array in .npy has them.
 
     Raises:
         UnreadableImage: damaged, or anything else.
@@ -118,7 +119,7 @@ def decode_map(data: Bytes) -> np.ndarray:
     with open_map(bytes(data)) as opened:
         if isinstance(opened, np.ndarray):
             return opened
-        if opened.format != "PNG" or opened.mode not in ("L", "I;16"):
+        if opened.format != "PNG" or opened.mode not in ("L", "I;16", "RGB"):
             raise UnreadableImage(
                 f"a {opened.format} mask of mode {opened.mode}, where an 8-bit grey PNG is expected"
             )

@@ -240,9 +240,7 @@ def train_loader(
         else Blender(settings.blend, derive_key(seed, _BLEND), partnered(data.task_infos))
     )
     user_defined = settings.user_transforms(training=True)
-    transform = Transform(
-        data.image_size, settings.resize, settings.augmentation, user_defined, data.fills
-    )
+    transform = Transform(data.image_size, settings.resize, settings.augmentation, user_defined, data.fills)
     key = derive_key(seed, _AUGMENT)
     builder = _builder(data, "train", transform, key, blender, pin_memory)
     shard_prefetch = None if settings.cache is None else ShardPrefetch(builder.readers, settings.cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -59,7 +60,8 @@ def overlaid(
     colours: Mapping[LegendLine, Colour],
     side: int,
 ) -> Image.Image:
-    """The image with its longer side of `side` pixels, and the `maps` of tasks laid over it.
+    """The image with its longer side of `side` pixels, and the `maps` of tasks laid over it; those that
+    would cover it stand beside it, in as many rows as columns.
 
     Of many channels the first is shown; values of no fixed range go from dark to bright.
     """
@@ -76,10 +78,25 @@ def overlaid(
     pixels_HWC = np.array(
         picture.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
     )
+    panels = [pixels_HWC]
     for task, values in maps.items():
         info = tasks[task]
-        map_kind(info.kind).paint(pixels_HWC, _in_size(values, size), info, colours_of(task, colours))
-    return Image.fromarray(pixels_HWC)
+        kind = map_kind(info.kind)
+        if kind.covers:
+            panels.append(np.empty_like(pixels_HWC))
+        panel = panels[-1] if kind.covers else pixels_HWC
+        kind.paint(panel, _in_size(values, size), info, colours_of(task, colours))
+    return _side_by_side(panels)
+
+
+def _side_by_side(panels: list[np.ndarray]) -> Image.Image:
+    """Pictures of one size in as many rows as columns, or one fewer."""
+    height, width = panels[0].shape[:2]
+    across = math.ceil(math.sqrt(len(panels)))
+    page = Image.new("RGB", (across * width, -(-len(panels) // across) * height), PAPER)
+    for number, panel in enumerate(panels):
+        page.paste(Image.fromarray(panel), (number % across * width, number // across * height))
+    return page
 
 
 def with_legend(picture: Image.Image, lines: Mapping[str, Colour]) -> Image.Image:

@@ -233,8 +233,8 @@ class Transform:
         seen = {name: edges_in(views.pop(name), self.size) for name in boxes}
         views = {name: mask[0] if name in flat else mask for name, mask in views.items()}
         image_CHW, views = self._own_steps(image_CHW, views, draws)
-        edges = {name: edges for name, edges in seen.items() if edges is not None}
-        return image_CHW, views, edges, self._view(moving.path, size)
+        left = {name: edges for name, edges in seen.items() if edges is not None}
+        return image_CHW, views, left, self._view(moving.path, size)
 
     def restored(self, maps_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps of an image that was not augmented, back at the image's own `size` (height, width).

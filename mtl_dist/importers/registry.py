@@ -16,6 +16,9 @@ IMPORTERS = {
     "digits": BuiltIn(
         "mtl_dist.importers.digits.Digits", "scikit-learn's 1,797 handwritten digits: nothing to download."
     ),
+    "scenes": BuiltIn(
+        "mtl_dist.importers.scenes.Scenes", "Made scenes with exact masks, depth and normals: no download."
+    ),
     "folders": BuiltIn(
         "mtl_dist.importers.folders.Folders", "One folder per class, in a directory or a zip."
     ),

@@ -8,8 +8,10 @@ from functools import lru_cache
 from mtl_dist.config.nearest import nearest
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.classification import Classification
+from mtl_dist.kinds.depth import Depth
 from mtl_dist.kinds.kind import Kind, MapKind, ScalarKind
 from mtl_dist.kinds.multilabel import Multilabel
+from mtl_dist.kinds.normals import Normals
 from mtl_dist.kinds.regression import Regression
 from mtl_dist.kinds.segmentation import Segmentation
 
@@ -20,6 +22,8 @@ KINDS: dict[str, Kind] = {
         Multilabel(),
         Regression(),
         Segmentation(),
+        Depth(),
+        Normals(),
     )
 }
 

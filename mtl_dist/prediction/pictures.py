@@ -50,11 +50,12 @@ class Pictures:
             kind = kind_of(info.kind)
             if isinstance(kind, MapKind):
                 palette = kind.palette(info, colours_of(name, self._colours))
-                keys[name] = ({"mask": ""} if palette else {}) | {"overlay": ""}
+                keys[name] = {"mask" if palette else "values": "", "overlay": ""}
         return keys
 
     def write(self, name: str, image_CHW: Tensor, answers: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-        """By task of maps the paths of its `mask`, where the kind has one, and of its `overlay`."""
+        """By task of maps the paths of its `mask`, or of its `values` (.npy) where these are numbers, and of
+        its `overlay`."""
         written: dict[str, dict[str, str]] = {}
         stem = ""
         for task, answer in answers.items():
@@ -73,6 +74,10 @@ class Pictures:
                 )
                 indexed.save(place)
                 written[task]["mask"] = str(place)
+            else:
+                place = self._directory / f"{stem}_{task}.npy"
+                np.save(place, values)
+                written[task]["values"] = str(place)
             side = min(max(*image_CHW.shape[1:], _SIDES[0]), _SIDES[1])
             picture = overlaid(image_CHW, {task: values}, self._infos, self._colours, side)
             lines = {words: colour for (of, words), colour in self._colours.items() if of == task}

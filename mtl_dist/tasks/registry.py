@@ -13,7 +13,9 @@ from mtl_dist.config.user_defined import PartError, UserDefined, UserDefinedSett
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.classification import ClassificationSettings
+from mtl_dist.tasks.depth import DepthSettings
 from mtl_dist.tasks.multilabel import MultilabelSettings
+from mtl_dist.tasks.normals import NormalsSettings
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
 from mtl_dist.tasks.task import CommonTaskSettings, Task
@@ -39,7 +41,12 @@ class UserTaskSettings(UserDefinedSettings):
 _KIND = UserDefined((UserTaskSettings,))
 
 TaskSettings: TypeAlias = Annotated[
-    ClassificationSettings | MultilabelSettings | RegressionSettings | SegmentationSettings,
+    ClassificationSettings
+    | MultilabelSettings
+    | RegressionSettings
+    | SegmentationSettings
+    | DepthSettings
+    | NormalsSettings,
     Field(discriminator="kind"),
     _KIND,
 ]

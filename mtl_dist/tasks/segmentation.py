@@ -42,7 +42,7 @@ class SegmentationTask(Task):
     """A class per pixel."""
 
     layout: ClassVar[Literal["vector", "map"]] = "map"
-    harmless_target: ClassVar[int] = IGNORE
+    harmless_target: ClassVar[float] = IGNORE
 
     @property
     def allowed_outputs(self) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ class Loss(ABC):
     """A loss per sample, as numerator and denominator.
 
     It sees float32 outputs, and never a missing label: those samples come with zero outputs and a harmless
-    target (0; an all-ignored mask), and what it returns for them is dropped.
+    target (0; an all-ignored mask; NaN throughout a map of numbers), and what it returns for them is dropped.
     """
 
     @property
@@ -146,7 +146,7 @@ class Task(ABC):
     loss: Loss
 
     layout: ClassVar[Literal["vector", "map"]] = "vector"
-    harmless_target: ClassVar[int] = 0
+    harmless_target: ClassVar[float] = 0
 
     @property
     def allowed_outputs(self) -> tuple[int, ...]:

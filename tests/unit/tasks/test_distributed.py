@@ -10,11 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.classification import ClassificationSettings
+from mtl_dist.tasks.depth import DepthSettings
 from mtl_dist.tasks.multilabel import MultilabelSettings
+from mtl_dist.tasks.normals import NormalsSettings
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
 from mtl_dist.tasks.task import Task
@@ -28,6 +31,12 @@ TASKS: dict[str, Task] = {
         ("three", ClassificationSettings(), TaskInfo("classification", ("a", "b", "c"), 9)),
         ("tags", MultilabelSettings(), TaskInfo("multilabel", ("a", "b", "c"), 9)),
         ("age", RegressionSettings(), TaskInfo("regression", mean=40.0, std=12.0)),
+        (
+            "depth",
+            DepthSettings(),
+            TaskInfo("depth", num_labelled=9, mean=3.0, std=1.5, minimum=0.5),
+        ),
+        ("normals", NormalsSettings(), TaskInfo("normals")),
         ("mask", SegmentationSettings(), TaskInfo("segmentation", ("background", "a", "b"), 9)),
     ]
 }
@@ -59,6 +68,12 @@ def batches(task: Task, labelled: list[bool], rank: int) -> list[Batch]:
                 target = 40 + 12 * torch.randn(num, generator=key)
             case "classification":
                 target = torch.randint(num_classes, (num,), generator=key)
+            case "depth":
+                target = 0.5 + 5 * torch.rand(num, *size, generator=key)
+                target[:, 1] = math.nan
+            case "normals":
+                target = F.normalize(torch.randn(num, 3, *size, generator=key), dim=1)
+                target[:, :, 1] = math.nan
             case "segmentation":
                 target = torch.randint(num_classes, (num, *size), generator=key).to(torch.uint8)
         labelled_B = torch.full((num,), has_labels)
