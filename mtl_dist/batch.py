@@ -26,8 +26,9 @@ class Batch:
 
     images_BCHW   uint8 (float32 for images that are not 8-bit), in channels-last memory
     targets       per task: int64 (B,) class; float32 (B, C) multilabel; float32 (B,) regression, in the
-                  dataset's unit; uint8 (B, H, W) mask with 255 = ignore. Where a label is missing the
-                  target holds a harmless value (0, or 255 in a mask).
+                  dataset's unit; uint8 (B, H, W) mask with 255 = ignore; float32 (B, H, W) numbers or
+                  (B, 3, H, W) normals with NaN where there is none. Where a label is missing the target holds
+                  a harmless value (0, 255 in a mask, NaN in other maps).
     labelled      per task: bool (B,), true where the sample is real and has the label
     valid_B       bool (B,), false for the samples that only pad a batch
     positions_B   int64 (B,), the global position of each sample in the training stream, or in the split

@@ -65,9 +65,7 @@ class Scenes(Importer):
         self,
         num: Annotated[int, Field(ge=10, description="How many.")] = 2000,
         size: Annotated[int, Field(ge=16, description="Their width and height in pixels.")] = 96,
-        first: Annotated[
-            int, Field(ge=0, description="The first one's number; scene i is always the same.")
-        ] = 0,
+        first: Annotated[int, Field(ge=0, description="Number of the first; i is always the same.")] = 0,
     ) -> None:
         self._numbers, self._size = range(first, first + num), size
 

@@ -85,6 +85,8 @@ class Predictor:
         multilabel      labels above `threshold`, probabilities by name
         regression      value, unit; of a box's edge in pixels of the image
         segmentation    mask (H, W) uint8, area_ratio; with two classes the foreground's probability (H, W)
+        depth           map (H, W) float32, its mean, minimum and maximum, unit
+        normals         normals (3, H, W) float32 of unit length, their mean
 
         Raises:
             UserError: not a readable image, or of channels that the model does not take.
