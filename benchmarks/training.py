@@ -158,4 +158,5 @@ def build_trainer(
         figures=RunFigures(None),
         stop=StopSignal(),
         recipe_text="",
+        max_bad_steps=0,
     )

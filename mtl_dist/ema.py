@@ -24,13 +24,20 @@ class Ema:
         self._decay = decay
         self._average = {name: shard.clone() for name, shard in engine.shards().items()}
 
-    def update(self, step: int) -> None:
-        """Take in the weights after optimizer step number `step` (counted from 1)."""
+    def update(self, step: int, finite: Tensor) -> None:
+        """Take in the weights after optimizer step number `step` (counted from 1), if it was made."""
         decay = min(self._decay, (1 + step) / (10 + step))
         shards = self._engine.shards()
-        torch._foreach_lerp_(
-            list(self._average.values()), [shards[name] for name in self._average], 1 - decay
-        )
+        averages = list(self._average.values())
+        weights = [shards[name] for name in self._average]
+        if finite.device.type == "cpu":
+            if finite:
+                torch._foreach_lerp_(averages, weights, 1 - decay)
+            return
+        # The host does not know, and need not: the weights are as they were, and 0 times the change is added.
+        changes = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(changes, (1 - decay) * finite.float())
+        torch._foreach_add_(averages, changes)
 
     def full(self) -> dict[str, Tensor]:
         """Collective: the whole averaged weights, on the host of rank 0; elsewhere empty."""

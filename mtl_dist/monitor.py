@@ -48,9 +48,9 @@ class Monitor:
         self._plateau = schedule if isinstance(schedule, PlateauSchedule) else None
 
     def observe(self, value: float) -> bool:
-        """Take in one evaluation; true when it is the best so far. An undefined value never is."""
+        """Take in one evaluation; true when it is the best so far. One that is not finite never is."""
         state = self.state
-        better = not math.isnan(value) and (
+        better = math.isfinite(value) and (
             state.best is None or self._sign * (value - state.best) > self._min_delta
         )
         if better:

@@ -56,6 +56,9 @@ class TrainSettings(Settings):
     """Checkpoints kept besides the best one."""
     log_every: Count = 10
     """Steps between rows of metrics.jsonl."""
+    max_bad_steps: Annotated[int, Field(ge=0)] = 10
+    """A step with a loss or gradient that is not finite is skipped, and its samples are named in
+    skipped_steps.jsonl; more than so many of 100 steps in a row end the run. 0: the first one does."""
     evaluate_at_end: bool = True
     """Whether the best weights are evaluated on `val` and `test` when training is done."""
 

@@ -5,7 +5,7 @@ runs/<name>/<run id>/
     environment.json        one entry per start: versions, git commit, devices, ranks
     data.json               what the tasks and images are, so that the run can be used without its data
     class_names.json        class names by index, per task
-    log.txt  metrics.jsonl  history.json  learning_curves.png  tensorboard/
+    log.txt  metrics.jsonl  history.json  skipped_steps.jsonl  learning_curves.png  tensorboard/
     tracking.json           the run's id in dashboards, kept by resumes
     checkpoints/            see checkpoint.py
     evaluation/             metrics.json, confusion matrices, conflicts.png
@@ -65,6 +65,7 @@ class RunFolder:
         "recipe.yaml": "the resolved recipe; reproduces the run",
         "checkpoints/": "the newest ones and the best",
         "evaluation/": "metrics.json, confusion matrices, conflicts of tasks",
+        "skipped_steps.jsonl": "steps that were not finite, with their samples",
         "metrics.jsonl": "every logged step and evaluation",
         "history.json": "losses and metrics by epoch",
         "learning_curves.png": "the same as a picture",

@@ -184,6 +184,7 @@ def build_trainer(
         figures=RunFigures(tracker.directory, recipe.monitor.metric, tracker.say),
         stop=stop,
         recipe_text=to_yaml(recipe),
+        max_bad_steps=recipe.train.max_bad_steps,
     )
     if resumed is not None:
         trainer.load(resumed)

@@ -148,12 +148,15 @@ class RootModule(nn.Module):
             gradient_scale.scale_T = weights.shared_T
             gradient_scale.closed = weights.gradient_P is not None
         scale = 1 / totals.num_micro_batches
+        # 1, or NaN where a loss is not finite: that reaches every gradient, and every rank once they are
+        # averaged, which is how the ranks agree to skip the step.
+        poison = 1 + 0 * sums_T.detach().sum()
         present_T = totals.present_T.to(losses_T.device)
         scalar = self.balancer.combine(losses_T, weights.loss_T, present_T, scale)
         if weights.gradient_P is not None:
             own_P = weights.gradient_P if scale == 1 else scale * weights.gradient_P
             scalar = with_gradient(scalar, self.shared, own_P)
-        return scalar, sums_T.detach()
+        return scalar * poison, sums_T.detach()
 
     def features(self, batch: Batch, gradient_scale: GradientScale | None) -> Features:
         """The features of each task, behind the factor that its gradient will meet there."""

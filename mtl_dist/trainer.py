@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ from mtl_dist.checkpoint import Checkpoint, CheckpointWriter
 from mtl_dist.data.device_prefetch import device_prefetch
 from mtl_dist.data.partition import micro_batch_size
 from mtl_dist.ema import Ema
-from mtl_dist.engine.engine import Engine
-from mtl_dist.errors import UserError
+from mtl_dist.engine.engine import Engine, StepResult
 from mtl_dist.evaluator import Evaluation
 from mtl_dist.figures.run_figures import RunFigures
 from mtl_dist.monitor import Monitor
 from mtl_dist.optim import OptimSettings, learning_rate_factor, learning_rates, set_learning_rate
 from mtl_dist.randomness import rank_seed
+from mtl_dist.skipping import KeptBuffers, SkippedSteps, TakenStep, Verdict
 from mtl_dist.status import State, Status
 from mtl_dist.step import RootModule, WindowTotals, count_labels
 from mtl_dist.stopping import StopAsked, StopSignal
@@ -89,6 +90,7 @@ class Trainer:
         figures: RunFigures,
         stop: StopSignal,
         recipe_text: str,
+        max_bad_steps: int,
     ) -> None:
         self.engine = engine
         self.root = root
@@ -111,6 +113,13 @@ class Trainer:
         self._epoch_sums_T = torch.zeros(num_tasks, dtype=torch.float64, device=self.world.device)
         # On the host; already summed over the ranks.
         self._epoch_counts_T = torch.zeros(num_tasks, dtype=torch.float64)
+        self._buffers = KeptBuffers(root)
+        self._taken: deque[TakenStep] = deque()
+        self._lag = 1 if self.world.device.type == "cuda" else 0
+        """Steps whose verdict may be still on its way."""
+        self._has_losses = True
+        """Whether the losses of the last step whose verdict was read are finite."""
+        self.skipped = SkippedSteps(list(root.tasks), self.world, tracker, max_bad_steps)
         self._saved_step = -1
         self._unfinished_epoch: int | None = None
         """The epoch whose evaluation was broken off."""
@@ -141,22 +150,21 @@ class Trainer:
             set_learning_rate(self.engine.optimizer, factor)
             sums_T = torch.zeros_like(totals.counts_T, device=self.world.device, dtype=torch.float32)
             inputs = [on_device for _, on_device in window]
+            self._buffers.keep()
             weights = self.balancing.solve(inputs, totals)
             for number, batch in enumerate(inputs, start=1):
                 sums_T += self.engine.forward_backward(batch, totals, weights, last=number == len(inputs))
             logs = (self.step + 1) % self.plan.log_every == 0
-            result = self.engine.step(
-                self.root.absent_parameters(totals), self.optim.clip_norm, measure_norm=logs
-            )
+            result = self.engine.step(self.root.absent_parameters(totals), self.optim.clip_norm)
 
             self.step += 1
             self.position = min(self.position + self.plan.global_batch, self.plan.end_position)
-            if self.ema is not None and not result.skipped:
-                self.ema.update(self.step)
+            if self.ema is not None:
+                self.ema.update(self.step, result.finite)
             self.balancing.observe(sums_T, totals)
+            self._buffers.restore_unless(result.finite)
+            self._take([on_host for on_host, _ in window], totals, sums_T, result)
             self._diagnose(totals)
-            self._epoch_sums_T += sums_T
-            self._epoch_counts_T += totals.counts_T
             advance(self.plan.global_batch)
             clock.worked()
             if logs:
@@ -191,38 +199,55 @@ class Trainer:
         reasons = self.world.gather(self.stop.reason)
         return totals, next(reason for reason in reasons if reason)
 
+    def _take(
+        self, window: list[Batch], totals: WindowTotals, sums_T: torch.Tensor, result: StepResult
+    ) -> None:
+        """A step that is over, once it is known to be finite: on a GPU that is known one step later."""
+        epoch = self.position / self.plan.samples_per_epoch
+        verdict = Verdict(result.finite)
+        self._taken.append(TakenStep(self.step, epoch, window, totals, sums_T, verdict, result.overflowed))
+        self._settle(self._lag)
+
+    def _settle(self, lag: int = 0) -> None:
+        """Collective: take in the sums of all but the last `lag` steps; name those that were skipped."""
+        while len(self._taken) > lag:
+            taken = self._taken.popleft()
+            # Where only fp16's scale was too large, the losses are as good as any.
+            self._has_losses = bool(taken.finite) or taken.overflowed
+            if self._has_losses:
+                self._epoch_sums_T += taken.sums_T
+                self._epoch_counts_T += taken.totals.counts_T
+            else:
+                self.skipped.add(taken)
+
     def _mean_losses(
         self, over: Literal["step", "train"], local_sums_T: torch.Tensor, counts_T: torch.Tensor
     ) -> dict[str, float]:
         """Collective: the total and per-task training loss, as in `step/loss` of one global batch or
         `train/loss` of an epoch; a task without labels has none.
-
-        Raises:
-            UserError: a loss is not finite, so every later step would be lost.
         """
         sums_T = self.world.sum(local_sums_T.double().cpu())
         losses = {
             name: float(sums_T[t] / counts_T[t]) for t, name in enumerate(self.root.tasks) if counts_T[t] > 0
         }
-        for name, loss in losses.items():
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"step {self.step}: the loss of task {name} is {loss}. Lower optim.lr, set "
-                    "optim.clip_norm, or look at its labels with `mtl inspect`; the last checkpoint is whole."
-                )
+        if not losses:
+            return {}
         total = sum(self.root.task_weights[name] * loss for name, loss in losses.items())
         return {f"{over}/loss": total, **{f"{over}/{name}/loss": loss for name, loss in losses.items()}}
 
     def _log_step(
-        self, sums_T: torch.Tensor, totals: WindowTotals, grad_norm: torch.Tensor | None, clock: _Clock
+        self, sums_T: torch.Tensor, totals: WindowTotals, grad_norm: torch.Tensor, clock: _Clock
     ) -> None:
-        figures = self._mean_losses("step", sums_T, totals.counts_T)
+        self._settle()
+        figures = self._mean_losses("step", sums_T, totals.counts_T) if self._has_losses else {}
         figures |= {f"lr/{part}": rate for part, rate in learning_rates(self.engine.optimizer).items()}
-        if grad_norm is not None:
+        if self._has_losses:
             figures["grad_norm"] = float(grad_norm)
         scaler = self.engine.scaler
+        figures["skipped_steps"] = float(self.skipped.num_skipped)
         if scaler is not None:
-            figures |= {"loss_scale": scaler.scale, "skipped_steps": float(scaler.num_skipped)}
+            figures["loss_scale"] = scaler.scale
+            figures["skipped_steps"] += scaler.num_skipped
         figures |= clock.figures(self.plan.global_batch)
         self.tracker.record("step", self.step, self.position / self.plan.samples_per_epoch, figures)
         self.tracker.status(self.status("running", images_per_s=figures["images_per_s"]))
@@ -231,6 +256,9 @@ class Trainer:
         """In the steps that compare the tasks' gradients: write down what was found, and say who fights."""
         found = self.balancing.diagnosis(totals)
         if found is None:
+            return
+        self._settle()
+        if not self._has_losses:
             return
         balancer = self.root.balancer
         figures = {f"balance/{name}": value for name, value in found.scalars().items()}
@@ -251,6 +279,7 @@ class Trainer:
         ended = self.position == self.plan.end_position
         every = self.plan.evaluate_every
         due = ended or int(epoch) // every > before // every
+        self._settle()
         figures = self._mean_losses("train", self._epoch_sums_T, self._epoch_counts_T)
         best = None
         if self._evaluate is not None and due:
@@ -302,6 +331,7 @@ class Trainer:
         """Collective: take a host copy of the whole state; rank 0 writes it in the background."""
         if self._saved_step == self.step:
             return
+        self._settle()
         full = self.engine.full_state()
         average = self.ema.full() if self.ema is not None else {}
         sums_T = self.world.sum(self._epoch_sums_T.cpu())
@@ -322,6 +352,7 @@ class Trainer:
             "unfinished_epoch": self._unfinished_epoch,
             "epoch_sums": sums_T.tolist(),
             "epoch_counts": self._epoch_counts_T.tolist(),
+            "skipped": self.skipped.state_dict(),
         }
         self.writer.submit(Checkpoint(self.step, tensors, state, self.recipe_text), best)
 
@@ -336,6 +367,7 @@ class Trainer:
         if self._unfinished_epoch is not None:
             self._saved_step = -1  # the evaluation to come may make it the best
         self.position = state["position"]
+        self.skipped.load_state_dict(state["skipped"])
         self.monitor.load_state_dict(state["monitor"])
         # The sums are a total over all ranks: rank 0 carries it on.
         if self.world.is_main:

@@ -71,10 +71,9 @@ class AccelerateEngine(ReplicatedEngine):
         with silent:
             scalar, sums = self._wrapped(*inputs)
             (scalar if self.scaler is None else scalar * self.scaler.scale).backward()
+        self._watch(sums)
         own_sums: Tensor = sums
         return own_sums
 
-    def step(
-        self, absent: Iterable[nn.Parameter], clip_norm: float | None, *, measure_norm: bool = True
-    ) -> StepResult:
-        return self._update(absent, clip_norm, measure_norm)
+    def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
+        return self._update(absent, clip_norm)

@@ -25,7 +25,7 @@ from mtl_dist.engine.engine import (
     StepResult,
     average_buffers,
     host_copy,
-    lost_weights,
+    require_finite,
     require_same_names,
 )
 from mtl_dist.engine.partitions import gather, interleaved_layout, scatter
@@ -97,13 +97,12 @@ class _ReplicatedZero(ReplicatedEngine):
         self._deepspeed.set_gradient_accumulation_boundary(last)
         scalar, sums = self._deepspeed(*inputs)
         self._deepspeed.backward(scalar if self.scaler is None else scalar * self.scaler.scale)
+        self._watch(sums)
         own_sums: Tensor = sums
         return own_sums
 
-    def step(
-        self, absent: Iterable[nn.Parameter], clip_norm: float | None, *, measure_norm: bool = True
-    ) -> StepResult:
-        return self._update(absent, clip_norm, measure_norm)
+    def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
+        return self._update(absent, clip_norm)
 
 
 class _Zero(Engine):
@@ -137,24 +136,20 @@ class _Zero(Engine):
             self._deepspeed.optimizer.override_loss_scale(self.scaler.scale)
         scalar, sums = self._deepspeed(*inputs)
         self._deepspeed.backward(scalar)
+        self._watch(sums)
         own_sums: Tensor = sums
         return own_sums
 
-    def step(
-        self, absent: Iterable[nn.Parameter], clip_norm: float | None, *, measure_norm: bool = True
-    ) -> StepResult:
+    def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
         average_buffers(self.root, self.world)
         away = set(absent)
         self._absent = {group.flat for group in self._groups if group.parameters[0] in away}
         self._deepspeed.optimizer.clip_grad = clip_norm or 0.0
         self._deepspeed.step()
         finite = self._deepspeed.was_step_applied()
-        if self.scaler is not None:
-            self.scaler.update(finite)
-        elif not finite:
-            raise lost_weights()
+        overflowed = self._tell_scaler(finite)
         grad_norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32)
-        return StepResult(grad_norm=grad_norm, skipped=not finite)
+        return StepResult(grad_norm, torch.tensor(finite), overflowed)
 
     def _hide_absent(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer passes over a tensor without a gradient: no weight decay, no momentum."""
@@ -170,6 +165,7 @@ class _Zero(Engine):
 
     # ------------------------------------------------------------------ state
     def full_state(self) -> FullState:
+        require_finite(self.shards(), self.world)
         scaler = self.scaler.state_dict() if self.scaler is not None else {}
         optimizer: dict[str, Tensor] = {}
         for group in self._groups:

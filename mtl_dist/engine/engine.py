@@ -26,11 +26,22 @@ from mtl_dist.errors import UserError
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did: the gradient norm before clipping, where it was measured, and whether the
-    step was skipped because a gradient was not finite (fp16 only; the norm is then infinite)."""
+    """What one optimizer step did.
 
-    grad_norm: Tensor | None
-    skipped: bool = False
+    grad_norm   before clipping
+    finite      bool, whether the gradient was: if not, the step was skipped by all ranks. It lies on the host
+                where the host knows it, else on the device, and reading it waits for the step
+    overflowed  whether fp16's loss scale is why it was not, which the scaler has answered
+    """
+
+    grad_norm: Tensor
+    finite: Tensor
+    overflowed: bool = False
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step was skipped; on a GPU this waits for it."""
+        return not self.finite
 
 
 @dataclass
@@ -61,6 +72,8 @@ class Engine(ABC):
     optimizer: torch.optim.Optimizer
     scaler: LossScaler | None
     shards_parameters: bool = False
+    _losses_finite: Tensor | None = None
+    """Under fp16: whether the window's losses are, on this rank so far."""
 
     @abstractmethod
     def forward_backward(self, *inputs: Any, last: bool) -> Tensor:
@@ -71,18 +84,16 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(
-        self, absent: Iterable[nn.Parameter], clip_norm: float | None, *, measure_norm: bool = True
-    ) -> StepResult:
+    def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
         """One optimizer step on the window's gradients, which are cleared.
 
-        Their norm costs one more pass over them, and without `measure_norm` it is left out unless needed.
+        Their norm costs one more pass over them; it is what tells that they are finite.
 
         The `absent` parameters belong to tasks without any label in the window: they and their optimizer
-        state stay exactly as they are.
+        state stay exactly as they are. So does everything where a gradient is not finite.
 
         Raises:
-            UserError: the gradients were not finite: at once, or when the state is asked for.
+            UserError: no loss scale of fp16 makes the gradients finite.
         """
 
     @abstractmethod
@@ -90,7 +101,7 @@ class Engine(ABC):
         """Collective: a host copy of the whole state, on rank 0.
 
         Raises:
-            UserError: a gradient since the start was not finite, so the weights are lost.
+            UserError: a weight is not finite.
         """
 
     @abstractmethod
@@ -101,6 +112,30 @@ class Engine(ABC):
         scaler: Mapping[str, float] | None = None,
     ) -> None:
         """Collective: take over a full state; every rank passes the same. Without `scaler` its own stays."""
+
+    def _tell_scaler(self, finite: bool) -> bool:
+        """Collective where it is not: tell fp16's scaler whether the gradient was finite, with its scale.
+
+        Returns whether the scale is why it was not: a loss that is not finite is none of its doing.
+
+        Raises:
+            UserError: no scale helps.
+        """
+        losses_finite, self._losses_finite = self._losses_finite, None
+        if self.scaler is None:
+            return False
+        if not finite:
+            bad_loss = torch.tensor(float(losses_finite is not None and not losses_finite))
+            if self.world.max(bad_loss):
+                return False
+        self.scaler.update(finite)
+        return not finite
+
+    def _watch(self, sums: Tensor) -> None:
+        """Note whether this window's losses are finite, where the loss scale is judged by it."""
+        if self.scaler is not None:
+            finite = sums.isfinite().all()
+            self._losses_finite = finite if self._losses_finite is None else self._losses_finite & finite
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Collective: inside, every rank's `root` holds all its weights and may be called directly."""
@@ -159,6 +194,20 @@ def require_same_names(root: nn.Module, model: Mapping[str, Tensor]) -> None:
         )
 
 
+def require_finite(shards: Mapping[str, Tensor], world: World) -> None:
+    """Collective: raise UserError if a weight is not finite, before it is saved; `shards` are this rank's.
+
+    Asked here, not at every step: the host waits for the GPU.
+    """
+    held = [shard for shard in shards.values() if shard.numel()]
+    lost = bool(held) and not torch.stack(torch._foreach_norm(held, torch.inf)).isfinite().all()
+    if world.max(torch.tensor(float(lost))):
+        raise UserError(
+            "train: expected finite weights, found inf or NaN, which are not saved. Lower optim.lr, or set "
+            "optim.clip_norm; the last checkpoint is whole."
+        )
+
+
 def host_copy(tensor: Tensor) -> Tensor:
     """A copy in host memory that later steps do not touch."""
     return tensor.detach().to("cpu", copy=True).contiguous()
@@ -168,11 +217,3 @@ def counter_device(group: Mapping[str, Any], parameter: Tensor) -> torch.device:
     """Where an optimizer keeps its step counters: on the host, unless it runs on the GPU altogether."""
     on_device = group.get("fused") or group.get("capturable")
     return parameter.device if on_device else torch.device("cpu")
-
-
-def lost_weights() -> UserError:
-    """What a gradient that is not finite means without a loss scaler."""
-    return UserError(
-        "train: expected finite gradients, found inf or NaN. Lower optim.lr, set optim.clip_norm, or look at "
-        "the labels with `mtl inspect`; the last checkpoint is whole."
-    )

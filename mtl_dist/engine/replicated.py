@@ -14,7 +14,7 @@ from mtl_dist.engine.engine import (
     average_buffers,
     counter_device,
     host_copy,
-    lost_weights,
+    require_finite,
     require_same_names,
 )
 from mtl_dist.engine.precision import LossScaler
@@ -32,10 +32,12 @@ class ReplicatedEngine(Engine):
         self.optimizer = optimizer
         self.scaler = scaler
         self._names: dict[Tensor, str] = {p: name for name, p in root.named_parameters()}
+        # Whether a step is skipped on the device: asking there would make the host wait for a GPU at every
+        # step, which fp16's scale needs anyway. Optimizers with fused kernels can.
+        can_skip = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self._gates_on_device = world.device.type == "cuda" and scaler is None and can_skip
 
-    def _update(
-        self, absent: Iterable[nn.Parameter], clip_norm: float | None, measure_norm: bool
-    ) -> StepResult:
+    def _update(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
         """One optimizer step on `parameter.grad`, which is cleared."""
         average_buffers(self.root, self.world)
         for parameter in absent:
@@ -43,27 +45,26 @@ class ReplicatedEngine(Engine):
             parameter.grad = None
         parameters = [parameter for parameter in self._names if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        grad_norm: Tensor | None = None
-        if measure_norm or clip_norm is not None or self.scaler is not None:
-            grad_norm = nn.utils.get_total_norm(gradients)
-        finite = True
-        if self.scaler is not None and grad_norm is not None:
-            finite = bool(grad_norm.isfinite())
+        grad_norm = nn.utils.get_total_norm(gradients)
+        finite = grad_norm.isfinite()
+        if not self._gates_on_device:
+            finite = finite.cpu()
+        if self.scaler is not None:
             torch._foreach_mul_(gradients, 1 / self.scaler.scale)
             grad_norm = grad_norm / self.scaler.scale if finite else torch.full_like(grad_norm, torch.inf)
-            self.scaler.update(finite)
-        if finite:
-            if clip_norm is not None and grad_norm is not None:
+        overflowed = self.scaler is not None and self._tell_scaler(bool(finite))
+        if self._gates_on_device or finite:
+            if clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(parameters, clip_norm, grad_norm)
+            if self._gates_on_device:
+                # What torch's own gradient scaler tells it: its kernel then leaves everything as it is.
+                self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm=grad_norm, skipped=not finite)
+        return StepResult(grad_norm, finite, overflowed)
 
     def full_state(self) -> FullState:
-        # Asked here, not at every step: the host would wait for the GPU.
-        trained = [parameter.detach() for parameter in self._names if parameter.requires_grad]
-        if trained and not torch.stack(torch._foreach_norm(trained, torch.inf)).isfinite().all():
-            raise lost_weights()
+        require_finite(self.shards(), self.world)
         scaler = self.scaler.state_dict() if self.scaler is not None else {}
         if not self.world.is_main:
             return FullState(model={}, optimizer={}, scaler=scaler)

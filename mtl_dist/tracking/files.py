@@ -1,8 +1,9 @@
-"""The record of a run in plain files: log.txt, metrics.jsonl, history.json.
+"""The record of a run in plain files: log.txt, metrics.jsonl, history.json, skipped_steps.jsonl.
 
 metrics.jsonl has one row per logged step (`"kind": "step"`), per epoch (`"epoch"`) and per comparison of
 the tasks' gradients (`"balance"`). A resumed run cuts it back to its checkpoint, so that it is the record of
-a run that never stopped. history.json holds the epochs' rows as columns.
+a run that never stopped. history.json holds the epochs' rows as columns. skipped_steps.jsonl is there
+once a step was not finite: one line per such step, with the keys of its samples, cut back in the same way.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import json
 import math
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mtl_dist.durable import write_text
-from mtl_dist.tracking.sink import Row, Sink
+from mtl_dist.tracking.sink import Row, Sink, SkippedStep
 
 METRICS, HISTORY, LOG = "metrics.jsonl", "history.json", "log.txt"
+SKIPPED = "skipped_steps.jsonl"
 
 
 class FilesSink(Sink):
-    """Writes the three files in `directory`, from `resumed_step` on.
+    """Writes the files in `directory`, from `resumed_step` on.
 
     `rewritten` holds (kind, step) of the rows that were cut off.
     """
@@ -34,6 +37,10 @@ class FilesSink(Sink):
         write_text(directory / METRICS, "".join(json.dumps(row) + "\n" for row in self._rows))
         self._metrics = open(directory / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
         self._log = open(directory / LOG, "a", encoding="utf-8")  # noqa: SIM115
+        skipped = _rows_in(directory / SKIPPED)
+        if skipped:
+            kept = [json.dumps(row) + "\n" for row in skipped if row["step"] <= resumed_step]
+            write_text(directory / SKIPPED, "".join(kept))
 
     def row(self, row: Row) -> None:
         """One line; what is undefined becomes null. An epoch's is synced, and history.json follows it."""
@@ -46,6 +53,13 @@ class FilesSink(Sink):
             os.fsync(self._metrics.fileno())
             write_text(self._directory / HISTORY, json.dumps(history_of(self._rows), indent=1))
 
+    def skipped(self, skipped: SkippedStep) -> None:
+        """One line, synced: whoever looks for a bad sample needs it most after a crash."""
+        with open(self._directory / SKIPPED, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(skipped)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
     def text(self, line: str) -> None:
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         self._log.flush()
@@ -57,7 +71,10 @@ class FilesSink(Sink):
 
 def read_rows(directory: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, up to the first line that is cut off; none without the file."""
-    path = directory / METRICS
+    return _rows_in(directory / METRICS)
+
+
+def _rows_in(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []

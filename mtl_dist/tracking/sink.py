@@ -29,6 +29,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class SkippedStep:
+    """A step that was skipped, because a loss or a gradient was not finite.
+
+    step    its number, and `epoch` as in a row
+    tasks   those whose loss was not finite; none where only the gradient was not
+    images  the keys of the samples whose image has NaN or infinity, where one has
+    keys    those of all samples of the step
+    """
+
+    step: int
+    epoch: float
+    tasks: tuple[str, ...]
+    images: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class RunFacts:
     """What a sink may know of its run.
 
@@ -58,6 +75,10 @@ class Sink(ABC):
     @abstractmethod
     def row(self, row: Row) -> None:
         """One row, as soon as it is there."""
+
+    def skipped(self, skipped: SkippedStep) -> None:
+        """A step that was not finite, and so was not made."""
+        del skipped
 
     def text(self, line: str) -> None:
         """A line for people, as the terminal shows it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mtl_dist.status import Status, write_status
-from mtl_dist.tracking.sink import Row, Sink
+from mtl_dist.tracking.sink import Row, Sink, SkippedStep
 
 
 class Tracker:
@@ -39,6 +39,10 @@ class Tracker:
         """One row for every sink."""
         row = Row(kind, step, epoch, time.time(), metrics)
         self._each(lambda sink: sink.row(row))
+
+    def skipped(self, skipped: SkippedStep) -> None:
+        """A step that was not finite, for every sink."""
+        self._each(lambda sink: sink.skipped(skipped))
 
     def pictures(self, paths: Sequence[Path], step: int) -> None:
         """The PNGs of the run, when it has ended, each by its file's name."""

@@ -116,10 +116,10 @@ def test_weights_solved_every_so_often_are_kept_in_between(engine: EngineName) -
     ids=str,
 )
 def test_an_infinite_value_on_one_rank_is_agreed_on_by_all(engine: EngineName, balance: Balance) -> None:
-    case = Case(balance, precision="fp16", num_steps=3, explode_at=(1,))
+    case = Case(balance, precision="fp16", num_steps=2, explode_at=(1,))
     results = shared_pool(2).run(train, engine, case)
     for result in results:
-        assert result.skipped == [False, True, False]
+        assert result.skipped == [False, True]
         # No solution: the weights of before are used again, on every rank.
         assert torch.equal(result.weights[0], result.weights[1])
         assert all(torch.equal(a, b) for a, b in zip(result.weights, results[0].weights, strict=True))

@@ -1,0 +1,7 @@
+"""What the injected faults share with the integration tests: two warm ranks, and a small dataset."""
+
+from __future__ import annotations
+
+from tests.integration.conftest import ranks, recipe
+
+__all__ = ["ranks", "recipe"]
