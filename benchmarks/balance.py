@@ -81,7 +81,7 @@ def peak_memory(scene: Scene, connection: Connection, name: str) -> int:
 
 
 def limit(name: str, scene: Scene) -> float | None:
-    """The ratio that is promised; none for the steps of others, graddrop, and features of U-Net heads."""
+    """The ratio that is promised; none for external steps, graddrop, and features of U-Net heads."""
     balance = METHODS.get(name, {})
     if balance.get("every") == 10:
         return EVERY_10_LIMIT

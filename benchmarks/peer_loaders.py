@@ -201,7 +201,7 @@ def image_folder(directory: Path, workers: int) -> DataLoader[Any]:
     return _loader(ImageFolder(directory / "folder", _views(True), loader=load), workers, shuffle=True)
 
 
-# ---------------------------------------------------------------- formats of others
+# ---------------------------------------------------------------- external formats
 def write_mds(directory: Path, images: list[bytes]) -> None:
     """Shards of mosaicml-streaming."""
     streaming = importlib.import_module("streaming")

@@ -35,7 +35,7 @@ class TrainSettings(Settings):
     max_steps: Count | None = None
     """Stop after so many optimizer steps, even within an epoch."""
     global_batch: Count = 64
-    """Samples per optimizer step over all ranks; the number of ranks only changes how it is cut."""
+    """Samples per optimizer step over all ranks; the number of ranks only changes how it is divided."""
     accumulation: Count | None = None
     """Micro-batches per step and rank; null: as few as `micro_batch` allows."""
     micro_batch: Count | None = None
@@ -63,7 +63,7 @@ class TrainSettings(Settings):
     """Whether the best weights are evaluated on `val` and `test` when training is done."""
 
     @model_validator(mode="after")
-    def _one_way_to_cut(self) -> TrainSettings:
+    def _one_way_to_divide(self) -> TrainSettings:
         if self.accumulation is not None and self.micro_batch is not None:
             raise ValueError("expected accumulation or micro_batch, found both. Remove one of them.")
         return self
@@ -81,13 +81,15 @@ class TrainSettings(Settings):
                 f"found {self.global_batch}. Start {_nearest(num_ranks, fitting)} processes, "
                 "or change the global batch."
             )
-        share = self.global_batch // num_ranks
+        per_rank = self.global_batch // num_ranks
         if self.micro_batch is not None:
-            return next(a for a in range(1, share + 1) if share % a == 0 and share // a <= self.micro_batch)
+            return next(
+                a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= self.micro_batch
+            )
         accumulation = self.accumulation or 1
-        if share % accumulation:
+        if per_rank % accumulation:
             raise UserError(
-                f"train.accumulation: expected a divisor of {share} (global_batch {self.global_batch} / "
+                f"train.accumulation: expected a divisor of {per_rank} (global_batch {self.global_batch} / "
                 f"{num_ranks} processes), found {accumulation}."
             )
         return accumulation

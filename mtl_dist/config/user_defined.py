@@ -3,10 +3,10 @@
     loss: {kind: my_project.losses.Tversky, alpha: 0.3}
     loss: my_project.losses.Tversky                        the same with its defaults
 
-A slot that takes user-defined parts is annotated with `UserDefined`. The class is imported (the working
-directory counts) and held against what the slot needs. The arguments of its constructor are its settings, by
-their annotations and defaults; those that the package provides are passed to it where it names them. A class
-of settings, derived from the slot's own, does as well and is taken as it is.
+A setting that takes user-defined parts is annotated with `UserDefined`. The class is imported (the working
+directory counts) and held against what the setting needs. The arguments of its constructor are its settings,
+by their annotations and defaults; those that the package provides are passed to it where it names them. A
+class of settings, derived from the setting's own, does as well and is taken as it is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mtl_dist.config.nearest import nearest
 from mtl_dist.config.settings import Settings
 
 USER_DEFINED, BUILT_IN = "user-defined", "built-in"
-"""What pydantic's locations say after a slot that takes user-defined parts."""
+"""What pydantic's locations say after a setting that takes user-defined parts."""
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _MOST_NAMES = 12
@@ -43,14 +43,14 @@ class PartError(ValueError):
 
 
 class UserDefinedSettings(Settings):
-    """The settings of a user-defined part: each slot derives a class, and each part's is derived from it."""
+    """The settings of a user-defined part: a setting derives a class, and each part's is derived from it."""
 
     part_base: ClassVar[str]
     """Of what the part must be a subclass, as an import path, so that nothing is imported before its time."""
     provides: ClassVar[tuple[str, ...]] = ()
-    """What the slot passes to a constructor that names it."""
+    """What the setting passes to a constructor that names it."""
     settings_base: ClassVar[type[Settings] | None] = None
-    """Of what a class of settings must be a subclass to be taken in the part's place, if the slot does."""
+    """Of what a class of settings must be a subclass to be taken in the part's place, if the setting does."""
     part_class: ClassVar[Any]
     """The user's class."""
     arguments: ClassVar[tuple[str, ...]]
@@ -63,7 +63,7 @@ class UserDefinedSettings(Settings):
 
     @classmethod
     def settings_for(cls, part: Any, key: str, path: str) -> type[Settings]:
-        """The settings of a part that fits the slot: its constructor's arguments."""
+        """The settings of a part that fits the setting: its constructor's arguments."""
         return _derived(part, cls, key, path)
 
     def make(self, **provided: Any) -> Any:
@@ -74,7 +74,7 @@ class UserDefinedSettings(Settings):
 
 @dataclass(frozen=True)
 class UserDefined:
-    """Marks a slot, in `Annotated`: besides what is built in, a value may be a user-defined part.
+    """Marks a setting, in `Annotated`: besides what is built in, a value may be a user-defined part.
 
     `kinds` are the settings of each kind of part that fits; the first whose base the part is derived from
     holds. `key` is the key of the import path. With `only` nothing is built in. `names` are short names of
@@ -87,7 +87,7 @@ class UserDefined:
     names: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def path_in(self, value: Any) -> str | None:
-        """The import path, or the short name, in the data of a slot, if it states a user-defined part."""
+        """The import path, or the short name, in the data of a setting, if it states a user-defined part."""
         path = value.get(self.key) if isinstance(value, dict) else value
         if isinstance(path, str) and (
             path in self.names or _IMPORT_PATH.fullmatch(path) or (self.only and path)
@@ -99,7 +99,7 @@ class UserDefined:
         """The settings of the class at `path`.
 
         Raises:
-            PartError: there is none, or it does not fit the slot.
+            PartError: there is none, or it does not fit the setting.
         """
         found = imported(self.names.get(path, path), self._fits)
         for kind in self.kinds:

@@ -25,7 +25,7 @@ _WithFrom = create_model("_WithFrom", __base__=Settings, **{"from": (str, ...)})
 
 
 class FieldSettings(_WithFrom):
-    """A task that is a field of the samples in tars of others.
+    """A task that is a field of the samples in external tars.
 
     from      the field: cls, txt, json:breed, meta.json:dog.breed; a mask's extension, such as seg.png
     classes   the class names by index; without them those that are found

@@ -1,11 +1,11 @@
-"""dataset.json: what a dataset is made of. Written last, so its existence means a complete dataset.
+"""dataset.json: what a dataset is made of. It is written last, so its existence means a complete dataset.
 
     data/cats/
         dataset.json            this file
         train-000000.tar ...    plain WebDataset shards
         train.index.npy         one packed row per sample (see shards.py)
 
-Format version 1. A reader refuses a newer version.
+Format version 2. A reader takes version 1 as well, and refuses a newer one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ImageDtype = Literal["uint8", "uint16", "float32"]
 """The values of a dataset's images."""
 
 LabelPlace = Literal["json", "columns"]
-"""In each sample's `<key>.json`, or in `<split>.labels.npy` (tars of others have forms of their own)."""
+"""In each sample's `<key>.json`, or in `<split>.labels.npy` (external tars have forms of their own)."""
 
 HashFiles = Literal["", "hashes", "digests"]
 """The name in `<split>.<name>.npy`: "digests" in format version 1; "" without content hashes."""

@@ -220,7 +220,7 @@ class SplitReader:
             }
 
     def remote_bytes(self, shard: int) -> int:
-        """The size of a shard that comes into the cache over the network; 0 of others."""
+        """The size of a shard that comes into the cache over the network; 0 for any other."""
         is_cached = self._cache is not None and isinstance(self._paths[shard], Url)
         return self._shards[shard].num_bytes if is_cached else 0
 

@@ -37,7 +37,7 @@ class SourceSettings(Settings):
     weight: Annotated[float, Field(gt=0)] | None = None
     """Its share of the stream, relative to the others', where `data.mixing.kind` is weights."""
     fields: Fields | None = None
-    """Which fields are which tasks, where `path` names WebDataset tars of others: a tar, a directory of
+    """Which fields are which tasks, where `path` names external WebDataset tars: a tar, a directory of
     them, or such as data/web/*.tar. They are indexed once, when they are opened first."""
     image: str | None = None
     """With `fields`: the image's extension, where samples hold several."""

@@ -144,7 +144,7 @@ def training_facts(settings: DataSettings) -> list[SourceFacts]:
     Raises:
         UserError: a dataset or split is missing, or a derived task does not fit.
     """
-    assert all(source.fields is None for source in settings.train), "tars of others are indexed beforehand"
+    assert all(source.fields is None for source in settings.train), "external tars are indexed beforehand"
     training = [source_facts(source.path, source.split, settings.derive) for source in settings.train]
     check_derived(settings.derive, [source.manifest for source in training])
     return training

@@ -1,4 +1,4 @@
-"""What every engine shares that keeps whole weights, gradients and optimizer state on every rank."""
+"""What engines have in common that keep whole weights, gradients and optimizer state on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tars of others named in a recipe: indexed when they are opened first, by one process, once.
+"""External tars, written by others and named in a recipe: one process indexes them once, at first use.
 
     data:
       train:
@@ -36,7 +36,7 @@ _WILD = "*?["
 
 
 def with_indexes(data: DataSettings, root: Path | None = None) -> DataSettings:
-    """The same data with a dataset in place of each source that names tars of others, made if need be.
+    """The same data with a dataset in place of each source that names external tars, made if need be.
 
     Paths are relative to `root`, or to the working directory.
 
@@ -67,8 +67,8 @@ def indexed(
         index: where the dataset is to be; by default in `.mtl` beside the tars.
 
     Raises:
-        UserError: tars or fields that are not there or not understood, an index that was made of others, or
-            a place that cannot be written.
+        UserError: tars or fields that are not there or not understood, an index that was made of other tars,
+            or a place that cannot be written.
     """
     tars = _names(path)
     request = {

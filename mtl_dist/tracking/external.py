@@ -1,4 +1,4 @@
-"""Dashboards of others: Weights & Biases, MLflow, Trackio. Their packages are imported when one is opened.
+"""External dashboards: Weights & Biases, MLflow, Trackio. Their packages are imported when one is opened.
 
 A run is one run there too, however often it is resumed: it is found again by the id in the run folder. None
 of them deletes a row, so what a resumed run writes again, with the same metrics, is passed over.

@@ -112,7 +112,7 @@ def test_any_cut_into_ranks_gives_the_same_gradient(missing: float) -> None:
     batch = make_batch(16, missing)
     whole = gradients(make_root(), [[batch]])
     for num_ranks in (2, 4):
-        ranks = [cut(share, 2) for share in cut(batch, num_ranks)]
+        ranks = [cut(part, 2) for part in cut(batch, num_ranks)]
         assert_same(gradients(make_root(num_ranks), ranks), whole)
 
 

@@ -1,4 +1,4 @@
-"""Tars of others in a recipe: indexed once whoever comes first, never passed over when they change."""
+"""External tars in a recipe: indexed once, whoever comes first, never passed over when they change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tars of others: their samples are found, named and labelled as webdataset sees them."""
+"""External tars: their samples are found, named and labelled as webdataset sees them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dashboards of others: one run there however often it resumes, and no row twice."""
+"""External dashboards: one run there however often it resumes, and no row twice."""
 
 from __future__ import annotations
 
