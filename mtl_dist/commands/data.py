@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mtl_dist.commands import prepare
-from mtl_dist.commands.options import named
+from mtl_dist.commands.options import named, words
 from mtl_dist.commands.prepare import summary
 from mtl_dist.commands.progress import progress_bar
 
@@ -100,6 +100,13 @@ def index(
     separator: Annotated[
         str, typer.Option(metavar="TEXT", help="What stands between classes in a text.")
     ] = "|",
+    missing: Annotated[
+        str | None,
+        typer.Option(metavar="WORD,...", show_default=False, help="The words that mean no label."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse two texts for one class, such as 1 and 1.0.")
+    ] = False,
     split: Annotated[
         str | None,
         typer.Option(
@@ -133,6 +140,7 @@ def index(
     from mtl_dist.importers.options import PackOptions
     from mtl_dist.importers.tars import FieldMapping, index_tars
     from mtl_dist.importers.wanted import class_names
+    from mtl_dist.kinds.words import MISSING
 
     mapping = FieldMapping(
         image=image,
@@ -145,6 +153,8 @@ def index(
         },
         units=named("--unit", unit, "UNIT"),
         separator=separator,
+        strict=strict,
+        missing=MISSING if missing is None else words("--missing", missing),
     )
     options = PackOptions(workers=workers, max_skipped=max_skipped, verify=verify)
     with progress_bar("tars") as show:

@@ -30,12 +30,15 @@ from mtl_dist.importers.tiff import Bounds, Stack, StackPage, open_stack, percen
 from mtl_dist.importers.wanted import (
     Classes,
     Labels,
+    Missing,
     Separator,
+    Strict,
     Units,
     check_columns,
     wanted_tasks,
 )
 from mtl_dist.kinds.kind import Label
+from mtl_dist.kinds.words import MISSING
 from mtl_dist.plural import plural
 
 STACK, PAGE, FOLDER = "stack", "page", "folder"
@@ -89,6 +92,8 @@ class Stacks(Importer):
         classes: Classes = {},  # noqa: B006
         units: Units = {},  # noqa: B006
         separator: Separator = "|",
+        missing: Missing = MISSING,
+        strict: Strict = False,
         compute: Computed = {},  # noqa: B006
         frames: Annotated[
             str, Help("all, every:N, A:B (B left out), or pages as first,10,last.", "WHICH")
@@ -103,9 +108,10 @@ class Stacks(Importer):
                 f"--normalise: expected two percentiles from 0 to 100, found {normalise[0]:g},"
                 f"{normalise[1]:g}."
             )
-        self._wanted = wanted_tasks(labels, classes, units, separator)
+        self._wanted = wanted_tasks(labels, classes, units, separator, missing, strict)
         self._source, self._tree = source, Tree(source)
         self._frames, self._normalise = frames, normalise
+        self._notes: list[str] = []
         masks = {task.task: task.column for task in self._wanted if task.is_map}
         self._stacks = _find_stacks(self._tree, stacks or None, masks, frames)
         self._table = NO_TABLE if table is None else read_stack_table(table, source)
@@ -131,7 +137,8 @@ class Stacks(Importer):
             if task.is_map:
                 tasks[task.task] = task.map_task()
             else:
-                tasks[task.task], self._labels[task.task] = task.read(self._rows)
+                tasks[task.task], self._labels[task.task], notes = task.read(self._rows)
+                self._notes += notes
         self._enter()
         return tasks
 
@@ -151,6 +158,7 @@ class Stacks(Importer):
             yield Record("", page, labels, masks, splits[i], stack.name, path, self._rows[i].cells)
 
     def notes(self) -> Iterator[str]:
+        yield from self._notes
         yield f"frames of {plural(len(self._stacks), 'stack')}: {self._frames}"
         if self._normalise is not None:
             low, high = self._normalise

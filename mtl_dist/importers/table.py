@@ -24,12 +24,15 @@ from mtl_dist.importers.tables import FILE, SPLIT, Row, read_table
 from mtl_dist.importers.wanted import (
     Classes,
     Labels,
+    Missing,
     Separator,
+    Strict,
     Units,
     check_columns,
     wanted_tasks,
 )
 from mtl_dist.kinds.kind import Label
+from mtl_dist.kinds.words import MISSING
 
 _SPLIT_COLUMNS = (SPLIT, "set", "subset", "partition", "phase")
 _NO_IMAGE = "left out: its image is not there"
@@ -69,9 +72,11 @@ class TableImporter(Importer):
         classes: Classes = {},  # noqa: B006
         units: Units = {},  # noqa: B006
         separator: Separator = "|",
+        missing: Missing = MISSING,
+        strict: Strict = False,
         compute: Computed = {},  # noqa: B006
     ) -> None:
-        self._wanted = wanted_tasks(labels, classes, units, separator)
+        self._wanted = wanted_tasks(labels, classes, units, separator, missing, strict)
         self._table = read_table(source, root)
         self._rows = with_computed(self._table.rows, compute)
         self._columns = (*self._table.columns, *compute)
@@ -98,7 +103,8 @@ class TableImporter(Importer):
         for task in self._wanted:
             classes = self._table.classes.get(task.column)
             if not task.is_map:
-                tasks[task.task], self._labels[task.task] = task.read(rows, classes)
+                tasks[task.task], self._labels[task.task], notes = task.read(rows, classes)
+                self._notes += notes
                 continue
             tasks[task.task] = task.map_task(classes)
             if task.column in self._columns:

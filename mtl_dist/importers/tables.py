@@ -13,8 +13,7 @@ from typing import Any
 
 from mtl_dist.errors import UserError
 from mtl_dist.importers.sources import Tree
-from mtl_dist.kinds.cells import parse_cells
-from mtl_dist.kinds.kind import Label
+from mtl_dist.kinds.cells import Parsed, parse_cells
 from mtl_dist.kinds.registry import scalar_kind
 from mtl_dist.kinds.words import Cell, Declared
 
@@ -31,10 +30,8 @@ class Row:
     cells: Mapping[str, Cell]
 
 
-def read_labels(
-    kind: str, rows: Sequence[Row], column: str, declared: Declared
-) -> tuple[tuple[str, ...], list[Label | None]]:
-    """Class names and the label of each row, None where its cell is empty.
+def read_labels(kind: str, rows: Sequence[Row], column: str, declared: Declared) -> Parsed:
+    """Class names and the label of each row, None where its cell is empty; and what is to be told of them.
 
     Raises:
         UserError: a cell that holds no label of this kind.
@@ -162,7 +159,9 @@ def _json(home: Tree, name: str) -> Any:
         return found
 
     try:
-        return json.loads(_read(home, name), object_pairs_hook=refuse_repeated)
+        return json.loads(
+            _read(home, name), object_pairs_hook=refuse_repeated, parse_float=str, parse_constant=str
+        )
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: expected JSON, found: {error}.") from None
 
@@ -180,11 +179,13 @@ def _json_rows(where: str, content: Any) -> tuple[list[str], list[Row]]:
 
 
 def _cell(where: str, value: Any) -> Cell:
-    if value is None or value != value:  # null, NaN
+    if value is None:
         return ""
     if isinstance(value, list):
         return [str(_cell(where, item)) for item in value]
-    if isinstance(value, str | int | float):
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, str | int):
         return str(value).strip()
     raise UserError(f"{where}: expected text, a number or a list, found {value!r}.")
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ from mtl_dist.data.manifest import ShardInfo
 from mtl_dist.data.remote import Location, Url, UrlReader
 from mtl_dist.data.shards import index_dtype
 from mtl_dist.errors import UserError
+from mtl_dist.importers.sources import is_hidden
 from mtl_dist.kinds.kind import UnreadableMap
 from mtl_dist.kinds.registry import map_kind
 from mtl_dist.kinds.words import Cell, LabelError
@@ -64,8 +66,8 @@ class LabelField:
         if data is None:
             return ""
         if not self.path and not self.extension.endswith("json"):
-            return data.decode("utf-8").strip()
-        value = json.loads(data)
+            return data.decode("utf-8-sig").strip()
+        value = json.loads(data, parse_float=str, parse_constant=str)
         for name in self.path:
             value = value.get(name) if isinstance(value, dict) else None
         if isinstance(value, list):
@@ -78,7 +80,8 @@ class TarScan:
     """What to look for in a tar.
 
     `images` are the extensions that may be the image; `labels` and `masks` the field of each task, and
-    `task_infos` what is known of it. With `verify` every image is decoded.
+    `task_infos` what is known of it, and `values` the class of each value of a mask, where it is stated.
+    With `verify` every image is decoded.
     """
 
     path: Location
@@ -87,6 +90,7 @@ class TarScan:
     masks: Mapping[str, str]
     task_infos: Mapping[str, TaskInfo]
     verify: bool
+    values: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -94,7 +98,8 @@ class TarFacts:
     """What a scan found: the shard, offsets and sizes of images and masks, and the labels as text.
 
     `rows` are index rows whose `labelled` is still 0. `tallies` is what is counted of each task's maps.
-    `skipped` are the samples left out, and why. `content_hashes` are those of the images, in a row.
+    `skipped` are the samples left out, and why; `hidden` the members that are no data. `content_hashes`
+    are those of the images, in a row.
     """
 
     info: ShardInfo
@@ -105,6 +110,7 @@ class TarFacts:
     image_kinds: dict[str, str] = field(default_factory=dict)
     oddities: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
     content_hashes: bytes = b""
 
 
@@ -137,7 +143,7 @@ def scan_tar(scan: TarScan, tick: Callable[[], None]) -> TarFacts:
     oddities: Counter[str] = Counter()
     with _opened_file(scan.path) as file:
         stream = _HashingReader(file)
-        for key, members in _samples(scan, stream):
+        for key, members in _samples(scan, stream, facts):
             where = f"{scan.path}, sample {key}"
             try:
                 rows.append(_row(scan, key, members, facts, oddities, hashes))
@@ -193,7 +199,7 @@ def _row(
             continue
         try:
             with open_map(member.data) as opened:
-                mask = kind.store(member.data, opened, info, {})
+                mask = kind.store(member.data, opened, info, scan.values.get(task, {}))
         except (UnreadableMap, UnreadableImage) as error:
             raise UserError(f"{where}: task {task!r}: {error}.") from None
         except LabelError as error:
@@ -216,8 +222,13 @@ def _row(
     return tuple(row)
 
 
-def _samples(scan: TarScan, stream: _HashingReader) -> Iterator[tuple[str, dict[str, _Member]]]:
-    """(key, members by extension) of each sample; only the members that are asked for are kept."""
+def _samples(
+    scan: TarScan, stream: _HashingReader, facts: TarFacts
+) -> Iterator[tuple[str, dict[str, _Member]]]:
+    """(key, members by extension) of each sample; only the members that are asked for are kept.
+
+    What an operating system left behind (`._0001.jpg`) is no member of a sample, but counted in `facts`.
+    """
     wanted = {*scan.images, *scan.masks.values(), *(label.extension for label in scan.labels.values())}
     last, members = "", dict[str, _Member]()
     with _opened(scan.path, stream) as tar:
@@ -225,6 +236,9 @@ def _samples(scan: TarScan, stream: _HashingReader) -> Iterator[tuple[str, dict[
             tar.members = []  # type: ignore[attr-defined]  # (it keeps every header otherwise)
             parts = _NAME.match(member.name.removeprefix("./"))
             if not member.isfile() or parts is None:
+                continue
+            if any(map(is_hidden, PurePosixPath(parts[0]).parts)):
+                facts.hidden.append(member.name)
                 continue
             key, extension = parts[1], parts[2].lower()
             if key != last:

@@ -31,6 +31,7 @@ from mtl_dist.importers.summary import (
     image_format,
     image_notes,
     label_notes,
+    listed,
     with_facts,
 )
 from mtl_dist.importers.tables import Row, read_labels
@@ -41,7 +42,7 @@ from mtl_dist.kinds.multilabel import Multilabel
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.kinds.regression import Regression
 from mtl_dist.kinds.segmentation import Segmentation
-from mtl_dist.kinds.words import ClassNames, Declared, LabelError
+from mtl_dist.kinds.words import MISSING, ClassNames, Declared, LabelError
 from mtl_dist.plural import plural
 from mtl_dist.specs import TaskInfo
 
@@ -55,7 +56,7 @@ class FieldMapping:
 
     `image` is the image's extension, or several with commas; the usual ones without it. `classes` names the
     classes of a task; without it they are those that are found. `separator` stands between the classes in
-    the text of a multilabel task.
+    the text of a multilabel task; `missing` and `strict` are as `Declared` has them.
     """
 
     image: str | None = None
@@ -66,6 +67,8 @@ class FieldMapping:
     classes: Mapping[str, ClassNames] = field(default_factory=dict)
     units: Mapping[str, str] = field(default_factory=dict)
     separator: str = "|"
+    missing: Sequence[str] = MISSING
+    strict: bool = False
 
     @property
     def tasks(self) -> dict[str, TaskInfo]:
@@ -89,7 +92,13 @@ class FieldMapping:
 
     def declared(self, task: str) -> Declared:
         """What is said of a task beforehand."""
-        return Declared(self.classes.get(task), self.units.get(task, ""), self.separator)
+        return Declared(
+            self.classes.get(task),
+            self.units.get(task, ""),
+            self.separator,
+            missing=self.missing,
+            strict=self.strict,
+        )
 
     def checked_tasks(self) -> dict[str, TaskInfo]:
         """The tasks.
@@ -223,6 +232,7 @@ def _scan(path: Location, mapping: FieldMapping, tasks: Mapping[str, TaskInfo], 
         masks={task: text.lower().lstrip(".") for task, text in mapping.segmentation.items()},
         task_infos=tasks,
         verify=verify,
+        values={task: mapping.declared(task).class_values for task in mapping.segmentation},
     )
 
 
@@ -235,10 +245,16 @@ def _write(
     found: Sequence[TarFacts],
 ) -> Manifest:
     """Write everything that the scans found, the manifest last."""
-    labels, tasks = _labels(mapping, tasks, found)
+    labels, tasks, said = _labels(mapping, tasks, found)
+    hidden = [name for facts in found for name in facts.hidden]
+    if hidden:
+        said.append(
+            f"members left out, hidden or left behind by an operating system: {len(hidden)} "
+            f"({listed(hidden)})"
+        )
     by_path = {facts.info.path: facts for facts in found}
     split_infos: dict[str, SplitInfo] = {}
-    values: dict[str, dict[str, list[Label | None]]] = {}
+    values: dict[str, dict[str, Sequence[Label | None]]] = {}
     files: dict[Path, np.ndarray] = {}
     hashes: dict[str, np.ndarray] = {}
     keys: dict[str, list[str]] = {}
@@ -281,6 +297,7 @@ def _write(
         },
         splits=split_infos,
         notes=(
+            *said,
             *image_notes([facts.oddities for facts in found], skipped),
             *label_notes(tasks, {name: info.labels for name, info in split_infos.items()}, training),
             *duplicate_notes(hashes, keys),
@@ -300,9 +317,10 @@ def _write(
 
 def _labels(
     mapping: FieldMapping, tasks: Mapping[str, TaskInfo], found: Sequence[TarFacts]
-) -> tuple[dict[str, list[Label | None]], dict[str, TaskInfo]]:
-    """Each task's labels over all tars in the order of the scans, and the tasks with their classes."""
-    labels: dict[str, list[Label | None]] = {}
+) -> tuple[dict[str, Sequence[Label | None]], dict[str, TaskInfo], list[str]]:
+    """Each task's labels over all tars in the order of the scans, the tasks with their classes, and notes."""
+    labels: dict[str, Sequence[Label | None]] = {}
+    notes: list[str] = []
     classes: dict[str, tuple[str, ...]] = {}
     for task, text in {**mapping.classification, **mapping.multilabel, **mapping.regression}.items():
         rows = [
@@ -310,10 +328,11 @@ def _labels(
             for facts in found
             for key, cell in zip(facts.keys, facts.cells[task], strict=True)
         ]
-        classes[task], labels[task] = read_labels(tasks[task].kind, rows, text, mapping.declared(task))
-    return labels, {
-        task: replace(info, classes=classes.get(task, info.classes)) for task, info in tasks.items()
-    }
+        parsed = read_labels(tasks[task].kind, rows, text, mapping.declared(task))
+        classes[task], labels[task] = parsed.classes, parsed.labels
+        notes += [f"{task}: {note}" for note in parsed.notes]
+    tasks = {task: replace(info, classes=classes.get(task, info.classes)) for task, info in tasks.items()}
+    return labels, tasks, notes
 
 
 def _labelled(task: str, rows: np.ndarray, columns: Mapping[str, Sequence[Label | None]]) -> np.ndarray:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, TypeAlias
 
 from mtl_dist.config.nearest import nearest
@@ -18,7 +18,7 @@ from mtl_dist.importers.options import Help
 from mtl_dist.importers.tables import Row, read_labels
 from mtl_dist.kinds.kind import Label
 from mtl_dist.kinds.registry import kind_of
-from mtl_dist.kinds.words import ClassNames, Declared, LabelError
+from mtl_dist.kinds.words import MISSING, ClassNames, Declared, LabelError
 
 Labels: TypeAlias = Annotated[
     dict[str, str],
@@ -32,6 +32,8 @@ Units: TypeAlias = Annotated[
     dict[str, str], Help("The unit of a number, such as years.", "TASK=UNIT", "unit")
 ]
 Separator: TypeAlias = Annotated[str, Help("What stands between a cell's classes.", "TEXT")]
+Missing: TypeAlias = Annotated[tuple[str, ...], Help("The words that mean no label.", "WORD,...")]
+Strict: TypeAlias = Annotated[bool, Help("Refuse two texts for one class, such as 1 and 1.0.")]
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,16 @@ class Wanted:
 
     def read(
         self, rows: Sequence[Row], classes: ClassNames | None = None
-    ) -> tuple[TaskSource, list[Label | None]]:
-        """The task and the label of each row; `classes` came with the data, where none were declared.
+    ) -> tuple[TaskSource, Sequence[Label | None], list[str]]:
+        """The task, the label of each row, and notes; `classes` came with the data, where none were declared.
 
         Raises:
             UserError: a cell that holds no label of the task.
         """
         declared = self.with_classes(classes)
-        names, labels = read_labels(self.kind, rows, self.column, declared)
-        return TaskSource(self.kind, names, declared.unit), labels
+        parsed = read_labels(self.kind, rows, self.column, declared)
+        notes = [f"{self.task}: {note}" for note in parsed.notes]
+        return TaskSource(self.kind, parsed.classes, declared.unit), parsed.labels, notes
 
     def map_task(self, classes: ClassNames | None = None) -> TaskSource:
         """The task, whose labels are maps.
@@ -76,7 +79,7 @@ class Wanted:
     def with_classes(self, classes: ClassNames | None) -> Declared:
         """What was said of the task, or the classes that came with the data."""
         said = self.declared
-        return said if said.classes is not None else Declared(classes, said.unit, said.separator, said.facts)
+        return said if said.classes is not None else replace(said, classes=classes)
 
 
 def wanted_tasks(
@@ -84,6 +87,8 @@ def wanted_tasks(
     classes: Mapping[str, str | Sequence[str] | Mapping[str, str]],
     units: Mapping[str, str],
     separator: str,
+    missing: Sequence[str] = MISSING,
+    strict: bool = False,
 ) -> list[Wanted]:
     """The tasks of a request, in its order.
 
@@ -106,7 +111,8 @@ def wanted_tasks(
             raise UserError(f"--label {task}: expected KIND:{task}=COLUMN, found {text!r}.")
         kind_of(kind)
         names = class_names(task, classes[task]) if task in classes else None
-        wanted.append(Wanted(task, kind, column, Declared(names, units.get(task, ""), separator)))
+        declared = Declared(names, units.get(task, ""), separator, missing=tuple(missing), strict=strict)
+        wanted.append(Wanted(task, kind, column, declared))
     return wanted
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mtl_dist.kinds.kind import Label, ScalarKind
-from mtl_dist.kinds.words import Cell, LabelError, Vocabulary, one_value
+from mtl_dist.kinds.words import Cell, LabelError, Vocabulary, one_value, plain
 from mtl_dist.specs import TaskInfo
 
 
@@ -29,14 +29,18 @@ class NumberKind(ScalarKind):
         return True
 
     def parse(self, cell: Cell, words: Vocabulary) -> Label | None:
-        text = one_value(cell)
+        text = plain(one_value(cell))
+        if not text:
+            return None
         try:
-            value = float(text) if text else math.nan
+            value = float(text)
         except ValueError:
-            value = math.inf
-        if math.isinf(value) or not (math.isnan(value) or self.is_label(value)):
-            raise LabelError(f"{self.expected} or nothing", repr(text))
-        return None if math.isnan(value) else value
+            value = math.nan
+        if not math.isfinite(value) or not self.is_label(value):
+            raise LabelError(
+                f"{self.expected} or nothing", repr(text), "Say which words mean none: --missing WORD,..."
+            )
+        return value
 
     def column_type(self, info: TaskInfo) -> str:
         return "<f8"

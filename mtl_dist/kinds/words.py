@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, TypeAlias
 
 from mtl_dist.config.nearest import nearest
 
 Cell: TypeAlias = str | list[str]
 """One value as text without surrounding space, "" where it is missing; a list where JSON has one."""
+
+MISSING = ("NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null")
+"""The words that mean "no label" where nothing else is said; of every kind, from every source."""
+
+_WHOLE = re.compile(r"([+-]?\d+)(\.0*)?")
+_DECIMAL = re.compile(r"-?\d+(\.\d*)?")
+_TRUTH = ("true", "false")
+_MARK = "\ufeff"
+_LISTED = 5
 
 ClassNames: TypeAlias = Sequence[str] | Mapping[int, str]
 """The classes of a task: their names by index, or by the value that stands for them in the data."""
@@ -33,12 +45,22 @@ class Declared:
     unit       of its numbers
     separator  stands between the classes in a cell of several
     facts      what else the kind wants to know
+    missing    the words that mean "no label"; a class of such a name, when declared, is one
+    strict     whether two texts for one class are refused instead of reported
     """
 
     classes: ClassNames | None = None
     unit: str = ""
     separator: str = "|"
     facts: Mapping[str, Any] = field(default_factory=dict)
+    missing: Sequence[str] = MISSING
+    strict: bool = False
+
+    @property
+    def missing_words(self) -> frozenset[str]:
+        """The words that mean "no label", those that name a class left out."""
+        names = () if self.classes is None else names_of(self.classes)
+        return frozenset(map(plain, self.missing)) - frozenset(map(plain, names))
 
     @property
     def class_values(self) -> dict[int, int]:
@@ -50,51 +72,111 @@ class Declared:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Class names, the index for each way to say a class (its name, a number), and the separator in cells."""
+    """Class names, the index for each way to say a class (its name, a number), and the separator in cells.
+
+    `alike` are indices by what texts have in common that mean the same: `true` of `True` and `TRUE`, `1` of
+    `1` and `1.0`.
+    """
 
     names: tuple[str, ...] = ()
     index_of: Mapping[str | int, int] = field(default_factory=dict)
     separator: str = "|"
+    alike: Mapping[str, int] = field(default_factory=dict)
 
     def index(self, text: str) -> int:
-        """The class that a text names: by its name, or by a number.
+        """The class that a text names: by its name, by another spelling of it, or by a number.
 
         Raises:
             LabelError: none of these.
         """
-        number = whole_number(text)
+        text = plain(text)
         if text in self.index_of:
             return self.index_of[text]
+        if (common := meaning(text)) in self.alike:
+            return self.alike[common]
+        number = whole_number(text)
         if number is not None and number in self.index_of:
             return self.index_of[number]
         listing = ", ".join(self.names)
-        if number is not None:
-            numbers = sorted(value for value in self.index_of if isinstance(value, int))
+        numbers = sorted(value for value in self.index_of if isinstance(value, int))
+        if number is not None and numbers:
             raise LabelError(f"a class index from {numbers[0]} to {numbers[-1]} ({listing})", text)
         near = nearest(text, self.names)
         raise LabelError(f"a class of {listing}", repr(text), f"Did you mean {near!r}?" if near else "")
 
+    def spellings(self, terms: Mapping[str, int]) -> list[str]:
+        """What is to be said of texts (with counts) that are one class, and of names that look alike."""
+        by_class: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        for text, count in terms.items():
+            by_class[self.index(text)][text] += count
+        said = [
+            f"texts that are one class, {self.names[index]!r}: {_counted(texts)}"
+            for index, texts in sorted(by_class.items())
+            if len(texts) > 1
+        ]
+        folded: defaultdict[str, list[str]] = defaultdict(list)
+        for name in self.names:
+            folded[name.casefold()].append(name)
+        apart = [" / ".join(names) for names in folded.values() if len(names) > 1]
+        return [*said, *([f"classes that differ only in case: {', '.join(apart)}"] if apart else [])]
 
-def vocabulary(declared: Declared, terms: Iterable[str] = ()) -> Vocabulary:
-    """The words for the classes that are declared, else for those that the `terms` in the data name.
+    def merged(self, terms: Iterable[str]) -> tuple[str, ...]:
+        """The texts of the first class that several name, if there is one."""
+        by_class: defaultdict[int, set[str]] = defaultdict(set)
+        for text in terms:
+            by_class[self.index(text)].add(text)
+        return next((tuple(sorted(texts)) for texts in by_class.values() if len(texts) > 1), ())
 
-    Where all terms are whole numbers, so are the names, and "3", "3.0" and " 3" are one class.
+
+def vocabulary(declared: Declared, terms: Mapping[str, int] | None = None) -> Vocabulary:
+    """The words for the classes that are declared, else for those that the `terms` in the data name, counted.
+
+    A name is a text, kept to the letter. Texts of one meaning (see `meaning`) are one class, called by the
+    shortest of them, of these the most frequent.
     """
     if declared.classes is None:
-        unique = set(terms)
-        numbers = {text: whole_number(text) for text in unique}
-        if all(number is not None for number in numbers.values()):
-            names = tuple(class_order(str(number) for number in numbers.values()))
-            return Vocabulary(
-                names, {int(name): index for index, name in enumerate(names)}, declared.separator
-            )
-        names = tuple(class_order(unique))
-        return Vocabulary(names, {name: index for index, name in enumerate(names)}, declared.separator)
+        forms: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for text, count in (terms or {}).items():
+            forms[meaning(text)][plain(text)] += count
+        called = {
+            common: min(texts, key=lambda text: (len(text), -texts[text], text))
+            for common, texts in forms.items()
+        }
+        names = tuple(class_order(called.values()))
+        index_of: dict[str | int, int] = {name: index for index, name in enumerate(names)}
+        alike = {common: index_of[name] for common, name in called.items()}
+        return Vocabulary(names, index_of, declared.separator, alike)
     names = names_of(declared.classes)
     values = list(declared.classes) if isinstance(declared.classes, Mapping) else range(len(names))
-    index_of: dict[str | int, int] = {value: index for index, value in enumerate(values)}
-    index_of |= {name: index for index, name in enumerate(names)}
-    return Vocabulary(names, index_of, declared.separator)
+    by_text: dict[str | int, int] = {value: index for index, value in enumerate(values)}
+    by_text |= {plain(name): index for index, name in enumerate(names)}
+    common = Counter(map(meaning, names))
+    alike = {meaning(name): index for index, name in enumerate(names) if common[meaning(name)] == 1}
+    return Vocabulary(names, by_text, declared.separator, alike)
+
+
+def plain(text: str) -> str:
+    """A text as it is compared: in Unicode's composed form, without space and byte-order marks around it."""
+    return unicodedata.normalize("NFC", text.strip().strip(_MARK).strip())
+
+
+def meaning(text: str) -> str:
+    """What texts of one class have in common: `1` of `1`, `1.` and `1.0`; `true` of `True` and `TRUE`."""
+    text = plain(text)
+    if match := _WHOLE.fullmatch(text):
+        return match[1]
+    return text.casefold() if text.casefold() in _TRUTH else text
+
+
+def _counted(texts: Mapping[str, int]) -> str:
+    """Texts with their counts; those that look the same are told apart by their code points."""
+    looks = Counter(plain(text) for text in texts)
+    shown = [
+        f"{text!r} ({texts[text]:,})" if looks[plain(text)] == 1 else f"{text!a} ({texts[text]:,})"
+        for text in sorted(texts)
+    ]
+    more = f" and {len(shown) - _LISTED} more" if len(shown) > _LISTED else ""
+    return ", ".join(shown[:_LISTED]) + more
 
 
 def names_of(classes: ClassNames) -> tuple[str, ...]:
@@ -105,18 +187,15 @@ def names_of(classes: ClassNames) -> tuple[str, ...]:
 def class_order(names: Iterable[str]) -> list[str]:
     """Class names in the order of their indices: by number where all are numbers, else by name."""
     unique = set(names)
-    if all(re.fullmatch(r"-?\d+", name) for name in unique):
-        return sorted(unique, key=lambda name: (int(name), name))
+    if all(_DECIMAL.fullmatch(name) for name in unique):
+        return sorted(unique, key=lambda name: (Decimal(name), name))
     return sorted(unique)
 
 
 def whole_number(text: str) -> int | None:
-    """The whole number in a cell; "3.0" is one: a column with gaps is often written so."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return int(value) if value.is_integer() else None
+    """The whole number in a text, exactly; "3.0" is one: a column with gaps is often written so."""
+    match = _WHOLE.fullmatch(text)
+    return int(match[1]) if match else None
 
 
 def one_value(cell: Cell) -> str:

@@ -28,7 +28,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import Record, TaskSource
 from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.packing import pack
-from mtl_dist.kinds.cells import parse_cells
+from mtl_dist.kinds.cells import Parsed, parse_cells
 from mtl_dist.kinds.registry import scalar_kind
 from mtl_dist.kinds.words import Declared
 from mtl_dist.launch.snapshot import take_snapshot
@@ -129,7 +129,7 @@ def test_a_kind_of_ones_own_checks_counts_and_shows_its_labels(project: Path) ->
     assert (info.kind, info.unit, info.minimum, info.maximum) == ("my_project.count.Count", "cells", 0.0, 6.0)
     kind = scalar_kind(info.kind)
     declared = Declared()
-    assert parse_cells(kind, ["3", "", "0"], str, declared) == ((), [3, None, 0])
+    assert parse_cells(kind, ["3", "", "0"], str, declared) == Parsed((), [3, None, 0])
     for wrong in ("-1", "2.5", "many"):
         with pytest.raises(UserError, match=f"expected a whole number >= 0 or nothing, found '{wrong}'"):
             parse_cells(kind, [wrong], str, declared)
