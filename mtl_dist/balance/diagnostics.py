@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FIGHT = -0.1
-"""Two tasks fight where the cosine of their gradients is below this."""
+"""Two tasks conflict where the cosine of their gradients is below this."""
 DOMINANCE = 10.0
 """One gradient drowns another where it is longer by this factor."""
 
@@ -41,7 +41,7 @@ class GradientDiagnostics:
         return found
 
     def sentences(self) -> list[str]:
-        """A plain sentence for each pair of tasks that fight, the worst first."""
+        """A plain sentence for each pair of tasks that conflict, the worst first."""
         pairs = [
             (float(self.cosines_TT[i, j]), i, j)
             for i in range(len(self.tasks))
@@ -53,7 +53,7 @@ class GradientDiagnostics:
     def _sentence(self, cosine: float, i: int, j: int) -> str:
         longer, shorter = (i, j) if self.lengths_T[i] >= self.lengths_T[j] else (j, i)
         ratio = float(self.lengths_T[longer] / self.lengths_T[shorter])
-        text = f"{self.tasks[i]} and {self.tasks[j]} fight: the cosine of their gradients is {cosine:.2f}"
+        text = f"{self.tasks[i]} and {self.tasks[j]} conflict: the cosine of their gradients is {cosine:.2f}"
         if ratio >= DOMINANCE:
             text += f", and {self.tasks[longer]}'s gradient is {ratio:.0f} times as long: it wins"
         return text + "."

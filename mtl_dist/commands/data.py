@@ -140,7 +140,7 @@ def index(
     from mtl_dist.importers.options import PackOptions
     from mtl_dist.importers.tars import FieldMapping, index_tars
     from mtl_dist.importers.wanted import class_names
-    from mtl_dist.kinds.words import MISSING
+    from mtl_dist.kinds.vocabulary import MISSING
 
     mapping = FieldMapping(
         image=image,

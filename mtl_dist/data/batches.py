@@ -32,7 +32,7 @@ from mtl_dist.data.transforms import Transform
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.kind import MapKind, ScalarKind
 from mtl_dist.kinds.registry import kind_of
-from mtl_dist.kinds.words import LabelError
+from mtl_dist.kinds.vocabulary import LabelError
 from mtl_dist.randomness import Draws, derive_key
 from mtl_dist.specs import TaskInfo
 

@@ -1,4 +1,4 @@
-"""Which tasks fight over a whole run: the mean cosine between their gradients, as a heat map and a sentence.
+"""Which tasks conflict over a whole run: the mean cosine between their gradients, as a heat map and a sentence.
 
 The rows are those of metrics.jsonl whose kind is "balance": one for every step in which the tasks' gradients
 were compared (`balance.diagnose_every`).
@@ -33,7 +33,7 @@ class Conflicts:
     fights_TT: np.ndarray
 
     def sentences(self) -> list[str]:
-        """A plain sentence for each pair that fights on average, the worst first; one if none does."""
+        """A plain sentence for each pair that conflicts on average, the worst first; one if none does."""
         pairs = sorted(
             (float(self.cosines_TT[i, j]), i, j)
             for i in range(len(self.tasks))
@@ -42,8 +42,8 @@ class Conflicts:
         )
         if not pairs:
             return []
-        fighting = [
-            f"{self.tasks[i]} and {self.tasks[j]} fight: the mean cosine of their gradients is {cosine:.2f}, "
+        conflicting = [
+            f"{self.tasks[i]} and {self.tasks[j]} conflict: the mean cosine of their gradients is {cosine:.2f}, "
             f"below {FIGHT:g} in {self.fights_TT[i, j]} of {self.looks_TT[i, j]} looks."
             for cosine, i, j in pairs
             if cosine < FIGHT
@@ -52,7 +52,7 @@ class Conflicts:
         lowest = (
             f"the lowest mean cosine of gradients is {cosine:.2f}, of {self.tasks[i]} and {self.tasks[j]}"
         )
-        return fighting or [f"No two tasks fight: {lowest}."]
+        return conflicting or [f"No two tasks conflict: {lowest}."]
 
 
 def conflicts_in(rows: Iterable[Mapping[str, Any]]) -> Conflicts | None:
@@ -90,7 +90,7 @@ def _in_order(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
 
 
 def draw_conflicts(panels: Mapping[str, Conflicts], path: Path) -> None:
-    """Draw one heat map (task x task, mean cosine) per title, red where two tasks fight."""
+    """Draw one heat map (task x task, mean cosine) per title, red where two tasks conflict."""
     from matplotlib.figure import Figure
 
     largest = max(len(conflicts.tasks) for conflicts in panels.values())

@@ -20,7 +20,7 @@ from mtl_dist.importers.splitting import SPLIT_NAMES, is_split_word, split_name
 from mtl_dist.importers.summary import listed
 from mtl_dist.kinds.classification import Classification
 from mtl_dist.kinds.segmentation import BACKGROUND, Segmentation
-from mtl_dist.kinds.words import class_order
+from mtl_dist.kinds.vocabulary import class_order
 
 SKIP = "-"
 """In place of a level's task: folders that say nothing."""

@@ -32,7 +32,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.importers.sources import Readable
 from mtl_dist.kinds.kind import Label, UnreadableMap
 from mtl_dist.kinds.registry import kind_of, map_kind
-from mtl_dist.kinds.words import LabelError
+from mtl_dist.kinds.vocabulary import LabelError
 from mtl_dist.plural import plural
 from mtl_dist.specs import TaskInfo
 

@@ -38,7 +38,7 @@ from mtl_dist.importers.wanted import (
     wanted_tasks,
 )
 from mtl_dist.kinds.kind import Label
-from mtl_dist.kinds.words import MISSING
+from mtl_dist.kinds.vocabulary import MISSING
 from mtl_dist.plural import plural
 
 STACK, PAGE, FOLDER = "stack", "page", "folder"

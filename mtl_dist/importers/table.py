@@ -32,7 +32,7 @@ from mtl_dist.importers.wanted import (
     wanted_tasks,
 )
 from mtl_dist.kinds.kind import Label
-from mtl_dist.kinds.words import MISSING
+from mtl_dist.kinds.vocabulary import MISSING
 
 _SPLIT_COLUMNS = (SPLIT, "set", "subset", "partition", "phase")
 _NO_IMAGE = "left out: its image is not there"

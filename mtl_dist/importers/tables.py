@@ -15,7 +15,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.importers.sources import Tree
 from mtl_dist.kinds.cells import Parsed, parse_cells
 from mtl_dist.kinds.registry import scalar_kind
-from mtl_dist.kinds.words import Cell, Declared
+from mtl_dist.kinds.vocabulary import Cell, Declared
 
 _TABLES = (".csv", ".tsv", ".json")
 FILE, SPLIT, LABEL = "file", "split", "label"
@@ -31,7 +31,7 @@ class Row:
 
 
 def read_labels(kind: str, rows: Sequence[Row], column: str, declared: Declared) -> Parsed:
-    """Class names and the label of each row, None where its cell is empty; and what is to be told of them.
+    """Class names and the label of each row, None where its cell is empty; and what is to be reported of them.
 
     Raises:
         UserError: a cell that holds no label of this kind.

@@ -29,7 +29,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.importers.sources import is_hidden
 from mtl_dist.kinds.kind import UnreadableMap
 from mtl_dist.kinds.registry import map_kind
-from mtl_dist.kinds.words import Cell, LabelError
+from mtl_dist.kinds.vocabulary import Cell, LabelError
 from mtl_dist.specs import TaskInfo
 
 _NAME = re.compile(r"^((?:.*/)?[^.]+)\.([^/]*)$")

@@ -42,7 +42,7 @@ from mtl_dist.kinds.multilabel import Multilabel
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.kinds.regression import Regression
 from mtl_dist.kinds.segmentation import Segmentation
-from mtl_dist.kinds.words import MISSING, ClassNames, Declared, LabelError
+from mtl_dist.kinds.vocabulary import MISSING, ClassNames, Declared, LabelError
 from mtl_dist.plural import plural
 from mtl_dist.specs import TaskInfo
 

@@ -18,7 +18,7 @@ from mtl_dist.importers.options import Help
 from mtl_dist.importers.tables import Row, read_labels
 from mtl_dist.kinds.kind import Label
 from mtl_dist.kinds.registry import kind_of
-from mtl_dist.kinds.words import MISSING, ClassNames, Declared, LabelError
+from mtl_dist.kinds.vocabulary import MISSING, ClassNames, Declared, LabelError
 
 Labels: TypeAlias = Annotated[
     dict[str, str],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.kind import Label, ScalarKind
-from mtl_dist.kinds.words import Cell, Declared, LabelError, plain, vocabulary
+from mtl_dist.kinds.vocabulary import Cell, Declared, LabelError, plain, vocabulary
 
 _COMMA_NUMBER = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
@@ -21,7 +21,7 @@ _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 
 @dataclass(frozen=True)
 class Parsed:
-    """What the cells of a column say: class names, the label of each cell or None, and what is to be told."""
+    """What the cells of a column say: class names, the label of each cell or None, and what is to be reported."""
 
     classes: tuple[str, ...]
     labels: Sequence[Label | None]

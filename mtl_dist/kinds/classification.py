@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mtl_dist.kinds.kind import Blending, Label, ScalarKind
-from mtl_dist.kinds.words import Cell, Declared, LabelError, Vocabulary, one_value
+from mtl_dist.kinds.vocabulary import Cell, Declared, LabelError, Vocabulary, one_value
 from mtl_dist.specs import NO_CLASS, TaskInfo
 
 

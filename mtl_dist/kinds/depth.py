@@ -14,7 +14,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.kinds.kind import Colour, MapKind, StoredMap, UnreadableMap
 from mtl_dist.kinds.moments import NO_VALUES, deviation, moments_of, pooled
 from mtl_dist.kinds.view import View
-from mtl_dist.kinds.words import LabelError
+from mtl_dist.kinds.vocabulary import LabelError
 from mtl_dist.specs import TaskInfo
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 import numpy as np
 
 from mtl_dist.kinds.view import View
-from mtl_dist.kinds.words import Cell, Declared, Vocabulary, names_of
+from mtl_dist.kinds.vocabulary import Cell, Declared, Vocabulary, names_of
 from mtl_dist.specs import TaskInfo
 
 if TYPE_CHECKING:

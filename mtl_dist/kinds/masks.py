@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from mtl_dist.kinds.kind import StoredMap, UnreadableMap
-from mtl_dist.kinds.words import LabelError
+from mtl_dist.kinds.vocabulary import LabelError
 from mtl_dist.specs import IGNORE
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import numpy as np
 
 from mtl_dist.kinds.classification import class_index, up_to_last
 from mtl_dist.kinds.kind import Label, ScalarKind
-from mtl_dist.kinds.words import Cell, Declared, LabelError, Vocabulary
+from mtl_dist.kinds.vocabulary import Cell, Declared, LabelError, Vocabulary
 from mtl_dist.specs import TaskInfo
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mtl_dist.kinds.kind import Label, ScalarKind
-from mtl_dist.kinds.words import Cell, LabelError, Vocabulary, one_value, plain
+from mtl_dist.kinds.vocabulary import Cell, LabelError, Vocabulary, one_value, plain
 from mtl_dist.specs import TaskInfo
 
 

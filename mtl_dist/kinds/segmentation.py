@@ -11,7 +11,7 @@ import numpy as np
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.kind import Colour, MapKind, StoredMap
 from mtl_dist.kinds.masks import store_mask
-from mtl_dist.kinds.words import Declared, LabelError
+from mtl_dist.kinds.vocabulary import Declared, LabelError
 from mtl_dist.specs import IGNORE, TaskInfo
 
 if TYPE_CHECKING:

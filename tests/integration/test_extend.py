@@ -30,7 +30,7 @@ from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.packing import pack
 from mtl_dist.kinds.cells import Parsed, parse_cells
 from mtl_dist.kinds.registry import scalar_kind
-from mtl_dist.kinds.words import Declared
+from mtl_dist.kinds.vocabulary import Declared
 from mtl_dist.launch.snapshot import take_snapshot
 from mtl_dist.recipe import Recipe, load_recipe
 

@@ -42,15 +42,15 @@ def test_an_absent_task_is_left_out() -> None:
 def test_tasks_that_fight_are_named_the_worst_first() -> None:
     gramian_TT = torch.tensor([[1.0, -0.3, -0.9], [-0.3, 1.0, 0.2], [-0.9, 0.2, 1.0]])
     assert diagnose(TASKS, gramian_TT, ALL).sentences() == [
-        "digit and ink fight: the cosine of their gradients is -0.90.",
-        "digit and thickness fight: the cosine of their gradients is -0.30.",
+        "digit and ink conflict: the cosine of their gradients is -0.90.",
+        "digit and thickness conflict: the cosine of their gradients is -0.30.",
     ]
 
 
 def test_a_fight_that_one_task_wins_by_its_length_says_so() -> None:
     gramian_TT = torch.tensor([[1.0, 0.0, -20.0], [0.0, 1.0, 0.0], [-20.0, 0.0, 1600.0]])
     assert diagnose(TASKS, gramian_TT, ALL).sentences() == [
-        "digit and ink fight: the cosine of their gradients is -0.50, "
+        "digit and ink conflict: the cosine of their gradients is -0.50, "
         "and ink's gradient is 40 times as long: it wins."
     ]
 

@@ -33,7 +33,7 @@ def test_two_tasks_that_fight_are_named_in_a_sentence() -> None:
     found = conflicts_in(ROWS)
     assert found is not None
     assert found.sentences() == [
-        "a and b fight: the mean cosine of their gradients is -0.20, below -0.1 in 1 of 2 looks."
+        "a and b conflict: the mean cosine of their gradients is -0.20, below -0.1 in 1 of 2 comparisons."
     ]
 
 
@@ -41,7 +41,7 @@ def test_peace_is_said_too_and_nothing_where_nothing_was_compared() -> None:
     peace = conflicts_in([{"kind": "balance", "balance/cosine/a/b": 0.5}])
     assert peace is not None
     assert peace.sentences() == [
-        "No two tasks fight: the lowest mean cosine of gradients is 0.50, of a and b."
+        "No two tasks conflict: the lowest mean cosine of gradients is 0.50, of a and b."
     ]
     assert conflicts_in([{"kind": "balance", "balance/gradient_norm/a": 1.0}, {"kind": "step"}]) is None
     unknown = conflicts_in([{"kind": "balance", "balance/cosine/a/b": None}])
@@ -61,6 +61,6 @@ def test_a_run_that_compared_gradients_ends_with_the_sentence_and_the_picture(tm
     tracker.record("balance", 1, 0.5, {"balance/cosine/digit/age": -0.3})
     RunFigures(tmp_path, say=tracker.say).draw_conflicts()
     tracker.close()
-    assert "digit and age fight: the mean cosine" in (tmp_path / "log.txt").read_text()
+    assert "digit and age conflict: the mean cosine" in (tmp_path / "log.txt").read_text()
     assert (tmp_path / "evaluation" / "conflicts.png").is_file()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["kind"] == "balance"

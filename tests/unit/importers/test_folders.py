@@ -16,7 +16,7 @@ from mtl_dist.data.manifest import read_manifest
 from mtl_dist.errors import UserError
 from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.splitting import split_by_fractions, unique_keys
-from mtl_dist.kinds.words import class_order
+from mtl_dist.kinds.vocabulary import class_order
 from tests.source_files import HERE, contents, encoded, fill, picture, prepare_folders, read_back
 
 

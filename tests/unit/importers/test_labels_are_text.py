@@ -18,7 +18,7 @@ from mtl_dist.importers.tables import read_table
 from mtl_dist.importers.tars import FieldMapping, index_tars
 from mtl_dist.kinds.cells import Parsed, parse_cells
 from mtl_dist.kinds.registry import scalar_kind
-from mtl_dist.kinds.words import Declared
+from mtl_dist.kinds.vocabulary import Declared
 from tests.source_files import mask, picture
 
 ONE = PackOptions(workers=1)

@@ -12,7 +12,7 @@ from PIL import Image
 from mtl_dist.data.images import open_map
 from mtl_dist.kinds.kind import StoredMap, UnreadableMap
 from mtl_dist.kinds.masks import store_mask
-from mtl_dist.kinds.words import LabelError
+from mtl_dist.kinds.vocabulary import LabelError
 from tests.source_files import encoded
 
 COLOUR = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))

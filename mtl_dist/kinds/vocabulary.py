@@ -169,7 +169,7 @@ def meaning(text: str) -> str:
 
 
 def _counted(texts: Mapping[str, int]) -> str:
-    """Texts with their counts; those that look the same are told apart by their code points."""
+    """Texts with their counts; those that look the same are distinguished by their code points."""
     looks = Counter(plain(text) for text in texts)
     shown = [
         f"{text!r} ({texts[text]:,})" if looks[plain(text)] == 1 else f"{text!a} ({texts[text]:,})"
