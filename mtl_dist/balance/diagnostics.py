@@ -11,7 +11,7 @@ from mtl_dist.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-FIGHT = -0.1
+CONFLICT = -0.1
 """Two tasks conflict where the cosine of their gradients is below this."""
 DOMINANCE = 10.0
 """One gradient drowns another where it is longer by this factor."""
@@ -46,7 +46,7 @@ class GradientDiagnostics:
             (float(self.cosines_TT[i, j]), i, j)
             for i in range(len(self.tasks))
             for j in range(i + 1, len(self.tasks))
-            if self.cosines_TT[i, j] < FIGHT
+            if self.cosines_TT[i, j] < CONFLICT
         ]
         return [self._sentence(*pair) for pair in sorted(pairs)]
 

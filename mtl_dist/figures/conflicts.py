@@ -1,4 +1,4 @@
-"""Which tasks conflict over a whole run: the mean cosine between their gradients, as a heat map and a sentence.
+"""Which tasks conflict over a whole run: the mean cosine of their gradients, as a heat map and a sentence.
 
 The rows are those of metrics.jsonl whose kind is "balance": one for every step in which the tasks' gradients
 were compared (`balance.diagnose_every`).
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mtl_dist.balance.diagnostics import FIGHT
+from mtl_dist.balance.diagnostics import CONFLICT
 from mtl_dist.figures.saving import save_png
 
 PREFIX = "balance/cosine/"
@@ -24,13 +24,13 @@ class Conflicts:
     """What was found over one run, or several runs of the same tasks.
 
     cosines_TT  the mean cosine of each pair, symmetric, 1 on the diagonal; NaN for a pair never compared
-    looks_TT    in how many steps each pair was compared, and `fights_TT` in how many of them it fought
+    compared_TT    in how many steps each pair was compared, and `conflicts_TT` in how many of them it fought
     """
 
     tasks: tuple[str, ...]
     cosines_TT: np.ndarray
-    looks_TT: np.ndarray
-    fights_TT: np.ndarray
+    compared_TT: np.ndarray
+    conflicts_TT: np.ndarray
 
     def sentences(self) -> list[str]:
         """A plain sentence for each pair that conflicts on average, the worst first; one if none does."""
@@ -38,15 +38,15 @@ class Conflicts:
             (float(self.cosines_TT[i, j]), i, j)
             for i in range(len(self.tasks))
             for j in range(i + 1, len(self.tasks))
-            if self.looks_TT[i, j]
+            if self.compared_TT[i, j]
         )
         if not pairs:
             return []
         conflicting = [
-            f"{self.tasks[i]} and {self.tasks[j]} conflict: the mean cosine of their gradients is {cosine:.2f}, "
-            f"below {FIGHT:g} in {self.fights_TT[i, j]} of {self.looks_TT[i, j]} looks."
+            f"{self.tasks[i]} and {self.tasks[j]} conflict: the mean cosine of their gradients is "
+            f"{cosine:.2f}, below {CONFLICT:g} in {self.conflicts_TT[i, j]} of {self.compared_TT[i, j]} comparisons."
             for cosine, i, j in pairs
-            if cosine < FIGHT
+            if cosine < CONFLICT
         ]
         cosine, i, j = pairs[0]
         lowest = (
@@ -70,14 +70,14 @@ def conflicts_in(rows: Iterable[Mapping[str, Any]]) -> Conflicts | None:
     tasks = _in_order(found)
     cosines_TT = np.full((len(tasks), len(tasks)), np.nan)
     np.fill_diagonal(cosines_TT, 1.0)
-    looks_TT = np.zeros((len(tasks), len(tasks)), np.int64)
-    fights_TT = np.zeros_like(looks_TT)
+    compared_TT = np.zeros((len(tasks), len(tasks)), np.int64)
+    conflicts_TT = np.zeros_like(compared_TT)
     for (first, second), values in found.items():
         for at in ((tasks.index(first), tasks.index(second)), (tasks.index(second), tasks.index(first))):
             cosines_TT[at] = np.mean(values)
-            looks_TT[at] = len(values)
-            fights_TT[at] = sum(value < FIGHT for value in values)
-    return Conflicts(tasks, cosines_TT, looks_TT, fights_TT)
+            compared_TT[at] = len(values)
+            conflicts_TT[at] = sum(value < CONFLICT for value in values)
+    return Conflicts(tasks, cosines_TT, compared_TT, conflicts_TT)
 
 
 def _in_order(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
@@ -109,7 +109,7 @@ def draw_conflicts(panels: Mapping[str, Conflicts], path: Path) -> None:
         axis.set_yticks(ticks, conflicts.tasks, fontsize=8)
         axis.set_title(title, loc="left", fontsize=9)
         if len(conflicts.tasks) <= 12:
-            for row, column in zip(*np.nonzero(conflicts.looks_TT), strict=True):
+            for row, column in zip(*np.nonzero(conflicts.compared_TT), strict=True):
                 cosine = conflicts.cosines_TT[row, column]
                 colour = "white" if abs(cosine) > 0.6 else "black"
                 axis.text(column, row, f"{cosine:.2f}", ha="center", va="center", fontsize=7, color=colour)

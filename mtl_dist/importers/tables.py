@@ -31,7 +31,7 @@ class Row:
 
 
 def read_labels(kind: str, rows: Sequence[Row], column: str, declared: Declared) -> Parsed:
-    """Class names and the label of each row, None where its cell is empty; and what is to be reported of them.
+    """Class names and the label of each row, None where its cell is empty; and what to report of them.
 
     Raises:
         UserError: a cell that holds no label of this kind.

@@ -21,7 +21,7 @@ _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 
 @dataclass(frozen=True)
 class Parsed:
-    """What the cells of a column say: class names, the label of each cell or None, and what is to be reported."""
+    """What the cells of a column say: class names, the label of each cell or None, and what to report."""
 
     classes: tuple[str, ...]
     labels: Sequence[Label | None]

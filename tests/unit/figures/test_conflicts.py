@@ -25,8 +25,8 @@ def test_the_mean_cosine_of_each_pair_is_over_the_looks_that_compared_it() -> No
     assert found.tasks == ("a", "b", "c")
     expected = np.array([[1, -0.2, 0.3], [-0.2, 1, np.nan], [0.3, np.nan, 1]])
     np.testing.assert_allclose(found.cosines_TT, expected, rtol=1e-12)
-    assert found.looks_TT.tolist() == [[0, 2, 2], [2, 0, 0], [2, 0, 0]]
-    assert found.fights_TT[0, 1] == 1
+    assert found.compared_TT.tolist() == [[0, 2, 2], [2, 0, 0], [2, 0, 0]]
+    assert found.conflicts_TT[0, 1] == 1
 
 
 def test_two_tasks_that_fight_are_named_in_a_sentence() -> None:
