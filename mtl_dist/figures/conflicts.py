@@ -44,7 +44,8 @@ class Conflicts:
             return []
         conflicting = [
             f"{self.tasks[i]} and {self.tasks[j]} conflict: the mean cosine of their gradients is "
-            f"{cosine:.2f}, below {CONFLICT:g} in {self.conflicts_TT[i, j]} of {self.compared_TT[i, j]} comparisons."
+            f"{cosine:.2f}, below {CONFLICT:g} in {self.conflicts_TT[i, j]} "
+            f"of {self.compared_TT[i, j]} comparisons."
             for cosine, i, j in pairs
             if cosine < CONFLICT
         ]
