@@ -25,5 +25,6 @@ IMPORTERS = {
     "table": BuiltIn("mtl_dist.importers.table.TableImporter", "A table of labels: one row per image."),
     "idx": BuiltIn("mtl_dist.importers.idx.Idx", "MNIST and its relatives: IDX files."),
     "cifar": BuiltIn("mtl_dist.importers.cifar.Cifar", "CIFAR's binary records, with any number of labels."),
+    "coco": BuiltIn("mtl_dist.importers.coco.Coco", "COCO's JSON files: instances or panoptic."),
     "stacks": BuiltIn("mtl_dist.importers.stacks.Stacks", "Multi-page TIFFs: one sample per page."),
 }

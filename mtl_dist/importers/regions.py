@@ -1,0 +1,306 @@
+"""What formats of annotated regions share: from regions of images to labels, masks and boxes.
+
+    --categories NAME       multilabel: the categories of the regions in an image
+    --masks NAME            segmentation: background and a class for each category
+    --box NAME=CATEGORY     four numbers, NAME_xmin, NAME_ymin, NAME_xmax, NAME_ymax: the box of the image's
+                            largest region of the category
+
+An importer of such a format reads its files into `AnnotatedImage`s and says what its categories are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias
+
+from mtl_dist.config.nearest import nearest
+from mtl_dist.data.images import IMAGE_EXTENSIONS, extension_of
+from mtl_dist.data.shards import check_task_names
+from mtl_dist.errors import UserError
+from mtl_dist.importers.account import IMAGE, MASK, NO_IMAGE, TABLE
+from mtl_dist.importers.importer import Importer, LeftOut
+from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.options import Help
+from mtl_dist.importers.outlines import Edges, Outline, Rectangle, RegionMask
+from mtl_dist.importers.sources import Readable, Source, Tree
+from mtl_dist.importers.summary import listed
+from mtl_dist.kinds.kind import Label
+from mtl_dist.kinds.multilabel import Multilabel
+from mtl_dist.kinds.regression import Regression
+from mtl_dist.kinds.segmentation import BACKGROUND, Segmentation
+from mtl_dist.specs import IGNORE
+
+Categories: TypeAlias = Annotated[
+    str, Help("A multilabel task of this name: the categories that an image shows.", "NAME")
+]
+Masks: TypeAlias = Annotated[
+    str, Help("A segmentation task of this name: background and a class for each category.", "NAME")
+]
+Boxes: TypeAlias = Annotated[
+    dict[str, str],
+    Help("Four numbers NAME_xmin, ...: the box of an image's largest region of CATEGORY.", "NAME=CATEGORY"),
+]
+Empty: TypeAlias = Annotated[
+    Literal["none", "unknown"],
+    Help("What an image without regions means: that it shows none, or that nobody looked.", "none|unknown"),
+]
+Crowds: TypeAlias = Annotated[
+    Literal["ignore", "class"],
+    Help("What a crowd's pixels are in a mask: ignored, or of its category.", "ignore|class"),
+]
+
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+REGIONS, FILES = "regions", "files"
+_USED, _CROWD = "label", "label: a crowd"
+_NO_IMAGE = "left out: its image is not there"
+_NO_EXTENT = "left out: a box without extent"
+_NOT_ASKED = "left out: no task is made of it"
+_NOT_LARGEST = "left out: not the largest of its category in its image"
+_NOT_NAMED = "left out: no annotation names it"
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One annotated region: its name for messages, its category's index, where it is."""
+
+    name: str
+    category: int
+    box: Edges | None
+    outline: Outline | None = None
+    crowd: bool = False
+
+    @property
+    def area(self) -> float:
+        """Of its box, in pixels; 0 where it has none."""
+        if self.box is None:
+            return 0.0
+        left, top, right, bottom = self.box
+        return max(0.0, right - left) * max(0.0, bottom - top)
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotatedImage:
+    """An image and its regions; `source` is None where its file is not there, `mask` a ready one.
+
+    `where` names it in the annotations.
+    """
+
+    path: str
+    source: Source | None
+    width: int
+    height: int
+    regions: Sequence[Region] = ()
+    split: str = ""
+    mask: Readable | None = None
+    where: str = ""
+    columns: Mapping[str, str | list[str]] = field(default_factory=dict)
+
+
+class RegionImporter(Importer):
+    """An importer of annotated regions; the constructor of one gives `images` and their categories."""
+
+    mask_classes: tuple[str, ...] = ()
+    """The classes of ready masks; else background and the categories."""
+
+    def ask(self, categories: str, masks: str, box: Mapping[str, str], empty: str, crowds: str) -> None:
+        """What tasks are to be made.
+
+        Raises:
+            UserError: none, or two of one name.
+        """
+        names = [name for name in (categories, masks) if name]
+        names += [f"{name}_{side}" for name in box for side in SIDES]
+        if not names:
+            raise UserError(
+                "tasks: expected --categories NAME, --masks NAME or --box NAME=CATEGORY, found none of them."
+            )
+        if len(set(names)) < len(names):
+            raise UserError(f"tasks: expected each name once, found {', '.join(names)}.")
+        check_task_names(names)
+        self._multilabel, self._masks, self._boxes = categories, masks, box
+        self._empty, self._crowds = empty, crowds
+        self._noted: list[str] = []
+
+    def has(self, tree: Tree, categories: Sequence[str], images: Sequence[AnnotatedImage]) -> None:
+        """What was read: the categories' names, and every image in its order.
+
+        Raises:
+            UserError: a box of no category, or masks of regions that have no outlines.
+        """
+        self._tree, self._names, self._images = tree, tuple(categories), images
+        if len(set(categories)) < len(categories):
+            twice = [name for name, number in Counter(categories).items() if number > 1]
+            raise UserError(f"{tree}: expected each category once, found {listed(twice)} several times.")
+        for name, category in self._boxes.items():
+            if category not in self._names:
+                near = nearest(category, self._names)
+                raise UserError(
+                    f"--box {name}: expected a category of {', '.join(self._names)}, found {category!r}."
+                    f"{f' Did you mean {near!r}?' if near else ''}"
+                )
+        regions = [region for image in images for region in image.regions]
+        ready = any(image.mask is not None for image in images)
+        if self._masks and not ready and regions and all(region.outline is None for region in regions):
+            raise UserError(
+                f"--masks {self._masks}: expected regions with outlines, found boxes alone in {tree}. "
+                "Use --categories or --box."
+            )
+        self.account.found(REGIONS, (region.name for region in regions))
+
+    def tasks(self) -> Mapping[str, TaskSource]:
+        tasks: dict[str, TaskSource] = {}
+        if self._multilabel:
+            tasks[self._multilabel] = TaskSource(Multilabel.name, self._names)
+        if self._masks:
+            classes = self.mask_classes or (BACKGROUND, *self._names)
+            values = {index: index for index in range(len(classes))}
+            tasks[self._masks] = TaskSource(Segmentation.name, classes, mask_values=values)
+        for name in self._boxes:
+            for side in SIDES:
+                tasks[f"{name}_{side}"] = TaskSource(Regression.name, unit="px")
+        return tasks
+
+    def records(self) -> Iterator[Record | LeftOut]:
+        self._chosen: Counter[str] = Counter()
+        empties = 0
+        for image in self._images:
+            if image.source is None:
+                for region in image.regions:
+                    self.account.became(REGIONS, region.name, _NO_IMAGE)
+                yield LeftOut(f"{self._tree}: expected the image {image.path!r}, found no such file.")
+                continue
+            known = bool(image.regions) or image.mask is not None
+            empties += not known
+            if not known and self._empty == "unknown":
+                yield Record("", image.source, {}, {}, image.split, path=image.path, columns=image.columns)
+                continue
+            labels: dict[str, Label] = {}
+            if self._multilabel:
+                labels[self._multilabel] = sorted({region.category for region in image.regions})
+            for name, category in self._boxes.items():
+                labels |= self._box(name, category, image)
+            masks: dict[str, Readable] = {}
+            if self._masks:
+                masks[self._masks] = image.mask or self._drawn(image)
+            self._end(image)
+            yield Record("", image.source, labels, masks, image.split, path=image.path, columns=image.columns)
+        if empties:
+            meant = "they show none" if self._empty == "none" else "unlabelled"
+            self._noted.append(f"images without regions: {empties}, {meant} (--empty)")
+
+    def notes(self) -> Iterator[str]:
+        yield from self._noted
+        for what, number in sorted(self._chosen.items()):
+            yield f"{what}: {number}"
+
+    def enter_files(
+        self, images: Sequence[str], annotations: Sequence[str], masks: Sequence[str] = ()
+    ) -> None:
+        """Account for every file of the tree."""
+        tree, account = self._tree, self.account
+        tree.enter(account)
+        for fate, names in ((IMAGE, images), (MASK, masks), (TABLE, annotations)):
+            account.found(FILES, names)
+            for name in names:
+                account.became(FILES, name, fate)
+        rest = account.rest(FILES, "")
+        pictures = [name for name in rest if extension_of(name) in IMAGE_EXTENSIONS]
+        for name in pictures:
+            account.became(FILES, name, _NOT_NAMED)
+        account.rest(FILES, NO_IMAGE)
+        if pictures:
+            self._noted.append(
+                f"pictures that no annotation names, left out: {len(pictures)} ({listed(pictures)})"
+            )
+
+    def _box(self, name: str, category: str, image: AnnotatedImage) -> dict[str, float]:
+        """The four numbers of the largest region of a category; nothing where there is none."""
+        of_category = [r for r in image.regions if r.category == self._names.index(category) and not r.crowd]
+        regions = [region for region in of_category if region.area > 0]
+        for region in of_category:
+            if not region.area and not self._uses_all:
+                self.account.became(REGIONS, region.name, _NO_EXTENT)
+        if not regions:
+            return {}
+        largest = max(regions, key=lambda region: region.area)
+        self.account.became(REGIONS, largest.name, _USED)
+        if len(regions) > 1:
+            self._chosen[f"images of several {category}, whose largest is the box {name}"] += 1
+        for region in regions:
+            if region is not largest and not self._uses_all:
+                self.account.became(REGIONS, region.name, _NOT_LARGEST)
+        assert largest.box is not None
+        return {f"{name}_{side}": float(edge) for side, edge in zip(SIDES, largest.box, strict=True)}
+
+    @property
+    def _uses_all(self) -> bool:
+        return bool(self._multilabel or self._masks)
+
+    def _drawn(self, image: AnnotatedImage) -> RegionMask:
+        drawn: list[tuple[int, Outline]] = []
+        for region in image.regions:
+            value = region.category + 1
+            outline = region.outline
+            if region.crowd and self._crowds == "ignore":
+                value = IGNORE
+                self._chosen["crowds whose pixels are ignored in masks (--crowds)"] += 1
+            if outline is None:
+                if region.box is None:
+                    raise UserError(f"{region.name}: expected an outline or a box, found neither.")
+                value, outline = IGNORE, Rectangle(region.box)
+                self._chosen["regions without an outline, whose boxes are ignored in masks"] += 1
+            drawn.append((value, outline))
+        return RegionMask(tuple(drawn), image.height, image.width, image.path)
+
+    def _end(self, image: AnnotatedImage) -> None:
+        """The fate of the regions of an image that have none yet."""
+        for region in image.regions:
+            used = _CROWD if region.crowd else _USED
+            self.account.became(REGIONS, region.name, used if self._uses_all else _NOT_ASKED)
+
+
+def read_json(source: Source) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return json.loads(source.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: expected a JSON file, found: {error}.") from None
+
+
+def item(owner: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """A field of a JSON object.
+
+    Raises:
+        UserError: it is not there, or something else.
+    """
+    if not isinstance(owner, dict):
+        raise UserError(f"{where}: expected an object, found {type(owner).__name__}.")
+    value = owner.get(name)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        wanted = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
+        found = "nothing" if name not in owner else repr(value)[:40]
+        raise UserError(f"{where}: expected {name!r} ({wanted}), found {found}.")
+    return value
+
+
+def numbers(values: Any, length: int | None, where: str) -> list[float]:
+    """A list of finite numbers.
+
+    Raises:
+        UserError: it is something else.
+    """
+    good = isinstance(values, list) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        for value in values
+    )
+    if not good or (length is not None and len(values) != length):
+        raise UserError(f"{where}: expected {length or 'a list of'} numbers, found {str(values)[:60]}.")
+    return [float(value) for value in values]
