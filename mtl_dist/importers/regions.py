@@ -60,6 +60,7 @@ _NO_IMAGE = "left out: its image is not there"
 _NO_EXTENT = "left out: a box without extent"
 _NOT_ASKED = "left out: no task is made of it"
 _NOT_LARGEST = "left out: not the largest of its category in its image"
+_UNLISTED = "left out: in no list of a split"
 _NOT_NAMED = "left out: no annotation names it"
 
 
@@ -198,12 +199,21 @@ class RegionImporter(Importer):
             yield f"{what}: {number}"
 
     def enter_files(
-        self, images: Sequence[str], annotations: Sequence[str], masks: Sequence[str] = ()
+        self,
+        images: Sequence[str],
+        annotations: Sequence[str],
+        masks: Sequence[str] = (),
+        unlisted: Sequence[str] = (),
     ) -> None:
-        """Account for every file of the tree."""
+        """Account for every file of the tree; `unlisted` are annotations that are in no split."""
         tree, account = self._tree, self.account
         tree.enter(account)
-        for fate, names in ((IMAGE, images), (MASK, masks), (TABLE, annotations)):
+        for fate, names in (
+            (IMAGE, images),
+            (MASK, masks),
+            (TABLE, annotations),
+            (_UNLISTED, unlisted),
+        ):
             account.found(FILES, names)
             for name in names:
                 account.became(FILES, name, fate)

@@ -26,5 +26,6 @@ IMPORTERS = {
     "idx": BuiltIn("mtl_dist.importers.idx.Idx", "MNIST and its relatives: IDX files."),
     "cifar": BuiltIn("mtl_dist.importers.cifar.Cifar", "CIFAR's binary records, with any number of labels."),
     "coco": BuiltIn("mtl_dist.importers.coco.Coco", "COCO's JSON files: instances or panoptic."),
+    "voc": BuiltIn("mtl_dist.importers.voc.Voc", "Pascal VOC's XML files of boxes, and its masks."),
     "stacks": BuiltIn("mtl_dist.importers.stacks.Stacks", "Multi-page TIFFs: one sample per page."),
 }
