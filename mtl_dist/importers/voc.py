@@ -31,7 +31,7 @@ from mtl_dist.importers.sources import Source, Tree
 from mtl_dist.importers.splitting import is_split_word
 from mtl_dist.importers.summary import listed
 from mtl_dist.kinds.segmentation import BACKGROUND
-from mtl_dist.kinds.words import class_order
+from mtl_dist.kinds.vocabulary import class_order
 
 _MASKS, _SETS = "SegmentationClass", "ImageSets"
 _CLASSES = (
