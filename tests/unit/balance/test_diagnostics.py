@@ -39,7 +39,7 @@ def test_an_absent_task_is_left_out() -> None:
     assert found.sentences() == []
 
 
-def test_tasks_that_fight_are_named_the_worst_first() -> None:
+def test_tasks_that_conflict_are_named_the_worst_first() -> None:
     gramian_TT = torch.tensor([[1.0, -0.3, -0.9], [-0.3, 1.0, 0.2], [-0.9, 0.2, 1.0]])
     assert diagnose(TASKS, gramian_TT, ALL).sentences() == [
         "digit and ink conflict: the cosine of their gradients is -0.90.",
@@ -47,7 +47,7 @@ def test_tasks_that_fight_are_named_the_worst_first() -> None:
     ]
 
 
-def test_a_fight_that_one_task_wins_by_its_length_says_so() -> None:
+def test_a_conflict_that_one_task_wins_by_its_length_says_so() -> None:
     gramian_TT = torch.tensor([[1.0, 0.0, -20.0], [0.0, 1.0, 0.0], [-20.0, 0.0, 1600.0]])
     assert diagnose(TASKS, gramian_TT, ALL).sentences() == [
         "digit and ink conflict: the cosine of their gradients is -0.50, "
@@ -55,7 +55,7 @@ def test_a_fight_that_one_task_wins_by_its_length_says_so() -> None:
     ]
 
 
-def test_a_gradient_of_length_zero_fights_nobody() -> None:
+def test_a_gradient_of_length_zero_conflicts_with_none() -> None:
     gramian_TT = torch.diag(torch.tensor([1.0, 0.0, 1.0]))
     found = diagnose(TASKS, gramian_TT, ALL)
     assert found.sentences() == []

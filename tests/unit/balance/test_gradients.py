@@ -421,12 +421,12 @@ def test_projections_hurt_no_task(settings: BalanceSettings, case: tuple[str, in
 
 
 @pytest.mark.parametrize("settings", [UPGrad(), DualProj()], ids=name)
-def test_projections_leave_gradients_alone_that_do_not_fight(settings: BalanceSettings) -> None:
+def test_projections_leave_gradients_alone_that_do_not_conflict(settings: BalanceSettings) -> None:
     weights_T = solve(settings, jacobian("agreeing", 6).abs())
     torch.testing.assert_close(weights_T, torch.full_like(weights_T, 1 / 6))
 
 
-def test_pcgrad_leaves_gradients_alone_that_do_not_fight() -> None:
+def test_pcgrad_leaves_gradients_alone_that_do_not_conflict() -> None:
     weights_T = solve(PCGrad(), jacobian("agreeing", 6).abs())
     torch.testing.assert_close(weights_T, torch.ones_like(weights_T))
 

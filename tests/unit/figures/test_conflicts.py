@@ -29,7 +29,7 @@ def test_the_mean_cosine_of_each_pair_is_over_the_looks_that_compared_it() -> No
     assert found.conflicts_TT[0, 1] == 1
 
 
-def test_two_tasks_that_fight_are_named_in_a_sentence() -> None:
+def test_two_tasks_that_conflict_are_named_in_a_sentence() -> None:
     found = conflicts_in(ROWS)
     assert found is not None
     assert found.sentences() == [
