@@ -9,8 +9,10 @@ import pytest
 
 from mtl_dist.data.contact_sheet import contact_sheet
 from mtl_dist.data.decode import decode_map
+from mtl_dist.data.loader import open_data, train_loader
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.data.reader import SplitReader
+from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
 from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.scenes import made_scene
@@ -106,3 +108,39 @@ def test_too_few_or_too_small_scenes_are_refused(tmp_path: Path) -> None:
         prepared("scenes", tmp_path / "x", HERE, num=3)
     with pytest.raises(UserError, match=r"size: expected .* 16, found 8"):
         prepared("scenes", tmp_path / "x", HERE, size=8)
+
+
+def test_a_training_batch_holds_the_labels_as_its_images_show_them(scenes: tuple[Path, Manifest]) -> None:
+    """Where a flip mirrors half of the images, it mirrors maps, and negates the normals' x."""
+    settings = DataSettings.model_validate(
+        {"train": ({"path": str(scenes[0])},), "image_size": 32, "augment": {"flip": True}, "workers": 0}
+    )
+    data = open_data(settings, ["things", "distance", "surface"])
+    loader = train_loader(
+        data,
+        seed=0,
+        global_batch=14,
+        accumulation=1,
+        rank=0,
+        world_size=1,
+        start_position=0,
+        end_position=14,
+        workers=0,
+        pin_memory=False,
+    )
+    batch = next(iter(loader))
+    flipped = 0
+    for i, key in enumerate(batch.keys):
+        scene = made_scene(int(key.removeprefix("scene_")), 32)
+        image = batch.images_BCHW[i].permute(1, 2, 0).numpy()
+        mirrored = not (image == scene.picture).all()
+        flipped += mirrored
+        way = slice(None, None, -1 if mirrored else 1)
+        assert (image == scene.picture[:, way]).all()
+        there = scene.classes[:, way] > 0
+        depth, normals = batch.targets["distance"][i].numpy(), batch.targets["surface"][i].numpy()
+        assert (np.isfinite(depth) == there).all() and (np.isfinite(normals).all(axis=0) == there).all()
+        np.testing.assert_allclose(depth[there], scene.depth[:, way][there], atol=6e-4)
+        expected = scene.normals[:, way] * [-1 if mirrored else 1, 1, 1]
+        np.testing.assert_allclose(np.moveaxis(normals, 0, 2)[there], expected[there], atol=1e-4)
+    assert 0 < flipped < 14
