@@ -26,6 +26,8 @@ class FileFinder:
     def find(self, path: str, split: str) -> tuple[str, Source] | None:
         """The file at `path`, or the only one whose path ends so; its path in the tree and its source.
 
+        A name may lack its extension: then it is an image of that stem.
+
         Among several, those in a folder "images" come first, then those in a folder of the row's `split`.
 
         Raises:
@@ -37,6 +39,11 @@ class FileFinder:
                 return known, found
         ending = f"/{PurePosixPath(path)}"
         candidates = [name for name in self._by_name[PurePosixPath(path).name] if f"/{name}".endswith(ending)]
+        candidates = candidates or [
+            name
+            for name in self._by_stem[PurePosixPath(path).name]
+            if f"/{PurePosixPath(name).with_suffix('')}".endswith(ending)
+        ]
         for folder in (_IMAGES, split):
             in_folder = [name for name in candidates if folder in PurePosixPath(name).parts[:-1]]
             candidates = in_folder if len(candidates) > 1 and in_folder else candidates
@@ -55,6 +62,14 @@ class FileFinder:
         for name in self.tree.files:
             by_name[PurePosixPath(name).name].append(name)
         return by_name
+
+    @cached_property
+    def _by_stem(self) -> defaultdict[str, list[str]]:
+        by_stem: defaultdict[str, list[str]] = defaultdict(list)
+        for name in self.tree.files:
+            if extension_of(name) in IMAGE_EXTENSIONS:
+                by_stem[PurePosixPath(name).stem].append(name)
+        return by_stem
 
 
 class MaskFolder:

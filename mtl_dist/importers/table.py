@@ -85,7 +85,7 @@ class TableImporter(Importer):
         check_columns([task.column for task in self._wanted if not task.is_map], self._columns, "table")
         self._split_column = self._find_split_column()
         self._finder = FileFinder(self._table.tree, self._table.folder)
-        self._notes: list[str] = []
+        self._notes: list[str] = list(self._table.notes)
         self._missing: list[str] = []
 
     @property

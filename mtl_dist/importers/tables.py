@@ -18,6 +18,7 @@ from mtl_dist.kinds.registry import scalar_kind
 from mtl_dist.kinds.vocabulary import Cell, Declared
 
 _TABLES = (".csv", ".tsv", ".json")
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "pipes"}
 FILE, SPLIT, LABEL = "file", "split", "label"
 """The columns that a `labels.json` of file names gives: FILE and LABEL, and SPLIT from `splits.json`."""
 
@@ -49,7 +50,7 @@ class Table:
     """A table of labels: the files it speaks of, its columns and rows, and class names that came with it.
 
     `folder` is where in `tree` the table lies, with a slash at its end, or nothing; `files` are the paths of
-    the table and of what completes it.
+    the table and of what completes it; `notes` say what was found out about its form.
     """
 
     tree: Tree
@@ -59,6 +60,7 @@ class Table:
     rows: Sequence[Row]
     classes: Mapping[str, tuple[str, ...]]
     files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def read_table(path: Path, root: Path | None) -> Table:
@@ -84,8 +86,13 @@ def read_table(path: Path, root: Path | None) -> Table:
     where = f"{home}/{name}"
     suffix = PurePosixPath(name).suffix.lower()
     classes: Mapping[str, tuple[str, ...]] = {}
+    notes: tuple[str, ...] = ()
     if suffix != ".json":
-        columns, rows = _csv_rows(home, name, "\t" if suffix == ".tsv" else ",")
+        usual = "\t" if suffix == ".tsv" else ","
+        separator = _separator(home, name, usual)
+        columns, rows = _csv_rows(home, name, separator)
+        if separator != usual:
+            notes = (f"columns of {name} are separated by {_SEPARATORS[separator]}",)
     else:
         content = _json(home, name)
         if isinstance(content, dict):
@@ -101,7 +108,7 @@ def read_table(path: Path, root: Path | None) -> Table:
     beside = [_beside(name, other) for other in ("splits.json", "metadata.csv", "classes.json")]
     read = [name, *(other for other in beside if suffix == ".json" and home.find(other) is not None)]
     files = tuple(read if home.is_archive else [os.path.normpath(home.root / each) for each in read])
-    return Table(tree, folder, title, tuple(columns), rows, classes, files)
+    return Table(tree, folder, title, tuple(columns), rows, classes, files, notes)
 
 
 def _find_table(home: Tree) -> str:
@@ -121,6 +128,15 @@ def _read(home: Tree, name: str) -> str:
         return home.source(name).read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{home}/{name}: expected UTF-8 text, found {error}. Save it as UTF-8.") from None
+
+
+def _separator(home: Tree, name: str, usual: str) -> str:
+    """What stands between the columns: the usual, or where the first line lacks it what it holds most of."""
+    first = next((line for line in _read(home, name).splitlines() if line.strip()), "")
+    if usual in first:
+        return usual
+    most = max(_SEPARATORS, key=first.count)
+    return most if most in first else usual
 
 
 def _csv_rows(home: Tree, name: str, delimiter: str) -> tuple[list[str], list[Row]]:
@@ -249,7 +265,7 @@ def _with_metadata(home: Tree, name: str, columns: list[str], rows: list[Row]) -
     """The rows with the further columns of `metadata.csv`, if there is one with a column FILE."""
     if home.find(name) is None:
         return columns, rows
-    more_columns, more_rows = _csv_rows(home, name, ",")
+    more_columns, more_rows = _csv_rows(home, name, _separator(home, name, ","))
     if FILE not in more_columns:
         return columns, rows
     new = [column for column in more_columns if column not in columns]

@@ -77,6 +77,25 @@ def test_a_byte_order_mark_and_windows_lines_change_nothing(tmp_path: Path) -> N
     assert read_manifest(tmp_path / "plain") == read_manifest(tmp_path / "odd")
 
 
+@pytest.mark.parametrize(("separator", "said"), [(";", "semicolons"), ("\t", "tabs"), ("|", "pipes")])
+def test_the_separator_of_columns_is_found_and_said(tmp_path: Path, separator: str, said: str) -> None:
+    rows = [("file", "dx", "age"), ("a.png", "cat", "1,5"), ("b.png", "dog", "2,25")]
+    text = "".join(f"{separator.join(row)}\n" for row in rows)
+    root = fill(tmp_path / "in", {"t.csv": text, "a.png": picture(1), "b.png": picture(2)})
+    tasks = {"classification": {"dx": "dx"}, "regression": {"age": "age"}}
+    manifest = prepare(root / "t.csv", tmp_path / "out", **tasks, split="0.5,0.5")
+    assert labels(tmp_path / "out") == {"a": {"dx": 0, "age": 1.5}, "b": {"dx": 1, "age": 2.25}}
+    assert f"columns of t.csv are separated by {said}" in manifest.notes
+    assert "age: numbers have a decimal comma" in manifest.notes
+
+
+def test_images_may_be_named_without_their_extension(tmp_path: Path) -> None:
+    files = {"t.csv": "id,dx\n1,cat\nx.2,dog\n", "p/1.png": picture(1), "p/x.2.png": picture(2)}
+    root = fill(tmp_path / "in", {**files, "p/1.txt": "no image"})
+    prepare(root / "t.csv", tmp_path / "out", image="id", classification={"dx": "dx"}, split="0.5,0.5")
+    assert sorted(label["dx"] for label in labels(tmp_path / "out").values()) == [0, 1]
+
+
 def test_json_says_the_same_as_csv(tmp_path: Path) -> None:
     rows = [
         {
