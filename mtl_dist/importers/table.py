@@ -37,6 +37,7 @@ from mtl_dist.kinds.vocabulary import MISSING
 _SPLIT_COLUMNS = (SPLIT, "set", "subset", "partition", "phase")
 _NO_IMAGE = "left out: its image is not there"
 _REPEATED = "left out: it repeats another"
+_BLANK = "left out: blank"
 _NO_ROW = "left out: no row names it"
 _ROWS, _FILES = "rows", "files"
 
@@ -136,8 +137,13 @@ class TableImporter(Importer):
 
     def _find_images(self) -> Iterator[_ImageRow]:
         """The rows whose image is there; `records` reports the others."""
+        blank: list[str] = []
         for row in self._rows:
             cell = row.cells[self._image]
+            if not any(row.cells.values()):
+                blank.append(row.where)
+                self.account.became(_ROWS, row.where, _BLANK)
+                continue
             if not isinstance(cell, str) or not cell:
                 raise UserError(
                     f"{row.where}: expected a file name in column {self._image!r}, found {cell or 'nothing'}."
@@ -151,6 +157,8 @@ class TableImporter(Importer):
                 )
             else:
                 yield _ImageRow(row, *found)
+        if blank:
+            self._notes.append(f"blank rows, left out: {len(blank)} ({listed(blank)})")
         if self._missing:
             self._notes.append(
                 f"rows without their image, left out: {len(self._missing)} ({listed(self._missing)})"

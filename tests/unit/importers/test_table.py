@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import io
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mtl_dist.data.manifest import read_manifest
 from mtl_dist.durable import sha256_of
 from mtl_dist.errors import UserError
+from mtl_dist.importers.jobs import Record
 from mtl_dist.importers.options import PackOptions
+from mtl_dist.importers.table import TableImporter
 from tests.source_files import (
     ALL,
     CSV,
@@ -94,6 +99,24 @@ def test_images_may_be_named_without_their_extension(tmp_path: Path) -> None:
     root = fill(tmp_path / "in", {**files, "p/1.txt": "no image"})
     prepare(root / "t.csv", tmp_path / "out", image="id", classification={"dx": "dx"}, split="0.5,0.5")
     assert sorted(label["dx"] for label in labels(tmp_path / "out").values()) == [0, 1]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sampled_from(["a.png,cat", "b.png,dog", "c.png,", "gone.png,cat", ",", " , "])))
+def test_every_row_is_a_sample_or_left_out_for_a_reason(lines: list[str]) -> None:
+    rows = ["a.png,cat", *lines]
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: picture(i) for i, name in enumerate(("a.png", "b.png", "c.png"))}
+        root = fill(Path(folder), {"t.csv": "".join(f"{row}\n" for row in ("file,dx", *rows)), **files})
+        importer = TableImporter(root / "t.csv", labels={"dx": "classification:dx"})
+        importer.tasks()
+        found = list(importer.records())
+    there = {row for row in rows if row[:5] in files}
+    fates = importer.account.totals()["rows"]
+    assert fates.get("sample", 0) == len(there) == sum(isinstance(each, Record) for each in found)
+    assert fates.get("left out: blank", 0) == sum(not row.replace(",", "").strip() for row in rows)
+    assert fates.get("left out: its image is not there", 0) == rows.count("gone.png,cat")
+    assert sum(fates.values()) == len(rows)
 
 
 def test_json_says_the_same_as_csv(tmp_path: Path) -> None:
