@@ -87,7 +87,7 @@ class Region:
 class AnnotatedImage:
     """An image and its regions; `source` is None where its file is not there, `mask` a ready one.
 
-    `where` names it in the annotations.
+    `where` names it in the annotations. Its width and height are for masks that are drawn.
     """
 
     path: str

@@ -101,11 +101,7 @@ class Voc(RegionImporter):
                 )
             if mask is not None:
                 pngs.append(self._tree.inside(mask))
-            width, height = (int(_number(root, f"size/{each}", path)) for each in ("width", "height"))
-            read.append(
-                AnnotatedImage(place, found, width, height, regions, splits.get(stem, ""), mask, path)
-            )
-        self.mask_classes = (BACKGROUND, *names) if not classes or names[0] != BACKGROUND else tuple(names)
+            read.append(AnnotatedImage(place, found, 0, 0, regions, splits.get(stem, ""), mask, path))
         self.has(self._tree, names, read)
         images = [self._tree.inside(image.source) for image in read if image.source is not None]
         if len(set(images)) < len(images):

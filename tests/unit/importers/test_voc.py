@@ -20,8 +20,7 @@ def xml(name: str, *objects: tuple[str, tuple[int, int, int, int], int]) -> str:
         f"<ymin>{box[1]}</ymin><xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox></object>"
         for label, box, difficult in objects
     )
-    size = "<size><width>10</width><height>12</height><depth>3</depth></size>"
-    return f"<annotation><filename>{name}.jpg</filename>{size}{found}</annotation>"
+    return f"<annotation><filename>{name}.jpg</filename>{found}</annotation>"
 
 
 def palette_mask() -> bytes:
