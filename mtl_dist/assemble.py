@@ -26,13 +26,17 @@ from mtl_dist.trainer import Plan
 
 
 def facts_of(data: Data) -> DataFacts:
-    return DataFacts(data.task_infos, data.channels, data.image_dtype, data.image_size)
+    return DataFacts(data.task_infos, data.channels, data.image_dtype, data.image_size, data.pixels)
 
 
 def build_root(recipe: Recipe, facts: DataFacts, world: World) -> RootModule:
     tasks = build_tasks(recipe.tasks, facts.task_infos)
     heads = [task.head for task in tasks.values()]
-    model = build_model(recipe.model, heads, facts.channels, facts.image_size)
+    measured = None if facts.pixels is None else (facts.pixels.mean, facts.pixels.std)
+    is_picture = facts.image_dtype == "uint8" and facts.channels == 3
+    model = build_model(
+        recipe.model, heads, facts.channels, facts.image_size, measured=measured, is_picture=is_picture
+    )
     model.use_memory_format(torch.channels_last if recipe.train.channels_last else torch.contiguous_format)
     factors = {name: settings.noise_factor for name, settings in recipe.tasks.items()}
     weights = {name: settings.weight for name, settings in recipe.tasks.items()}

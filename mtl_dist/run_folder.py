@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mtl_dist.data.manifest import ImageDtype
+from mtl_dist.data.manifest import ImageDtype, PixelScale
 from mtl_dist.durable import Locked, locked, write_text
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
@@ -50,12 +50,16 @@ def new_run_directory(name: str, root: Path = Path("runs")) -> Path:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a trained model must know of its data: the tasks, and the images' channels, dtype and (H, W)."""
+    """What a trained model must know of its data: the tasks, and the images' channels, dtype and (H, W).
+
+    `pixels` is what its training images were like, where that was measured.
+    """
 
     task_infos: dict[str, TaskInfo]
     channels: int
     image_dtype: ImageDtype
     image_size: tuple[int, int]
+    pixels: PixelScale | None = None
 
 
 class RunFolder:
@@ -128,7 +132,8 @@ class RunFolder:
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
             task_infos[name] = TaskInfo(**values)
         height, width = facts["image_size"]
-        return DataFacts(task_infos, facts["channels"], facts["image_dtype"], (height, width))
+        pixels = facts["pixels"] and PixelScale(*(tuple(facts["pixels"][name]) for name in ("mean", "std")))
+        return DataFacts(task_infos, facts["channels"], facts["image_dtype"], (height, width), pixels)
 
     def write_environment(self, world_size: int, device: str, decoder: str) -> str | None:
         """Add this start to environment.json; the decoder of the start before, if it was another one.

@@ -35,6 +35,7 @@ from mtl_dist.checkpoint import (
 )
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.data.decode import decoder_name
+from mtl_dist.data.first_look import odd_normalisation
 from mtl_dist.data.leakage import leakage
 from mtl_dist.data.loader import Data, eval_loader, open_data, train_loader
 from mtl_dist.data.partition import micro_batch_size
@@ -347,6 +348,10 @@ def introduce(
         tracker.say(f"balance  the tasks' gradients are not compared: {why_not}.")
     for line in world.on_main(lambda: list(leakage(data))):
         tracker.say(f"warning  {line}")
+    mean, std = (buffer.flatten().tolist() for buffer in (trainer.root.model.mean, trainer.root.model.std))
+    odd = world.on_main(lambda: odd_normalisation(data, mean, std))
+    if odd:
+        tracker.say(f"warning  {odd}")
     if "val" not in data.splits:
         tracker.say(
             "warning  the data has no val split: nothing is evaluated, the newest checkpoint is the best."

@@ -229,7 +229,10 @@ def _settings(name: str, hint: Any, default: Any) -> list[Setting]:
     if origin is tuple:
         item = get_args(annotation)[0]
         made = _option(str if missing else str | None, option, help_of.metavar or "VALUE,...", help_of.text)
-        return [Setting(name, made, missing, lambda text: _items(option, text, item))]
+        empty = default if isinstance(default, tuple) else None
+        return [
+            Setting(name, made, missing, lambda text: empty if text is None else _items(option, text, item))
+        ]
     if annotation is bool:
         made = _option(bool, f"{option}/--no-{option[2:]}", "", help_of.text)
         return [Setting(name, made, default)]

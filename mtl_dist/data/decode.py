@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
-from mtl_dist.data.images import UnreadableImage, open_image, open_map
+from mtl_dist.data.images import UnreadableImage, check_whole, open_image, open_map
 from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.pictures import Box, DecodedPicture, Picture, Resizing
 from mtl_dist.data.turbojpeg import Jpeg, find_turbojpeg, is_turned, open_jpeg, version_of
@@ -213,6 +213,7 @@ def _check_png(data: Bytes) -> None:
 
 def _decode_by_pillow(data: Bytes) -> Tensor:
     with open_image(bytes(data)) as opened:
+        check_whole(opened)
         image: Image.Image = opened
         if image.getexif().get(_ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)

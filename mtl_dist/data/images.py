@@ -33,7 +33,10 @@ _FORMATS = [name for name in _STORED_AS if name != "MPO"]  # Pillow finds MPO in
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "La": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "F": 1}
 _CHANNELS |= {"P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "RGBX": 3, "RGBa": 3, "CMYK": 3, "YCbCr": 3}
 _SAME_EXTENSION = {"jpeg": "jpg", "jfif": "jpg", "tiff": "tif"}
-_ORIENTATION = 0x0112
+_ORIENTATION, _SAMPLES, _EXTRA_SAMPLES = 274, 277, 338  # tags of TIFF and EXIF
+_ALPHA = (1, 2)  # what an extra sample may be, besides an unnamed one
+_SAMPLES_READ = {"RGB": 3, "RGBA": 3, "RGBX": 3, "RGBa": 3, "YCbCr": 3, "LAB": 3, "CMYK": 4}
+"""The samples of a TIFF's pixel that are read, alpha aside, by the mode that Pillow opens it in; else 1."""
 _NPY_DTYPES = ("uint8", "uint16", "float32")
 
 
@@ -41,11 +44,16 @@ class UnreadableImage(Exception):
     """The bytes are no image that can be used; the message says why, without the file's name."""
 
 
+class PartlyRead(UnreadableImage):
+    """An image of which readers of pictures would see a part only: of its channels, pages or bits."""
+
+
 @dataclass(frozen=True)
 class ImageFacts:
     """One image: its true extension, its size as displayed (after EXIF rotation), channels and depth.
 
     `oddities` are the words of what its reader has to correct: "rotated", "alpha", "palette", "cmyk".
+    `orientation` is that of EXIF, 1 where the pixels came as they are displayed.
     """
 
     extension: str
@@ -54,6 +62,7 @@ class ImageFacts:
     channels: int
     dtype: str
     oddities: tuple[str, ...] = ()
+    orientation: int = 1
 
 
 def extension_of(path: str) -> str:
@@ -66,17 +75,52 @@ def examine_image(data: bytes, decode: bool = True) -> ImageFacts:
     """What the image is, from its header; with `decode`, also that all of it can be decoded.
 
     Raises:
-        UnreadableImage: empty, damaged, cut off, of several frames, or of a kind that is not supported.
+        UnreadableImage: empty, damaged, cut off, of several frames or more channels than are read, of a
+            kind that is not supported, or with values that are no numbers.
     """
     if data.startswith(b"\x93NUMPY"):
         return _examine_npy(data)
     with open_image(data) as image:
         facts = _facts(image)
-        if decode:
+        if facts.dtype == "float32":
+            _check_finite(np.asarray(image))
+        elif decode:
             # Grey at 1/8 scale: a JPEG's data is read to its end for two thirds of the time.
             image.draft("L", (1, 1))
             image.load()
     return facts
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Stored pixels (H, W, ...) as an EXIF orientation from 1 to 8 displays them."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+
+
+def check_whole(image: Image.Image) -> None:
+    """Refuse an image of which only a part would be read: the first page, or some of the channels.
+
+    Raises:
+        PartlyRead: with what it holds.
+    """
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        raise PartlyRead(f"{frames} frames in one {image.format} file, where one image is expected")
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        samples = tags.get(_SAMPLES, 1) - sum(extra in _ALPHA for extra in tags.get(_EXTRA_SAMPLES, ()))
+        read = _SAMPLES_READ.get(image.mode, 1)
+        if samples != read:
+            raise PartlyRead(f"{samples} channels in a TIFF, of which {read} would be read")
+
+
+def _check_finite(pixels: np.ndarray) -> None:
+    wrong = int((~np.isfinite(pixels)).sum())
+    if wrong:
+        raise UnreadableImage(f"{wrong:,} of {pixels.size:,} values infinite or undefined (NaN)")
 
 
 @contextmanager
@@ -120,9 +164,7 @@ def open_map(data: bytes) -> Iterator[Image.Image | np.ndarray]:
 
 
 def _facts(image: Image.Image) -> ImageFacts:
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":
-        raise UnreadableImage(f"{frames} frames in one {image.format} file, where one image is expected")
+    check_whole(image)
     channels = _CHANNELS.get(image.mode)
     if channels is None:
         raise UnreadableImage(f"a {image.format} image of mode {image.mode!r}, which is not supported")
@@ -133,7 +175,8 @@ def _facts(image: Image.Image) -> ImageFacts:
     oddities = []
     width, height = image.size
     orientation = image.getexif().get(_ORIENTATION, 1)
-    if orientation in range(2, 9):
+    orientation = orientation if orientation in range(1, 9) else 1
+    if orientation > 1:
         oddities.append("rotated")
         if orientation >= 5:
             width, height = height, width
@@ -143,7 +186,9 @@ def _facts(image: Image.Image) -> ImageFacts:
         oddities.append("palette")
     if image.mode == "CMYK":
         oddities.append("cmyk")
-    return ImageFacts(_STORED_AS[image.format or ""], width, height, channels, dtype, tuple(oddities))
+    return ImageFacts(
+        _STORED_AS[image.format or ""], width, height, channels, dtype, tuple(oddities), orientation
+    )
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -167,7 +212,7 @@ def _examine_npy(data: bytes) -> ImageFacts:
             f"an array of type {array.dtype.name} and shape {array.shape}, "
             f"where height x width (x channels) of {', '.join(_NPY_DTYPES)} is expected"
         )
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise UnreadableImage("an array with infinite or undefined values")
+    if array.dtype.kind == "f":
+        _check_finite(array)
     channels = array.shape[2] if array.ndim == 3 else 1
     return ImageFacts("npy", array.shape[1], array.shape[0], channels, array.dtype.name)

@@ -15,7 +15,14 @@ from rich.text import Text
 from mtl_dist.data.columns import columns_dtype, counted, labels_path
 from mtl_dist.data.content_hashes import HASH_DTYPE, content_hash, content_hashes_path
 from mtl_dist.data.images import UnreadableImage, examine_image
-from mtl_dist.data.manifest import Manifest, ShardInfo, SplitInfo, read_manifest
+from mtl_dist.data.manifest import (
+    PERCENTILES,
+    Manifest,
+    PixelFacts,
+    ShardInfo,
+    SplitInfo,
+    read_manifest,
+)
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.remote import Location, beside, sha256_at
 from mtl_dist.data.shards import index_path, scan_shard
@@ -170,6 +177,7 @@ def render(inspection: Inspection) -> RenderableType:
     tables = [_split_table(inspection), _label_table(manifest)]
     measured = {name: info for name, info in manifest.tasks.items() if kind_of(info.kind).has_values}
     tables += [_value_table(measured)] if measured else []
+    tables += [_pixel_table(manifest.pixels, manifest.channels)] if manifest.pixels is not None else []
     tables += [_class_table(name, info, manifest) for name, info in manifest.tasks.items() if info.classes]
     parts: list[RenderableType] = [_headline(manifest)]
     for table in tables:
@@ -226,6 +234,17 @@ def _label_table(manifest: Manifest) -> Table:
             missing = f" ({counts.missing:,} missing)" if counts.missing else ""
             cells.append(f"{counts.present:,}{missing}")
         table.add_row(f"{name} ({info.kind})", *cells)
+    return table
+
+
+def _pixel_table(pixels: PixelFacts, channels: int) -> Table:
+    """One line per channel: what its values are in training."""
+    shares = [f"{share}%" for share in PERCENTILES]
+    table = _table(f"pixels of {pixels.num_images:,} images", ("mean", "std", "min", *shares, "max"))
+    names = {1: ("grey",), 3: ("red", "green", "blue")}.get(channels, range(channels))
+    columns = (pixels.mean, pixels.std, pixels.minimum, *pixels.percentiles, pixels.maximum)
+    for channel, name in enumerate(names):
+        table.add_row(f"channel {name}", *(f"{column[channel]:.4g}" for column in columns))
     return table
 
 

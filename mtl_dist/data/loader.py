@@ -18,7 +18,7 @@ from mtl_dist.data.batches import BatchBuilder
 from mtl_dist.data.blend import Blender, check_blend, partnered
 from mtl_dist.data.boxes import check_boxes, with_seen_edges
 from mtl_dist.data.cache import Cache
-from mtl_dist.data.manifest import ImageDtype
+from mtl_dist.data.manifest import ImageDtype, PixelScale
 from mtl_dist.data.mixing import Concatenation, Schedule, Stream
 from mtl_dist.data.order import Order
 from mtl_dist.data.partition import EvaluationPartition, TrainingPartition
@@ -33,6 +33,7 @@ from mtl_dist.data.task_infos import (
     SourceFacts,
     disagreements,
     merge_task_infos,
+    pixel_scale,
     source_facts,
     training_facts,
 )
@@ -66,6 +67,8 @@ class Data:
     image_dtype: ImageDtype
     sources: dict[str, tuple[Source, ...]]
     schedule: Schedule
+    pixels: PixelScale | None = None
+    """What the training images are like, where all datasets have measured it."""
     left_out: tuple[str, ...] = ()
     """The training datasets that know none of the tasks: they would only be looked at."""
 
@@ -145,7 +148,8 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
     lengths = [source.info.num_samples for source in training]
     schedule = Schedule(settings.mixing.weights(settings.train, lengths))
     task_infos = with_seen_edges(task_infos, settings.boxes, settings.size)
-    return Data(settings, task_infos, channels, image_dtype, sources, schedule, left_out)
+    pixels = pixel_scale(training, channels)
+    return Data(settings, task_infos, channels, image_dtype, sources, schedule, pixels, left_out)
 
 
 def _with_labels(

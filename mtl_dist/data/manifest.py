@@ -64,6 +64,49 @@ class SplitInfo:
     labels: dict[str, LabelCounts]
 
 
+PERCENTILES = (1, 50, 99)
+
+
+@dataclass(frozen=True)
+class PixelScale:
+    """Mean and standard deviation of each channel, in the images' own units."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PixelFacts:
+    """What the pixels of the training split are like, one value per channel, in the images' own units.
+
+    `percentiles` are those of PERCENTILES. They were measured on `num_images` images: on all pixels of small
+    ones, on every n-th row and column of others.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    minimum: tuple[float, ...]
+    maximum: tuple[float, ...]
+    percentiles: tuple[tuple[float, ...], ...]
+    num_images: int
+
+    @staticmethod
+    def parse(raw: dict[str, Any]) -> PixelFacts:
+        """From JSON, which has lists.
+
+        Raises:
+            TypeError: it is something else.
+        """
+        return PixelFacts(
+            mean=tuple(raw["mean"]),
+            std=tuple(raw["std"]),
+            minimum=tuple(raw["minimum"]),
+            maximum=tuple(raw["maximum"]),
+            percentiles=tuple(tuple(row) for row in raw["percentiles"]),
+            num_images=raw["num_images"],
+        )
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The whole of dataset.json.
@@ -74,7 +117,8 @@ class Manifest:
     `notes` are lines the preparation had to say (skipped rows, duplicates across splits). `labels` says
     where a reader finds the labels that are not masks, `content_hashes` in which files it finds those of the
     images, if they are kept.
-    `account` is, by unit (files, rows, pages), how many things of the source had each fate.
+    `account` is, by unit (files, rows, pages), how many things of the source had each fate. `pixels` was
+    measured while packing; None in version 1, and where images were only indexed.
     """
 
     channels: int
@@ -86,6 +130,7 @@ class Manifest:
     labels: LabelPlace = "json"
     content_hashes: HashFiles = ""
     account: dict[str, dict[str, int]] = field(default_factory=dict)
+    pixels: PixelFacts | None = None
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -161,4 +206,5 @@ def _parse(raw: dict[str, Any]) -> Manifest:
         labels=raw.get("labels", "json"),
         content_hashes=content_hashes,
         account=raw.get("account", {}),
+        pixels=PixelFacts.parse(raw["pixels"]) if raw.get("pixels") else None,
     )

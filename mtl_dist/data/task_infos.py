@@ -6,9 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from mtl_dist.config.errors import suggest
 from mtl_dist.data.derived import Derivation, DeriveSettings, check_derived, derivations
-from mtl_dist.data.manifest import LabelCounts, Manifest, SplitInfo, read_manifest
+from mtl_dist.data.manifest import LabelCounts, Manifest, PixelScale, SplitInfo, read_manifest
 from mtl_dist.data.remote import Location
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
@@ -124,6 +126,22 @@ def _merge(task: str, sources: Sequence[SourceFacts]) -> TaskInfo:
         num_labelled=sum(count.present for count in counts),
         class_counts=tuple(map(sum, zip(*(c.class_counts for c in counts if c.class_counts), strict=True))),
     )
+
+
+def pixel_scale(sources: Sequence[SourceFacts], channels: int) -> PixelScale | None:
+    """Mean and deviation of each channel over the training sources; None if one was not measured."""
+    found = [(source.manifest.pixels, source.info.num_samples) for source in sources]
+    pixels = [facts for facts, _ in found if facts is not None]
+    if len(pixels) < len(found):
+        return None
+    weights = np.array([number for _, number in found], float)[:, None]
+    means, stds = (
+        np.array([np.resize(row, channels) for row in rows])  # grey counts in each channel
+        for rows in ([facts.mean for facts in pixels], [facts.std for facts in pixels])
+    )
+    mean = (weights * means).sum(axis=0) / weights.sum()
+    std = np.sqrt((weights * (stds**2 + (means - mean) ** 2)).sum(axis=0) / weights.sum())
+    return PixelScale(tuple(mean.tolist()), tuple(std.tolist()))
 
 
 def tasks_in(settings: DataSettings, root: Path | None = None) -> dict[str, TaskInfo]:

@@ -25,10 +25,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mtl_dist.data.content_hashes import HASH_SIZE, content_hash
-from mtl_dist.data.images import UnreadableImage, examine_image, open_map
+from mtl_dist.data.images import ImageFacts, UnreadableImage, open_map
 from mtl_dist.data.manifest import FORMAT_VERSION, ShardInfo
 from mtl_dist.data.shards import TarShard, scan_shard, shard_name
 from mtl_dist.errors import UserError
+from mtl_dist.importers.conversion import AS_IT_IS, Conversion, pixels_of, stored_image
+from mtl_dist.importers.made_masks import MadeMask
+from mtl_dist.importers.orientation import DISPLAYED, STORED, check_size, turned
+from mtl_dist.importers.pixel_counts import MOST_PIXELS, PixelCounts
 from mtl_dist.importers.sources import Readable
 from mtl_dist.kinds.kind import Label, UnreadableMap
 from mtl_dist.kinds.registry import kind_of, map_kind
@@ -41,6 +45,10 @@ Result = TypeVar("Result")
 
 FINISHED = ".finished"
 """The folder, beside the shards being written, that holds the results of the finished ones."""
+
+
+_MEASURED_FIRST, _EVERY, _EVERY_UNVERIFIED = 64, 4, 32
+"""Of large 8-bit pictures these are measured: to decode one in colour costs twice its verification."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +96,7 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class ShardJob:
-    """The records of one shard, and how to treat them."""
+    """The records of one shard, and how to treat them; of some splits the pixels are `measured`."""
 
     directory: Path
     split: str
@@ -97,6 +105,9 @@ class ShardJob:
     tasks: Mapping[str, TaskSource]
     verify: bool
     max_skipped: int
+    measured: bool = False
+    conversion: Conversion = AS_IT_IS
+    masks_as: str = ""
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -119,18 +130,24 @@ class ShardResult:
     """What a job found: index rows, the content hash of each stored image, and counts.
 
     `content_hashes` is one hexadecimal string, image after image. `skipped` holds the position of each
-    record that was left out, and why. `image_kinds` maps "channels dtype" to an example; `conventions`
-    maps, per task of maps, how values were read to an example, and `tallies` is what is counted of them.
+    record that was left out, and why. `image_kinds` maps "channels dtype" to an example and a number of
+    images; `conventions` maps, per task of maps, how values were read to an example, and `tallies` is what is
+    counted of them. `unlabelled` are, by task, the positions of records whose map has no labelled pixel;
+    `fits` counts the maps of images turned by EXIF by the reading that their size allows. `pixels` are the
+    states of PixelCounts.
     """
 
     info: ShardInfo
     rows: np.ndarray
     content_hashes: str
     skipped: dict[int, str] = field(default_factory=dict)
-    image_kinds: dict[str, str] = field(default_factory=dict)
+    image_kinds: dict[str, tuple[str, int]] = field(default_factory=dict)
     oddities: dict[str, int] = field(default_factory=dict)
     tallies: dict[str, list[float]] = field(default_factory=dict)
     conventions: dict[str, dict[str, str]] = field(default_factory=dict)
+    unlabelled: dict[str, list[int]] = field(default_factory=dict)
+    fits: dict[str, dict[str, tuple[str, int]]] = field(default_factory=dict)
+    pixels: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_bytes(source: Readable | bytes) -> bytes:
@@ -149,29 +166,47 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
     shard = TarShard(job.shard, job.kinds)
     hashes: list[str] = []
     skipped: dict[int, str] = {}
-    image_kinds: dict[str, str] = {}
+    image_kinds: dict[str, tuple[str, int]] = {}
     oddities: Counter[str] = Counter()
     maps = {name: map_kind(task.kind) for name, task in job.tasks.items() if kind_of(task.kind).is_map}
     tallies = {name: kind.tally(job.tasks[name].info) for name, kind in maps.items()}
     conventions: dict[str, dict[str, str]] = {name: {} for name in maps}
+    unlabelled: dict[str, list[int]] = {}
+    fits: dict[str, dict[str, tuple[str, int]]] = {}
+    pixels: dict[str, PixelCounts] = {}
     try:
         for position, record in enumerate(job.records):
             where = record.key if isinstance(record.image, bytes) else str(record.image)
             image = read_bytes(record.image)
             try:
-                facts = examine_image(image, decode=job.verify)
+                measured = job.measured and _is_measured(position, job.verify)
+                image, facts = stored_image(image, job.verify and not measured, job.conversion)
+                if job.measured and (measured or _is_always_measured(facts)):
+                    kind = f"{facts.channels} {facts.dtype}"
+                    counts = pixels.setdefault(kind, PixelCounts(facts.channels, facts.dtype))
+                    counts.add(pixels_of(image, facts))
                 masks: dict[str, bytes] = {}
                 for name, source in record.masks.items():
                     where = f"{name} of {record.key}" if isinstance(source, bytes) else str(source)
                     task = job.tasks[name]
                     data = read_bytes(source)
                     with open_map(data) as opened:
+                        masks_as = DISPLAYED if isinstance(source, MadeMask) else job.masks_as
+                        if masks_as == STORED and facts.orientation > 1:
+                            if maps[name].channels:
+                                raise UserError(
+                                    f"{where}: expected a map of single values with --masks-as stored, "
+                                    f"found {task.kind}. Turn the vectors and the picture yourself."
+                                )
+                            opened = turned(opened, facts.orientation)
                         mask = maps[name].store(data, opened, task.info, task.mask_values)
-                    if (mask.width, mask.height) != (facts.width, facts.height):
-                        raise UserError(
-                            f"{where}: expected the size of its image, {facts.width}x{facts.height}, "
-                            f"found {mask.width}x{mask.height}."
-                        )
+                    fit = check_size(where, mask, facts, masks_as)
+                    if fit and not isinstance(source, MadeMask):
+                        example, number = fits.setdefault(name, {}).get(fit, (where, 0))
+                        fits[name][fit] = (example, number + 1)
+                    if not maps[name].is_labelled(mask):
+                        unlabelled.setdefault(name, []).append(position)
+                        continue
                     masks[name] = mask.data
                     tallies[name] = maps[name].add(tallies[name], mask.tally)
                     conventions[name].setdefault(mask.convention, where)
@@ -184,7 +219,9 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
                 continue
             shard.write(record.key, image, facts.extension, record.labels, masks)
             hashes.append(content_hash(image).hex())
-            image_kinds.setdefault(f"{facts.channels} {facts.dtype}", where)
+            kind = f"{facts.channels} {facts.dtype}"
+            example, number = image_kinds.get(kind, (str(record.place), 0))
+            image_kinds[kind] = (example, number + 1)
             oddities.update(facts.oddities)
             tick()
         info, rows = shard.close()
@@ -200,9 +237,23 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
         dict(oddities),
         {name: tally.tolist() for name, tally in tallies.items()},
         conventions,
+        unlabelled,
+        fits,
+        [counts.state() for counts in pixels.values()],
     )
     _save_result(job, result)
     return result
+
+
+def _is_measured(position: int, verify: bool) -> bool:
+    """Whether an image of any kind is measured: the first of a shard, then every n-th."""
+    return position < _MEASURED_FIRST or position % (_EVERY if verify else _EVERY_UNVERIFIED) == 0
+
+
+def _is_always_measured(facts: ImageFacts) -> bool:
+    """Whether the image is small, or of those that are normalised by what is measured."""
+    small = facts.width * facts.height <= MOST_PIXELS
+    return small or facts.dtype != "uint8" or facts.channels not in (1, 3)
 
 
 def check_skipped(reasons: Sequence[str], max_skipped: int) -> None:
@@ -223,9 +274,9 @@ def check_skipped(reasons: Sequence[str], max_skipped: int) -> None:
 
 def _fingerprint(job: ShardJob) -> str:
     """What the bytes of a shard depend on."""
-    fingerprint = hashlib.sha256(
-        repr((FORMAT_VERSION, HASH_SIZE, job.split, job.number, job.verify)).encode()
-    )
+    how: list[object] = [FORMAT_VERSION, HASH_SIZE, job.split, job.number, job.verify]
+    how += [job.measured, job.conversion, job.masks_as]
+    fingerprint = hashlib.sha256(repr(how).encode())
     fingerprint.update(
         repr(
             [

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from mtl_dist.data.shards import DEFAULT_SHARD_BYTES, DEFAULT_SHARD_SAMPLES
 from mtl_dist.errors import UserError
+from mtl_dist.importers.conversion import Conversion
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,38 @@ class PackOptions:
         int, Help("Unreadable images that may be left out; with 0 the first one stops it.", "N")
     ] = 0
     verify: Annotated[bool, Help("Decode every image once; without it only headers are read.")] = True
+    bits: Annotated[
+        int | None, Help("The bits, 8 or 16, that every value is converted to (16 = 257 times 8).", "8|16")
+    ] = None
+    channels: Annotated[
+        tuple[int, ...], Help("The channels, from 0, that are taken; without it all.", "N,...")
+    ] = ()
+    masks_as: Annotated[
+        str,
+        Help(
+            "Whether masks of images turned by EXIF were drawn on the picture as displayed or as stored.",
+            "displayed|stored",
+        ),
+    ] = ""
     shard_samples: Annotated[int, Help("A shard is closed at this many samples.", "N")] = (
         DEFAULT_SHARD_SAMPLES
     )
     shard_bytes: Annotated[int, Help("A shard is closed once it holds this many bytes.", "N")] = (
         DEFAULT_SHARD_BYTES
     )
+
+    def __post_init__(self) -> None:
+        if self.masks_as not in ("", "displayed", "stored"):
+            raise UserError(f"--masks-as: expected displayed or stored, found {self.masks_as!r}.")
+
+    @property
+    def conversion(self) -> Conversion:
+        """What becomes of every image.
+
+        Raises:
+            UserError: no such number of bits, or channel.
+        """
+        return Conversion(self.bits, tuple(self.channels))
 
 
 STANDARD = PackOptions()

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,8 @@ from mtl_dist.importers.jobs import (
     run_jobs,
 )
 from mtl_dist.importers.options import STANDARD, PackOptions
+from mtl_dist.importers.orientation import check_readings
+from mtl_dist.importers.pixel_counts import pixel_facts
 from mtl_dist.importers.splitting import SPLIT_NAMES, shuffled
 from mtl_dist.importers.summary import (
     PackedSplit,
@@ -54,6 +56,7 @@ from mtl_dist.importers.summary import (
     label_counts,
     label_notes,
     task_info,
+    unlabelled_notes,
 )
 from mtl_dist.plural import plural
 
@@ -117,7 +120,9 @@ def pack_into(
     _check(splits, tasks)
     jobs = _plan(splits, partial.directory, tasks, options)
     results = _run(jobs, options, progress)
-    manifest = _finish(splits, jobs, results, partial.directory, tasks, notes, name, account)
+    manifest = _finish(
+        splits, jobs, results, partial.directory, tasks, notes, name, account, options.masks_as
+    )
     shutil.rmtree(partial.directory / FINISHED)
     (partial.directory / SPOOL).unlink(missing_ok=True)
     _fsync_directory(partial.directory)
@@ -196,6 +201,7 @@ def _plan(
 ) -> list[ShardJob]:
     """Cut the records of each split, in stored order, into shards by number and by source bytes."""
     jobs: list[ShardJob] = []
+    training = _training_split(splits)
     for split in _usual_order(splits):
         records = splits[split]
         number, chunk, size = 0, list[Record](), 0
@@ -203,10 +209,10 @@ def _plan(
             chunk.append(records[position])
             size += _record_size(chunk[-1])
             if len(chunk) >= options.shard_samples or size >= options.shard_bytes:
-                jobs.append(_job(partial, split, number, chunk, tasks, options))
+                jobs.append(_job(partial, split, number, chunk, tasks, options, split == training))
                 number, chunk, size = number + 1, [], 0
         if chunk:
-            jobs.append(_job(partial, split, number, chunk, tasks, options))
+            jobs.append(_job(partial, split, number, chunk, tasks, options, split == training))
     return jobs
 
 
@@ -217,8 +223,20 @@ def _job(
     records: list[Record],
     tasks: Mapping[str, TaskSource],
     options: PackOptions,
+    measured: bool,
 ) -> ShardJob:
-    return ShardJob(partial, split, number, records, tasks, options.verify, options.max_skipped)
+    return ShardJob(
+        partial,
+        split,
+        number,
+        records,
+        tasks,
+        options.verify,
+        options.max_skipped,
+        measured,
+        options.conversion,
+        options.masks_as,
+    )
 
 
 def _record_size(record: Record) -> int:
@@ -229,6 +247,11 @@ def _record_size(record: Record) -> int:
 def _usual_order(splits: Mapping[str, object]) -> list[str]:
     usual = [name for name in SPLIT_NAMES if name in splits]
     return usual + sorted(set(splits) - set(usual))
+
+
+def _training_split(splits: Mapping[str, object]) -> str:
+    """The split whose labels and pixels are described."""
+    return "train" if "train" in splits else _usual_order(splits)[0]
 
 
 def _run(jobs: Sequence[ShardJob], options: PackOptions, progress: Progress) -> list[ShardResult]:
@@ -276,16 +299,18 @@ def _finish(
     notes: Sequence[str],
     name: str,
     account: Account,
+    masks_as: str,
 ) -> Manifest:
     """Write indexes and manifest from the results of all jobs."""
     packed = {split: _packed_split(split, jobs, results) for split in _usual_order(splits)}
     for task, source in tasks.items():
         check_conventions(task, source, results)
+    readings = [check_readings(task, [r.fits.get(task, {}) for r in results], masks_as) for task in tasks]
     labels = {
         split: {task: label_counts(task, source, content) for task, source in tasks.items()}
         for split, content in packed.items()
     }
-    training = "train" if "train" in packed else next(iter(packed))
+    training = _training_split(packed)
     channels, dtype = image_format([result.image_kinds for result in results])
     skipped = [reason for result in results for reason in result.skipped.values()]
     hashes = {split: content.content_hashes for split, content in packed.items()}
@@ -312,11 +337,14 @@ def _finish(
         notes=(
             *notes,
             *image_notes([result.oddities for result in results], skipped),
+            *(reading for reading in readings if reading),
+            *unlabelled_notes(results),
             *label_notes(tasks, labels, training),
             *duplicate_notes(hashes, keys),
         ),
         content_hashes="hashes",
         account=account.totals(),
+        pixels=pixel_facts([state for result in results for state in result.pixels], channels),
     )
     for split, content in packed.items():
         save_index(index_path(directory, split), np.concatenate([result.rows for result in content.results]))
@@ -335,13 +363,25 @@ def _packed_split(split: str, jobs: Sequence[ShardJob], results: Sequence[ShardR
     kept: list[ShardResult] = []
     for job, result in zip(jobs, results, strict=True):
         if job.split == split and result.info.num_samples:
-            records += [record for i, record in enumerate(job.records) if i not in result.skipped]
+            unlabelled = {task: set(positions) for task, positions in result.unlabelled.items()}
+            records += [
+                _without_maps(record, [task for task, positions in unlabelled.items() if i in positions])
+                for i, record in enumerate(job.records)
+                if i not in result.skipped
+            ]
             kept.append(result)
         elif job.split == split:
             job.shard.unlink()
     if not records:
         raise UserError(f"split {split!r}: expected samples, found none that is readable.")
     return PackedSplit(records, kept)
+
+
+def _without_maps(record: Record, tasks: Sequence[str]) -> Record:
+    """The record without the maps that have no label in them."""
+    if not tasks:
+        return record
+    return replace(record, masks={name: mask for name, mask in record.masks.items() if name not in tasks})
 
 
 def _fsync_directory(directory: Path) -> None:

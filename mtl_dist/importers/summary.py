@@ -17,7 +17,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import Record, ShardResult, TaskSource
 from mtl_dist.kinds.kind import MapKind, ScalarKind
 from mtl_dist.kinds.registry import kind_of
-from mtl_dist.specs import TaskInfo
+from mtl_dist.specs import IGNORE, TaskInfo
 
 _LISTED = 5
 _ODDITIES = {
@@ -25,6 +25,7 @@ _ODDITIES = {
     "alpha": "with an alpha channel, which is dropped when they are read",
     "palette": "with a palette, read as RGB",
     "cmyk": "in CMYK, read as RGB",
+    "array": "in TIFFs of channels or values that decoders of pictures do not read whole, stored as arrays",
 }
 
 
@@ -85,24 +86,36 @@ def with_facts(info: TaskInfo, counts: LabelCounts, content: np.ndarray) -> Task
     return kind.facts(content, info)
 
 
-def image_format(kinds: Sequence[Mapping[str, str]]) -> tuple[int, ImageDtype]:
+def image_format(kinds: Sequence[Mapping[str, tuple[str, int]]]) -> tuple[int, ImageDtype]:
     """The channels and the type that hold for every image; grey images among colour ones count as colour.
 
-    `kinds` map "channels dtype" to an example, for each shard.
+    `kinds` map "channels dtype" to an example and a number of images, for each shard.
 
     Raises:
         UserError: the images differ in type, or in channels otherwise.
     """
     examples: dict[str, str] = {}
+    numbers: Counter[str] = Counter()
     for kind in kinds:
-        examples = {**kind, **examples}
+        for name, (example, number) in kind.items():
+            examples.setdefault(name, example)
+            numbers[name] += number
     channels = {int(kind.split()[0]) for kind in examples}
     dtypes = {kind.split()[1] for kind in examples}
-    if len(dtypes) > 1 or (len(channels) > 1 and channels != {1, 3}):
+    odd_channels = len(channels) > 1 and channels != {1, 3}
+    if len(dtypes) > 1 or odd_channels:
         found = ", ".join(
-            f"{kind.replace(' ', ' channel(s) of ')} ({path})" for kind, path in examples.items()
+            f"{number} with {kind.replace(' ', ' channel(s) of ')} (as {examples[kind]})"
+            for kind, number in numbers.most_common()
         )
-        raise UserError(f"images: expected one number of channels and one type for all, found {found}.")
+        what = "type" if len(dtypes) > 1 else "number of channels"
+        if not odd_channels and "float32" not in dtypes:
+            remedy = "--bits 8 or --bits 16 converts all to one."
+        elif len(dtypes) == 1:
+            remedy = "--channels chooses those that all have."
+        else:
+            remedy = "Convert some of them."
+        raise UserError(f"images: expected one {what} for all, found {found}. {remedy}")
     return max(channels), cast(ImageDtype, dtypes.pop())
 
 
@@ -132,6 +145,15 @@ def image_notes(oddities: Sequence[Mapping[str, int]], skipped: Sequence[str]) -
             yield f"images {meaning}: {total[word]}"
     if skipped:
         yield f"unreadable, left out: {len(skipped)} ({listed(skipped)})"
+
+
+def unlabelled_notes(results: Sequence[ShardResult]) -> Iterator[str]:
+    """The maps that were taken as missing labels."""
+    total: Counter[str] = Counter()
+    for result in results:
+        total.update({task: len(positions) for task, positions in result.unlabelled.items()})
+    for task, number in total.items():
+        yield f"{task}: masks that are {IGNORE} throughout, taken as no label: {number}"
 
 
 def label_notes(

@@ -107,7 +107,7 @@ class TarFacts:
     keys: list[str]
     cells: dict[str, list[Cell]]
     tallies: dict[str, np.ndarray]
-    image_kinds: dict[str, str] = field(default_factory=dict)
+    image_kinds: dict[str, tuple[str, int]] = field(default_factory=dict)
     oddities: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
@@ -216,7 +216,9 @@ def _row(
             )
         facts.tallies[task] = kind.add(facts.tallies[task], mask.tally)
         row += [member.offset, len(member.data)]
-    facts.image_kinds.setdefault(f"{picture.channels} {picture.dtype}", where)
+    image_kind = f"{picture.channels} {picture.dtype}"
+    example, number = facts.image_kinds.get(image_kind, (where, 0))
+    facts.image_kinds[image_kind] = (example, number + 1)
     oddities.update(picture.oddities)
     hashes.append(content_hash(image.data))
     return tuple(row)

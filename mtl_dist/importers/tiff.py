@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
+from mtl_dist.data.images import UnreadableImage
 from mtl_dist.errors import UserError
 from mtl_dist.importers.pixels import encoded_picture, encoded_png
 from mtl_dist.importers.sources import Source
@@ -32,6 +33,11 @@ Bounds = tuple[tuple[float, float], ...]
 
 _PLANE, _CHANNELS = frozenset("YX"), frozenset("CS")
 _LEAST = 1e-12  # so that percentile 0 is the least value there is, not 0
+_GREY_OR_RGB = (
+    tifffile.PHOTOMETRIC.MINISBLACK,
+    tifffile.PHOTOMETRIC.MINISWHITE,
+    tifffile.PHOTOMETRIC.RGB,
+)
 _DTYPES = ("bool", "uint8", "uint16")
 _DAMAGES = (
     tifffile.TiffFileError,
@@ -190,30 +196,97 @@ def _channels_last(pixels: np.ndarray, axes: str) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
+def read_picture(data: bytes) -> tuple[np.ndarray, int]:
+    """The one picture in a TIFF, (H, W, C) with all its channels, as stored, and its EXIF orientation.
+
+    The values are uint8, uint16 or float32: other integers must fit into float32 exactly.
+
+    Raises:
+        UnreadableImage: damaged, of several pages, or of colours or values that are not supported; with the
+            axes that were found.
+    """
+    try:
+        with _heard() as said, tifffile.TiffFile(io.BytesIO(data)) as file:
+            series = file.series
+            if len(series) != 1:
+                found = "; ".join(f"{_described(one)} {one.dtype}" for one in series[:5])
+                raise UnreadableImage(f"a TIFF of {len(series)} different pictures ({found})")
+            page: Any = series[0].keyframe
+            pixels, axes = series[0].asarray(), series[0].axes
+    except _DAMAGES as error:
+        raise UnreadableImage(f"a damaged TIFF ({_words(error)})") from None
+    if said.line:
+        raise UnreadableImage(f"a damaged TIFF ({said.line})")
+    long = "".join(axis for axis, size in zip(axes, pixels.shape, strict=True) if size > 1 or axis in _PLANE)
+    if set(long) - _PLANE - _CHANNELS or not set(long) >= _PLANE or len(set(long)) < len(long):
+        raise UnreadableImage(
+            f"a TIFF with the axes {_described(series[0])}, where rows, columns and channels (Y, X, C or S) "
+            "of one picture are expected; `mtl prepare stacks` makes a sample of each page"
+        )
+    if page.photometric not in _GREY_OR_RGB:
+        raise UnreadableImage(f"a TIFF in {page.photometric.name}, where greys or RGB are expected")
+    kept = tuple(size for axis, size in zip(axes, pixels.shape, strict=True) if axis in long)
+    pixels = _channels_last(_of_known_type(pixels.reshape(kept)), long)
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and pixels.dtype.kind == "u":
+        pixels = np.iinfo(pixels.dtype).max - pixels
+    orientation = page.tags.get("Orientation")
+    return pixels, 1 if orientation is None else int(orientation.value)
+
+
+def _of_known_type(pixels: np.ndarray) -> np.ndarray:
+    """The values as one of the types that are stored."""
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8) * 255
+    if pixels.dtype in (np.uint8, np.uint16):
+        return pixels.astype(pixels.dtype.newbyteorder("="))
+    converted = pixels.astype(np.float32)
+    if pixels.dtype.kind in "iu" and (converted.astype(np.float64) != pixels).any():
+        raise UnreadableImage(f"a TIFF of {pixels.dtype} values too large for float32")
+    if pixels.dtype.kind not in "iuf":
+        raise UnreadableImage(f"a TIFF of {pixels.dtype} values, where real numbers are expected")
+    return converted
+
+
+def _described(series: Any) -> str:
+    return f"{series.axes} ({'x'.join(map(str, series.shape))})"
+
+
 @contextmanager
-def _damage_told(where: str) -> Iterator[None]:
-    """Turn what tifffile raises, and what it only logs, into an error for the user."""
+def _heard() -> Iterator[_Said]:
+    """What tifffile complains of inside the block: of what a damaged file lacks it only tells its log."""
     said = _Said()
     logger = logging.getLogger("tifffile")
     before, logger.propagate = logger.propagate, False
     logger.addHandler(said)
     try:
-        yield
-    except UserError:
-        raise
-    except _DAMAGES as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        advice = ' Install it with `pip install "mtl-dist[tiff]"`.' if "imagecodecs" in text else ""
-        raise UserError(f"{where}: expected a readable TIFF, found: {text}.{advice}") from None
+        yield said
     finally:
         logger.propagate = before
         logger.removeHandler(said)
+
+
+@contextmanager
+def _damage_told(where: str) -> Iterator[None]:
+    """Turn what tifffile raises, and what it only logs, into an error for the user."""
+    with _heard() as said:
+        try:
+            yield
+        except UserError:
+            raise
+        except _DAMAGES as error:
+            raise UserError(f"{where}: expected a readable TIFF, found: {_words(error)}.") from None
     if said.line:
         raise UserError(f"{where}: expected a whole TIFF, found: {said.line}. Copy it again.")
 
 
+def _words(error: BaseException) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    advice = '. Install it with `pip install "mtl-dist[tiff]"`' if "imagecodecs" in text else ""
+    return f"{text}{advice}"
+
+
 class _Said(logging.Handler):
-    """Keeps the first complaint: of what a damaged file lacks, tifffile only writes to its log."""
+    """Keeps the first complaint."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

@@ -213,6 +213,10 @@ class MapKind(Kind):
     def tally(self, info: TaskInfo) -> np.ndarray:
         """What is counted of maps before there is one."""
 
+    def is_labelled(self, stored: StoredMap) -> bool:
+        """Whether the map says anything: one without a single label is no label."""
+        return True
+
     def add(self, tally: np.ndarray, more: np.ndarray) -> np.ndarray:
         """The tally of the maps in both."""
         return tally + more

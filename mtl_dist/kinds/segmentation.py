@@ -54,6 +54,10 @@ class Segmentation(MapKind):
         """The pixels of each class."""
         return np.zeros(len(info.classes), np.int64)
 
+    def is_labelled(self, stored: StoredMap) -> bool:
+        """Whether some pixel has a class: a mask that is 255 throughout is none."""
+        return bool(stored.tally.any())
+
     def counts(self, tally: np.ndarray, info: TaskInfo) -> tuple[int, ...]:
         return tuple(tally.tolist())
 

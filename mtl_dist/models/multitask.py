@@ -30,6 +30,10 @@ FeatureDict: TypeAlias = dict[str, Tensor]
 """`vector` (B, D) and `stride_<s>` (B, D, H, W); with separate backbones `<task>/vector` and so on."""
 
 
+Measured: TypeAlias = tuple[Sequence[float], Sequence[float]]
+"""Mean and standard deviation per channel."""
+
+
 class TaskModules(nn.ModuleDict):
     """One module per task, under any name without a dot: nn.ModuleDict itself refuses "type" or "values"."""
 
@@ -157,9 +161,17 @@ class MultitaskModel(nn.Module):
 
 
 def build_model(
-    settings: ModelSettings, heads: Sequence[HeadSpec], in_channels: int, image_size: tuple[int, int]
+    settings: ModelSettings,
+    heads: Sequence[HeadSpec],
+    in_channels: int,
+    image_size: tuple[int, int],
+    *,
+    measured: Measured | None = None,
+    is_picture: bool = True,
 ) -> MultitaskModel:
     """The model for these heads and images, in training mode, on the CPU.
+
+    `measured` are mean and deviation of the training images, `is_picture` whether these are 8-bit RGB.
 
     Untrained weights are drawn from torch's global generator: seed it first.
 
@@ -169,7 +181,7 @@ def build_model(
     if not heads:
         raise UserError("tasks: expected at least one task, found none. Give the model something to learn.")
     check_heads(settings, heads)
-    mean, std = _normalisation(settings, in_channels)
+    mean, std = _normalisation(settings, in_channels, measured, is_picture)
     modules: dict[str, Head] = {}
     if settings.shared:
         shared = _build_part(settings, heads, build_network(settings, in_channels, image_size), modules)
@@ -199,8 +211,20 @@ def _build_part(
     return Backbone(network, strides, has_vector_head and vector_name == VECTOR, settings)
 
 
-def _normalisation(settings: ModelSettings, in_channels: int) -> tuple[list[float], list[float]]:
+def _normalisation(
+    settings: ModelSettings, in_channels: int, measured: Measured | None, is_picture: bool
+) -> tuple[list[float], list[float]]:
     mean, std = published_normalisation(settings.backbone_name, in_channels)
+    if settings.normalise == "data" and measured is None:
+        raise UserError(
+            "model.normalise: expected auto or published for data whose pixels were not measured, found "
+            "data. Prepare it again, or state model.mean and model.std."
+        )
+    if measured is not None and (
+        settings.normalise == "data" or (settings.normalise == "auto" and not is_picture)
+    ):
+        mean = list(measured[0])
+        std = [deviation or 1.0 for deviation in measured[1]]  # a channel of one value becomes 0
     return (
         _per_channel("mean", settings.mean, mean, in_channels),
         _per_channel("std", settings.std, std, in_channels),

@@ -96,9 +96,12 @@ class ModelSettings(Settings):
     frozen         the backbone keeps its weights, its normalisation in evaluation mode; heads train
     norm           what becomes of the backbone's BatchNorm layers
     checkpointing  recompute the backbone in the backward pass, a stage or a block at a time
-    mean, std      per channel, in the images' own units (0 to 255 for 8-bit ones); one value is for all
-                   channels. None: what the backbone's published weights expect for three channels
-                   (ImageNet's), 127.5 and 127.5 otherwise.
+    normalise      `published`: by what the backbone's published weights expect for three channels
+                   (ImageNet's), 127.5 and 127.5 otherwise; `data`: by mean and deviation of the training
+                   images, as their preparation measured them; `auto`: `published` for 8-bit pictures of
+                   three channels, else `data`, where it was measured
+    mean, std      in place of these: per channel, in the images' own units (0 to 255 for 8-bit ones); one
+                   value is for all channels
     head           for all vector tasks
     decoder        for all map tasks: `unet`, another one by its short name, or one of the user's by its
                    import path
@@ -111,6 +114,7 @@ class ModelSettings(Settings):
     frozen: bool = False
     norm: NormKind = "batch"
     checkpointing: Checkpointing = "off"
+    normalise: Literal["auto", "published", "data"] = "auto"
     mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
     std: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
     head: HeadSettings = HeadSettings()
