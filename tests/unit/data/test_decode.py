@@ -244,7 +244,7 @@ def test_a_mask_keeps_its_class_indices() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (encode(Image.fromarray(COLOUR), "PNG"), "mode RGB"),
+        (encode(Image.fromarray(GREY).convert("LA"), "PNG"), "mode LA"),
         (encode(Image.fromarray(GREY), "JPEG"), "a JPEG mask"),
         (encode(PALETTE, "PNG"), "mode P"),
         (encode(Image.fromarray(GREY), "PNG")[:-60], "damaged"),
