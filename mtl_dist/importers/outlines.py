@@ -85,31 +85,6 @@ class Rectangle:
 
 
 @dataclass(frozen=True, slots=True)
-class Ellipse:
-    """An upright ellipse: its centre and its two radii."""
-
-    x: float
-    y: float
-    radius_x: float
-    radius_y: float
-
-    def inside(self, height: int, width: int) -> np.ndarray:
-        x = (np.arange(width) + 0.5 - self.x) / self.radius_x
-        y = (np.arange(height) + 0.5 - self.y) / self.radius_y
-        return (y**2)[:, None] + (x**2)[None] <= 1
-
-    @property
-    def box(self) -> Edges:
-        """The rectangle around it."""
-        return (
-            self.x - self.radius_x,
-            self.y - self.radius_y,
-            self.x + self.radius_x,
-            self.y + self.radius_y,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class RegionMask:
     """The mask of an image, drawn when it is packed: 0, and the value of each region above it."""
 
