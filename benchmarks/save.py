@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks.measuring import clock, first
 from benchmarks.tables import Findings, Row
 from benchmarks.training import Scene, build_trainer, random_batch
-from mtl_dist.checkpoint import Checkpoint, CheckpointWriter
+from mtl_dist.checkpoint import Best, Checkpoint, CheckpointWriter
 from mtl_dist.engine.connect import Connection, connect
 from mtl_dist.engine.settings import EngineSettings
 
@@ -28,7 +28,7 @@ class _TimedWriter(CheckpointWriter):
         super().__init__(directory, keep_last=1)
         self.free_at: list[float] = []
 
-    def submit(self, checkpoint: Checkpoint, best: tuple[str, float] | None = None) -> None:
+    def submit(self, checkpoint: Checkpoint, best: Best | None = None) -> None:
         super().submit(checkpoint, best)
         self.free_at.append(clock(torch.device("cpu")))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl_dist.balance.checks import check_balance
 from mtl_dist.balance.methods import build_balancer
-from mtl_dist.checkpoint import Checkpoint, best_checkpoint, newest_good, problems_of, read_checkpoint
+from mtl_dist.checkpoint import Checkpoint, best_checkpoint, known_bests, newest_good, read_checkpoint
 from mtl_dist.data.disjoint_tasks import disjoint_tasks
 from mtl_dist.data.loader import Data
 from mtl_dist.engine.connect import EngineChoice
@@ -114,14 +114,11 @@ def best_or_newest(folder: RunFolder, say: Callable[[str], None]) -> Path:
     Raises:
         UserError: the run has no good checkpoint.
     """
-    best = best_checkpoint(folder.checkpoints)
-    if best is not None:
-        problems = problems_of(best)
-        if not problems:
+    if known_bests(folder.checkpoints):
+        best = best_checkpoint(folder.checkpoints, say)
+        if best is not None:
             return best
-        for line in problems:
-            say(line)
-        say(f"{best}: the best checkpoint is damaged; the newest good one is used.")
+        say(f"{folder.checkpoints}: the newest good checkpoint is used in its place.")
     newest = newest_good(folder.checkpoints, say)
     if newest is None:
         raise UserError(

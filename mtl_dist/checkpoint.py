@@ -5,10 +5,10 @@
             model.safetensors       weights and buffers, balancer included, float32
             optimizer.safetensors   `<slot>/<parameter name>`
             ema.safetensors         the averaged weights, where the recipe asks for them
-            state.json              step, position, monitor, sums of the running epoch
+            state.json              step, position, monitor, the best one so far, sums of the running epoch
             recipe.yaml
             manifest.json           size and SHA-256 of every other file; written last
-        best.json                   the step of the best one so far
+        best.json                   the step of the best one so far, as the newest state.json has it
 
 A checkpoint is written under a temporary name, every file hashed and fsynced, the manifest last, and renamed.
 It is read only if it is whole and every hash matches: one flipped byte in a tensor loads silently otherwise.
@@ -23,7 +23,8 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from torch import Tensor
 from mtl_dist.durable import sha256_of, sync_directory, sync_file, write_text
 from mtl_dist.errors import UserError
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE, RECIPE, BEST = "manifest.json", "state.json", "recipe.yaml", "best.json"
+FORMAT = "mtl_dist checkpoint"
 FORMAT_VERSION = 1
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -70,14 +72,14 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     temporary.mkdir()
     for name, tensors in checkpoint.tensors.items():
         save_file(tensors, temporary / f"{name}.safetensors")
-    (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
-    (temporary / "recipe.yaml").write_text(checkpoint.recipe, encoding="utf-8")
+    (temporary / STATE).write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
+    (temporary / RECIPE).write_text(checkpoint.recipe, encoding="utf-8")
     files = {}
     for path in sorted(temporary.iterdir()):
         sync_file(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = {
-        "format": "mtl_dist checkpoint",
+        "format": FORMAT,
         "version": FORMAT_VERSION,
         "step": checkpoint.step,
         "files": files,
@@ -94,22 +96,45 @@ def problems_of(path: Path) -> list[str]:
     if not manifest_path.is_file():
         return [f"{path}: expected a {MANIFEST}, found none: the checkpoint is not complete."]
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        version, files = manifest["version"], manifest["files"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        return [f"{manifest_path}: not a checkpoint manifest ({error})."]
-    if version > FORMAT_VERSION:
-        return [f"{path}: expected format version <= {FORMAT_VERSION}, found {version}. Upgrade mtl_dist."]
+        files = _files_of(json.loads(manifest_path.read_text(encoding="utf-8")), path)
+    except (OSError, ValueError, RecursionError) as error:
+        return [f"{manifest_path}: expected a checkpoint's manifest, found a damaged one ({error})."]
     problems = []
-    for name, facts in files.items():
+    for name, (num_bytes, sha256) in files.items():
         file = path / name
         if not file.is_file():
-            problems.append(f"{file}: expected {facts['bytes']} bytes, found no file.")
-        elif file.stat().st_size != facts["bytes"]:
-            problems.append(f"{file}: expected {facts['bytes']} bytes, found {file.stat().st_size}.")
-        elif sha256_of(file) != facts["sha256"]:
+            problems.append(f"{file}: expected {num_bytes} bytes, found no file.")
+        elif file.stat().st_size != num_bytes:
+            problems.append(f"{file}: expected {num_bytes} bytes, found {file.stat().st_size}.")
+        elif sha256_of(file) != sha256:
             problems.append(f"{file}: its content does not match its SHA-256: the file was damaged.")
     return problems
+
+
+def _files_of(manifest: object, path: Path) -> dict[str, tuple[int, str]]:
+    """The size and SHA-256 of every file of a checkpoint, as its manifest has them.
+
+    Raises:
+        ValueError: it is none, or lacks what it must have.
+    """
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError("it does not say what it is")
+    version, files = manifest.get("version"), manifest.get("files")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(f"format version {version!r}, expected <= {FORMAT_VERSION}. Upgrade mtl_dist")
+    step = manifest.get("step")
+    if not isinstance(step, int) or path.name != step_directory(path.parent, step).name:
+        raise ValueError(f"it is that of step {step!r}")
+    if not isinstance(files, dict) or not {"model.safetensors", STATE, RECIPE} <= files.keys():
+        raise ValueError("files are missing in it")
+    found = {}
+    for name, facts in files.items():
+        facts = facts if isinstance(facts, dict) else {}
+        num_bytes, sha256 = facts.get("bytes"), facts.get("sha256")
+        if Path(name).name != name or not isinstance(num_bytes, int) or not isinstance(sha256, str):
+            raise ValueError(f"no name, size and SHA-256 of {name!r}")
+        found[name] = num_bytes, sha256
+    return found
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -123,11 +148,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     problems = problems_of(path)
     if problems:
         raise UserError("\n".join(problems))
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    tensors = [path / name for name in sorted(manifest["files"]) if name.endswith(".safetensors")]
     return Checkpoint(
-        step=json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"],
-        tensors={file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))},
-        state=json.loads((path / "state.json").read_text(encoding="utf-8")),
-        recipe=(path / "recipe.yaml").read_text(encoding="utf-8"),
+        step=manifest["step"],
+        tensors={file.stem: load_file(file) for file in tensors},
+        state=json.loads((path / STATE).read_text(encoding="utf-8")),
+        recipe=(path / RECIPE).read_text(encoding="utf-8"),
     )
 
 
@@ -140,8 +167,15 @@ def steps_in(directory: Path) -> list[int]:
 
 
 def newest_good(directory: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole; every damaged one passed over on the way is reported to `say`."""
-    for step in reversed(steps_in(directory)):
+    """The newest checkpoint that is whole; every damaged one passed over on the way is reported to `say`.
+
+    None where the run has not saved any yet.
+
+    Raises:
+        UserError: it has, and none is whole.
+    """
+    steps = steps_in(directory)
+    for step in reversed(steps):
         path = step_directory(directory, step)
         problems = problems_of(path)
         if not problems:
@@ -149,27 +183,106 @@ def newest_good(directory: Path, say: Callable[[str], None]) -> Path | None:
         for line in problems:
             say(line)
         say(f"{path} is passed over; looking for an older checkpoint.")
+    if steps or (directory / BEST).exists():
+        raise UserError(
+            f"{directory}: expected a whole checkpoint, found {len(steps)} of which none is. Bring one back "
+            "from a copy of the run, or begin again in another --run-dir; nothing here was changed."
+        )
     return None
 
 
-def write_best(directory: Path, step: int, metric: str, value: float) -> None:
-    write_text(directory / "best.json", json.dumps({"step": step, "metric": metric, "value": value}))
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far: after which step, and its monitored metric."""
+
+    step: int
+    metric: str
+    value: float
 
 
-def best_checkpoint(directory: Path) -> Path | None:
-    """The folder of the best checkpoint, or None where no metric was monitored yet."""
-    pointer = directory / "best.json"
-    if not pointer.is_file():
+def write_best(directory: Path, best: Best) -> None:
+    """Name the best checkpoint in best.json, for people and scripts."""
+    write_text(directory / BEST, json.dumps(asdict(best)))
+
+
+def known_bests(directory: Path) -> list[Best]:
+    """What may be the best checkpoint, newest first: as the checkpoints' states and best.json have it.
+
+    A checkpoint and its being the best appear in one step, with the checkpoint's folder: best.json may be one
+    save behind it, or damaged.
+    """
+    found = {}
+    for step in steps_in(directory):
+        best = _best_as_of(step_directory(directory, step))
+        if best is not None:
+            found[best.step] = best
+    try:
+        pointed = _as_best(json.loads((directory / BEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        pointed = None
+    if pointed is not None:
+        found.setdefault(pointed.step, pointed)
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def _best_as_of(path: Path) -> Best | None:
+    """The best one when the checkpoint at `path` was written."""
+    state = _read_state(path)
+    return None if state is None else _as_best(state.get("best"))
+
+
+def _as_best(value: object) -> Best | None:
+    """What JSON says of the best one; None where it says nothing, or something odd."""
+    if not isinstance(value, dict) or value.keys() != {"step", "metric", "value"}:
         return None
-    return step_directory(directory, json.loads(pointer.read_text(encoding="utf-8"))["step"])
+    step, metric, number = value["step"], value["metric"], value["value"]
+    if isinstance(step, bool) or not isinstance(step, int) or not isinstance(metric, str):
+        return None
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return None
+    return Best(step, metric, float(number))
 
 
-def prune(directory: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best one, and leftovers of torn writes."""
-    best = best_checkpoint(directory)
-    for step in steps_in(directory)[:-keep_last]:
-        path = step_directory(directory, step)
-        if path != best:
+def _read_state(path: Path) -> dict[str, Any] | None:
+    """state.json of a checkpoint; None if that file is not what was written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if sha256_of(path / STATE) != manifest["files"][STATE]["sha256"]:
+            return None
+        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return state
+
+
+def best_checkpoint(directory: Path, say: Callable[[str], None]) -> Path | None:
+    """The folder of the best checkpoint that is whole; None where there is none.
+
+    Every one passed over is reported to `say`.
+    """
+    for best in known_bests(directory):
+        path = step_directory(directory, best.step)
+        problems = problems_of(path)
+        if not problems:
+            return path
+        for line in problems:
+            say(line)
+        say(f"{path}: the best checkpoint is damaged.")
+    return None
+
+
+def prune(directory: Path, keep_last: int, whole: Callable[[Path], bool], newest: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints, the best as of each, and leftovers of torn writes.
+
+    Counted are those that are `whole`, up to step `newest`, which was written just now: a damaged one, or a
+    later one that a resume has passed over, never takes the place of a good one.
+    """
+    paths = {step: step_directory(directory, step) for step in steps_in(directory) if step <= newest}
+    counted = list(islice((step for step in sorted(paths, reverse=True) if whole(paths[step])), keep_last))
+    bests = [*known_bests(directory)[:1], *(_best_as_of(paths[step]) for step in counted)]
+    kept = {*counted, *(best.step for best in bests if best is not None)}
+    for step, path in paths.items():
+        if step not in kept:
             # Renamed first: a deletion cut short must not leave a folder that looks like a checkpoint.
             doomed = directory / f".{path.name}.deleted"
             os.rename(path, doomed)
@@ -189,20 +302,28 @@ class CheckpointWriter:
         self._keep_last = keep_last
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._whole: set[Path] = set()
+        """Checkpoints that this process has written or checked."""
 
-    def submit(self, checkpoint: Checkpoint, best: tuple[str, float] | None = None) -> None:
-        """Queue `checkpoint`; `best` = (metric, value) points best.json at it once it is whole.
+    def submit(self, checkpoint: Checkpoint, best: Best | None = None) -> None:
+        """Queue `checkpoint`; `best` is the best one so far, this one included.
 
         Waits for the write before it: at most one host copy is kept besides the new one.
         """
         self.finish()
         self._pending = self._pool.submit(self._write, checkpoint, best)
 
-    def _write(self, checkpoint: Checkpoint, best: tuple[str, float] | None) -> None:
-        write_checkpoint(self.directory, checkpoint)
+    def _write(self, checkpoint: Checkpoint, best: Best | None) -> None:
+        state = checkpoint.state | {"best": None if best is None else asdict(best)}
+        self._whole.add(write_checkpoint(self.directory, replace(checkpoint, state=state)))
         if best is not None:
-            write_best(self.directory, checkpoint.step, *best)
-        prune(self.directory, self._keep_last)
+            write_best(self.directory, best)
+        prune(self.directory, self._keep_last, self._is_whole, checkpoint.step)
+
+    def _is_whole(self, path: Path) -> bool:
+        if path not in self._whole and not problems_of(path):
+            self._whole.add(path)
+        return path in self._whole
 
     def finish(self) -> None:
         """Wait until the queued checkpoint is on disk.

@@ -8,13 +8,11 @@ run.metrics["test"]["digit"]["accuracy"]
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.config.yaml_text import parse
@@ -23,6 +21,9 @@ from mtl_dist.recipe import Recipe, load_recipe
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.status import Status, read_status
 from mtl_dist.tracking.files import history_of, read_rows
+
+if TYPE_CHECKING:
+    from mtl_dist.checkpoint import Best
 
 Metrics: TypeAlias = dict[str, dict[str, dict[str, float]]]
 """By split, task and name; NaN where one is undefined."""
@@ -75,15 +76,6 @@ def read_recipe(
     return load_recipe(Path(recipe) if isinstance(recipe, str) else recipe, overrides)
 
 
-@dataclass(frozen=True)
-class Best:
-    """The best checkpoint by the monitored metric."""
-
-    step: int
-    metric: str
-    value: float
-
-
 class Run:
     """A run folder: what was asked for, what came out, and the trained model."""
 
@@ -118,8 +110,10 @@ class Run:
     @property
     def best(self) -> Best | None:
         """The best checkpoint so far; None before the first evaluation."""
-        pointer = self._folder.checkpoints / "best.json"
-        return Best(**json.loads(pointer.read_text(encoding="utf-8"))) if pointer.is_file() else None
+        from mtl_dist.checkpoint import known_bests
+
+        bests = known_bests(self._folder.checkpoints)
+        return bests[0] if bests else None
 
     @property
     def metrics(self) -> Metrics:

@@ -25,7 +25,6 @@ from mtl_dist.assemble import (
 )
 from mtl_dist.balancing import Balancing
 from mtl_dist.checkpoint import (
-    Checkpoint,
     CheckpointWriter,
     newest_good,
     problems_of,
@@ -96,11 +95,11 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
 
     # ---- run folder, trainer
     directory = world.broadcast(run_dir or new_run_directory(recipe.name or "run"))
-    with training_folder(directory, recipe, world) as folder:
+    with training_folder(directory, recipe, world) as (folder, saved):
         if world.is_main:
             folder.write_data(facts_of(data))
         trainer = build_trainer(
-            recipe, data, engine, root, balancing, folder, accumulation, stop or StopSignal()
+            recipe, data, engine, root, balancing, folder, saved, accumulation, stop or StopSignal()
         )
         introduce(trainer, recipe, data, folder, connection.describe(), num_parameters)
         return replace(run_to_the_end(trainer, recipe, data, folder), directory=directory)
@@ -149,12 +148,13 @@ def build_trainer(
     root: RootModule,
     balancing: Balancing,
     folder: RunFolder,
+    saved: Path | None,
     accumulation: int,
     stop: StopSignal,
 ) -> Trainer:
-    """The trainer, in the state of the folder's newest good checkpoint."""
+    """The trainer, in the state of the checkpoint at `saved`, or at the beginning."""
     world = engine.world
-    resumed = newest_checkpoint(folder, world)
+    resumed = read_checkpoint(saved) if saved is not None else None
     plan = plan_of(recipe, data, accumulation)
 
     def evaluate_val() -> Evaluation:
@@ -238,38 +238,35 @@ def run_to_the_end(trainer: Trainer, recipe: Recipe, data: Data, folder: RunFold
 
 
 @contextmanager
-def training_folder(directory: Path, recipe: Recipe, world: World) -> Iterator[RunFolder]:
-    """The run folder, made or taken up again by rank 0, and locked while training.
+def training_folder(directory: Path, recipe: Recipe, world: World) -> Iterator[tuple[RunFolder, Path | None]]:
+    """The run folder, made or taken up again by rank 0 and locked while training; its newest good checkpoint.
 
     Raises:
-        UserError: another process trains in it, or it holds another run.
+        UserError: another process trains in it, or it holds another run, or none of its checkpoints is whole.
+            Then it is left as it was.
     """
     folder = RunFolder(directory)
 
-    def enter() -> None:
+    def enter() -> Path | None:
         directory.mkdir(parents=True, exist_ok=True)
         lock.__enter__()
         if folder.recipe_path.is_file():
             refuse_other_run(load_recipe(folder.recipe_path), recipe, directory)
+        saved = newest_good(folder.checkpoints, warn)
         write_text(folder.recipe_path, to_yaml(recipe))
         before = folder.write_environment(world.size, str(world.device), decoder_name())
         if before is not None:
             now = decoder_name()
             warn(f"{directory}: images were decoded by {before} so far, and are by {now} from here on.")
+        return saved
 
     lock = folder.locked()
-    world.on_main(enter)
+    saved = world.on_main(enter)
     try:
-        yield folder
+        yield folder, saved
     finally:
         if world.is_main:
             lock.__exit__(None, None, None)
-
-
-def newest_checkpoint(folder: RunFolder, world: World) -> Checkpoint | None:
-    """The newest good checkpoint, the same on every rank; rank 0 says which ones are damaged."""
-    path = world.on_main(lambda: newest_good(folder.checkpoints, warn))
-    return read_checkpoint(path) if path is not None else None
 
 
 def evaluate_split(

@@ -15,7 +15,7 @@ import torch
 
 from mtl_dist.balancing import Balancing
 from mtl_dist.batch import Batch
-from mtl_dist.checkpoint import Checkpoint, CheckpointWriter
+from mtl_dist.checkpoint import Best, Checkpoint, CheckpointWriter
 from mtl_dist.data.device_prefetch import device_prefetch
 from mtl_dist.data.partition import micro_batch_size
 from mtl_dist.ema import Ema
@@ -120,6 +120,7 @@ class Trainer:
         self._has_losses = True
         """Whether the losses of the last step whose verdict was read are finite."""
         self.skipped = SkippedSteps(list(root.tasks), self.world, tracker, max_bad_steps)
+        self.best: Best | None = None
         self._saved_step = -1
         self._unfinished_epoch: int | None = None
         """The epoch whose evaluation was broken off."""
@@ -281,7 +282,7 @@ class Trainer:
         due = ended or int(epoch) // every > before // every
         self._settle()
         figures = self._mean_losses("train", self._epoch_sums_T, self._epoch_counts_T)
-        best = None
+        is_best = False
         if self._evaluate is not None and due:
             swapped = self.ema.swapped_in() if self.ema is not None else nullcontext()
             try:
@@ -292,17 +293,18 @@ class Trainer:
                 self._save()
                 return asked.reason
             value = figures.get(self.monitor.metric, math.nan)
-            if self.monitor.observe(value):
-                best = (self.monitor.metric, value)
+            is_best = self.monitor.observe(value)
+            if is_best:
+                self.best = Best(self.step, self.monitor.metric, value)
         self._unfinished_epoch = None
         # A plan that ends within an epoch may be lengthened: then its row is to cover the whole epoch.
         if int(epoch) > before:
             self._epoch_sums_T.zero_()
             self._epoch_counts_T.zero_()
         self.tracker.record("epoch", self.step, epoch, figures)
-        self.tracker.say(self._epoch_line(epoch, figures, best is not None))
+        self.tracker.say(self._epoch_line(epoch, figures, is_best))
         self.figures.refresh()
-        self._save(best)
+        self._save()
         return ""
 
     def _epoch_line(self, epoch: float, figures: Mapping[str, float], is_best: bool) -> str:
@@ -327,7 +329,7 @@ class Trainer:
         )
 
     # ------------------------------------------------------------------ state
-    def _save(self, best: tuple[str, float] | None = None) -> None:
+    def _save(self) -> None:
         """Collective: take a host copy of the whole state; rank 0 writes it in the background."""
         if self._saved_step == self.step:
             return
@@ -354,7 +356,7 @@ class Trainer:
             "epoch_counts": self._epoch_counts_T.tolist(),
             "skipped": self.skipped.state_dict(),
         }
-        self.writer.submit(Checkpoint(self.step, tensors, state, self.recipe_text), best)
+        self.writer.submit(Checkpoint(self.step, tensors, state, self.recipe_text), self.best)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Collective: go on from `checkpoint`, which every rank has read."""
@@ -368,6 +370,7 @@ class Trainer:
             self._saved_step = -1  # the evaluation to come may make it the best
         self.position = state["position"]
         self.skipped.load_state_dict(state["skipped"])
+        self.best = Best(**state["best"]) if state["best"] is not None else None
         self.monitor.load_state_dict(state["monitor"])
         # The sums are a total over all ranks: rank 0 carries it on.
         if self.world.is_main:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mtl_dist import checkpoint as ckpt
-from mtl_dist.checkpoint import Checkpoint, CheckpointWriter
+from mtl_dist.checkpoint import Best, Checkpoint, CheckpointWriter
 from mtl_dist.errors import UserError
 
 
@@ -100,10 +100,10 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_is_told(
 def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, keep_last=2)
     for step in range(1, 7):
-        writer.submit(make(step), best=("val/loss", 0.5) if step == 2 else None)
+        writer.submit(make(step), best=Best(2, "val/loss", 0.5) if step >= 2 else None)
     writer.finish()
     assert ckpt.steps_in(tmp_path) == [2, 5, 6]
-    assert ckpt.best_checkpoint(tmp_path) == tmp_path / "step_00000002"
+    assert ckpt.best_checkpoint(tmp_path, print) == tmp_path / "step_00000002"
     assert json.loads((tmp_path / "best.json").read_text())["metric"] == "val/loss"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
