@@ -12,6 +12,7 @@ from mtl_dist.kinds.depth import Depth
 from mtl_dist.kinds.kind import Kind, MapKind, ScalarKind
 from mtl_dist.kinds.multilabel import Multilabel
 from mtl_dist.kinds.normals import Normals
+from mtl_dist.kinds.ordinal import Ordinal
 from mtl_dist.kinds.regression import Regression
 from mtl_dist.kinds.segmentation import Segmentation
 
@@ -24,6 +25,7 @@ KINDS: dict[str, Kind] = {
         Segmentation(),
         Depth(),
         Normals(),
+        Ordinal(),
     )
 }
 

@@ -16,6 +16,7 @@ from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.depth import DepthSettings
 from mtl_dist.tasks.multilabel import MultilabelSettings
 from mtl_dist.tasks.normals import NormalsSettings
+from mtl_dist.tasks.ordinal import OrdinalSettings
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
 from mtl_dist.tasks.task import CommonTaskSettings, Task
@@ -46,7 +47,8 @@ TaskSettings: TypeAlias = Annotated[
     | RegressionSettings
     | SegmentationSettings
     | DepthSettings
-    | NormalsSettings,
+    | NormalsSettings
+    | OrdinalSettings,
     Field(discriminator="kind"),
     _KIND,
 ]
