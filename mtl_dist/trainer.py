@@ -15,6 +15,7 @@ import torch
 
 from mtl_dist.balancing import Balancing
 from mtl_dist.batch import Batch
+from mtl_dist.batch_statistics import BatchStatistics
 from mtl_dist.checkpoint import Best, Checkpoint, CheckpointWriter
 from mtl_dist.data.device_prefetch import device_prefetch
 from mtl_dist.data.partition import micro_batch_size
@@ -95,6 +96,7 @@ class Trainer:
         self.engine = engine
         self.root = root
         self.balancing = balancing
+        self.statistics = BatchStatistics(root)
         self.world = engine.world
         self.optim = optim
         self.plan = plan
@@ -153,10 +155,12 @@ class Trainer:
             inputs = [on_device for _, on_device in window]
             self._buffers.keep()
             weights = self.balancing.solve(inputs, totals)
+            self.statistics.begin()
             for number, batch in enumerate(inputs, start=1):
                 sums_T += self.engine.forward_backward(batch, totals, weights, last=number == len(inputs))
             logs = (self.step + 1) % self.plan.log_every == 0
             result = self.engine.step(self.root.absent_parameters(totals), self.optim.clip_norm)
+            self.statistics.finish(len(inputs))
 
             self.step += 1
             self.position = min(self.position + self.plan.global_batch, self.plan.end_position)
@@ -362,6 +366,7 @@ class Trainer:
         """Collective: go on from `checkpoint`, which every rank has read."""
         state, tensors = checkpoint.state, checkpoint.tensors
         self.engine.load_full_state(tensors["model"], tensors["optimizer"], state["scaler"])
+        self.statistics.reload()
         if self.ema is not None:
             self.ema.load(tensors["ema"])
         self.step = self._saved_step = state["step"]

@@ -21,7 +21,7 @@ PACKAGE = Path(mtl_dist.__file__).parent
 LAYERS: dict[int, str] = {
     0: "errors specs batch plural durable lazy randomness status config kinds",
     1: "tasks models balance data",
-    2: "importers engine gradients checkpoint optim ema monitor tracking figures stopping",
+    2: "importers engine gradients checkpoint optim ema batch_statistics monitor tracking figures stopping",
     3: "step balancing skipping",
     4: "trainer evaluator",
     5: "recipe shipped run_folder results assemble runs debug prediction",
