@@ -38,6 +38,7 @@ from mtl_dist.data.first_look import odd_normalisation
 from mtl_dist.data.leakage import leakage
 from mtl_dist.data.loader import Data, eval_loader, open_data, train_loader
 from mtl_dist.data.partition import micro_batch_size
+from mtl_dist.data.val_labels import val_gaps
 from mtl_dist.durable import write_text
 from mtl_dist.ema import Ema
 from mtl_dist.engine.connect import connect, connect_without_engine
@@ -343,6 +344,8 @@ def introduce(
     why_not = trainer.balancing.why_no_diagnosis
     if recipe.balance.diagnose_every and why_not and len(recipe.tasks) > 1:
         tracker.say(f"balance  the tasks' gradients are not compared: {why_not}.")
+    for line in val_gaps(data):
+        tracker.say(f"warning  {line}")
     for line in world.on_main(lambda: list(leakage(data))):
         tracker.say(f"warning  {line}")
     mean, std = (buffer.flatten().tolist() for buffer in (trainer.root.model.mean, trainer.root.model.std))
