@@ -40,6 +40,7 @@ from mtl_dist.importers.regions import (
 from mtl_dist.importers.sources import Source, Tree
 from mtl_dist.importers.splitting import is_split_word
 from mtl_dist.importers.summary import listed
+from mtl_dist.kinds.segmentation import Segmentation
 from mtl_dist.specs import IGNORE
 
 _PARTS = ("images", "annotations", "categories")
@@ -237,7 +238,7 @@ class Coco(RegionImporter):
         if annotation.get("bbox"):
             left, top, wide, high = numbers(annotation["bbox"], 4, f"{where}, bbox")
             box = (left, top, left + wide, top + high)
-        outline = _outline(annotation.get("segmentation"), where)
+        outline = _outline(annotation.get(Segmentation.name), where)  # which is its name in COCO, too
         if box is None and isinstance(outline, Polygons):
             box = outline.box
         crowd = bool(annotation.get("iscrowd", 0))
