@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -47,7 +48,7 @@ FINISHED = ".finished"
 """The folder, beside the shards being written, that holds the results of the finished ones."""
 
 
-_MEASURED_FIRST, _EVERY, _EVERY_UNVERIFIED = 64, 4, 32
+_MEASURED_FIRST, _EVERY, _EVERY_UNVERIFIED = 16, 16, 64
 """Of large 8-bit pictures these are measured: to decode one in colour costs twice its verification."""
 
 
@@ -184,7 +185,8 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
                 if job.measured and (measured or _is_always_measured(facts)):
                     kind = f"{facts.channels} {facts.dtype}"
                     counts = pixels.setdefault(kind, PixelCounts(facts.channels, facts.dtype))
-                    counts.add(pixels_of(image, facts))
+                    with nullcontext() if job.verify else suppress(UnreadableImage):
+                        counts.add(pixels_of(image, facts))
                 masks: dict[str, bytes] = {}
                 for name, source in record.masks.items():
                     where = f"{name} of {record.key}" if isinstance(source, bytes) else str(source)

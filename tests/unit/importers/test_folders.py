@@ -244,7 +244,7 @@ def test_without_verification_only_headers_are_read(tmp_path: Path) -> None:
 def test_images_of_several_kinds_are_refused(tmp_path: Path) -> None:
     deep = encoded(Image.fromarray(np.zeros((4, 4), np.uint16)))
     src = fill(tmp_path / "src", cats() | {"val/Bengal/0.png": deep})
-    refused(tmp_path, src, r"expected one number of channels and one type .*uint16 \(.*val/Bengal/0\.png\)")
+    refused(tmp_path, src, r"expected one type for all, found 24 .*1 with .*uint16 \(as val/Bengal/0\.png\)")
 
 
 @pytest.mark.parametrize(
