@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_dist.data.content_hashes import HASH_DTYPE, content_hash, content_hashes_path, same_rows
+from mtl_dist.data.leakage import leakage
 from mtl_dist.data.loader import open_data
 from mtl_dist.data.manifest import read_manifest
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.settings import DataSettings
-from mtl_dist.data.leakage import leakage
 from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import Record, TaskSource
 from mtl_dist.importers.options import PackOptions
@@ -92,7 +92,9 @@ def test_of_a_dataset_without_content_hashes_it_is_said_that_nothing_is_known(tm
     assert not read_manifest(tmp_path / "old").content_hashes
     known, unknown = lines(tmp_path, ["breed", "tags"], train=[{"path": "cats"}, {"path": "old"}])
     assert known.startswith("the same image in train of cats and val of cats: 1 ")
-    assert unknown.startswith("whether splits have images in common is not known of train of old, val of old: ")
+    assert unknown.startswith(
+        "whether splits have images in common is not known of train of old, val of old: "
+    )
 
 
 def test_content_hashes_of_a_dataset_of_format_version_1_are_read(tmp_path: Path) -> None:

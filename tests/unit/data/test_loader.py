@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from mtl_dist.batch import Batch
 from mtl_dist.config.loading import load_settings
 from mtl_dist.data import batch_loader, batches
-from mtl_dist.data.partition import EvaluationPartition, TrainingPartition
 from mtl_dist.data.loader import BatchLoader, Data, eval_loader, open_data, train_loader
 from mtl_dist.data.manifest import read_manifest, write_manifest
 from mtl_dist.data.mixing import Schedule, Stream
 from mtl_dist.data.order import Order
+from mtl_dist.data.partition import EvaluationPartition, TrainingPartition
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
 from tests import tiny_datasets
@@ -397,7 +397,9 @@ def test_facts_of_the_tasks_come_from_the_split_that_is_trained_on(datasets: Pat
     assert data.task_infos["digit"].num_labelled == sum(d is not None for d in digits)
     assert data.task_infos["digit"].class_counts == tuple(digits.count(c) for c in range(3))
     val = opened(datasets, train=[{"path": "tiny", "split": "val"}])
-    assert val.task_infos["digit"].num_labelled == sum("digit" in labels_of(n) for n in range(TRAIN, TRAIN + 11))
+    assert val.task_infos["digit"].num_labelled == sum(
+        "digit" in labels_of(n) for n in range(TRAIN, TRAIN + 11)
+    )
 
 
 def test_facts_of_several_sources_are_pooled(datasets: Path, tmp_path: Path) -> None:
@@ -421,7 +423,9 @@ def test_facts_of_several_sources_are_pooled(datasets: Path, tmp_path: Path) -> 
     assert (data.task_infos["value"].minimum, data.task_infos["value"].maximum) == (-3, 9)
     single = opened(tmp_path, "a")
     assert data.task_infos["digit"].num_labelled == 2 * single.task_infos["digit"].num_labelled
-    assert data.task_infos["digit"].class_counts == tuple(2 * c for c in single.task_infos["digit"].class_counts)
+    assert data.task_infos["digit"].class_counts == tuple(
+        2 * c for c in single.task_infos["digit"].class_counts
+    )
     assert data.task_infos["value"].num_labelled == 2 * single.task_infos["value"].num_labelled
 
 
