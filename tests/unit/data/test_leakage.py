@@ -1,4 +1,4 @@
-"""Leakage: images that training, validation and test have in common are found, within a dataset and over those of a mix."""
+"""Leakage: images that splits have in common are found, within a dataset and over those of a mix."""
 
 from __future__ import annotations
 

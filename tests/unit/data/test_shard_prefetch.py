@@ -1,4 +1,4 @@
-"""Prefetching shards: the next window's shards are in the cache before they are read, and nothing hangs on it."""
+"""Prefetching shards: the next window's are in the cache before they are read, and nothing hangs on it."""
 
 from __future__ import annotations
 
