@@ -307,6 +307,7 @@ def test_the_options_of_prepare_table_reach_it(monkeypatch: pytest.MonkeyPatch) 
         "classes": {"m": "0:no,255:yes"},
         "units": {"z": "cm"},
         "separator": "|",
+        "strict": False,
         "compute": {"h": "page*2"},
     }
     assert list(settings["labels"]) == ["w", "x", "y", "z", "m"]  # by kind, however they are typed
