@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mtl_dist.importers import run
 from mtl_dist.importers.idx import read_idx
 from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.sources import Tree
@@ -63,15 +64,14 @@ def prepare(name: str, out: Path) -> None:
         folder, numbers = ("hsv1-cells", {"hours": "hours_post_infection"})
         if name == "malaria":
             folder, numbers = ("malaria-cells", {})
-        prepare(
-            DATA / folder / f"{folder}.zip",
-            out,
-            classification={"infected": "infected"},
-            classes={"infected": ["uninfected", "infected"]},
-            regression=numbers,
-            units=dict.fromkeys(numbers, "hours"),
-            options=FAST,
-        )
+        settings = {
+            "source": DATA / folder / f"{folder}.zip",
+            "classification": {"infected": "infected"},
+            "classes": {"infected": ["uninfected", "infected"]},
+            "regression": numbers,
+            "units": dict.fromkeys(numbers, "hours"),
+        }
+        run("table", out, settings, FAST)
 
 
 SMALLER = {
