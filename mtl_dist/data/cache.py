@@ -126,9 +126,8 @@ class Cache:
             )
         os.ftruncate(partial, 0)  # what a process that died had written
         while not self._reserved(partial, size):
-            time.sleep(
-                _LOOK_AGAIN
-            )  # the room is taken by files that others fetch, and will be theirs to lose
+            # The room is taken by files that others fetch, and will be theirs to lose.
+            time.sleep(_LOOK_AGAIN)
 
     def _reserved(self, partial: int, size: int) -> bool:
         """Whether there was room, or could be made, for `size` bytes."""

@@ -40,7 +40,7 @@ def train_stopped(recipe: Path, run: Path, overrides: list[str], evaluation: int
     """Train; the last rank is asked to stop at a batch of the evaluation of that number."""
     from mtl_dist import runs, stopping
 
-    is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    is_last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
     begun: list[None] = []
     asked: list[None] = []
     kept = runs.evaluate

@@ -167,7 +167,7 @@ def test_every_own_part_is_used(recipe: Recipe, run: Path) -> None:
     root = build_root(recipe, RunFolder.open(run).read_data(), connect_accelerate()[1])
     assert type(root.tasks["ink"].loss).__name__ == "Tversky"
     assert root.tasks["ink"].loss.alpha == 0.4  # type: ignore[attr-defined]
-    assert type(root.balancer).__name__ == "InverseNorm"
+    assert type(root.balancer.method).__name__ == "InverseNorm"
     assert type(root.model.heads["digit"].module).__name__ == "Gated"  # type: ignore[union-attr]
     assert root.model.shared_parameters()[0].shape == (8, 1, 3, 3)
     assert [type(step).__name__ for step in recipe.data.user_transforms(training=True)] == ["Fog"]

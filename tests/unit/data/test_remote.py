@@ -24,6 +24,7 @@ from mtl_dist.data.loader import open_data, train_loader
 from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.remote import Url, UrlReader, beside, location
 from mtl_dist.data.settings import DataSettings
+from mtl_dist.durable import locked
 from mtl_dist.errors import UserError
 from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.tars import FieldMapping, index_tars
@@ -251,7 +252,8 @@ def test_several_processes_share_a_cache(
     processes = [process(server, tmp_path / "cache", num_files, *(order * 5)) for order in orders]
     started(processes)
     while any(each.poll() is None for each in processes):
-        with suppress(FileNotFoundError):  # removed while we looked
+        # Under the lock of the cache: a file that makes room for the next is not seen beside it.
+        with suppress(FileNotFoundError), locked(tmp_path / "cache" / "lock"):
             assert held(tmp_path / "cache") <= num_files * SIZE
         time.sleep(0.01)
     assert [each.communicate()[0] for each in processes] == ["done\n"] * 3
