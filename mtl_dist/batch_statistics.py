@@ -92,7 +92,7 @@ class BatchStatistics:
 
 
 def _buffers(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """Read anew each time: an engine may have put others in their place."""
+    """Read again each time: an engine may have put others in their place."""
     mean, variance, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
     assert mean is not None
     assert variance is not None

@@ -138,7 +138,7 @@ def _decode_jpeg(data: Bytes, mode: ImageReadMode) -> Tensor:
 
 
 def _decode_plain_jpeg(data: Bytes, colours: str | None) -> Tensor | None:
-    """The image by simplejpeg; nothing where that is absent or grumbles, or the image is turned or CMYK."""
+    """The image by simplejpeg; nothing where that is absent or warns, or the image is turned or CMYK."""
     if _simplejpeg is None or colours is None or is_turned(memoryview(data)):
         return None
     try:

@@ -4,7 +4,7 @@ Pillow takes 100 microseconds to open a PNG of 28x28, of which decoding is 8. li
 and torchvision's wheels and with most systems; without it Pillow decodes.
 
 Only what needs no judgement is decoded here: grey or colour of 8 bits, no palette, no transparency, no gamma,
-not interlaced. The rest, and all at which libpng grumbles, is left to the ordinary decoder.
+not interlaced. The rest, and all at which libpng warns, is left to the ordinary decoder.
 """
 
 from __future__ import annotations

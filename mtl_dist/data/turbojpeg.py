@@ -7,7 +7,7 @@ bit with the same version of the library. A smaller one is filtered differently:
 shown at 32x32 differ by 0.4 grey levels on average, and none of 120 by more than 1.1.
 
 Whatever is unusual is left to the ordinary decoder: rotated images, CMYK, more than 8 bits, and anything at
-which the library grumbles. What it never sees is damage outside the crop.
+which the library warns. What it never sees is damage outside the crop.
 
 The library is taken from MTL_TURBOJPEG (its path; empty: none), else from the Python package `turbojpeg`,
 which carries it, else from the system. Versions before 3 cannot crop and are passed over.
@@ -150,7 +150,7 @@ class Jpeg:
     mcu_size: tuple[int, int]
 
     def decode(self, box: Box, size: tuple[int, int]) -> Resizing | None:
-        """Decode what lies in the box, to be resized to (C, *size); nothing where the decoder grumbles.
+        """Decode what lies in the box, to be resized to (C, *size); nothing where the decoder warns.
 
         As `Picture.decode`, but for what is left to the ordinary decoder.
         """
