@@ -7,14 +7,19 @@ exit code 130  Ctrl-C
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from mtl_dist.durable import locked
 from mtl_dist.errors import UserError
 
 USER_ERROR = 2
@@ -22,6 +27,8 @@ INTERRUPTED = 130
 
 _SECONDS_FOR_RANK_0 = 2.0
 """What the other ranks wait before they speak."""
+
+_POLL_S = 0.05
 
 
 class CommandGroup(TyperGroup):
@@ -36,14 +43,60 @@ class CommandGroup(TyperGroup):
 
 
 def report(error: UserError) -> None:
-    """Print the lines of a mistake, once for all ranks.
+    """Print the lines of a mistake, once for all ranks of this machine.
 
-    Rank 0 usually makes the same mistake and says so; its launcher then ends the others while they wait. A
-    rank that is alone with its mistake (an image that only it read) speaks for itself.
+    When a rank ends, its launcher ends the others, perhaps before they have spoken. So no rank returns from
+    here before the lines have been printed, by whichever came first. Rank 0, which usually makes the same
+    mistake, is given a moment; a rank that is alone with its mistake (an image that only it read) speaks for
+    itself.
     """
     rank = int(os.environ.get("RANK", "0"))
+    lines = str(error).splitlines()
+    if "RANK" not in os.environ:
+        _print(lines)
+        return
+    digest = hashlib.sha256(str(error).encode()).hexdigest()
+    said = _said_by_ranks(os.environ)
     if rank > 0:
-        time.sleep(_SECONDS_FOR_RANK_0)
-    for line in str(error).splitlines():
-        print(f"rank {rank}: {line}" if rank > 0 else line, file=sys.stderr)
+        deadline = time.monotonic() + _SECONDS_FOR_RANK_0
+        while time.monotonic() < deadline and digest not in _content(said):
+            time.sleep(_POLL_S)
+        lines = [f"rank {rank}: {line}" for line in lines]
+    try:
+        with locked(said):
+            before = said.read_text().split()
+            if digest not in before:
+                _print(lines)
+            after = [*before, digest]
+            said.write_text("\n".join(after))
+            if len(after) == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
+                said.unlink()
+    except OSError:  # nowhere to agree: twice is better than never
+        _print(lines)
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
     sys.stderr.flush()
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _said_by_ranks(environ: Mapping[str, str]) -> Path:
+    """The file in which the ranks that one launcher started here keep the digests of what they have said.
+
+    They have their parent in common; its start tells it from an earlier process of that number.
+    """
+    import psutil
+
+    try:
+        parent = f"{os.getppid()}-{psutil.Process(os.getppid()).create_time():.2f}"
+    except psutil.Error:
+        parent = f"{os.getppid()}-{environ.get('MASTER_PORT', '')}"
+    return Path(tempfile.gettempdir()) / f".mtl-{os.getuid()}-{parent}"

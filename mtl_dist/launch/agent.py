@@ -1,7 +1,7 @@
 """`accelerate launch`, run by `mtl launch` in a process of its own, that keeps the ranks' exit codes.
 
 torchrun, which accelerate uses, ends with exit code 1 and a page of its own stack whatever a rank's exit code
-was. Here a user's mistake stays the lines that rank 0 printed, and exit code 2.
+was. Here a user's mistake stays the lines that the ranks printed, and exit code 2.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from mtl_dist.launch.local import shell_code
 
 _PR_SET_PDEATHSIG = 1
+
+USER_ERROR = 2
+"""What a rank exits with when the user can fix it, once the lines are printed."""
 
 
 def main() -> None:
@@ -52,18 +55,18 @@ def end_with_parent() -> None:
 def report(exit_codes: Mapping[int, int]) -> int:
     """Say which rank failed first, unless it has said so itself, and return its exit code.
 
-    `exit_codes` holds the failed ranks, first failure first. Those that torchrun ended because of it (by
+    `exit_codes` holds the failed ranks, first failure first. A user's mistake is never the consequence of
+    anything, so it counts before what it made fail elsewhere. Those that torchrun ended because of it (by
     SIGTERM) count only if there is no other.
     """
-    rank, code = next(
-        ((rank, code) for rank, code in exit_codes.items() if code != -signal.SIGTERM),
-        next(iter(exit_codes.items())),
+    rank, code = min(
+        exit_codes.items(), key=lambda failure: (failure[1] != USER_ERROR, failure[1] == -signal.SIGTERM)
     )
     if code < 0:
         name = signal.Signals(-code).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         print(f"rank {rank} was killed by {name}{hint}; the others were ended.", file=sys.stderr)
-    elif code != 2:
+    elif code != USER_ERROR:
         print(f"rank {rank} failed with exit code {code}; the others were ended.", file=sys.stderr)
     return shell_code(code)
 

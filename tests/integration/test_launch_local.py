@@ -50,6 +50,16 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
 note(f"{os.environ['WORLD_SIZE']} ranks, {os.environ['OMP_NUM_THREADS']} thread, pid {os.getpid()}")
 """
 WAIT = "time.sleep(120)\n"
+MISTAKE = """
+from mtl_dist.commands import errors
+from mtl_dist.errors import UserError
+
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+errors._SECONDS_FOR_RANK_0 = 0.2 if {late_rank} == 0 else 100
+time.sleep(100 if rank == "{late_rank}" and rank == "0" else 0)
+errors.report(UserError("a.b: expected"))
+sys.exit(2)
+"""
 
 
 def start(tmp_path: Path, body: str) -> subprocess.Popen[str]:
@@ -93,10 +103,17 @@ def test_the_first_failed_rank_gives_the_exit_code_and_the_others_are_ended(tmp_
 
 
 def test_a_mistake_of_the_user_keeps_exit_code_2_and_nothing_is_added_to_its_lines(tmp_path: Path) -> None:
-    process = start(tmp_path, 'print("a.b: expected", file=sys.stderr) if rank == "0" else 0\nsys.exit(2)\n')
+    process = start(tmp_path, MISTAKE.format(late_rank="1"))
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 2
     assert errors == "a.b: expected\n"
+
+
+def test_a_mistake_is_said_though_the_rank_that_would_say_it_is_late(tmp_path: Path) -> None:
+    process = start(tmp_path, MISTAKE.format(late_rank="0"))
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert errors == "rank 1: a.b: expected\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
@@ -184,3 +201,7 @@ def test_the_exit_code_is_that_of_the_failure_not_of_its_consequences(
     assert report({1: -signal.SIGTERM, 0: 2}) == 2
     assert capsys.readouterr().err == ""
     assert report({1: -signal.SIGTERM}) == 143
+    capsys.readouterr()
+    # Rank 1 has lost the rank that left with the mistake.
+    assert report({1: 1, 0: 2}) == 2
+    assert capsys.readouterr().err == ""

@@ -135,19 +135,17 @@ def test_a_process_says_by_its_exit_code_whose_fault_it_was(
     assert ("Traceback" in done.stderr) == (code == 1)
 
 
-def test_a_rank_alone_with_its_mistake_speaks_after_rank_0_could_have(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_rank_alone_with_its_mistake_speaks_for_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr("mtl_dist.commands.errors.time.sleep", waited.append)
+    monkeypatch.setattr("mtl_dist.commands.errors.tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("mtl_dist.commands.errors._SECONDS_FOR_RANK_0", 0.1)
     monkeypatch.setenv("RANK", "1")
     result = mtl("train", "no.yaml")
     assert result.exit_code == 2
     assert result.stderr.startswith("rank 1: no.yaml: expected a YAML file, found none.")
-    assert waited == [2.0]
     monkeypatch.setenv("RANK", "0")
-    assert mtl("train", "no.yaml").stderr.startswith("no.yaml: expected")
-    assert len(waited) == 1
+    assert mtl("train", "another.yaml").stderr.startswith("another.yaml: expected")
 
 
 # ---------------------------------------------------------------- train and launch
