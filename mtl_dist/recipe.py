@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 
 from mtl_dist.balance.fixed import Fixed
 from mtl_dist.balance.methods import BalanceSettings
-from mtl_dist.config.errors import suggest
-from mtl_dist.config.loading import load_settings
+from mtl_dist.config.errors import Location, Mistake, suggest
+from mtl_dist.config.loading import load_settings, resolved_settings
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.engine.settings import EngineSettings, Precision
@@ -19,8 +19,10 @@ from mtl_dist.errors import UserError
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.monitor import MonitorSettings
 from mtl_dist.optim import OptimSettings
+from mtl_dist.recipe_tasks import with_tasks_of_the_data
+from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import MEAN_ACCURACY
-from mtl_dist.tasks.registry import TaskSettings, default_settings
+from mtl_dist.tasks.registry import TaskSettings
 from mtl_dist.tasks.task import Mode
 from mtl_dist.tracking.registry import DEFAULT as DEFAULT_TRACKING
 from mtl_dist.tracking.registry import TrackingSettings
@@ -105,7 +107,10 @@ class Recipe(Settings):
     name: str | None = None
     """The folder below `runs/`; null: the recipe file's name."""
     tasks: dict[str, TaskSettings] = Field(default_factory=dict)
-    """What to learn; where the recipe names none: every task of the training data, with the defaults."""
+    """What to learn. `"*"` stands for all tasks of the training data that are not named, each with these
+    settings; without `tasks`, or with null, it is all of them. A kind that is not stated is the data's."""
+    absent_tasks: tuple[str, ...] = ()
+    """Optional tasks that the training data lacks: reading the recipe fills it in."""
     data: DataSettings
     model: ModelSettings = ModelSettings()
     balance: BalanceSettings = Fixed()
@@ -202,29 +207,36 @@ def load_recipe(
     Raises:
         UserError: one line per mistake.
     """
-    recipe = load_settings(Recipe, source, overrides)
-    if not recipe.names_tasks:
-        recipe = with_tasks_of_the_data(recipe)
+    recipe = load_settings(Recipe, source, overrides, _filled)
     if recipe.name or not isinstance(source, Path):
         return recipe
     return recipe.model_copy(update={"name": source.stem})
 
 
-def with_tasks_of_the_data(recipe: Recipe) -> Recipe:
-    """The recipe with every task of its training data, each with the default loss of its kind.
+def _filled(data: dict[str, Any], added: set[Location]) -> tuple[dict[str, Any], list[Mistake]]:
+    """A recipe's data with the tasks that it leaves to its datasets."""
+    rest = {key: value for key, value in data.items() if key != "tasks"}
 
-    Raises:
-        UserError: the data cannot be opened, or something else in the recipe does not fit its tasks.
-    """
-    from mtl_dist.data.task_infos import tasks_in  # (only here are datasets looked at while a recipe is read)
-    from mtl_dist.importers.external import with_indexes
+    def infos() -> Mapping[str, TaskInfo]:
+        from mtl_dist.data.task_infos import tasks_in  # (only here are datasets looked at while reading)
+        from mtl_dist.importers.external import with_indexes
 
-    tasks = {name: default_settings(info.kind) for name, info in tasks_in(with_indexes(recipe.data)).items()}
-    filled = recipe.model_copy(update={"tasks": tasks})
-    problems = filled.problems()
-    if problems:
-        raise UserError("\n".join(problems))
-    return filled
+        recipe = resolved_settings(Recipe, rest)
+        try:
+            return tasks_in(with_indexes(recipe.data))
+        except UserError as error:
+            raise _NoData(str(error)) from None
+
+    try:
+        return with_tasks_of_the_data(data, added, infos)
+    except _NoData as error:
+        return rest, [((), line) for line in str(error).splitlines()]
+    except UserError:
+        return rest, []  # its mistakes are found again, beside those of the overrides
+
+
+class _NoData(UserError):
+    """The datasets cannot be opened."""
 
 
 ORDER_AND_STATE = (

@@ -32,6 +32,7 @@ from mtl_dist.checkpoint import (
     step_directory,
     steps_in,
 )
+from mtl_dist.config.describe import listed
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.data.decode import decoder_name
 from mtl_dist.data.first_look import odd_normalisation
@@ -331,6 +332,10 @@ def introduce(
     tracker.say(f"run      {folder.directory}")
     tracker.say(f"data     {data.describe()}")
     tracker.say(f"tasks    {', '.join(f'{name} ({info.kind})' for name, info in data.task_infos.items())}")
+    if data.not_learnt:
+        tracker.say(f"         not learnt, because the recipe does not name them: {listed(data.not_learnt)}")
+    if recipe.absent_tasks:
+        tracker.say(f"         not in the data, and optional: {listed(recipe.absent_tasks)}")
     model = f"{recipe.model.backbone_name}, {num_parameters:,} parameters"
     tracker.say(f"model    {model}, {recipe.train.precision}")
     tracker.say(f"engine   {engine}")

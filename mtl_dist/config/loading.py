@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -40,13 +40,22 @@ from mtl_dist.errors import UserError
 
 S = TypeVar("S", bound=Settings)
 
+Fill = Callable[[dict[str, Any], set[Location]], tuple[dict[str, Any], list[Mistake]]]
+"""What a recipe leaves to something else, filled in: its data and the entries that only overrides made, to
+complete data and the mistakes that this found."""
+
 _RESOLVER_PREFIX = "KeyError raised while resolving interpolation: "
 
 
 def load_settings(
-    cls: type[S], source: Path | Mapping[str, Any], overrides: Sequence[str | Mapping[str, Any]] = ()
+    cls: type[S],
+    source: Path | Mapping[str, Any],
+    overrides: Sequence[str | Mapping[str, Any]] = (),
+    fill: Fill | None = None,
 ) -> S:
     """The settings that a file, or a mapping in its place, and then the overrides state.
+
+    `fill` completes the data once all of them have spoken.
 
     Raises:
         UserError: one line per mistake, all of them: in the file's syntax, in an override, an unknown key or
@@ -58,6 +67,9 @@ def load_settings(
     data = _without_bad_references(data, (), unresolved)
     resolved = _resolve(OmegaConf.create(data), data, (), unresolved)
     mistakes += [*misread, *unresolved]
+    if fill is not None and isinstance(resolved, dict):
+        resolved, unfilled = fill(resolved, added)
+        mistakes += unfilled
     complete = _complete(resolved, SchemaNode(cls), (), added, mistakes)
     try:
         # JSON mode, because there strict means: no "3" for 3, but a list fills a tuple and text is a path.
@@ -76,6 +88,15 @@ def load_settings(
 def to_yaml(settings: Settings) -> str:
     """The settings as YAML, defaults included, that loads into an equal object."""
     return dump(_escaped(settings.model_dump(mode="json")))
+
+
+def resolved_settings(cls: type[S], data: Mapping[str, Any]) -> S:
+    """The settings that data without references states.
+
+    Raises:
+        UserError: one line per mistake.
+    """
+    return load_settings(cls, _escaped(dict(data)))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Mistake]]:

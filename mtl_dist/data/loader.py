@@ -71,6 +71,8 @@ class Data:
     """What the training images are like, where all datasets have measured it."""
     left_out: tuple[str, ...] = ()
     """The training datasets that know none of the tasks: they would only be looked at."""
+    not_learnt: tuple[str, ...] = ()
+    """The tasks of the training datasets that the recipe does not name."""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -128,6 +130,8 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
         if source.info.num_samples == 0:
             raise UserError(f"{source.path}: expected samples in the split {source.split}, found none.")
     task_infos = merge_task_infos(tasks, training)
+    known = dict.fromkeys(name for source in training for name in source.tasks)
+    not_learnt = tuple(name for name in known if name not in task_infos)
     settings, training, left_out = _with_labels(settings, training, task_infos)
     check_blend(settings.blend, task_infos)
     check_boxes(settings.boxes, task_infos, settings.blend is not None and settings.blend.mixup is not None)
@@ -149,7 +153,7 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
     schedule = Schedule(settings.mixing.weights(settings.train, lengths))
     task_infos = with_seen_edges(task_infos, settings.boxes, settings.size)
     pixels = pixel_scale(training, channels)
-    return Data(settings, task_infos, channels, image_dtype, sources, schedule, pixels, left_out)
+    return Data(settings, task_infos, channels, image_dtype, sources, schedule, pixels, left_out, not_learnt)
 
 
 def _with_labels(

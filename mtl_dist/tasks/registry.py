@@ -39,8 +39,6 @@ class UserTaskSettings(UserDefinedSettings):
         return named(settings, key, path)
 
 
-_KIND = UserDefined((UserTaskSettings,))
-
 TaskSettings: TypeAlias = Annotated[
     ClassificationSettings
     | MultilabelSettings
@@ -50,27 +48,13 @@ TaskSettings: TypeAlias = Annotated[
     | NormalsSettings
     | OrdinalSettings,
     Field(discriminator="kind"),
-    _KIND,
+    UserDefined((UserTaskSettings,)),
 ]
 
 TASKS: dict[str, type[CommonTaskSettings]] = {
     settings.model_fields["kind"].default: settings for settings in get_args(get_args(TaskSettings)[0])
 }
 """The settings of each built-in kind of task."""
-
-
-def default_settings(kind: str) -> CommonTaskSettings:
-    """What a task is learnt with where the recipe does not say.
-
-    Raises:
-        UserError: a user-defined kind that is not there, or says nothing of how it is learnt.
-    """
-    if kind in TASKS:
-        return TASKS[kind]()  # type: ignore[call-arg]
-    try:
-        return _KIND.settings_class(kind)()  # type: ignore[return-value]
-    except PartError as error:
-        raise UserError(f"kind: {error}") from None
 
 
 def build_tasks(

@@ -105,6 +105,8 @@ class CommonTaskSettings(Settings, ABC):
     kind: str
     weight: Annotated[float, Field(ge=0, description="Remove the task to switch it off.")] = 1.0
     """The task's weight in the total loss; the balancing method applies it."""
+    optional: bool = False
+    """Whether the task is left out where the training data does not know it."""
     metrics: dict[MetricName, UserMetric] = Field(default_factory=dict)
     """More metrics by name, each of the user's or of torchmetrics by its import path."""
 
