@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from mtl_dist.balance.diagnostics import GradientDiagnostics, diagnose
+from mtl_dist.balance.evidence import ConflictWatch
 from mtl_dist.balance.method import Level, Needs
 from mtl_dist.batch import Batch
 from mtl_dist.engine.engine import Engine
@@ -63,6 +64,8 @@ class Balancing:
         """The gradients at the features in a step which compares them though the method does not."""
         self._gramian: tuple[Tensor, Tensor] | None = None
         """The last solve's Gramian, and which tasks it compares."""
+        self.conflicts = ConflictWatch()
+        """Of this process: it begins anew when a run is taken up again."""
         self._warned = False
 
     @property

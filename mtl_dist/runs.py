@@ -24,6 +24,7 @@ from mtl_dist.assemble import (
     plan_of,
 )
 from mtl_dist.balancing import Balancing
+from mtl_dist.caveats import caveats, check_norms
 from mtl_dist.checkpoint import (
     CheckpointWriter,
     newest_good,
@@ -35,11 +36,8 @@ from mtl_dist.checkpoint import (
 from mtl_dist.config.describe import listed
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.data.decode import decoder_name
-from mtl_dist.data.first_look import odd_normalisation
-from mtl_dist.data.leakage import leakage
 from mtl_dist.data.loader import Data, eval_loader, open_data, train_loader
 from mtl_dist.data.partition import micro_batch_size
-from mtl_dist.data.val_labels import val_gaps
 from mtl_dist.durable import write_text
 from mtl_dist.ema import Ema
 from mtl_dist.engine.connect import connect, connect_without_engine
@@ -85,6 +83,9 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
     torch.manual_seed(recipe.train.seed)
     root = build_root(recipe, facts_of(data), world)
     check_balancing(recipe, root, data, connection.choice)
+    few = check_norms(
+        root, data, micro_batch_size(recipe.train.global_batch, world.size, accumulation), world
+    )
     num_parameters = sum(p.numel() for p in root.parameters())
     if recipe.train.compile:
         compile_parts(root.model, world.device, recomputing=recipe.model.checkpointing != "off")
@@ -104,6 +105,8 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
             recipe, data, engine, root, balancing, folder, saved, accumulation, stop or StopSignal()
         )
         introduce(trainer, recipe, data, folder, connection.describe(), num_parameters)
+        if few:
+            trainer.tracker.say(f"warning  {few}")
         return replace(run_to_the_end(trainer, recipe, data, folder), directory=directory)
 
 
@@ -343,24 +346,11 @@ def introduce(
         f"batch    {plan.global_batch} = {plural(world.size, 'rank')} x {plan.accumulation} x {micro_batch} "
         f"on {world.device.type}, {plural(plan.total_steps, 'step')}"
     )
-    for name, info in data.task_infos.items():
-        if info.num_labelled == 0:
-            tracker.say(f"warning  task {name} has no label in the training data: its head stays as it is.")
     why_not = trainer.balancing.why_no_diagnosis
     if recipe.balance.diagnose_every and why_not and len(recipe.tasks) > 1:
         tracker.say(f"balance  the tasks' gradients are not compared: {why_not}.")
-    for line in val_gaps(data):
+    for line in caveats(recipe, data, trainer.root, world):
         tracker.say(f"warning  {line}")
-    for line in world.on_main(lambda: list(leakage(data))):
-        tracker.say(f"warning  {line}")
-    mean, std = (buffer.flatten().tolist() for buffer in (trainer.root.model.mean, trainer.root.model.std))
-    odd = world.on_main(lambda: odd_normalisation(data, mean, std))
-    if odd:
-        tracker.say(f"warning  {odd}")
-    if "val" not in data.splits:
-        tracker.say(
-            "warning  the data has no val split: nothing is evaluated, the newest checkpoint is the best."
-        )
     if trainer.step:
         tracker.say(f"resume   from step {trainer.step}, position {trainer.position}")
 

@@ -271,7 +271,7 @@ class Trainer:
         figures |= {f"balance/weight/{name}": weight for name, weight in weights}
         figures["balance/num_unconverged"] = float(balancer.num_unconverged)
         self.tracker.record("balance", self.step, self.position / self.plan.samples_per_epoch, figures)
-        for sentence in found.sentences():
+        for sentence in self.balancing.conflicts.look(found):
             self.tracker.say(f"step {self.step}: {sentence}")
 
     def _finish_epoch(self, before: int) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Literal
 
 from mtl_dist.balance.gradient import GradientMethod, Problem
+from mtl_dist.balance.method import BalancedTasks
 from mtl_dist.balance.solvers import RIDGE, angles, zero_below
 from mtl_dist.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 class Aligned(GradientMethod):
@@ -24,6 +28,9 @@ class Aligned(GradientMethod):
     and V are found from a factor of G, with the tasks in order of length: G itself holds squares of lengths,
     and rounds away that of a gradient 10^7 times shorter than another.
 
+    Where gradients are linearly dependent (two tasks with the same labels) or 0, there are fewer components
+    than tasks: these are aligned, and the first such window is named.
+
     `balance: {method: aligned}`
     """
 
@@ -35,6 +42,8 @@ class Aligned(GradientMethod):
         alive_T = found.lengths_T > 0
         values_T, vectors_TT = torch.linalg.eigh(found.cosines_TT[alive_T][:, alive_T])
         rank = int((values_T > zero_below(len(values_T))).sum())
+        if rank < len(problem):
+            self._report(rank, problem)
         if rank == 0:
             return torch.full_like(found.lengths_T, 1 / len(problem))
         lengths_T = found.lengths_T[alive_T]
@@ -47,3 +56,20 @@ class Aligned(GradientMethod):
         weights_T = torch.zeros_like(found.lengths_T)
         weights_T[alive_T.nonzero()[by_length, 0]] = ordered_T
         return weights_T
+
+    def memory(self, tasks: BalancedTasks) -> dict[str, Tensor]:
+        """How many windows had fewer components than tasks."""
+        return {"num_dependent": torch.zeros((), dtype=torch.int64)}
+
+    @staticmethod
+    def _report(rank: int, problem: Problem) -> None:
+        num_dependent = problem.state["num_dependent"]
+        num_dependent += 1
+        if num_dependent == 1:
+            logger.warning(
+                "balance: step %d: the gradients of %d tasks have rank %d (some depend on others, or are 0): "
+                "aligned aligns so many components. This is reported once.",
+                problem.key[1],
+                len(problem),
+                rank,
+            )

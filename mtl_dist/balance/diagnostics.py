@@ -1,4 +1,4 @@
-"""What a Gramian says about the tasks: whose gradients conflict, and whose are largest."""
+"""What a Gramian says about the tasks: how long their gradients are, and the cosines between them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ from mtl_dist.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-CONFLICT = -0.1
-"""Two tasks conflict where the cosine of their gradients is below this."""
-DOMINANCE = 10.0
-"""One gradient drowns another where it is longer by this factor."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +34,6 @@ class GradientDiagnostics:
                 if not self.cosines_TT[i, j].isnan():
                     found[f"cosine/{first}/{self.tasks[j]}"] = float(self.cosines_TT[i, j])
         return found
-
-    def sentences(self) -> list[str]:
-        """A plain sentence for each pair of tasks that conflict, the worst first."""
-        pairs = [
-            (float(self.cosines_TT[i, j]), i, j)
-            for i in range(len(self.tasks))
-            for j in range(i + 1, len(self.tasks))
-            if self.cosines_TT[i, j] < CONFLICT
-        ]
-        return [self._sentence(*pair) for pair in sorted(pairs)]
-
-    def _sentence(self, cosine: float, i: int, j: int) -> str:
-        longer, shorter = (i, j) if self.lengths_T[i] >= self.lengths_T[j] else (j, i)
-        ratio = float(self.lengths_T[longer] / self.lengths_T[shorter])
-        text = f"{self.tasks[i]} and {self.tasks[j]} conflict: the cosine of their gradients is {cosine:.2f}"
-        if ratio >= DOMINANCE:
-            text += f", and {self.tasks[longer]}'s gradient is {ratio:.0f} times as long: it wins"
-        return text + "."
 
 
 def diagnose(

@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from mtl_dist.durable import locked
+from mtl_dist.engine.launched import own_rank
 from mtl_dist.errors import UserError
 
 USER_ERROR = 2
@@ -50,7 +51,7 @@ def report(error: UserError) -> None:
     mistake, is given a moment; a rank that is alone with its mistake (an image that only it read) speaks for
     itself.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = own_rank(os.environ)
     lines = str(error).splitlines()
     if "RANK" not in os.environ:
         _print(lines)

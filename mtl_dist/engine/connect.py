@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mtl_dist.engine.engine import Engine
+from mtl_dist.engine.launched import check_slurm_step
 from mtl_dist.engine.precision import build_scaler, set_tf32
 from mtl_dist.engine.settings import EngineSettings, Precision, ZeroStage
 from mtl_dist.engine.world import World, join_group, launched_size, leave, own_device
@@ -97,6 +98,7 @@ def connect(settings: EngineSettings, precision: Precision) -> Connection:
         UserError: the launcher and the recipe say different things, or the launcher wants what we do not do.
     """
     choice = choose(settings, precision, os.environ)
+    check_slurm_step(os.environ)
     set_tf32(settings.tf32)
     if choice.kind == "deepspeed":
         return _connect_deepspeed(choice, precision)

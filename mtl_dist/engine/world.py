@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtl_dist.engine import launched
 from mtl_dist.errors import UserError
 
 T = TypeVar("T")
@@ -99,8 +100,12 @@ class World:
 
 
 def launched_size() -> int:
-    """The number of processes that the launcher says it started (1 without a launcher)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes that the launcher says it started (1 without a launcher).
+
+    Raises:
+        UserError: the variables of a launcher contradict one another, or some are missing.
+    """
+    return launched.launched_size(os.environ)
 
 
 def use_cpu() -> bool:

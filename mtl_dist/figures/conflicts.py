@@ -6,15 +6,17 @@ were compared (`balance.diagnose_every`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from mtl_dist.balance.diagnostics import CONFLICT
+from mtl_dist.balance.evidence import CONFLICT, LOOKS, conflict_sentence, is_conflict
 from mtl_dist.figures.saving import save_png
+from mtl_dist.plural import plural
 
 PREFIX = "balance/cosine/"
 
@@ -25,35 +27,36 @@ class Conflicts:
 
     cosines_TT  the mean cosine of each pair, symmetric, 1 on the diagonal; NaN for a pair never compared
     compared_TT    in how many steps each pair was compared, and `conflicts_TT` in how many of them it fought
+    cosines     the cosines of each pair that was compared, in order
     """
 
     tasks: tuple[str, ...]
     cosines_TT: np.ndarray
     compared_TT: np.ndarray
     conflicts_TT: np.ndarray
+    cosines: Mapping[tuple[str, str], Sequence[float]]
 
     def sentences(self) -> list[str]:
-        """A plain sentence for each pair that conflicts on average, the worst first; one if none does."""
-        pairs = sorted(
-            (float(self.cosines_TT[i, j]), i, j)
-            for i in range(len(self.tasks))
-            for j in range(i + 1, len(self.tasks))
-            if self.compared_TT[i, j]
-        )
+        """A plain sentence for each pair that conflicts, the worst first; one if none is seen to."""
+        pairs = sorted(self.cosines, key=lambda pair: fmean(self.cosines[pair]))
         if not pairs:
             return []
         conflicting = [
-            f"{self.tasks[i]} and {self.tasks[j]} conflict: the mean cosine of their gradients is "
-            f"{cosine:.2f}, below {CONFLICT:g} in {self.conflicts_TT[i, j]} "
-            f"of {self.compared_TT[i, j]} comparisons."
-            for cosine, i, j in pairs
-            if cosine < CONFLICT
+            f"{conflict_sentence(*pair, self.cosines[pair])}."
+            for pair in pairs
+            if is_conflict(self.cosines[pair])
         ]
-        cosine, i, j = pairs[0]
-        lowest = (
-            f"the lowest mean cosine of gradients is {cosine:.2f}, of {self.tasks[i]} and {self.tasks[j]}"
-        )
-        return conflicting or [f"No two tasks conflict: {lowest}."]
+        if conflicting:
+            return conflicting
+        (first, second), looks = pairs[0], max(len(cosines) for cosines in self.cosines.values())
+        cosine = fmean(self.cosines[first, second])
+        lowest = f"the lowest mean cosine of gradients is {cosine:.2f}, of {first} and {second}"
+        if looks < LOOKS:
+            return [
+                f"Whether tasks conflict is not known after {plural(looks, 'comparison')} of their "
+                f"gradients, {LOOKS} or more show it: {lowest}."
+            ]
+        return [f"No two tasks are seen to conflict in {plural(looks, 'comparison')}: {lowest}."]
 
 
 def conflicts_in(rows: Iterable[Mapping[str, Any]]) -> Conflicts | None:
@@ -78,7 +81,7 @@ def conflicts_in(rows: Iterable[Mapping[str, Any]]) -> Conflicts | None:
             cosines_TT[at] = np.mean(values)
             compared_TT[at] = len(values)
             conflicts_TT[at] = sum(value < CONFLICT for value in values)
-    return Conflicts(tasks, cosines_TT, compared_TT, conflicts_TT)
+    return Conflicts(tasks, cosines_TT, compared_TT, conflicts_TT, found)
 
 
 def _in_order(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mtl_dist.figures.saving import save_png
 
+_NAMED = 3
 TRAIN_COLOUR, VAL_COLOUR = "#8a8f98", "#2f6db5"
 
 
@@ -33,7 +34,7 @@ def draw_learning_curves(history: dict[str, Any], path: Path, monitored: str = "
                     floats = [float("nan") if value is None else value for value in values]
                     marker = "o" if len(floats) == 1 else ""
                     axis.plot(epochs, floats, color=colour, marker=marker, label=split, linewidth=1.6)
-            axis.set_title(name.replace("/", " "), fontsize=9, loc="left")
+            axis.set_title(title_of(name, history), fontsize=9, loc="left")
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=8)
             axis.grid(alpha=0.25)
@@ -56,3 +57,21 @@ def panels_of(history: dict[str, Any], monitored: str) -> list[list[str]]:
         metrics.sort(key=lambda name: f"val/{name}" != monitored)
         rows.append([f"{task}/loss", *metrics[:3]])
     return rows
+
+
+def title_of(name: str, history: dict[str, Any]) -> str:
+    """A panel's title; of the total loss with the tasks that val's is over, where these are not all."""
+    if name != "loss":
+        return name.replace("/", " ")
+    tasks = {
+        split: [
+            metric.removesuffix("/loss")
+            for metric, values in history[split].items()
+            if metric.endswith("/loss") and any(value is not None for value in values)
+        ]
+        for split in ("train", "val")
+    }
+    if not tasks["val"] or set(tasks["train"]) <= set(tasks["val"]):
+        return name
+    named = ", ".join(tasks["val"][:_NAMED]) + (", ..." if len(tasks["val"]) > _NAMED else "")
+    return f"loss (val: of {named} alone)"

@@ -24,7 +24,7 @@ LAYERS: dict[int, str] = {
     2: "importers engine gradients checkpoint optim ema batch_statistics monitor tracking figures stopping",
     3: "step balancing skipping",
     4: "trainer evaluator",
-    5: "recipe recipe_tasks shipped run_folder results assemble runs debug prediction",
+    5: "recipe recipe_tasks shipped run_folder results assemble caveats runs debug prediction",
     6: "launch report face prepare",
     7: "cli commands __main__",
 }

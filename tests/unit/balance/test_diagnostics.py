@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mtl_dist.balance.diagnostics import diagnose
+from mtl_dist.balance.evidence import LOOKS, ConflictWatch
 
 TASKS = ("digit", "thickness", "ink")
 ALL = torch.ones(3, dtype=torch.bool)
@@ -36,27 +37,42 @@ def test_an_absent_task_is_left_out() -> None:
     gramian_TT[1] = gramian_TT[:, 1] = math.nan
     found = diagnose(TASKS, gramian_TT, torch.tensor([True, False, True]))
     assert set(found.scalars()) == {"gradient_norm/digit", "gradient_norm/ink", "cosine/digit/ink"}
-    assert found.sentences() == []
 
 
-def test_tasks_that_conflict_are_named_the_worst_first() -> None:
-    gramian_TT = torch.tensor([[1.0, -0.3, -0.9], [-0.3, 1.0, 0.2], [-0.9, 0.2, 1.0]])
-    assert diagnose(TASKS, gramian_TT, ALL).sentences() == [
-        "digit and ink conflict: the cosine of their gradients is -0.90.",
-        "digit and thickness conflict: the cosine of their gradients is -0.30.",
+def sentences(looks: int, *gramians: torch.Tensor) -> list[str]:
+    watch = ConflictWatch()
+    return [
+        sentence
+        for _ in range(looks)
+        for gramian_TT in gramians
+        for sentence in watch.look(diagnose(TASKS, gramian_TT, ALL))
     ]
+
+
+def test_tasks_that_conflict_are_named_once_and_after_enough_looks() -> None:
+    gramian_TT = torch.tensor([[1.0, -0.3, -0.05], [-0.3, 1.0, 0.2], [-0.05, 0.2, 1.0]])
+    assert sentences(LOOKS - 1, gramian_TT) == []
+    assert sentences(3 * LOOKS, gramian_TT) == [
+        "digit and thickness conflict: the mean cosine of their gradients is -0.30 (standard error 0.00), "
+        "below -0.1 in 5 of 5 comparisons."
+    ]
+
+
+def test_gradients_that_now_conflict_and_now_agree_are_no_evidence() -> None:
+    against, along = torch.eye(3), torch.eye(3)
+    against[0, 1] = against[1, 0] = -0.9
+    along[0, 1] = along[1, 0] = 0.5
+    assert sentences(10, against, along) == []
 
 
 def test_a_conflict_that_one_task_wins_by_its_length_says_so() -> None:
     gramian_TT = torch.tensor([[1.0, 0.0, -20.0], [0.0, 1.0, 0.0], [-20.0, 0.0, 1600.0]])
-    assert diagnose(TASKS, gramian_TT, ALL).sentences() == [
-        "digit and ink conflict: the cosine of their gradients is -0.50, "
-        "and ink's gradient is 40 times as long: it wins."
-    ]
+    (sentence,) = sentences(LOOKS, gramian_TT)
+    assert sentence.startswith("digit and ink conflict: the mean cosine of their gradients is -0.50")
+    assert sentence.endswith("and ink's gradient is 40 times as long: it wins.")
 
 
 def test_a_gradient_of_length_zero_conflicts_with_none() -> None:
     gramian_TT = torch.diag(torch.tensor([1.0, 0.0, 1.0]))
-    found = diagnose(TASKS, gramian_TT, ALL)
-    assert found.sentences() == []
-    assert found.scalars()["cosine/digit/thickness"] == 0.0
+    assert diagnose(TASKS, gramian_TT, ALL).scalars()["cosine/digit/thickness"] == 0.0
+    assert sentences(LOOKS, gramian_TT) == []

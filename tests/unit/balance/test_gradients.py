@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from mtl_dist.balance.fairgrad import FairGrad
 from mtl_dist.balance.gradient import Problem
 from mtl_dist.balance.gradnorm import GradNorm
 from mtl_dist.balance.imtl_g import IMTLG
+from mtl_dist.balance.method import Window
 from mtl_dist.balance.methods import BalanceSettings, build_balancer
 from mtl_dist.balance.mgda import MGDA
 from mtl_dist.balance.nash import Nash
@@ -514,3 +516,18 @@ def test_scaling_all_gradients_scales_the_update_as_the_method_defines(
     scaled_P = solve(settings, scale * jacobian_TP) @ (scale * jacobian_TP)
     cosine = torch.nn.functional.cosine_similarity(straight_P, scaled_P, dim=0)
     assert cosine.item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_aligned_reports_once_that_gradients_depend_on_one_another(caplog: pytest.LogCaptureFixture) -> None:
+    twice_TP = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    method = Aligned()
+    state = method.first_state(3)
+    window = Window(torch.ones(3, dtype=torch.bool), (0, 7), torch.ones(3), twice_TP @ twice_TP.T)
+    for _ in range(3):
+        method.propose(window, state)
+    assert [line for line in caplog.messages if "3 tasks have rank 2" in line] == caplog.messages[:1]
+    assert len(caplog.messages) == 1
+    assert state["num_dependent"] == 3
+    caplog.clear()
+    method.propose(replace(window, gramian_TT=torch.eye(3)), method.first_state(3))
+    assert caplog.messages == []

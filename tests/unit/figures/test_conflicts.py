@@ -29,19 +29,32 @@ def test_the_mean_cosine_of_each_pair_is_over_the_looks_that_compared_it() -> No
     assert found.conflicts_TT[0, 1] == 1
 
 
-def test_two_tasks_that_conflict_are_named_in_a_sentence() -> None:
-    found = conflicts_in(ROWS)
+def looks(*cosines: float) -> list[str]:
+    found = conflicts_in([{"kind": "balance", "balance/cosine/a/b": cosine} for cosine in cosines])
     assert found is not None
-    assert found.sentences() == [
-        "a and b conflict: the mean cosine of their gradients is -0.20, below -0.1 in 1 of 2 comparisons."
+    return found.sentences()
+
+
+def test_two_tasks_that_conflict_are_named_in_a_sentence() -> None:
+    assert looks(-0.5, -0.3, -0.4, -0.05, -0.5) == [
+        "a and b conflict: the mean cosine of their gradients is -0.35 (standard error 0.08), "
+        "below -0.1 in 4 of 5 comparisons."
     ]
 
 
+def test_a_few_looks_or_noise_are_no_evidence() -> None:
+    assert looks(-0.9, -0.9, -0.9, -0.9)[0].startswith(
+        "Whether tasks conflict is not known after 4 comparisons"
+    )
+    assert looks(-0.9, 0.5, -0.8, 0.6, -0.7)[0].startswith(
+        "No two tasks are seen to conflict in 5 comparisons"
+    )
+
+
 def test_peace_is_said_too_and_nothing_where_nothing_was_compared() -> None:
-    peace = conflicts_in([{"kind": "balance", "balance/cosine/a/b": 0.5}])
-    assert peace is not None
-    assert peace.sentences() == [
-        "No two tasks conflict: the lowest mean cosine of gradients is 0.50, of a and b."
+    assert looks(*[0.5] * 6) == [
+        "No two tasks are seen to conflict in 6 comparisons: the lowest mean cosine of gradients is 0.50, "
+        "of a and b."
     ]
     assert conflicts_in([{"kind": "balance", "balance/gradient_norm/a": 1.0}, {"kind": "step"}]) is None
     unknown = conflicts_in([{"kind": "balance", "balance/cosine/a/b": None}])
@@ -58,9 +71,11 @@ def test_the_heat_map_is_a_picture_of_every_panel(tmp_path: Path, num_panels: in
 
 def test_a_run_that_compared_gradients_ends_with_the_sentence_and_the_picture(tmp_path: Path) -> None:
     tracker = open_tracker(tmp_path)
-    tracker.record("balance", 1, 0.5, {"balance/cosine/digit/age": -0.3})
+    for step in range(5):
+        tracker.record("balance", step, 0.5, {"balance/cosine/digit/age": -0.3})
     RunFigures(tmp_path, say=tracker.say).draw_conflicts()
     tracker.close()
     assert "digit and age conflict: the mean cosine" in (tmp_path / "log.txt").read_text()
     assert (tmp_path / "evaluation" / "conflicts.png").is_file()
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["kind"] == "balance"
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["kind"] for line in lines} == {"balance"}

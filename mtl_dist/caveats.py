@@ -1,0 +1,79 @@
+"""What is odd about a run before it starts: refused where its result would be wrong, else one line each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+
+from mtl_dist.data.first_look import odd_normalisation
+from mtl_dist.data.leakage import leakage
+from mtl_dist.data.loader import Data
+from mtl_dist.data.val_labels import tasks_labelled_in, val_gaps
+from mtl_dist.engine.launched import unused_slurm_tasks
+from mtl_dist.engine.world import World
+from mtl_dist.errors import UserError
+from mtl_dist.models.norm_inputs import FEW, fewest_values
+from mtl_dist.plural import plural
+from mtl_dist.recipe import Recipe
+from mtl_dist.step import RootModule
+from mtl_dist.tasks.metrics import MEAN_ACCURACY
+
+
+def check_norms(root: RootModule, data: Data, micro_batch: int, world: World) -> str:
+    """What to say of BatchNorm layers with few values per channel; nothing where they have enough.
+
+    Raises:
+        UserError: one has a single value, which is its own mean: all that it lets through is 0.
+    """
+    if micro_batch >= FEW:
+        return ""
+    dtype = torch.uint8 if data.image_dtype == "uint8" else torch.float32
+    found = fewest_values(root.model, torch.zeros(1, data.channels, *data.image_size, dtype=dtype))
+    if found is None:
+        return ""
+    name, per_image = found
+    if isinstance(root.model.get_submodule(name), torch.nn.SyncBatchNorm):
+        micro_batch *= world.size
+    values = micro_batch * per_image
+    of = f"{name}, of {plural(micro_batch, 'image')} at a time"
+    remedy = "Use model.norm=group, larger micro-batches or larger images"
+    if values == 1:
+        raise UserError(f"model.norm: expected two or more values per channel, found one in {of}. {remedy}.")
+    if values < FEW:
+        return f"BatchNorm takes its statistics from {values} values per channel in {of}. {remedy}."
+    return ""
+
+
+def caveats(recipe: Recipe, data: Data, root: RootModule, world: World) -> Iterator[str]:
+    """Collective: one line for each thing that makes less of the run than one might think."""
+    for name, info in data.task_infos.items():
+        if info.num_labelled == 0:
+            yield f"task {name} has no label in the training data: its head stays as it is."
+    yield from val_gaps(data)
+    over = averaged_tasks(recipe, data)
+    if over:
+        yield f"{recipe.monitor.metric}, which decides what is best, is over {over}."
+    yield from world.on_main(lambda: list(leakage(data)))
+    mean, std = (buffer.flatten().tolist() for buffer in (root.model.mean, root.model.std))
+    odd = world.on_main(lambda: odd_normalisation(data, mean, std))
+    if odd:
+        yield odd
+    unused = unused_slurm_tasks(os.environ)
+    if unused:
+        yield unused
+
+
+def averaged_tasks(recipe: Recipe, data: Data) -> str:
+    """Which tasks the monitored metric is over, in words, where it is an average that leaves some out."""
+    measured = tasks_labelled_in(data, "val")
+    if recipe.monitor.metric == f"val/{MEAN_ACCURACY}":
+        measured = [name for name in measured if "accuracy" in recipe.tasks[name].modes]
+    elif recipe.monitor.metric == "val/loss":
+        measured = [name for name in measured if recipe.tasks[name].weight > 0]
+    else:
+        return ""
+    if not measured or len(measured) == len(recipe.tasks):
+        return ""
+    return f"{', '.join(measured)} alone ({len(measured)} of {plural(len(recipe.tasks), 'task')})"
