@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from mtl_dist.data.images import IMAGE_EXTENSIONS, extension_of
 from mtl_dist.errors import UserError
 from mtl_dist.importers.sources import Source, Tree, is_hidden
+from mtl_dist.importers.summary import listed
 
 _IMAGES = "images"
 """Where a name is found in several folders, one of this name is meant."""
@@ -37,6 +38,11 @@ class FileFinder:
             found = self.tree.find(known)
             if found is not None:
                 return known, found
+        parts = PurePosixPath(path).parts
+        if (home := self.tree.root.resolve().name) in parts[:-1]:  # a path from above the tree
+            below = PurePosixPath(*parts[len(parts) - parts[::-1].index(home) :])
+            if (found := self.tree.find(str(below))) is not None:
+                return str(below), found
         ending = f"/{PurePosixPath(path)}"
         candidates = [name for name in self._by_name[PurePosixPath(path).name] if f"/{name}".endswith(ending)]
         candidates = candidates or [
@@ -55,6 +61,22 @@ class FileFinder:
                 "Give longer paths in the table."
             )
         return candidates[0], self.tree.source(candidates[0])
+
+    def holds(self, path: str) -> bool:
+        """Whether there is a file that `find` may find, or several."""
+        name = PurePosixPath(path).name
+        if name in self._by_name or name in self._by_stem:
+            return True
+        return any(self.tree.find(known) is not None for known in (self._folder + path, path))
+
+    def not_found(self, path: str) -> str:
+        """What was looked for and where, when `find` found nothing."""
+        name = PurePosixPath(path).name
+        here = listed(self.tree.files) or "nothing"
+        return (
+            f"in {self.tree}, found no such file: neither {self._folder + path}, nor {name} in another "
+            f"folder, nor a picture {name} of any extension. It holds {here}."
+        )
 
     @cached_property
     def _by_name(self) -> defaultdict[str, list[str]]:
@@ -80,23 +102,32 @@ class MaskFolder:
     """
 
     def __init__(self, tree: Tree, folder: str, columns: tuple[str, ...]) -> None:
-        wanted = folder.strip("/")
+        wanted = folder.strip("/").removeprefix("./")
         folders = [name for name in tree.directories if f"/{name}".endswith(f"/{wanted}")]
-        if len(folders) == 1:
+        is_root = wanted == "." or (not tree.is_archive and Path(folder).resolve() == tree.root.resolve())
+        if is_root and len(folders) != 1:
+            self.tree, prefix = tree, ""
+        elif len(folders) == 1:
             self.tree, prefix = tree, f"{folders[0]}/"
         elif not folders and Path(folder).is_dir():
             self.tree, prefix = Tree(Path(folder)), ""
         else:
             raise UserError(
-                f"masks {folder!r}: expected a column of the table or one folder, found "
-                f"{', '.join(folders) or 'neither'}. Columns: {', '.join(columns)}."
+                f"masks {folder!r}: expected a column of the table or one folder in {tree}, found "
+                f"{', '.join(folders) or 'neither'}. Columns: {', '.join(columns)}; folders: "
+                f"{listed(tree.directories) or 'none'}. A pattern holds braces: "
+                f"'{{id}}_{folder.rpartition('/')[2]}.png'."
             )
+        self.files = [
+            name
+            for name in self.tree.files
+            if name.startswith(prefix) and extension_of(name) in IMAGE_EXTENSIONS
+        ]
         self._by_stem: defaultdict[str, list[str]] = defaultdict(list)
-        for name in self.tree.files:
-            if name.startswith(prefix) and extension_of(name) in IMAGE_EXTENSIONS:
-                self._by_stem[PurePosixPath(name).stem].append(name)
+        for name in self.files:
+            self._by_stem[PurePosixPath(name).stem].append(name)
 
-    def find(self, image: str) -> Source | None:
+    def find(self, image: str, source: Source) -> Source | None:
         """The mask of the image at this path, or None; of several the one whose folder is called as its.
 
         Raises:
@@ -104,6 +135,8 @@ class MaskFolder:
         """
         path = PurePosixPath(image)
         candidates = self._by_stem[path.stem]
+        if image in candidates:  # in a folder of images and masks
+            candidates = [name for name in candidates if self.tree.source(name) != source]
         if len(candidates) > 1:
             candidates = [name for name in candidates if PurePosixPath(name).parent.name == path.parent.name]
         if len(candidates) > 1:

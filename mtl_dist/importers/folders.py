@@ -10,9 +10,10 @@ from unicodedata import normalize
 
 from mtl_dist.data.images import IMAGE_EXTENSIONS, extension_of
 from mtl_dist.errors import UserError
-from mtl_dist.importers.account import IMAGE, NO_IMAGE
+from mtl_dist.importers.account import IMAGE, NO_IMAGE, TABLE
 from mtl_dist.importers.importer import Importer
 from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.lists import SplitLists, is_list_of_a_split, splits_in_lists
 from mtl_dist.importers.made_masks import MadeMask, mask_maker
 from mtl_dist.importers.options import Help
 from mtl_dist.importers.sources import Tree
@@ -36,7 +37,7 @@ class Folders(Importer):
       mtl prepare folders cifar10.zip data/cifar10 --task object --mask shape=otsu --val 0.1
 
     The classes are the folders' names, sorted (by number where all are numbers). Files that are no images
-    by name are left out and counted.
+    by name are left out and counted. Lists train.txt, val.txt, test.txt of images are their splits.
     """
 
     def __init__(
@@ -75,9 +76,11 @@ class Folders(Importer):
         self._tree = Tree(source)
         self._source = source
         self._notes: list[str] = []
+        self._used_lists: frozenset[str] = frozenset()
         self._base = _base(self._tree)
         self._images = self._find_images()
         self._splits, folders = self._layout()
+        self._enter_others()
         self._classes, self._labels = self._classes_of(folders)
         self._check_known_classes()
 
@@ -109,18 +112,22 @@ class Folders(Importer):
             yield f"masks of {name} were made from the pictures by {how}"
 
     def _find_images(self) -> list[str]:
-        tree, account = self._tree, self.account
-        tree.enter(account)
+        tree = self._tree
+        tree.enter(self.account)
         images = []
         for path in tree.files:
             if path.startswith(self._base) and extension_of(path) in IMAGE_EXTENSIONS:
                 images.append(path.removeprefix(self._base))
-            else:
-                account.became("files", path, NO_IMAGE)
-        others = len(tree.files) - len(images)
-        if others:
-            self._notes.append(f"files that are no images by name, left out: {others}")
         return images
+
+    def _enter_others(self) -> None:
+        """Account for the files that are neither images nor lists of splits."""
+        images = {self._base + path for path in self._images}
+        others = [path for path in self._tree.files if path not in images and path not in self._used_lists]
+        for path in others:
+            self.account.became("files", path, NO_IMAGE)
+        if others:
+            self._notes.append(f"files that are no images by name, left out: {len(others)}")
 
     def _layout(self) -> tuple[list[str], list[tuple[str, ...]]]:
         """The word of each image's split, "" where there is none, and its class folders from the outside."""
@@ -144,7 +151,13 @@ class Folders(Importer):
         if below and len({part[-1] for part in parts}) > 1:
             self._notes.append("splits taken from the folders below the classes")
             return [part[-1] for part in parts], [tuple(part[:-1]) for part in parts]
-        return [""] * len(parts), [tuple(part) for part in parts]
+        lists = SplitLists(tree, [path for path in tree.files if is_list_of_a_split(path)])
+        splits = splits_in_lists(lists, self._images, self._notes)
+        if any(splits):
+            self._used_lists = frozenset(lists.files)
+            for path in lists.files:
+                self.account.became("files", path, TABLE)
+        return splits, [tuple(part) for part in parts]
 
     def _classes_of(
         self, folders: Sequence[tuple[str, ...]]

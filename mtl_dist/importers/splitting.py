@@ -24,6 +24,8 @@ _ALIASES = {
     **dict.fromkeys(("eval", "evaluation"), "val"),
     **dict.fromkeys(("hold", "holdout", "hold_out", "hold-out", "heldout", "held_out", "held-out"), "test"),
 }
+SPLIT_WORDS = tuple(_ALIASES)
+"""The words by which splits are usually called."""
 _EITHER = frozenset(("eval", "evaluation", "hold", "holdout", "hold_out", "heldout", "held_out", "dev"))
 """What is called so is val in some places and test in others: it gives way where its usual name is taken."""
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from mtl_dist.errors import UserError
 from mtl_dist.importers.summary import listed
-from mtl_dist.importers.tables import Row, read_table
+from mtl_dist.importers.tables import Row, check_whole_lines, read_table
 
 _STACK_COLUMNS = ("stack", "file", "path", "filename")
 _PAGE_COLUMNS = ("page", "frame")
@@ -66,6 +66,7 @@ def read_stack_table(path: Path, src: Path) -> StackTable:
     inside = src / path
     table = read_table(inside if inside.is_file() else path, None)
     where = str(inside if inside.is_file() else path)
+    check_whole_lines(table.short, table.columns)
     stack_column = next((column for column in _STACK_COLUMNS if column in table.columns), None)
     page_column = next((column for column in _PAGE_COLUMNS if column in table.columns), None)
     if stack_column is None:

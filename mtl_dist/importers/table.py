@@ -15,7 +15,9 @@ from mtl_dist.importers.compute import Computed, with_computed
 from mtl_dist.importers.finding import FileFinder, MaskFolder, files_beside
 from mtl_dist.importers.importer import Importer, LeftOut
 from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.lists import SplitLists, lists_beside, looks_like_a_file, splits_in_lists
 from mtl_dist.importers.options import Help
+from mtl_dist.importers.patterns import check_pattern, columns_in, filled_in, is_pattern
 from mtl_dist.importers.road import split_word
 from mtl_dist.importers.sources import Source
 from mtl_dist.importers.splitting import is_split_word, split_name
@@ -28,6 +30,7 @@ from mtl_dist.importers.wanted import (
     Separator,
     Strict,
     Units,
+    Wanted,
     check_columns,
     wanted_tasks,
 )
@@ -38,6 +41,7 @@ _SPLIT_COLUMNS = (SPLIT, "set", "subset", "partition", "phase")
 _NO_IMAGE = "left out: its image is not there"
 _REPEATED = "left out: it repeats another"
 _BLANK = "left out: blank"
+_LEGEND = "left out: a legend, which names no image"
 _NO_ROW = "left out: no row names it"
 _ROWS, _FILES = "rows", "files"
 
@@ -59,15 +63,24 @@ class TableImporter(Importer):
           --classification diagnosis=dx --regression age=age --unit age=years \\
           --segmentation lesion=masks --split split
 
-    Masks are in a column of files, or in a folder in which a mask has the stem of its image. Splits are those
-    of a column `split`, or of folders called train, val and test; else they are made. A row that repeats
-    another is left out and counted; one that gives the same image other labels is refused.
+      mtl prepare table list.txt data/pets --classification breed=label
+      mtl prepare table labels.csv data/skin --image '{image_id}.jpg' --classification diagnosis=dx \\
+          --segmentation lesion='{id}_segmentation.png'
+
+    Masks are in a column of files, in a folder in which a mask has the stem of its image, or named by a
+    pattern. Splits are those of a column `split`, of folders called train, val and test, or of lists
+    train.txt, val.txt and test.txt; else they are made. A row that repeats another is left out and counted;
+    one that gives the same image other labels is refused.
     """
 
     def __init__(
         self,
-        source: Annotated[Path, Help("csv, tsv or json; or a directory or zip that holds one.", "FILE")],
-        image: Annotated[str, Help("The column of image files.", "COLUMN")] = FILE,
+        source: Annotated[
+            Path, Help("csv, tsv, json or a plain list; or a directory or zip that holds one.", "FILE")
+        ],
+        image: Annotated[
+            str, Help("The column of image files, or a pattern as '{id}.jpg'.", "COLUMN|PATTERN")
+        ] = FILE,
         root: Annotated[Path | None, Help("Where the files are; without it beside FILE.", "DIR")] = None,
         labels: Labels = {},  # noqa: B006 (never changed)
         classes: Classes = {},  # noqa: B006
@@ -82,11 +95,15 @@ class TableImporter(Importer):
         self._rows = with_computed(self._table.rows, compute)
         self._columns = (*self._table.columns, *compute)
         self._image = image
-        check_columns([image], self._columns, "table")
+        if is_pattern(image):
+            check_pattern("--image", image, self._columns, of_image=False)
+        else:
+            check_columns([image], self._columns, "--image")
         check_columns([task.column for task in self._wanted if not task.is_map], self._columns, "table")
         self._split_column = self._find_split_column()
         self._finder = FileFinder(self._table.tree, self._table.folder)
         self._notes: list[str] = list(self._table.notes)
+        self._lists = self._split_lists()
         self._missing: list[str] = []
 
     @property
@@ -96,6 +113,9 @@ class TableImporter(Importer):
     def tasks(self) -> Mapping[str, TaskSource]:
         account = self.account
         account.found(_ROWS, (row.where for row in self._rows))
+        for where, fate in self._table.left_out.items():
+            account.found(_ROWS, [where])
+            account.became(_ROWS, where, fate)
         self._images = self._without_repeated(self._find_images())
         rows = [image.row for image in self._images]
         tasks: dict[str, TaskSource] = {}
@@ -108,11 +128,7 @@ class TableImporter(Importer):
                 self._notes += notes
                 continue
             tasks[task.task] = task.map_task(classes)
-            if task.column in self._columns:
-                self._masks[task.task] = [_mask_of_cell(row, task.column, self._finder) for row in rows]
-            else:
-                folder = MaskFolder(self._table.tree, task.column, self._columns)
-                self._masks[task.task] = [folder.find(image.path) for image in self._images]
+            self._masks[task.task] = self._find_masks(task)
         self._enter_files()
         return tasks
 
@@ -132,37 +148,119 @@ class TableImporter(Importer):
         yield from self._notes
 
     def ungrouped(self) -> frozenset[str]:
-        used = {self._image, self._split_column, *(task.column for task in self._wanted)}
-        return frozenset(used)
+        named = [self._image, *(task.column for task in self._wanted)]
+        in_patterns = [column for text in named if is_pattern(text) for column in columns_in(text)]
+        return frozenset((*named, *in_patterns, self._split_column))
+
+    def _image_name(self, row: Row) -> str:
+        """What a row calls its image; nothing where it has none.
+
+        Raises:
+            UserError: it holds a list.
+        """
+        if is_pattern(self._image):
+            return filled_in(self._image, row.cells)
+        cell = row.cells[self._image]
+        if isinstance(cell, list):
+            raise UserError(f"{row.where}: expected a file name in column {self._image!r}, found {cell}.")
+        return cell
+
+    def _split_of(self, row: Row) -> str:
+        split = row.cells.get(self._split_column, "")
+        return split_name(split) if isinstance(split, str) else ""
 
     def _find_images(self) -> Iterator[_ImageRow]:
         """The rows whose image is there; `records` reports the others."""
         blank: list[str] = []
-        for row in self._rows:
-            cell = row.cells[self._image]
+        legend: list[str] = []
+        short: list[str] = []
+        names = [self._image_name(row) for row in self._rows]
+        found_files = [
+            self._finder.find(name, self._split_of(row)) if name else None
+            for row, name in zip(self._rows, names, strict=True)
+        ]
+        named_so = [looks_like_a_file(name) for name, found in zip(names, found_files, strict=True) if found]
+        by_extension = all(named_so) and bool(named_so)
+        for row, name, found in zip(self._rows, names, found_files, strict=True):
             if not any(row.cells.values()):
                 blank.append(row.where)
                 self.account.became(_ROWS, row.where, _BLANK)
                 continue
-            if not isinstance(cell, str) or not cell:
-                raise UserError(
-                    f"{row.where}: expected a file name in column {self._image!r}, found {cell or 'nothing'}."
-                )
-            split = row.cells.get(self._split_column, "")
-            found = self._finder.find(cell, split_name(split) if isinstance(split, str) else "")
-            if found is None:
+            is_short = row.where in self._table.short
+            if found is None and (not name or is_short or (by_extension and not looks_like_a_file(name))):
+                legend.append(row.where)
+                self.account.became(_ROWS, row.where, _LEGEND)
+            elif found is None:
                 self.account.became(_ROWS, row.where, _NO_IMAGE)
                 self._missing.append(
-                    f"{row.where}: expected the image {cell!r} in {self._table.tree}, found no such file."
+                    f"{row.where}: expected the image {name!r} {self._finder.not_found(name)}"
                 )
             else:
+                if is_short:
+                    short.append(row.where)
                 yield _ImageRow(row, *found)
-        if blank:
-            self._notes.append(f"blank rows, left out: {len(blank)} ({listed(blank)})")
-        if self._missing:
-            self._notes.append(
-                f"rows without their image, left out: {len(self._missing)} ({listed(self._missing)})"
+        if len(legend) + len(blank) == len(self._rows):
+            raise UserError(
+                f"{self._rows[0].where}: expected a file name in column {self._image!r}, found "
+                f"{repr(names[0]) if names[0] else 'nothing'}, and none in the other rows. Name the column, "
+                "or a pattern, with --image."
             )
+        for what, rows in (
+            ("blank rows, left out", blank),
+            ("rows that name no image, such as a legend, left out", legend),
+            ("lines with fewer cells than columns, whose last labels are missing", short),
+            ("rows without their image, left out", self._missing),
+        ):
+            if rows:
+                self._notes.append(f"{what}: {len(rows)} ({listed(rows)})")
+
+    def _find_masks(self, task: Wanted) -> list[Source | None]:
+        """The file of each image's map: from a column, by a pattern, or in a folder.
+
+        Raises:
+            UserError: no such folder or file; or none for any image.
+        """
+        option = f"--{task.kind} {task.task}={task.column}"
+        if task.column in self._columns:
+            return [_mask_of_cell(image.row, task.column, self._finder) for image in self._images]
+        if is_pattern(task.column):
+            check_pattern(f"--{task.kind} {task.task}", task.column, self._columns, of_image=True)
+            names = [filled_in(task.column, image.row.cells, image.path) for image in self._images]
+            masks = [
+                self._beside(image, name) if name else None
+                for image, name in zip(self._images, names, strict=True)
+            ]
+            lacking = [image.path for image, mask in zip(self._images, masks, strict=True) if mask is None]
+            if len(lacking) == len(masks) and masks:
+                raise UserError(
+                    f"{option}: expected the file {names[0]!r} {self._finder.not_found(names[0])} "
+                    "Correct the pattern."
+                )
+            if lacking:
+                self._notes.append(
+                    f"{task.task}: images without a file of that pattern, unlabelled: {len(lacking)} "
+                    f"({listed(lacking)})"
+                )
+            return masks
+        folder = MaskFolder(self._table.tree, task.column, self._columns)
+        masks = [folder.find(image.path, image.source) for image in self._images]
+        if masks and not any(masks):
+            first = PurePosixPath(self._images[0].path)
+            stems = [PurePosixPath(name).stem for name in folder.files]
+            endings = [stem.removeprefix(first.stem) for stem in stems if stem.startswith(first.stem)]
+            ending = next(filter(None, endings), "_mask")
+            raise UserError(
+                f"{option}: expected maps called as their images, such as {first.stem}.png for {first.name}, "
+                f"found none; {folder.tree} holds {listed(folder.files) or 'no pictures'} there. A pattern "
+                f"names others: '{{id}}{ending}.png'."
+            )
+        return masks
+
+    def _beside(self, image: _ImageRow, name: str) -> Source | None:
+        """The file of a name: in the folder of the image, or anywhere in the tree."""
+        near = self._table.tree.find(f"{PurePosixPath(image.path).parent.as_posix()}/{name}")
+        found = near or next(iter((self._finder.find(name, "") or ("", None))[1:]), None)
+        return None if found == image.source else found
 
     def _without_repeated(self, rows: Iterator[_ImageRow]) -> list[_ImageRow]:
         """The rows with each image once; a repetition that says something else is refused."""
@@ -202,7 +300,11 @@ class TableImporter(Importer):
         for fate, names in ((IMAGE, images), (MASK, masks), (HIDDEN, hidden)):
             for name in names:
                 account.became(_FILES, name, fate)
-        for name in self._table.files:
+        home = self._table.home
+        lists = [
+            name if home.is_archive else os.path.normpath(home.root / name) for name in self._lists.files
+        ]
+        for name in (*self._table.files, *lists):
             account.found(_FILES, [name])
             account.became(_FILES, name, TABLE)
         unnamed = account.rest(_FILES, _NO_ROW)
@@ -216,6 +318,14 @@ class TableImporter(Importer):
             self._notes.append(
                 f"pictures beside them without a row, left out: {len(pictures)} ({listed(pictures)})"
             )
+
+    def _split_lists(self) -> SplitLists:
+        """The lists of splits beside the table, if it is none of them itself."""
+        home = self._table.home
+        names = [name if home.is_archive else os.path.relpath(name, home.root) for name in self._table.files]
+        parent = PurePosixPath(names[0]).parent.as_posix()
+        beside = [] if self._split_column else lists_beside(home, "" if parent == "." else f"{parent}/")
+        return SplitLists(home, [] if set(beside) & set(names) else beside)
 
     def _find_split_column(self) -> str:
         """The column of splits: `split`, or one of another usual name whose cells are words for splits."""
@@ -238,10 +348,10 @@ class TableImporter(Importer):
                 for image in self._images
             ]
         folders = [_split_folder(image.path) for image in self._images]
-        if not all(folders):
-            return [""] * len(folders)
-        self._notes.append("splits taken from the folders of the images")
-        return folders
+        if all(folders):
+            self._notes.append("splits taken from the folders of the images")
+            return folders
+        return splits_in_lists(self._lists, [image.path for image in self._images], self._notes)
 
 
 def _mask_of_cell(row: Row, column: str, finder: FileFinder) -> Source | None:
@@ -250,7 +360,7 @@ def _mask_of_cell(row: Row, column: str, finder: FileFinder) -> Source | None:
         return None
     found = finder.find(str(cell), "") if isinstance(cell, str) else None
     if found is None:
-        raise UserError(f"{row.where}: expected the mask {cell!r} in {finder.tree}, found no such file.")
+        raise UserError(f"{row.where}: expected the mask {cell!r} {finder.not_found(str(cell))}")
     return found[1]
 
 

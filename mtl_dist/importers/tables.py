@@ -1,4 +1,4 @@
-"""Tables of labels: csv, tsv or json, and what lies beside a `labels.json`, as rows of plain cells."""
+"""Tables of labels: csv, tsv, json or a plain list, and what completes a `labels.json`, as rows of cells."""
 
 from __future__ import annotations
 
@@ -6,18 +6,31 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mtl_dist.errors import UserError
+from mtl_dist.importers.finding import FileFinder
+from mtl_dist.importers.lists import (
+    COMMENT,
+    LISTS,
+    Line,
+    column_names,
+    looks_like_a_file,
+    read_list,
+    text_of,
+)
 from mtl_dist.importers.sources import Tree
+from mtl_dist.importers.splitting import is_split_word
+from mtl_dist.importers.summary import listed
 from mtl_dist.kinds.cells import Parsed, parse_cells
 from mtl_dist.kinds.registry import scalar_kind
 from mtl_dist.kinds.vocabulary import Cell, Declared
 
-_TABLES = (".csv", ".tsv", ".json")
+_TABLES = (".csv", ".tsv", ".tab", ".json")
+_FORMS = "csv, tsv, json or a list as txt"
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "pipes"}
 FILE, SPLIT, LABEL = "file", "split", "label"
 """The columns that a `labels.json` of file names gives: FILE and LABEL, and SPLIT from `splits.json`."""
@@ -49,10 +62,13 @@ def read_labels(kind: str, rows: Sequence[Row], column: str, declared: Declared)
 class Table:
     """A table of labels: the files it speaks of, its columns and rows, and class names that came with it.
 
-    `folder` is where in `tree` the table lies, with a slash at its end, or nothing; `files` are the paths of
-    the table and of what completes it; `notes` say what was found out about its form.
+    `home` is where the table is, `tree` where its files are, and `folder` where in `tree` the table is, with
+    a slash at its end, or nothing; `files` are the paths of the table and of what completes it; `notes` say
+    what was found out about its form. `short` are the rows (by `where`) that had fewer cells than there are
+    columns, `left_out` the lines that are no rows, and why.
     """
 
+    home: Tree
     tree: Tree
     folder: str
     name: str
@@ -61,106 +77,207 @@ class Table:
     classes: Mapping[str, tuple[str, ...]]
     files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    short: frozenset[str] = frozenset()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Read:
+    """One file of a table as it was read."""
+
+    columns: list[str]
+    rows: list[Row]
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    short: set[str] = field(default_factory=set)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def read_table(path: Path, root: Path | None) -> Table:
     """The table in a file, or in a directory or zip that holds one; `root` is where its files are.
 
-    A directory or a zip is searched for `labels.json`, then `labels.csv`, then its only table. Without a
-    `root` the files are beside the table. A `labels.json` that maps file names to labels is completed by
-    `classes.json` (names by index), `splits.json` (file names by split) and `metadata.csv` (more columns,
-    by its column `file`) beside it.
+    A directory or a zip is searched for `labels.json`, then `labels.csv`, then its only table, then tables
+    or lists called as splits (train.txt, val.txt), which are read as one. Without a `root` the files are
+    beside the table. A `labels.json` that maps file names to labels is completed by `classes.json` (names by
+    index), `splits.json` (file names by split) and `metadata.csv` (more columns, by its column `file`)
+    beside it.
 
     Raises:
         UserError: no table, or one that cannot be understood.
     """
     if not path.exists():
+        raise UserError(f"{path}: expected a table ({_FORMS}), a directory or a zip, found nothing there.")
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix in (*_TABLES, *LISTS):
+        home, names = Tree(path.parent), [path.name]
+    elif path.is_file() and suffix != ".zip":
         raise UserError(
-            f"{path}: expected a table (csv, tsv or json), a directory or a zip, found nothing there."
+            f"{path}: expected a table ({_FORMS}), a directory or a zip, found a file {suffix!r}."
         )
-    if path.suffix.lower() in _TABLES and path.is_file():
-        home, name = Tree(path.parent), path.name
     else:
         home = Tree(path)
-        name = _find_table(home)
-    where = f"{home}/{name}"
+        names = _find_tables(home)
+    tree = Tree(root) if root is not None else home
+    parent = PurePosixPath(names[0]).parent.as_posix()
+    folder = "" if root is not None or parent == "." else f"{parent}/"
+    finder = FileFinder(tree, folder)
+    found = [_read_file(home, name, finder) for name in names]
+    read = found[0] if len(found) == 1 else _joined(names, found)
+    if not read.rows:
+        raise UserError(f"{home}/{names[0]}: expected rows, found none.")
+    title = path.resolve().parent.name if path.name in ("labels.json", "labels.csv") else path.resolve().stem
+    files = list(names)
+    if PurePosixPath(names[0]).suffix.lower() == ".json":
+        beside = [_beside(names[0], other) for other in ("splits.json", "metadata.csv", "classes.json")]
+        files += [other for other in beside if home.find(other) is not None]
+    paths = tuple(files if home.is_archive else [os.path.normpath(home.root / each) for each in files])
+    return Table(
+        home,
+        tree,
+        folder,
+        title,
+        tuple(read.columns),
+        read.rows,
+        read.classes,
+        paths,
+        tuple(read.notes),
+        frozenset(read.short),
+        read.left_out,
+    )
+
+
+def _read_file(home: Tree, name: str, finder: FileFinder) -> _Read:
     suffix = PurePosixPath(name).suffix.lower()
-    classes: Mapping[str, tuple[str, ...]] = {}
-    notes: tuple[str, ...] = ()
-    if suffix != ".json":
-        usual = "\t" if suffix == ".tsv" else ","
-        separator = _separator(home, name, usual)
-        columns, rows = _csv_rows(home, name, separator)
-        if separator != usual:
-            notes = (f"columns of {name} are separated by {_SEPARATORS[separator]}",)
-    else:
+    if suffix in LISTS:
+        return _list_rows(home, name, finder)
+    if suffix == ".json":
         content = _json(home, name)
         if isinstance(content, dict):
             columns, rows, classes = _rows_by_file(home, name, content)
-        else:
-            columns, rows = _json_rows(where, content)
-    if not rows:
-        raise UserError(f"{where}: expected rows, found none.")
-    tree = Tree(root) if root is not None else home
-    parent = PurePosixPath(name).parent.as_posix()
-    folder = "" if root is not None or parent == "." else f"{parent}/"
-    title = path.resolve().parent.name if path.name in ("labels.json", "labels.csv") else path.resolve().stem
-    beside = [_beside(name, other) for other in ("splits.json", "metadata.csv", "classes.json")]
-    read = [name, *(other for other in beside if suffix == ".json" and home.find(other) is not None)]
-    files = tuple(read if home.is_archive else [os.path.normpath(home.root / each) for each in read])
-    return Table(tree, folder, title, tuple(columns), rows, classes, files, notes)
+            return _Read(columns, rows, classes)
+        return _Read(*_json_rows(f"{home}/{name}", content))
+    usual = "\t" if suffix in (".tsv", ".tab") else ","
+    separator = _separator(home, name, usual)
+    read = _csv_rows(home, name, separator)
+    if separator != usual:
+        read.notes.append(f"columns of {name} are separated by {_SEPARATORS[separator]}")
+    return read
 
 
-def _find_table(home: Tree) -> str:
+def _joined(names: Sequence[str], found: Sequence[_Read]) -> _Read:
+    """Tables called as splits, as one with a column of them."""
+    columns = list(dict.fromkeys(column for read in found for column in read.columns))
+    stated = SPLIT in columns
+    joined = _Read(columns if stated else [*columns, SPLIT], [])
+    for name, read in zip(names, found, strict=True):
+        split = {} if stated else {SPLIT: PurePosixPath(name).stem}
+        empty = dict.fromkeys(columns, "")
+        joined.rows += [Row(row.where, {**empty, **row.cells, **split}) for row in read.rows]
+        joined.notes += read.notes
+        joined.short |= read.short
+        joined.left_out |= read.left_out
+        lacking = [column for column in columns if column not in read.columns]
+        if lacking:
+            joined.notes.append(f"{name} lacks the columns {', '.join(lacking)}: no labels there")
+    joined.notes.append(f"splits taken from the tables {', '.join(names)}")
+    return joined
+
+
+def check_whole_lines(short: Collection[str], columns: Sequence[str]) -> None:
+    """Refuse a table with lines of fewer cells than columns.
+
+    Raises:
+        UserError: with the first.
+    """
+    if short:
+        raise UserError(f"{min(short)}: expected {len(columns)} cells as in the first line, found fewer.")
+
+
+def _find_tables(home: Tree) -> list[str]:
+    """The table in a directory or an archive, or the several that are called as splits."""
     tables = [name for name in home.files if PurePosixPath(name).suffix.lower() in _TABLES]
     for wanted in ("labels.json", "labels.csv"):
         named = [name for name in tables if PurePosixPath(name).name == wanted]
         if len(named) == 1:
-            return named[0]
+            return named
     if len(tables) == 1:
-        return tables[0]
-    found = ", ".join(tables[:5]) or "no csv, tsv or json"
-    raise UserError(f"{home}: expected labels.json, labels.csv or a single table in it, found {found}.")
-
-
-def _read(home: Tree, name: str) -> str:
-    try:
-        return home.source(name).read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{home}/{name}: expected UTF-8 text, found {error}. Save it as UTF-8.") from None
+        return tables
+    lists = [name for name in home.files if PurePosixPath(name).suffix.lower() in LISTS]
+    for candidates in (tables, lists):
+        of_splits = [name for name in candidates if is_split_word(PurePosixPath(name).stem)]
+        if len({PurePosixPath(name).parent for name in of_splits}) == 1 and len(of_splits) > 1:
+            return of_splits
+    found = listed(tables) or f"no csv, tsv or json{' (lists: ' + listed(lists) + ')' if lists else ''}"
+    raise UserError(
+        f"{home}: expected labels.json, labels.csv, a single table in it, or lists train.txt and val.txt, "
+        f"found {found}. Name the table itself, and its files' folder with --root."
+    )
 
 
 def _separator(home: Tree, name: str, usual: str) -> str:
     """What stands between the columns: the usual, or where the first line lacks it what it holds most of."""
-    first = next((line for line in _read(home, name).splitlines() if line.strip()), "")
+    first = next((line for line in text_of(home, name).splitlines() if line.strip()), "")
     if usual in first:
         return usual
     most = max(_SEPARATORS, key=first.count)
     return most if most in first else usual
 
 
-def _csv_rows(home: Tree, name: str, delimiter: str) -> tuple[list[str], list[Row]]:
+def _csv_rows(home: Tree, name: str, delimiter: str) -> _Read:
     where = f"{home}/{name}"
-    reader = csv.reader(io.StringIO(_read(home, name), newline=""), delimiter=delimiter, strict=True)
-    rows: list[Row] = []
+    reader = csv.reader(io.StringIO(text_of(home, name), newline=""), delimiter=delimiter, strict=True)
+    read = _Read([], [])
     try:
-        columns = [column.strip() for column in next(reader, [])]
-        repeated = [column for i, column in enumerate(columns) if column in columns[:i]]
-        if repeated:
-            raise UserError(f"{where}: expected one column of each name, found {repeated[0]!r} twice.")
-        for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(columns):
-                raise UserError(
-                    f"{where} line {reader.line_num}: expected {len(columns)} cells as in the first line, "
-                    f"found {len(cells)}. Quote cells that hold a {delimiter!r}."
-                )
-            values = {column: cell.strip() for column, cell in zip(columns, cells, strict=True)}
-            rows.append(Row(f"{where} line {reader.line_num}", values))
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
     except csv.Error as error:
         raise UserError(f"{where} line {reader.line_num}: expected a table, found: {error}.") from None
-    return columns, rows
+    while len(lines) > 1 and lines[0][1][0].startswith("#") and len(lines[0][1]) != len(lines[1][1]):
+        read.left_out[f"{where} line {lines.pop(0)[0]}"] = COMMENT
+    if lines and any(map(looks_like_a_file, lines[0][1])):
+        read.columns = column_names(
+            [Line(number, tuple(cells)) for number, cells in lines], looks_like_a_file, FILE, LABEL
+        )
+        read.notes.append(f"{name} has no line of column names: {', '.join(read.columns)}")
+    elif lines:
+        read.columns = lines.pop(0)[1]
+    repeated = [column for i, column in enumerate(read.columns) if column in read.columns[:i]]
+    if repeated:
+        raise UserError(f"{where}: expected one column of each name, found {repeated[0]!r} twice.")
+    for number, cells in lines:
+        if len(cells) > len(read.columns):
+            raise UserError(
+                f"{where} line {number}: expected {len(read.columns)} cells as in the first line, "
+                f"found {len(cells)}. Quote cells that hold a {delimiter!r}."
+            )
+        _add(read, where, number, cells)
+    return read
+
+
+def _list_rows(home: Tree, name: str, finder: FileFinder) -> _Read:
+    """The rows of a plain list, whose columns may have no names."""
+    where = f"{home}/{name}"
+
+    plain = read_list(text_of(home, name), where, finder.holds)
+    columns = list(plain.columns)
+    read = _Read(columns, [])
+    read.left_out |= {f"{where} line {number}": COMMENT for number in plain.comments}
+    if plain.lines and not columns:
+        columns += column_names(plain.lines, finder.holds, FILE, LABEL)
+        read.notes.append(f"{name} has no line of column names: {', '.join(columns)}")
+    if len(columns) > 1:
+        read.notes.append(f"columns of {name} are separated by {plain.separator}")
+    for line in plain.lines:
+        _add(read, where, line.number, line.cells)
+    return read
+
+
+def _add(read: _Read, where: str, number: int, cells: Sequence[str]) -> None:
+    """Add a row, whose last cells are empty where it is short."""
+    place = f"{where} line {number}"
+    if len(cells) < len(read.columns):
+        read.short.add(place)
+        cells = [*cells, *[""] * (len(read.columns) - len(cells))]
+    read.rows.append(Row(place, dict(zip(read.columns, cells, strict=True))))
 
 
 def _json(home: Tree, name: str) -> Any:
@@ -176,7 +293,7 @@ def _json(home: Tree, name: str) -> Any:
 
     try:
         return json.loads(
-            _read(home, name), object_pairs_hook=refuse_repeated, parse_float=str, parse_constant=str
+            text_of(home, name), object_pairs_hook=refuse_repeated, parse_float=str, parse_constant=str
         )
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: expected JSON, found: {error}.") from None
@@ -265,7 +382,9 @@ def _with_metadata(home: Tree, name: str, columns: list[str], rows: list[Row]) -
     """The rows with the further columns of `metadata.csv`, if there is one with a column FILE."""
     if home.find(name) is None:
         return columns, rows
-    more_columns, more_rows = _csv_rows(home, name, _separator(home, name, ","))
+    more = _csv_rows(home, name, _separator(home, name, ","))
+    check_whole_lines(more.short, more.columns)
+    more_columns, more_rows = more.columns, more.rows
     if FILE not in more_columns:
         return columns, rows
     new = [column for column in more_columns if column not in columns]

@@ -70,7 +70,7 @@ class Depth(MapKind):
 
     name = "depth"
     help = "A number for each pixel (depth, disparity, height): a column of files, or a folder of them."
-    metavar: ClassVar[str] = "TASK=COLUMN|FOLDER"
+    metavar: ClassVar[str] = "TASK=COLUMN|FOLDER|PATTERN"
     has_values: ClassVar[bool] = True
     against_mixup: ClassVar[str] = "two surfaces in one pixel have no depth"
     moves: ClassVar[bool] = True

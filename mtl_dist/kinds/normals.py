@@ -33,7 +33,7 @@ class Normals(MapKind):
 
     name = "normals"
     help = "A surface normal for each pixel: a column of files, or a folder of them."
-    metavar: ClassVar[str] = "TASK=COLUMN|FOLDER"
+    metavar: ClassVar[str] = "TASK=COLUMN|FOLDER|PATTERN"
     against_mixup: ClassVar[str] = "two surfaces in one pixel have no normal"
     moves: ClassVar[bool] = True
     shared_facts: ClassVar[tuple[str, ...]] = ("y",)

@@ -29,7 +29,7 @@ class Segmentation(MapKind):
 
     name = "segmentation"
     help = "A class for each pixel: a column of mask files, or a folder of masks named as their images."
-    metavar: ClassVar[str] = "TASK=COLUMN|FOLDER"
+    metavar: ClassVar[str] = "TASK=COLUMN|FOLDER|PATTERN"
     has_classes: ClassVar[bool] = True
     against_mixup: ClassVar[str] = "a pixel of a mask is of one class"
     dtype: ClassVar[str] = "uint8"

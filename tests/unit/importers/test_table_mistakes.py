@@ -95,7 +95,7 @@ WRONG_TABLES: dict[str, tuple[str, dict[str, Any], str]] = {
     "a folder of masks that is not there": (
         "file,split\na.png,train\n",
         {"segmentation": {"m": "msks"}},
-        "masks 'msks': expected a column of the table or one folder, found neither",
+        "masks 'msks': expected a column of the table or one folder in .*, found neither",
     ),
     "classes of no task": (
         "file,split,dx\na.png,train,x\n",
@@ -143,7 +143,11 @@ def test_json_that_is_no_table_is_refused(tmp_path: Path) -> None:
 def test_a_directory_without_one_table_is_refused(tmp_path: Path) -> None:
     one, two = {"a.csv": CSV}, {"a.csv": CSV, "b.csv": CSV}
     refused(tmp_path, fill(tmp_path / "none", FILES), "found no csv, tsv or json")
-    refused(tmp_path, fill(tmp_path / "two", {**two, **FILES}), r"a single table in it, found a\.csv, b\.csv")
+    refused(
+        tmp_path,
+        fill(tmp_path / "two", {**two, **FILES}),
+        r"a single table in it, or lists .*, found a\.csv; b\.csv",
+    )
     refused(tmp_path, tmp_path / "nowhere", "found nothing there")
     prepare(fill(tmp_path / "one", {**one, **FILES, **MASKS}), tmp_path / "out", **ALL)
 
