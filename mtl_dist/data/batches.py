@@ -373,7 +373,7 @@ class BatchBuilder:
 
     def _layout(self, batch_size: int) -> Layout:
         dtype = torch.uint8 if self.image_dtype == "uint8" else torch.float32
-        return Layout(batch_size, self.transform.size, self.channels, dtype, self._maps)
+        return Layout(batch_size, self.transform.output_size, self.channels, dtype, self._maps)
 
     def _labelled(self, samples: Samples) -> dict[str, np.ndarray]:
         labelled = {name: np.zeros(len(samples.rows), dtype=bool) for name in self.task_infos}

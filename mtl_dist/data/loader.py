@@ -37,7 +37,7 @@ from mtl_dist.data.task_infos import (
     source_facts,
     training_facts,
 )
-from mtl_dist.data.transforms import PRESETS, Transform
+from mtl_dist.data.transforms import PRESETS, Transform, size_after
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.kind import MapKind
 from mtl_dist.kinds.registry import kind_of
@@ -77,7 +77,7 @@ class Data:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the batches' images."""
-        return self.settings.size
+        return size_after(self.settings.user_transforms(training=True), self.settings.size)
 
     @property
     def fills(self) -> dict[str, float]:
@@ -134,6 +134,7 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
     not_learnt = tuple(name for name in known if name not in task_infos)
     settings, training, left_out = _with_labels(settings, training, task_infos)
     check_blend(settings.blend, task_infos)
+    _check_sizes(settings, task_infos)
     check_boxes(settings.boxes, task_infos, settings.blend is not None and settings.blend.mixup is not None)
     facts = {"train": training}
     for split, stated in (("val", settings.val), ("test", settings.test)):
@@ -181,6 +182,28 @@ def _check_sampling(
         )
     if not any((source.reader.classes(sampling.task) >= 0).any() for source in sources):
         raise UserError(f"data.sampling.task: expected labels of {sampling.task} in training, found none.")
+
+
+def _check_sizes(settings: DataSettings, task_infos: Mapping[str, TaskInfo]) -> None:
+    """Refuse steps of the user's that make images of another size in training than in evaluation, and such
+    that change the size where pixels are predicted or boxes move."""
+    trained, evaluated = (
+        size_after(settings.user_transforms(training), settings.size) for training in (True, False)
+    )
+    if trained != evaluated:
+        raise UserError(
+            f"data.transforms: expected the same size in training and in evaluation, found {trained[0]} x "
+            f"{trained[1]} and {evaluated[0]} x {evaluated[1]}. Set training_only = False in a step that "
+            "makes this size, or add one."
+        )
+    moving = [name for name, info in task_infos.items() if isinstance(kind_of(info.kind), MapKind)]
+    moving += list(settings.boxes)
+    if trained != settings.size and moving:
+        raise UserError(
+            f"data.transforms: expected steps that keep {settings.size[0]} x {settings.size[1]}, because "
+            f"{', '.join(moving)} has a place in the image's own pixels, found {trained[0]} x {trained[1]}. "
+            "Use data.image_size and data.resize."
+        )
 
 
 def _evaluation_facts(
@@ -248,7 +271,7 @@ def train_loader(
         else Blender(settings.blend, derive_key(seed, _BLEND), partnered(data.task_infos))
     )
     user_defined = settings.user_transforms(training=True)
-    transform = Transform(data.image_size, settings.resize, settings.augmentation, user_defined, data.fills)
+    transform = Transform(settings.size, settings.resize, settings.augmentation, user_defined, data.fills)
     key = derive_key(seed, _AUGMENT)
     builder = _builder(data, "train", transform, key, blender, pin_memory)
     shard_prefetch = None if settings.cache is None else ShardPrefetch(builder.readers, settings.cache)
@@ -290,7 +313,7 @@ def eval_loader(
     if split not in data.sources:
         raise UserError(f"expected a split of the data ({', '.join(data.splits)}), found {split!r}.")
     own = data.settings.user_transforms(training=False)
-    transform = Transform(data.image_size, data.settings.resize, PRESETS["none"], own, data.fills)
+    transform = Transform(data.settings.size, data.settings.resize, PRESETS["none"], own, data.fills)
     order = Concatenation([source.reader.num_samples for source in data.sources[split]])
     partition = EvaluationPartition(batch_size, rank, world_size, order.num_samples)
     batches = Batches(partition, order, _builder(data, split, transform, 0, pin_memory=pin_memory))

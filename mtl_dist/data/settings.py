@@ -21,6 +21,7 @@ from mtl_dist.data.remote import LocationSetting
 from mtl_dist.data.transforms import (
     PRESETS,
     AugmentSettings,
+    CentreCrop,
     ImageTransform,
     Preset,
     Resize,
@@ -168,12 +169,13 @@ class DataSettings(Settings):
     blend: BlendSettings | None = None
     """Mixup and CutMix: blend pairs of training images, and their labels."""
     transforms: tuple[UserTransform, ...] = ()
-    """Steps of the user's after `augment`, by their import paths."""
+    """Steps of the user's after `augment`, by their import paths; they may change the size."""
     boxes: dict[str, BoxTasks] = Field(default_factory=dict)
     """Boxes by name: the four regression tasks of left, top, right and bottom, which move with the image."""
     resize: Resize = "stretch"
     """How an image that is not cropped at random gets its size: `stretch` ignores its proportions, `crop`
-    cuts off what is too long, `pad` adds black where it is too short."""
+    cuts off what is too long, `pad` adds black where it is too short; `{short_side: 256}` or
+    `{crop_fraction: 0.875}` resizes to that short side and cuts out the middle."""
     shuffle_window: ShuffleWindow = 8
     """Shards whose samples are shuffled together: more mixes better, fewer keeps reading nearer to
     sequential. `full` is all of them, `off` keeps the stored order."""
@@ -211,9 +213,16 @@ class DataSettings(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _crop_fits(self) -> DataSettings:
+        problem = self.resize.problem(self.size) if isinstance(self.resize, CentreCrop) else ""
+        if problem:
+            raise ValueError(problem)
+        return self
+
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the images."""
+        """Height and width of the images, before steps of the user's."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property

@@ -32,7 +32,7 @@ from mtl_dist.specs import IGNORE
 if TYPE_CHECKING:
     from torch import Tensor
 
-Resize = Literal["stretch", "crop", "pad"]
+Whole = Annotated[int, Field(ge=1)]
 Preset = Literal["none", "standard", "strong"]
 
 _CROP_TRIES = 10
@@ -94,8 +94,59 @@ PRESETS: dict[Preset, AugmentSettings] = {
 }
 
 
+class CentreCrop(Settings):
+    """The image resized until its short side is `short_side`, and the middle of it cut out: torchvision's
+    Resize(short_side) and CenterCrop(crop), to the bit.
+
+    crop           what is cut out, a side or height and width: it is `data.image_size` where it is stated
+    crop_fraction  in place of `short_side`: the share of it that is cut out, 0.875 for 224 of 256
+    """
+
+    short_side: Whole | None = None
+    crop: Whole | tuple[Whole, Whole] | None = None
+    crop_fraction: Share | None = None
+
+    @model_validator(mode="after")
+    def _one_size(self) -> CentreCrop:
+        if (self.short_side is None) == (self.crop_fraction is None):
+            found = "neither" if self.short_side is None else "both"
+            raise ValueError(f"expected short_side or crop_fraction, found {found}. State one.")
+        return self
+
+    def problem(self, size: tuple[int, int]) -> str:
+        """Why no image of `size` can be cut out; empty where it can."""
+        crop = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+        if crop is not None and crop != size:
+            return (
+                f"resize.crop: expected data.image_size, {_words(size)}, found {_words(crop)}. Leave it out."
+            )
+        if self.shorter(size) < max(size):
+            return (
+                f"resize.short_side: expected {max(size)} or more, which an image of {_words(size)} is cut "
+                f"from, found {self.short_side}."
+            )
+        return ""
+
+    def shorter(self, size: tuple[int, int]) -> int:
+        """The resized image's short side."""
+        return self.short_side or math.floor(max(size) / (self.crop_fraction or 1.0))
+
+    def resized(self, height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the resized image, rounded as torchvision does."""
+        short = self.shorter(size)
+        long = int(short * max(height, width) / min(height, width))
+        return (short, long) if height <= width else (long, short)
+
+
+def _words(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"{size[0]} x {size[1]}"
+
+
+Resize: TypeAlias = Literal["stretch", "crop", "pad"] | CentreCrop
+
+
 class ImageTransform(ABC):
-    """A step of the user's after the built-in ones, on an image and its maps of the batches' size.
+    """A step of the user's after the built-in ones, on an image and its maps of `data.image_size`.
 
     `training_only` says whether evaluation and prediction leave it out. One that they don't must not move
     pixels: predicted masks are those of the image as it came.
@@ -103,12 +154,16 @@ class ImageTransform(ABC):
 
     training_only: ClassVar[bool] = True
 
+    def size_after(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of what it returns for images of `size`: the same, unless it says otherwise."""
+        return size
+
     @abstractmethod
     def __call__(
         self, image_CHW: Tensor, masks: dict[str, Tensor], draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The image, of unchanged shape and dtype, and the maps: masks (H, W, uint8; 255 = ignore), numbers
-        (H, W) and vectors (C, H, W) of float32, NaN where there is no label.
+        """The image, of unchanged dtype and channels, and the maps in its size: masks (H, W, uint8;
+        255 = ignore), numbers (H, W) and vectors (C, H, W) of float32, NaN where there is no label.
 
         Labels whose values change with the view (normals, metric depth) do not hear of what it does.
         Everything random must come from `draws`, so that a sample's view is the same on every machine.
@@ -126,7 +181,7 @@ UserTransform: TypeAlias = Annotated[UserTransformSettings, UserDefined((UserTra
 
 @dataclass(frozen=True)
 class Transform:
-    """The way from a decoded image and its maps to `size` (height, width).
+    """The way from a decoded image and its maps to `size` (height, width), and on by steps of the user's.
 
     `fills` is what each task's map says where there is no label; a mask's 255 where it is not stated.
     """
@@ -143,9 +198,15 @@ class Transform:
         """The image (C, H, W) and the maps (H, W) or (C, H, W) in their new size, and of unchanged dtype."""
         return self.view(DecodedPicture(image_CHW), masks, draws)
 
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of what comes out."""
+        return size_after(self.own, self.size)
+
     def keeps(self, size: tuple[int, int]) -> bool:
         """Whether every image of this size stays as it is."""
-        return size == self.size and self.augment == PRESETS["none"] and not self.own
+        plain = self.augment == PRESETS["none"] and not self.own
+        return plain and size == self.size and self._inner(Box(0, 0, *size)) == size
 
     def view(
         self, picture: Picture, masks: Mapping[str, Tensor], draws: Draws
@@ -187,7 +248,11 @@ class Transform:
         Raises:
             UnreadableImage: the image is damaged.
         """
-        return picture.decode(source, self._inner(source))
+        if not isinstance(self.resize, CentreCrop):
+            return picture.decode(source, self._inner(source))
+        # In its own size first: a decoder that shrinks on the way gives other pixels than torchvision has.
+        whole, size = picture.decode(source, (source.height, source.width)), self._inner(source)
+        return lambda: resized(whole(), size, "bilinear")
 
     def finish(
         self,
@@ -241,17 +306,23 @@ class Transform:
 
         Padding is cut off again; where the image was cropped, the border's values go on to its edge.
         """
-        height, width = size
         source = self.source(size, Draws(0))
-        inner_height, inner_width = self._inner(source)
+        inner = self._inner(source)
         scale_y, scale_x = maps_BCHW.shape[-2] / self.size[0], maps_BCHW.shape[-1] / self.size[1]
+        top, left = _margins(inner, self.size)
+        bottom, right = self.size[0] - top - inner[0], self.size[1] - left - inner[1]
+        # What is negative was cut off of the resized image.
+        sides = zip((left, right, top, bottom), (scale_x, scale_x, scale_y, scale_y), strict=True)
+        cut = [round(max(0, -margin) * scale) for margin, scale in sides]
+        maps_BCHW = F.pad(maps_BCHW, cut, mode="replicate") if any(cut) else maps_BCHW
         shown = Box(
-            round((self.size[0] - inner_height) // 2 * scale_y),
-            round((self.size[1] - inner_width) // 2 * scale_x),
-            max(1, round(inner_height * scale_y)),
-            max(1, round(inner_width * scale_x)),
+            round(max(0, top) * scale_y),
+            round(max(0, left) * scale_x),
+            max(1, round(inner[0] * scale_y)),
+            max(1, round(inner[1] * scale_x)),
         )
         maps_BCHW = F.interpolate(shown.of(maps_BCHW), (source.height, source.width), mode="bilinear")
+        height, width = size
         rest = (
             source.left,
             width - source.left - source.width,
@@ -273,18 +344,31 @@ class Transform:
         self, image_CHW: Tensor, masks: dict[str, Tensor], draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
         for step in self.own:
-            shape, dtype = image_CHW.shape, image_CHW.dtype
+            size, dtype = (image_CHW.shape[-2], image_CHW.shape[-1]), image_CHW.dtype
+            shape = (len(image_CHW), *step.size_after(size))
             image_CHW, masks = step(image_CHW, masks, draws)
-            if image_CHW.shape != shape or image_CHW.dtype != dtype:
+            if tuple(image_CHW.shape) != shape or image_CHW.dtype != dtype:
+                keeps = "keep" if shape[1:] == size else "return"
+                advice = "" if len(image_CHW) != shape[0] else " Say what size it makes in size_after."
                 raise UserError(
-                    f"data.transforms: expected {type(step).__name__} to keep the image {tuple(shape)} of "
-                    f"{dtype}, found {tuple(image_CHW.shape)} of {image_CHW.dtype}."
+                    f"data.transforms: expected {type(step).__name__} to {keeps} the image {shape} of "
+                    f"{dtype}, found {tuple(image_CHW.shape)} of {image_CHW.dtype}.{advice}"
                 )
+            for name, mask in masks.items():
+                if mask.shape[-2:] != image_CHW.shape[-2:]:
+                    raise UserError(
+                        f"data.transforms: expected {type(step).__name__} to return {name} in the image's "
+                        f"size, {shape[1]} x {shape[2]}, found {mask.shape[-2]} x {mask.shape[-1]}."
+                    )
         return image_CHW, masks
 
     def _inner(self, source: Box) -> tuple[int, int]:
-        """The size of the shown part; smaller than `size` where it is to be padded."""
-        if self.resize != "pad" or self.augment.crop_scale != (1.0, 1.0):
+        """The size of the shown part; smaller than `size` where it is to be padded, larger where cut."""
+        if self.augment.crop_scale != (1.0, 1.0):
+            return self.size
+        if isinstance(self.resize, CentreCrop):
+            return self.resize.resized(source.height, source.width, self.size)
+        if self.resize != "pad":
             return self.size
         scale = min(self.size[0] / source.height, self.size[1] / source.width)
         return max(1, round(source.height * scale)), max(1, round(source.width * scale))
@@ -364,5 +448,17 @@ def _padded_box(box: Tensor, inner: tuple[int, int], size: tuple[int, int]) -> T
 
 
 def _margins(inner: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Above and left of a picture in the middle of a larger one."""
-    return (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+    """Above and left of a picture in the middle of a larger one; negative where it is the larger one, and
+    then rounded as torchvision's CenterCrop does."""
+    top, left = (
+        (whole - side) // 2 if whole >= side else -round((side - whole) / 2)
+        for whole, side in zip(size, inner, strict=True)
+    )
+    return top, left
+
+
+def size_after(steps: Sequence[ImageTransform], size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image of `size` after all of the steps."""
+    for step in steps:
+        size = step.size_after(size)
+    return size

@@ -70,7 +70,7 @@ class Predictor:
         self._root = load_root(folder, recipe, self._world, lambda line: print(line, file=sys.stderr))
         self._facts = folder.read_data()
         own = recipe.data.user_transforms(training=False)
-        self._transform = Transform(self._facts.image_size, recipe.data.resize, PRESETS["none"], own)
+        self._transform = Transform(recipe.data.size, recipe.data.resize, PRESETS["none"], own)
         self._boxes = tuple(recipe.data.boxes.values())
 
     @property

@@ -92,7 +92,7 @@ def test_a_picture_is_the_same_as_path_bytes_image_and_array(run: Path, tmp_path
     assert predictor.predict(path)["value"]["value"] == pytest.approx(answers[0]["value"]["value"], rel=1e-5)
 
 
-@pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
+@pytest.mark.parametrize("resize", ["stretch", "crop", "pad", "{short_side: 10, crop: 8}"])
 def test_masks_come_back_at_the_image_s_own_size_whatever_the_resizing(
     recipe: Path, tmp_path: Path, resize: str
 ) -> None:

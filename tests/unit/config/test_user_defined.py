@@ -123,6 +123,20 @@ class Cropping(ImageTransform):
         return image[:, 1:], masks
 
 
+class Middle(ImageTransform):
+    training_only = False
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def size_after(self, size):
+        return self.side, self.side
+
+    def __call__(self, image, masks, draws):
+        cut = slice(1, 1 + self.side)
+        return image[:, cut, cut], {name: mask[cut, cut] for name, mask in masks.items()}
+
+
 class Sharper(ImageTransform):
     training_only = False
 
@@ -360,6 +374,19 @@ def test_a_transform_that_changes_the_size_is_refused() -> None:
     assert not transform.keeps((8, 8))
     with pytest.raises(UserError, match=r"data\.transforms: expected Cropping to keep the image \(3, 8, 8\)"):
         transform(torch.zeros(3, 8, 8, dtype=torch.uint8), {}, Draws(0))
+
+
+def test_a_transform_may_say_what_size_it_makes() -> None:
+    from mtl_dist.data.transforms import PRESETS, Transform
+    from mtl_dist.randomness import Draws
+
+    own = load("data.transforms=[{kind: mine.parts.Middle, side: 6}]").data.user_transforms(training=True)
+    transform = Transform((8, 8), "stretch", PRESETS["none"], own)
+    assert transform.output_size == (6, 6)
+    image, masks = transform(
+        torch.zeros(3, 8, 8, dtype=torch.uint8), {"ink": torch.zeros(8, 8, dtype=torch.uint8)}, Draws(0)
+    )
+    assert (image.shape, masks["ink"].shape) == ((3, 6, 6), (6, 6))
 
 
 def test_a_transform_says_whether_evaluation_leaves_it_out() -> None:

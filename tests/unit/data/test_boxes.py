@@ -20,7 +20,7 @@ from mtl_dist.data.pictures import Box, DecodedPicture
 from mtl_dist.data.rand_augment import RandAugmentSettings
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.data.shards import ShardWriter
-from mtl_dist.data.transforms import PRESETS, AugmentSettings, Transform
+from mtl_dist.data.transforms import PRESETS, AugmentSettings, CentreCrop, Transform
 from mtl_dist.errors import UserError
 from mtl_dist.randomness import Draws
 from mtl_dist.specs import TaskInfo
@@ -57,7 +57,7 @@ turned = AugmentSettings(crop_scale=(0.5, 1.0), flip=True, rotate=40, rand_augme
 @given(
     edges=boxes,
     key=st.integers(0, 10_000),
-    resize=st.sampled_from(["stretch", "crop", "pad"]),
+    resize=st.sampled_from(["stretch", "crop", "pad", CentreCrop(crop_fraction=0.75)]),
     augment=st.sampled_from([PRESETS["none"], PRESETS["standard"], upright]),
 )
 def test_a_box_lies_around_its_object_in_every_view(
@@ -116,7 +116,7 @@ def test_less_than_a_pixel_is_no_box(edges: list[float]) -> None:
     assert edges_in(box_of(edges, (HEIGHT, WIDTH)), (HEIGHT, WIDTH)) is None
 
 
-@pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
+@pytest.mark.parametrize("resize", ["stretch", "crop", "pad", CentreCrop(short_side=100)])
 def test_a_predicted_box_goes_back_to_where_it_was(resize: Any) -> None:
     transform = Transform((48, 96), resize, PRESETS["none"])
     edges = [30.0, 25.0, 50.0, 35.0]

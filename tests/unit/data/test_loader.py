@@ -28,6 +28,7 @@ from mtl_dist.data.mixing import Schedule, Stream
 from mtl_dist.data.order import Order
 from mtl_dist.data.partition import EvaluationPartition, TrainingPartition
 from mtl_dist.data.settings import DataSettings
+from mtl_dist.data.transforms import ImageTransform
 from mtl_dist.errors import UserError
 from tests import tiny_datasets
 from tests.tiny_datasets import (
@@ -722,3 +723,46 @@ def test_a_training_dataset_without_a_label_of_the_recipe_s_tasks_is_left_out(tm
     assert (one.num_train_samples, one.num_samples("val")) == (12, 4)
     assert one.left_out == ("moods",)
     assert "left out, with no label of these tasks: moods" in one.describe()
+
+
+class Halving(ImageTransform):
+    """Shows every second pixel."""
+
+    training_only = False
+
+    def size_after(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size[0] // 2, size[1] // 2
+
+    def __call__(self, image_CHW: Any, masks: Any, draws: Any) -> Any:
+        return image_CHW[:, ::2, ::2], masks
+
+
+class HalvingOfTraining(Halving):
+    training_only = True
+
+
+def test_a_transform_that_changes_the_size_makes_the_batches_size(datasets: Path) -> None:
+    step = f"{__name__}.Halving"
+    data = open_data(settings_for("tiny", transforms=[step]), ["digit", "value"], datasets)
+    assert data.image_size == (4, 5)
+    for loader in (training(data), eval_loader(data, "val", batch_size=4, rank=0, world_size=1, workers=0)):
+        batch = next(iter(loader))
+        assert batch.images_BCHW.shape[2:] == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("step", "tasks", "said"),
+    [
+        (
+            "HalvingOfTraining",
+            ["digit"],
+            "the same size in training and in evaluation, found 4 x 5 and 8 x 10",
+        ),
+        ("Halving", ["digit", "shape"], "steps that keep 8 x 10, because shape has a place"),
+    ],
+)
+def test_a_size_that_training_or_masks_cannot_have_is_refused(
+    datasets: Path, step: str, tasks: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=f"data.transforms: expected {said}"):
+        open_data(settings_for("tiny", transforms=[f"{__name__}.{step}"]), tasks, datasets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import numpy as np
@@ -10,13 +11,20 @@ import torch
 import torchvision.transforms.v2.functional as vision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from mtl_dist.data.transforms import PRESETS, AugmentSettings, Resize, Transform
+from mtl_dist.config.loading import load_settings
+from mtl_dist.data.decode import open_picture
+from mtl_dist.data.pictures import Box
+from mtl_dist.data.settings import DataSettings
+from mtl_dist.data.transforms import PRESETS, AugmentSettings, CentreCrop, Resize, Transform
+from mtl_dist.errors import UserError
 from mtl_dist.randomness import Draws, derive_key
 
 RESIZES: list[Resize] = ["stretch", "crop", "pad"]
+ALL_RESIZES: list[Resize] = [*RESIZES, CentreCrop(crop_fraction=0.8)]
 GEOMETRY = AugmentSettings(
     crop_scale=(0.3, 1.0), flip=True, flip_vertical=True, rotate=30.0, translate=0.2, zoom=(0.8, 1.3)
 )
@@ -39,7 +47,7 @@ def view(transform: Transform, image: Tensor, mask: Tensor, key: int = 0) -> tup
     st.integers(1, 60),
     st.integers(1, 60),
     st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    st.sampled_from(RESIZES),
+    st.sampled_from(ALL_RESIZES),
     st.sampled_from([PRESETS["none"], PRESETS["standard"], PRESETS["strong"], GEOMETRY]),
     st.integers(0, 2**64 - 1),
 )
@@ -54,7 +62,7 @@ def test_any_image_gets_the_size_asked_for_and_masks_keep_to_their_classes(
     assert set(mask.unique().tolist()) <= {0, 1, 255}
 
 
-@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("resize", ALL_RESIZES)
 @pytest.mark.parametrize("augment", [PRESETS["none"], PRESETS["standard"], GEOMETRY])
 def test_the_mask_lies_on_its_object_in_every_view(resize: Resize, augment: AugmentSettings) -> None:
     image, mask = scene(90, 140)
@@ -106,6 +114,86 @@ def test_a_single_row_or_column_is_resized_like_floats(size: tuple[int, int], sh
     transform = Transform(size, "stretch", PRESETS["none"])
     ours, exact = transform(image, {}, Draws(0))[0], transform(image.float(), {}, Draws(0))[0]
     assert (ours.float() - exact).abs().max() <= 1
+
+
+@given(
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.tuples(st.integers(2, 40), st.integers(2, 40)),
+    st.integers(0, 13),
+    st.sampled_from([torch.uint8, torch.float32]),
+    st.sampled_from([1, 3, 4]),
+)
+@settings(max_examples=120, deadline=None)
+def test_a_short_side_and_a_crop_are_torchvisions_resize_and_centre_crop_to_the_bit(
+    height: int, width: int, size: tuple[int, int], margin: int, dtype: torch.dtype, channels: int
+) -> None:
+    image = torch.randint(0, 256, (channels, height, width), generator=torch.Generator().manual_seed(height))
+    image, short_side = image.to(dtype), max(size) + margin
+    ours, _ = Transform(size, CentreCrop(short_side=short_side), PRESETS["none"])(image, {}, Draws(0))
+    resized = vision.resize(image, [short_side], antialias=True)
+    assert torch.equal(ours, vision.center_crop(resized, list(size)))
+
+
+@pytest.mark.parametrize("shape", [(500, 375), (375, 500), (1200, 1000), (96, 64), (257, 256)])
+def test_so_is_256_and_224_of_a_photograph_whatever_decodes_it(shape: tuple[int, int]) -> None:
+    photograph = np.random.default_rng(0).integers(0, 256, (*(side // 8 + 1 for side in shape), 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(photograph).resize(shape[::-1], Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    picture = open_picture(memoryview(bytearray(file.getvalue())), 3)
+    whole = picture.show(Box(0, 0, *shape), shape)
+    expected = vision.center_crop(vision.resize(whole, [256], antialias=True), [224])
+    for resize in (CentreCrop(short_side=256, crop=224), CentreCrop(crop_fraction=0.875)):
+        assert torch.equal(
+            Transform((224, 224), resize, PRESETS["none"]).view(picture, {}, Draws(0))[0], expected
+        )
+
+
+@pytest.mark.parametrize(
+    ("resize", "said"),
+    [
+        (
+            {"short_side": 256, "crop": 200},
+            r"resize\.crop: expected data.image_size, 224, found 200. Leave it",
+        ),
+        ({"short_side": 200}, r"resize\.short_side: expected 224 or more, .* cut from, found 200"),
+        ({"short_side": 256, "crop_fraction": 0.9}, "expected short_side or crop_fraction, found both"),
+        ({"crop": 224}, "expected short_side or crop_fraction, found neither"),
+        ({"crop_fraction": 1.5}, r"crop_fraction: expected a number .*<= 1 or null, found 1.5"),
+        ({"shortside": 256}, "unknown key. Did you mean short_side"),
+        ("streched", "Did you mean stretch"),
+    ],
+)
+def test_a_crop_that_does_not_fit_is_refused(resize: object, said: str) -> None:
+    data = {"train": [{"path": "x"}], "image_size": 224, "resize": resize}
+    with pytest.raises(UserError, match=said):
+        load_settings(DataSettings, data)
+
+
+@pytest.mark.parametrize("resize", ALL_RESIZES)
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (120, 40), (24, 24)])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_predicted_map_goes_back_to_where_it_was(
+    resize: Resize, shape: tuple[int, int], scale: int
+) -> None:
+    image, mask = scene(*shape)
+    transform = Transform((48, 48), resize, PRESETS["none"])
+    _, seen = view(transform, image, mask)
+    predicted = seen[None, None].float().nan_to_num().where(seen != 255, 0)
+    if scale == 2:
+        predicted = torch.nn.functional.avg_pool2d(predicted, 2)
+    restored = transform.restored(predicted, shape)[0, 0]
+    assert restored.shape == shape
+    source, inner = transform.source(shape, Draws(0)), transform._inner(transform.source(shape, Draws(0)))
+    shown = torch.zeros(shape, dtype=torch.bool)
+    height, width = (
+        min(side, round(side * most / part))
+        for side, most, part in zip((source.height, source.width), (48, 48), inner, strict=True)
+    )
+    middle = Box((shape[0] - height) // 2, (shape[1] - width) // 2, height, width)
+    middle.of(shown)[:] = True
+    agree = ((restored > 0.5) == (mask == 1))[shown].float().mean()
+    assert agree > (0.96 if scale == 1 else 0.94)
 
 
 def test_crop_keeps_proportions_and_the_middle() -> None:
