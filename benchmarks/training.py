@@ -29,7 +29,8 @@ from mtl_dist.tasks.registry import TaskSettings, build_tasks
 from mtl_dist.tasks.segmentation import SegmentationSettings
 from mtl_dist.tasks.task import Task
 from mtl_dist.tracking.tracker import Tracker
-from mtl_dist.trainer import Plan, Trainer
+from mtl_dist.training.plan import Plan
+from mtl_dist.training.trainer import Trainer
 
 NUM_CLASSES = 10
 EQUAL: Mapping[str, Any] = {"method": "equal"}

@@ -22,7 +22,7 @@ from mtl_dist.recipe import Recipe
 from mtl_dist.run_folder import DataFacts, RunFolder
 from mtl_dist.step import RootModule
 from mtl_dist.tasks.registry import build_tasks
-from mtl_dist.trainer import Plan
+from mtl_dist.training.plan import Plan
 
 
 def facts_of(data: Data) -> DataFacts:

@@ -46,12 +46,12 @@ def train(
     Raises:
         UserError: one line per mistake.
     """
-    from mtl_dist import runs
     from mtl_dist.engine.world import left_as_found
+    from mtl_dist.runs.train import train as train_recipe
 
     resolved = read_recipe(recipe, overrides)
     with left_as_found():
-        outcome = runs.train(resolved, Path(run_dir) if run_dir is not None else None)
+        outcome = train_recipe(resolved, Path(run_dir) if run_dir is not None else None)
     assert outcome.directory is not None
     return Run(outcome.directory)
 
@@ -153,7 +153,7 @@ class Run:
             UserError: no such split, no checkpoint yet, or the data is not where it was.
         """
         from mtl_dist.engine.world import left_as_found
-        from mtl_dist.runs import evaluate_run
+        from mtl_dist.runs.evaluation import evaluate_run
 
         with left_as_found():
             evaluate_run(self.path, split)

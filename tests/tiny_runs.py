@@ -34,7 +34,7 @@ def write_recipe(directory: Path, data: Path) -> Path:
 def train_run(recipe: Path, run_dir: Path, overrides: Sequence[str] = (), dropout: bool = True) -> str:
     """Train as `mtl train` does, on this rank; how it ended. Without `dropout` ranks can be compared."""
     from mtl_dist.recipe import load_recipe
-    from mtl_dist.runs import train
+    from mtl_dist.runs.train import train
 
     with pytest.MonkeyPatch.context() as patch:
         if not dropout:

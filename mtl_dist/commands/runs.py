@@ -140,7 +140,7 @@ def launch(
 
 
 def _train(recipe: Recipe, run_dir: Path | None) -> None:
-    from mtl_dist.runs import train
+    from mtl_dist.runs.train import train
 
     outcome = train(recipe, run_dir)
     # Under a launcher a rank that left early with an error would have the others killed while they finish.
@@ -159,7 +159,7 @@ def evaluate(
     \b
       mtl evaluate runs/digits/ID --split test
     """
-    from mtl_dist.runs import evaluate_run
+    from mtl_dist.runs.evaluation import evaluate_run
 
     evaluate_run(run, split)
 
@@ -240,7 +240,7 @@ def verify(run: RunFolder) -> None:
     \b
       mtl verify runs/digits/ID
     """
-    from mtl_dist.runs import verify
+    from mtl_dist.runs.verification import verify
 
     good, problems = verify(run)
     for name in good:

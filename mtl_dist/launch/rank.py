@@ -37,7 +37,7 @@ class TrainingJob:
             if rank == 0:
                 begin_attempt(self.run, this_attempt(self.run), read_budget(self.submission))
             from mtl_dist.recipe import load_recipe
-            from mtl_dist.runs import train
+            from mtl_dist.runs.train import train
 
             train(load_recipe(self.run / "recipe.yaml"), self.run, stop)
 
@@ -50,7 +50,7 @@ class EvaluationJob:
 
     def __call__(self) -> None:
         become_rank(os.environ)
-        from mtl_dist.runs import evaluate_run
+        from mtl_dist.runs.evaluation import evaluate_run
 
         evaluate_run(self.run, "test")
 

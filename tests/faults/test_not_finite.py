@@ -12,12 +12,12 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from mtl_dist import runs
 from mtl_dist.batch import Batch
 from mtl_dist.checkpoint import read_checkpoint, step_directory
 from mtl_dist.errors import UserError
 from mtl_dist.monitor import Monitor, MonitorSettings
 from mtl_dist.optim import ConstantSchedule
+from mtl_dist.runs import train as run_training
 from mtl_dist.skipping import KeptBuffers
 from mtl_dist.step import RootModule
 from tests.ranks import RankPool
@@ -36,7 +36,7 @@ OVERRIDES = ("train.checkpoint_every=1", "train.max_steps=5", "model.norm=batch"
 def injected(fault: Fault, steps: Sequence[int] = (BAD_STEP,)) -> Iterator[None]:
     """Inside, a pixel of one sample of these steps is NaN, or the loss of `digit` infinite on one rank."""
     positions = [step * GLOBAL_BATCH + 5 for step in steps]
-    train_loader, losses = runs.train_loader, RootModule.losses
+    train_loader, losses = run_training.train_loader, RootModule.losses
 
     def with_nan(*args: Any, **kwargs: Any) -> Iterator[Batch]:
         for batch in train_loader(*args, **kwargs):
@@ -56,7 +56,7 @@ def injected(fault: Fault, steps: Sequence[int] = (BAD_STEP,)) -> Iterator[None]
 
     with pytest.MonkeyPatch.context() as patch:
         if fault == "pixel":
-            patch.setattr(runs, "train_loader", with_nan)
+            patch.setattr(run_training, "train_loader", with_nan)
         else:
             patch.setattr(RootModule, "losses", with_infinity)
         yield

@@ -83,7 +83,7 @@ def evaluate_under_deepspeed(run: Path, split: str) -> None:
     """As `mtl evaluate` does where the launcher says DeepSpeed."""
     import os
 
-    from mtl_dist.runs import evaluate_run
+    from mtl_dist.runs.evaluation import evaluate_run
 
     said = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
     os.environ.update(said)
@@ -99,7 +99,7 @@ def test_a_run_is_evaluated_alike_under_any_launcher(
 ) -> None:
     import json
 
-    from mtl_dist.runs import evaluate_run
+    from mtl_dist.runs.evaluation import evaluate_run
 
     metrics = []
     for name in ("alone", "launched"):

@@ -38,12 +38,13 @@ def whole(recipe: Path, ranks: RankPool, tmp_path_factory: pytest.TempPathFactor
 
 def train_stopped(recipe: Path, run: Path, overrides: list[str], evaluation: int, batch: int) -> str:
     """Train; the last rank is asked to stop at a batch of the evaluation of that number."""
-    from mtl_dist import runs, stopping
+    from mtl_dist import stopping
+    from mtl_dist.runs import evaluation as run_evaluation
 
     is_last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
     begun: list[None] = []
     asked: list[None] = []
-    kept = runs.evaluate
+    kept = run_evaluation.evaluate
 
     def evaluate(root: object, loader: Iterator[object], world: object) -> object:
         begun.append(None)
@@ -59,7 +60,7 @@ def train_stopped(recipe: Path, run: Path, overrides: list[str], evaluation: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stopping.StopSignal, "requested", property(lambda self: bool(asked)))
         patch.setattr(stopping.StopSignal, "reason", property(lambda self: "test" if asked else ""))
-        patch.setattr(runs, "evaluate", evaluate)
+        patch.setattr(run_evaluation, "evaluate", evaluate)
         return train_run(recipe, run, overrides)
 
 

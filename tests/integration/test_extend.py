@@ -110,7 +110,7 @@ def recipe(project: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def run(project: Path, recipe: Recipe) -> Path:
-    from mtl_dist.runs import train
+    from mtl_dist.runs.train import train
 
     train(recipe, project / "run")
     return project / "run"
@@ -144,7 +144,7 @@ def test_a_kind_of_ones_own_is_judged_by_its_metrics_and_predicted(project: Path
 
 
 def test_cutmix_of_a_kind_that_has_none_is_refused_with_its_reason(project: Path) -> None:
-    from mtl_dist.runs import train
+    from mtl_dist.runs.train import train
 
     with pytest.raises(UserError, match="found cells: a part of an image does not say how many are in it"):
         train(load_recipe(project / "recipe.yaml", ["data.blend={cutmix: 1.0}"]), project / "blended")
@@ -191,7 +191,8 @@ def test_the_monitored_metric_may_be_an_own_one(recipe: Recipe, run: Path) -> No
 
 
 def test_a_run_with_own_parts_is_resumed_evaluated_and_predicted_with(project: Path, run: Path) -> None:
-    from mtl_dist.runs import evaluate_run, train
+    from mtl_dist.runs.evaluation import evaluate_run
+    from mtl_dist.runs.train import train
 
     outcome = train(load_recipe(run / "recipe.yaml", ["train.epochs=3"]), run)
     assert (outcome.state, outcome.step) == ("done", 12)
@@ -224,7 +225,7 @@ def mix(project: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def one_process(project: Path, mix: list[str]) -> list[float]:
-    from mtl_dist.runs import train
+    from mtl_dist.runs.train import train
 
     # Cut as two ranks cut it: batch normalization sees micro-batches.
     train(load_recipe(project / "recipe.yaml", [*mix, "train.accumulation=2"]), project / "one")

@@ -85,7 +85,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for line in case.prepare:
         kind, source, *rest = line.split()
         assert mtl(["prepare", kind, str(DATA / source), *rest, "--workers", "1"]) == 0
-    from mtl_dist.runs import train
+    from mtl_dist.runs.train import train
 
     train(recipe_of(case), Path("run"))
     yield case
@@ -137,7 +137,7 @@ def test_the_run_answers_for_a_photograph(case: Case) -> None:
 
 
 def test_a_recipe_on_data_that_it_does_not_fit_is_refused_before_training(case: Case) -> None:
-    from mtl_dist.runs import train
+    from mtl_dist.runs.train import train
 
     first = next(iter(recipe_of(case).tasks))
     misspelt = [f"tasks.{first}s={{kind: classification}}"]
@@ -152,7 +152,7 @@ def test_a_recipe_on_data_that_it_does_not_fit_is_refused_before_training(case: 
 def test_masks_of_another_number_of_classes_are_refused_before_training(case: Case) -> None:
     if case.recipe != "pets":
         return
-    from mtl_dist.runs import train
+    from mtl_dist.runs.train import train
 
     with pytest.raises(
         UserError, match=r"tasks\.animal\.loss\.kind: expected cross_entropy or dice for masks of 3"

@@ -211,13 +211,13 @@ class Broken(Sink):
 def test_another_decoder_is_said_at_a_resume(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mtl_dist import runs
+    from mtl_dist.runs import opening
 
-    monkeypatch.setattr(runs, "decoder_name", lambda: "decoder A")
+    monkeypatch.setattr(opening, "decoder_name", lambda: "decoder A")
     train_run(recipe, tmp_path / "run", ["train.max_steps=1"])
     train_run(recipe, tmp_path / "run", ["train.max_steps=2"])
     assert "decoder" not in capsys.readouterr().err
-    monkeypatch.setattr(runs, "decoder_name", lambda: "decoder B")
+    monkeypatch.setattr(opening, "decoder_name", lambda: "decoder B")
     train_run(recipe, tmp_path / "run", ["train.max_steps=3"])
     assert "decoder A so far, and are by decoder B" in capsys.readouterr().err
 

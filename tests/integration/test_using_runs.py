@@ -60,7 +60,7 @@ def test_every_labelled_sample_of_a_split_is_counted_once(run: Path, recipe: Pat
 
 
 def test_evaluating_again_gives_the_same_figures(run: Path) -> None:
-    from mtl_dist.runs import evaluate_run
+    from mtl_dist.runs.evaluation import evaluate_run
 
     before = json.loads((run / "evaluation" / "metrics.json").read_text())
     (run / "evaluation" / "metrics.json").unlink()

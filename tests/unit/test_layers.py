@@ -23,7 +23,7 @@ LAYERS: dict[int, str] = {
     1: "tasks models balance data",
     2: "importers engine gradients checkpoint optim ema batch_statistics monitor tracking figures stopping",
     3: "step balancing skipping",
-    4: "trainer evaluator",
+    4: "training evaluator",
     5: "recipe recipe_tasks shipped run_folder results assemble caveats runs debug prediction",
     6: "launch report face prepare",
     7: "cli commands __main__",

@@ -162,10 +162,10 @@ def test_print_config_prints_a_recipe_that_loads_into_the_same(tmp_path: Path) -
 def test_a_stopped_run_is_130_and_0_for_a_rank_whose_launcher_would_end_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mtl_dist.trainer import Outcome
+    from mtl_dist.training.plan import Outcome
 
     fields = dict.fromkeys(Outcome.__dataclass_fields__, 0) | {"state": "stopped", "reason": "signal SIGINT"}
-    monkeypatch.setattr("mtl_dist.runs.train", lambda recipe, run_dir: Outcome(**fields))  # type: ignore[arg-type]
+    monkeypatch.setattr("mtl_dist.runs.train.train", lambda recipe, run_dir: Outcome(**fields))  # type: ignore[arg-type]
     monkeypatch.delenv("RANK", raising=False)
     assert mtl("train", DIGITS).exit_code == 130
     monkeypatch.setenv("RANK", "0")
@@ -358,7 +358,7 @@ def test_images_that_cannot_be_read_make_exit_code_1_when_the_rest_is_done(
 
 def test_verify_fails_if_a_checkpoint_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[tuple[list[str], list[str]]] = [(["step_1"], []), (["step_1"], ["step_2: damaged."])]
-    monkeypatch.setattr("mtl_dist.runs.verify", lambda run: found.pop(0))
+    monkeypatch.setattr("mtl_dist.runs.verification.verify", lambda run: found.pop(0))
     whole = mtl("verify", "run")
     assert (whole.exit_code, whole.stdout) == (0, "step_1: good\n")
     damaged = mtl("verify", "run")

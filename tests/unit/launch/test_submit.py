@@ -64,7 +64,7 @@ def test_a_run_folder_holds_all_that_the_job_needs(work: Path) -> None:
     assert recipe["train"]["epochs"] == 3
     assert recipe["data"]["train"][0]["path"] == str(work / "data" / "digits")
     folder = run / "submissions" / "001"
-    assert (folder / "code" / "mtl_dist" / "runs.py").is_file()
+    assert (folder / "code" / "mtl_dist" / "cli.py").is_file()
     assert run_of_task(folder, {}).resolve() == run
     assert read_budget(folder).crashes == 7
     assert submitted.script == (folder / "jobs" / "12_submission.sh").read_text()

@@ -1,0 +1,202 @@
+"""Training: the parts of a recipe built in the order in which data meets them, then trained to the end."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mtl_dist.assemble import (
+    build_monitor,
+    build_root,
+    check_balancing,
+    check_device,
+    check_labels,
+    facts_of,
+    plan_of,
+)
+from mtl_dist.balancing import Balancing
+from mtl_dist.caveats import check_norms
+from mtl_dist.checkpoint import CheckpointWriter, read_checkpoint
+from mtl_dist.config.loading import to_yaml
+from mtl_dist.data.loader import Data, open_data, train_loader
+from mtl_dist.data.partition import micro_batch_size
+from mtl_dist.ema import Ema
+from mtl_dist.engine.connect import connect
+from mtl_dist.engine.engine import Engine
+from mtl_dist.errors import UserError
+from mtl_dist.evaluator import Evaluation
+from mtl_dist.figures.run_figures import RunFigures
+from mtl_dist.importers.external import with_indexes
+from mtl_dist.models.compiling import compile_parts
+from mtl_dist.optim import build_optimizer
+from mtl_dist.recipe import Recipe
+from mtl_dist.run_folder import RunFolder, new_run_directory
+from mtl_dist.runs.announcements import farewell, introduce, progress_bar
+from mtl_dist.runs.evaluation import evaluate_at_end, evaluate_split
+from mtl_dist.runs.opening import training_folder
+from mtl_dist.step import RootModule
+from mtl_dist.stopping import StopSignal, agreed_stop
+from mtl_dist.tracking.registry import check_tracking, open_tracker
+from mtl_dist.tracking.tracker import Tracker
+from mtl_dist.training.plan import Outcome
+from mtl_dist.training.trainer import Trainer
+
+
+def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None = None) -> Outcome:
+    """Train `recipe` in `run_dir`, from its newest good checkpoint if the folder has one.
+
+    Called by every rank of the group that the launcher started. `stop` knows a deadline besides the signals.
+
+    Raises:
+        UserError: the recipe does not fit its data, the number of ranks, or the run that the folder holds.
+    """
+    connection = connect(recipe.engine, recipe.train.precision)
+    world = connection.world
+    recipe = recipe.with_absolute_paths()
+    accumulation = recipe.train.accumulation_on(world.size)
+    check_device(recipe, world.device, connection.choice)
+    check_tracking(recipe.tracking)
+
+    # ---- data
+    data = open_data(with_indexes(recipe.data), recipe.tasks)
+    check_labels(data, recipe)
+
+    # ---- tasks, model, balancing: one root module
+    torch.manual_seed(recipe.train.seed)
+    root = build_root(recipe, facts_of(data), world)
+    check_balancing(recipe, root, data, connection.choice)
+    few = check_norms(
+        root, data, micro_batch_size(recipe.train.global_batch, world.size, accumulation), world
+    )
+    num_parameters = sum(p.numel() for p in root.parameters())
+    if recipe.train.compile:
+        compile_parts(root.model, world.device, recomputing=recipe.model.checkpointing != "off")
+
+    # ---- engine
+    optimizer = build_optimizer(recipe.optim, root.model, list(root.tasks), list(root.balancer.parameters()))
+    parts = [root.task_parameters(task) for task in root.tasks]
+    engine = connection.build(root, optimizer, parts)
+    balancing = Balancing(root, engine, recipe.train.seed, recipe.balance.diagnose_every)
+
+    # ---- run folder, trainer
+    directory = world.broadcast(run_dir or new_run_directory(recipe.name or "run"))
+    with training_folder(directory, recipe, world) as (folder, saved):
+        if world.is_main:
+            folder.write_data(facts_of(data))
+        trainer = build_trainer(
+            recipe, data, engine, root, balancing, folder, saved, accumulation, stop or StopSignal()
+        )
+        introduce(trainer, recipe, data, folder, connection.describe(), num_parameters)
+        if few:
+            trainer.tracker.say(f"warning  {few}")
+        return replace(run_to_the_end(trainer, recipe, data, folder), directory=directory)
+
+
+def build_trainer(
+    recipe: Recipe,
+    data: Data,
+    engine: Engine,
+    root: RootModule,
+    balancing: Balancing,
+    folder: RunFolder,
+    saved: Path | None,
+    accumulation: int,
+    stop: StopSignal,
+) -> Trainer:
+    """The trainer, in the state of the checkpoint at `saved`, or at the beginning."""
+    world = engine.world
+    resumed = read_checkpoint(saved) if saved is not None else None
+    plan = plan_of(recipe, data, accumulation)
+
+    def evaluate_val() -> Evaluation:
+        return evaluate_split(root, data, "val", plan.micro_batch_on(world.size), world, stop)
+
+    tracker = (
+        open_tracker(
+            folder.directory,
+            resumed_step=resumed.step if resumed else 0,
+            tracking=recipe.tracking,
+            name=recipe.name or "run",
+            recipe=recipe.model_dump(mode="json"),
+        )
+        if world.is_main
+        else Tracker(None)
+    )
+    trainer = Trainer(
+        engine=engine,
+        root=root,
+        balancing=balancing,
+        optim=recipe.optim,
+        plan=plan,
+        monitor=build_monitor(recipe),
+        ema=Ema(engine, recipe.optim.ema) if recipe.optim.ema is not None else None,
+        evaluate=evaluate_val if "val" in data.splits else None,
+        writer=CheckpointWriter(folder.checkpoints, recipe.train.keep_last) if world.is_main else None,
+        tracker=tracker,
+        figures=RunFigures(tracker.directory, recipe.monitor.metric, tracker.say),
+        stop=stop,
+        recipe_text=to_yaml(recipe),
+        max_bad_steps=recipe.train.max_bad_steps,
+    )
+    if resumed is not None:
+        trainer.load(resumed)
+    return trainer
+
+
+def run_to_the_end(trainer: Trainer, recipe: Recipe, data: Data, folder: RunFolder) -> Outcome:
+    """Train, evaluate the best weights, and leave the folder complete, however it ends."""
+    world, plan, tracker = trainer.world, trainer.plan, trainer.tracker
+    batches = train_loader(
+        data,
+        seed=plan.seed,
+        global_batch=plan.global_batch,
+        accumulation=plan.accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        start_position=trainer.progress.position,
+        end_position=plan.end_position,
+        workers=recipe.data.workers,
+        pin_memory=world.device.type == "cuda",
+    )
+    trainer.stop.install()
+    try:
+        with progress_bar(tracker, plan.end_position, trainer.progress.position) as advance:
+            outcome = trainer.run(batches, advance)
+        trainer.saving.finish()
+        world.barrier()
+        if outcome.state == "done" and recipe.train.evaluate_at_end:
+            reason = agreed_stop(trainer.stop, world) or evaluate_at_end(trainer, data, folder)
+            if reason:
+                outcome = Outcome("stopped", outcome.step, reason)
+    except BaseException as error:
+        failed = trainer.status("failed", last_line(error))
+        tracker.status(replace(failed, retry=not isinstance(error, UserError)))
+        raise
+    finally:
+        trainer.stop.restore()
+    tracker.status(trainer.status(outcome.state, outcome.reason))
+    trainer.figures.draw_curves()
+    trainer.figures.draw_conflicts()
+    peaks = world.gather(peak_memory(world.device))
+    if world.is_main:
+        folder.write_peak_memory(max(peaks))
+        if outcome.state == "done":
+            tracker.pictures(folder.pictures(), outcome.step)
+    farewell(tracker, outcome, folder)
+    tracker.close()
+    return outcome
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held at once: on the GPU, or of the host's memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
