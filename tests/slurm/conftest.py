@@ -14,15 +14,17 @@ RECIPE = """
 name: slurm-test
 tasks:
   digit: {kind: classification}
-  thickness: {kind: regression, loss: {kind: own_losses.LogCosh, scale: 2.0}}
+  thickness: {kind: regression, loss: {kind: own_parts.LogCosh, scale: 2.0}}
 data: {train: [{path: data/digits}], image_size: 32, workers: 1}
 model: {backbone: simple_cnn, norm: group, head: {dropout: 0.0}}
 train: {max_steps: 160, global_batch: 16, log_every: 1, checkpoint_every: 10, evaluate_at_end: false}
 """
 
-# A part of the user's own beside the recipe: the jobs import it from their snapshot of it.
-USER_LOSSES = """
+# Parts of the user's own beside the recipe: the jobs import them from their snapshot of it.
+USER_PARTS = """
 from dataclasses import dataclass
+
+from torch import nn
 
 from mtl_dist.tasks.task import Loss
 
@@ -37,6 +39,15 @@ class LogCosh(Loss):
 
     def denominators(self, target):
         return (target == target).float()
+
+
+class Smooth(nn.Sequential):
+    def __init__(self, in_channels: int, width: int = 16):
+        sizes = [in_channels, width, 2 * width, 4 * width]
+        super().__init__(*map(self.level, sizes, sizes[1:]))
+
+    def level(self, before, after):
+        return nn.Sequential(nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(4, after), nn.SiLU())
 """
 
 # With the time limit of two minutes that one disturbance sets, the ranks stop 35 s after their start; Slurm's
@@ -105,7 +116,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "broken-disk.yaml": PROFILE.replace('"1"}', '"1", TEST_DISK_FAILS: "1"}'),
         "held.yaml": f"{PROFILE}sbatch: {{hold: true}}\n",
         "sitecustomize.py": DISK,
-        "own_losses.py": USER_LOSSES,
+        "own_parts.py": USER_PARTS,
     }
     for name, text in files.items():
         Path(name).write_text(text)
