@@ -18,7 +18,7 @@ from mtl_dist.config.loading import to_yaml
 from mtl_dist.config.yaml_text import parse
 from mtl_dist.errors import UserError
 from mtl_dist.recipe import Recipe, load_recipe
-from mtl_dist.run_folder import RunFolder
+from mtl_dist.run_folder import RunFolder, checked_tags
 from mtl_dist.status import Status, read_status
 from mtl_dist.tracking.files import history_of, read_rows
 
@@ -33,13 +33,14 @@ def train(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     *overrides: str | Mapping[str, Any],
     run_dir: str | Path | None = None,
+    tags: Sequence[str] = (),
 ) -> Run:
     """Train a recipe in this process (under a launcher, in each of its processes), and its run.
 
     `recipe` is a file, a dictionary as the file would hold it (lists for lists, text for paths), or a
     `Recipe`; `overrides` are `"a.b=value"` or `{"a.b": value}`. With `run_dir` that folder is the run's, and
-    one that exists is taken up again. An interrupt (Ctrl-C, a notebook's stop) saves, and ends with
-    `run.status.state` "stopped": `run.resume()` goes on.
+    one that exists is taken up again; `tags` are added to the run's. An interrupt (Ctrl-C, a notebook's stop)
+    saves, and ends with `run.status.state` "stopped": `run.resume()` goes on.
 
     A process alone is left as it was: no process group, its signal handlers and environment restored.
 
@@ -51,7 +52,8 @@ def train(
 
     resolved = read_recipe(recipe, overrides)
     with left_as_found():
-        outcome = train_recipe(resolved, Path(run_dir) if run_dir is not None else None)
+        directory = Path(run_dir) if run_dir is not None else None
+        outcome = train_recipe(resolved, directory, tags=checked_tags(tags))
     assert outcome.directory is not None
     return Run(outcome.directory)
 
@@ -106,6 +108,11 @@ class Run:
     def status(self) -> Status | None:
         """Where the run stands; None before its first word."""
         return read_status(self.path)
+
+    @property
+    def tags(self) -> list[str]:
+        """The words by which `mtl status --tag` and `mtl runs --tag` find it."""
+        return self._folder.read_tags()
 
     @property
     def best(self) -> Best | None:

@@ -263,7 +263,7 @@ def refuse_other_run(kept: Recipe, given: Recipe, directory: Path) -> None:
     Raises:
         UserError: one line per difference.
     """
-    before, after = _flat(kept.model_dump(mode="json")), _flat(given.model_dump(mode="json"))
+    before, after = flat(kept.model_dump(mode="json")), flat(given.model_dump(mode="json"))
     problems = [
         f"{key}: expected {before.get(key)!r} as in {directory / 'recipe.yaml'}, found {after.get(key)!r}. "
         "Choose another --run-dir for another run."
@@ -276,11 +276,16 @@ def refuse_other_run(kept: Recipe, given: Recipe, directory: Path) -> None:
         raise UserError("\n".join(problems))
 
 
-def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
+def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested settings by their dotted keys.
+
+    >>> flat({"optim": {"lr": 1e-3}})
+    {'optim.lr': 0.001}
+    """
+    found: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found

@@ -7,6 +7,7 @@ runs/<name>/<run id>/
     class_names.json        class names by index, per task
     log.txt  metrics.jsonl  history.json  skipped_steps.jsonl  learning_curves.png  tensorboard/
     tracking.json           the run's id in dashboards, kept by resumes
+    tags.json               words by which `mtl status` and `mtl runs` find it
     checkpoints/            see checkpoint.py
     evaluation/             metrics.json, confusion matrices, conflicts.png
 """
@@ -16,11 +17,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -77,6 +79,7 @@ class RunFolder:
         "class_names.json": "class names by index",
         "environment.json": "versions, git commit, devices and peak memory of every start",
         "tracking.json": "the run's id in dashboards",
+        "tags.json": "words by which mtl status and mtl runs find it",
         "log.txt": "what the terminal said",
     }
 
@@ -118,6 +121,25 @@ class RunFolder:
                 f"{self.directory}: another process trains in this folder. "
                 "Wait for it, or choose another --run-dir."
             ) from None
+
+    def read_tags(self) -> list[str]:
+        """The run's tags, in the order of the alphabet."""
+        try:
+            return list(json.loads((self.directory / "tags.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return []
+
+    def change_tags(self, added: Sequence[str], removed: Sequence[str] = ()) -> list[str]:
+        """Add tags and take some away; returns those that the run has then.
+
+        Raises:
+            UserError: a tag is no word.
+        """
+        before = self.read_tags()
+        tags = sorted({*before, *checked_tags(added)} - set(removed))
+        if tags != before:
+            write_text(self.directory / "tags.json", json.dumps(tags, ensure_ascii=False))
+        return tags
 
     def write_data(self, facts: DataFacts) -> None:
         task_infos = facts.task_infos
@@ -185,6 +207,18 @@ class RunFolder:
             for task, values in tasks.items()
         }
         write_text(self.evaluation / "metrics.json", json.dumps(metrics, indent=1))
+
+
+def checked_tags(tags: Sequence[str]) -> list[str]:
+    """The tags, each one word.
+
+    Raises:
+        UserError: one is empty, or has spaces or commas in it.
+    """
+    for tag in tags:
+        if not tag or re.search(r"[\s,]", tag):
+            raise UserError(f"--tag: expected one word, found {tag!r}. Give --tag once for each.")
+    return list(tags)
 
 
 def git_commit() -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mtl_dist.commands.runs import Overrides, RunDir, RunFolder
+from mtl_dist.commands.runs import Overrides, RunDir, RunFolder, Tags
 from mtl_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def submit(
         typer.Option(show_default=False, help="A job that starts when the training is done."),
     ] = None,
     run_dir: RunDir = None,
+    tag: Tags = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the batch script and submit nothing.")
     ] = False,
@@ -82,6 +83,7 @@ def submit(
         parallel=parallel,
         then=then,
         run_dir=run_dir,
+        tags=tag or [],
         dry_run=dry_run,
     )
     if dry_run:
@@ -99,6 +101,7 @@ def status(
     all_runs: Annotated[
         bool, typer.Option("--all", help="Also runs that ended more than a day ago.")
     ] = False,
+    tag: Tags = None,
 ) -> None:
     """Show where runs stand: on Slurm and on this machine.
 
@@ -106,13 +109,14 @@ def status(
       mtl status                  runs that are active, or ended today
       mtl status --all
       mtl status runs/skin/ID
+      mtl status --tag thursday   those with this tag, also older ones
     """
     from rich.console import Console
 
     from mtl_dist.launch.jobs import ACTIVE, view_runs
 
-    views = view_runs(some_runs(run))
-    if run == RUNS and not all_runs:
+    views = view_runs(with_tags(some_runs(run), tag or []))
+    if run == RUNS and not all_runs and not tag:
         recent = time.time() - RECENT_S
         views = [v for v in views if v.state in ACTIVE or (v.status and v.status.updated > recent)]
     console = Console()
@@ -130,6 +134,27 @@ def some_runs(folder: Path) -> list[Path]:
     if not runs:
         raise UserError(f"{folder}: expected a run folder or a folder of runs, found none.")
     return runs
+
+
+def with_tags(runs: Sequence[Path], tags: Sequence[str]) -> list[Path]:
+    """Those of the runs that have all of the tags.
+
+    Raises:
+        UserError: none has.
+    """
+    from mtl_dist.run_folder import RunFolder
+
+    if not tags:
+        return list(runs)
+    tags_of = {run: RunFolder(run).read_tags() for run in runs}
+    found = [run for run, own in tags_of.items() if set(tags) <= set(own)]
+    if not found:
+        known = sorted({tag for own in tags_of.values() for tag in own})
+        raise UserError(
+            f"--tag: expected runs with {' and '.join(tags)}, found none of {len(runs)}. "
+            f"Their tags: {', '.join(known) or 'none'}."
+        )
+    return found
 
 
 def status_table(views: Sequence[RunView], below: Path) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,6 +41,15 @@ RunDir = Annotated[
         help="The run's folder; one that exists is taken up again. Without it a new one below runs/NAME.",
     ),
 ]
+Tags = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tag",
+        metavar="WORD",
+        show_default=False,
+        help="A word by which mtl status and mtl runs find it; several are allowed.",
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -54,6 +64,7 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     run_dir: RunDir = None,
+    tag: Tags = None,
     debug: Annotated[
         bool,
         typer.Option("--debug", help="One process, no workers, one small batch that must be overfitted."),
@@ -89,7 +100,7 @@ def train(
 
         raise typer.Exit(0 if overfit_one_batch(loaded) else 1)
     else:
-        _train(loaded, run_dir)
+        _train(loaded, run_dir, tag or [])
 
 
 def launch(
@@ -114,6 +125,7 @@ def launch(
         ),
     ] = None,
     run_dir: RunDir = None,
+    tag: Tags = None,
 ) -> None:
     """Train a recipe in several processes on this machine.
 
@@ -127,22 +139,25 @@ def launch(
     """
     from mtl_dist.launch.local import plan_launch, supervise
     from mtl_dist.recipe import load_recipe
+    from mtl_dist.run_folder import checked_tags
 
     # Read here first, so that a mistake is said once and nothing starts.
     loaded = load_recipe(recipe, overrides or [])
     arguments = ["train", str(recipe), *(overrides or []), *(["--run-dir", str(run_dir)] if run_dir else [])]
+    arguments += [f"--tag={word}" for word in checked_tags(tag or [])]
     plan = plan_launch(arguments, nproc, config_file, torch.cuda.device_count())
     if plan is None:
-        _train(loaded, run_dir)
+        _train(loaded, run_dir, tag or [])
         return
     loaded.train.accumulation_on(plan.num_processes)
     raise typer.Exit(supervise(plan))
 
 
-def _train(recipe: Recipe, run_dir: Path | None) -> None:
+def _train(recipe: Recipe, run_dir: Path | None, tags: Sequence[str]) -> None:
+    from mtl_dist.run_folder import checked_tags
     from mtl_dist.runs.train import train
 
-    outcome = train(recipe, run_dir)
+    outcome = train(recipe, run_dir, tags=checked_tags(tags))
     # Under a launcher a rank that left early with an error would have the others killed while they finish.
     if outcome.state == "stopped" and "RANK" not in os.environ:
         raise typer.Exit(INTERRUPTED)

@@ -17,7 +17,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,9 @@ from mtl_dist.errors import UserError
 from mtl_dist.plural import plural
 
 _PR_SET_CHILD_SUBREAPER = 36
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+"""How long the end of a process may stay unseen while others run beside it."""
 
 _SECONDS_TO_FADE = 2.0
 """What helper processes get to notice that their rank has ended."""
@@ -49,11 +52,15 @@ _FORWARDED = {
 
 @dataclass(frozen=True)
 class Launch:
-    """What to start: the agent's command, the ranks that it will start, and the CPU threads of each."""
+    """What to start: the command, the ranks that it will start, the CPU threads of each, and which GPUs.
+
+    Without `gpus` all that this process may use.
+    """
 
     command: tuple[str, ...]
     num_processes: int
     threads: int
+    gpus: tuple[str, ...] = ()
 
 
 def plan_launch(
@@ -107,23 +114,68 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def supervise(launch: Launch, output: IO[bytes] | None = None) -> int:
+def supervise(launch: Launch) -> int:
     """Run the launch to its end; returns the exit code: the failed rank's, or 128 + n after signal n.
 
-    What it says goes to `output`, or where this process speaks. No process of it outlives this function,
-    also if its launcher is killed.
+    No process of it outlives this function, also if its launcher is killed.
+    """
+    codes: list[int] = []
+    signalled = supervise_all(
+        1, 1, lambda number, slot: (launch, None), lambda number, code: codes.append(code)
+    )
+    return signalled or codes[0]
+
+
+def supervise_all(
+    count: int,
+    parallel: int,
+    start: Callable[[int, int], tuple[Launch, IO[bytes] | None]],
+    ended: Callable[[int, int], None],
+) -> int:
+    """Run `count` launches to their ends, `parallel` at a time; 0, or 128 + n after signal n.
+
+    `start(number, slot)` says what runs in one of the `parallel` slots, and where its output goes (None:
+    where this process speaks); `ended(number, exit code)` hears how it went. A signal is forwarded, and no
+    more is started. No process outlives this function.
     """
     others = set(psutil.Process().children(recursive=True))
     _adopt_orphans()
+    waiting, slots = list(range(count)), list(range(parallel))
+    running: dict[tuple[int, int], subprocess.Popen[bytes]] = {}
+    with _forwarding(running.values()) as received:
+        try:
+            while running or (waiting and not received):
+                while waiting and slots and not received:
+                    number, slot = waiting.pop(0), slots.pop(0)
+                    process = _start(*start(number, slot))
+                    running[number, slot] = process
+                    if received:  # It came while the process was being made, and was not forwarded.
+                        process.terminate()
+                for (number, slot), process in list(running.items()):
+                    with suppress(subprocess.TimeoutExpired):
+                        code = process.wait(timeout=_SECONDS_BETWEEN_LOOKS / len(running))
+                        del running[number, slot]
+                        slots.append(slot)
+                        _end_leftovers(others, running.values())
+                        ended(number, 128 + received[0] if received else shell_code(code))
+        finally:
+            for process in running.values():  # Only if the caller's functions raised.
+                process.terminate()
+                process.wait()
+    return 128 + received[0] if received else 0
+
+
+def _start(launch: Launch, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
     environ = {"OMP_NUM_THREADS": str(launch.threads), **os.environ}
+    if launch.gpus:
+        environ["CUDA_VISIBLE_DEVICES"] = ",".join(launch.gpus)
     # In a session of its own, so that a Ctrl-C reaches the ranks once, from here.
-    agent = subprocess.Popen(
+    process = subprocess.Popen(
         launch.command, env=environ, start_new_session=True, stdout=output, stderr=output
     )
-    with _forwarding(agent) as received:
-        code = agent.wait()
-        _end_leftovers(others)
-    return 128 + received[0] if received else shell_code(code)
+    if output is not None:
+        output.close()
+    return process
 
 
 def shell_code(code: int) -> int:
@@ -138,18 +190,19 @@ def _adopt_orphans() -> None:
 
 
 @contextmanager
-def _forwarding(agent: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Forward signals to the ranks; yields the list of those received."""
+def _forwarding(running: Collection[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Forward signals to the ranks of what is running; yields the list of those received."""
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        ranks = _ranks_of(agent.pid)
-        for rank in ranks:
-            with suppress(psutil.NoSuchProcess):
-                rank.send_signal(_FORWARDED[signal.Signals(number)])
-        if not ranks:
-            agent.terminate()  # Nothing has started, so there is nothing to save.
+        for process in list(running):
+            ranks = _ranks_of(process.pid)
+            for rank in ranks:
+                with suppress(psutil.NoSuchProcess):
+                    rank.send_signal(_FORWARDED[signal.Signals(number)])
+            if not ranks:
+                process.terminate()  # A training without a launcher; or nothing has started yet.
 
     previous = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
@@ -169,9 +222,13 @@ def _ranks_of(agent: int) -> list[psutil.Process]:
     return ranks
 
 
-def _end_leftovers(others: set[psutil.Process]) -> None:
-    """End what the launcher left behind: its ranks, if it was killed."""
-    left = [process for process in psutil.Process().children(recursive=True) if process not in others]
+def _end_leftovers(others: set[psutil.Process], running: Collection[subprocess.Popen[bytes]]) -> None:
+    """End what a launcher left behind: its ranks, if it was killed. They are this process's children then."""
+    busy = {process.pid for process in running}
+    left = [child for child in psutil.Process().children() if child not in others and child.pid not in busy]
+    for orphan in list(left):
+        with suppress(psutil.NoSuchProcess):
+            left += orphan.children(recursive=True)
     _, left = psutil.wait_procs(left, timeout=_SECONDS_TO_FADE)
     if not left:
         return

@@ -34,7 +34,7 @@ from mtl_dist.launch.script import Shape, build_executor, script_text
 from mtl_dist.launch.snapshot import take_snapshot
 from mtl_dist.launch.squeue import live_jobs
 from mtl_dist.launch.sweep import point_labels, sweep_points
-from mtl_dist.run_folder import new_run_directory
+from mtl_dist.run_folder import RunFolder, checked_tags, new_run_directory
 
 if TYPE_CHECKING:
     from submitit.slurm.slurm import SlurmExecutor
@@ -61,6 +61,7 @@ def submit(
     parallel: int | None = None,
     then: Literal["evaluate"] | None = None,
     run_dir: Path | None = None,
+    tags: Sequence[str] = (),
     dry_run: bool = False,
 ) -> Submitted:
     """Submits one job, or one job array with a run per point of the sweeps.
@@ -74,6 +75,7 @@ def submit(
             job already; the folder holds another run.
     """
     profile = load_profile(cluster)
+    checked_tags(tags)
     points = list(sweep_points(sweeps))
     recipes = resolved_recipes(recipe, overrides, points, shape)
     directory = (
@@ -97,6 +99,7 @@ def submit(
         for run, point in zip(runs, recipes, strict=True):
             run.mkdir(parents=True, exist_ok=True)
             write_text(run / "recipe.yaml", to_yaml(point))
+            RunFolder(run).change_tags(tags)
         take_snapshot(folder / "code", [point.model_dump(mode="json") for point in recipes], Path.cwd())
         write_submission(folder, runs, profile, shape)
         executor = build_executor(folder, job_name(recipes[0]), profile, shape, **limit(parallel))

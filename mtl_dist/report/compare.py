@@ -13,23 +13,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from mtl_dist.config.loading import to_yaml
-from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.figures.conflicts import Conflicts, conflicts_in
-from mtl_dist.launch.local import Launch, plan_launch, supervise
-from mtl_dist.recipe import load_recipe
+from mtl_dist.launch.series import Training, train_all
 from mtl_dist.report.compare_metrics import (
     CONTROL,
     CONVENTIONS,
@@ -49,31 +43,13 @@ from mtl_dist.run_folder import RunFolder
 from mtl_dist.status import read_status
 from mtl_dist.tracking.files import read_rows
 
-USER_ERROR = 2
-
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """One training: where it is, and what came of it."""
+class Run(Training):
+    """One training: what it is for."""
 
     contender: Contender
     seed: int
-    directory: Path
-
-    @property
-    def recipe_path(self) -> Path:
-        return self.directory.with_suffix(".yaml")
-
-    @property
-    def is_done(self) -> bool:
-        status = read_status(self.directory)
-        return status is not None and status.state == "done"
-
-    @property
-    def failure(self) -> str:
-        """Why it has no result: its loss was not finite, for example."""
-        status = read_status(self.directory)
-        return status.reason if status is not None and status.state == "failed" else ""
 
     @property
     def num_images(self) -> int:
@@ -114,27 +90,21 @@ def compare(plan: Plan, directory: Path, nproc: int | None, console: Console) ->
         UserError: the folder holds a comparison of other recipes, or a run refused to start.
     """
     runs = [
-        Run(contender, seed, directory / contender.folder / f"seed-{seed}")
+        Run(directory / contender.folder / f"seed-{seed}", contender, seed)
         for seed in plan.seeds
         for contender in plan.contenders
     ]
     for run in runs:
-        _refuse_other_recipe(run)
+        run.write_recipe(
+            run.contender.of_seed(run.seed),
+            "Give the values of before, or another --out for another comparison.",
+        )
     for note in plan.notes:
         console.print(note, markup=False, highlight=False)
-    for number, run in enumerate(runs, start=1):
-        if run.is_done:
-            continue
-        what = f"{number}/{len(runs)}  {run.contender.name}, seed {run.seed}"
-        console.print(f"{what}: {run.directory}", markup=False, highlight=False, soft_wrap=True)
-        code = _train(run, nproc)
-        if code > 128:
-            console.print("Stopped; the same command goes on from here.")
-            return code
-        if run.failure:
-            console.print(f"{what} failed: {run.failure}", markup=False, highlight=False, soft_wrap=True)
-        elif not run.is_done:
-            raise UserError(f"{run.contender.name}, seed {run.seed}: {_last_words(run, code)}")
+    code = _train(runs, nproc, console)
+    if code:
+        console.print("Stopped; the same command goes on from here.")
+        return code
     comparison = comparison_of(plan, runs)
     write(comparison, directory)
     show(comparison, console)
@@ -144,41 +114,23 @@ def compare(plan: Plan, directory: Path, nproc: int | None, console: Console) ->
     return 0
 
 
-def _refuse_other_recipe(run: Run) -> None:
-    """Write down the run's recipe; refuse one other than that of its first start."""
-    text = to_yaml(run.contender.of_seed(run.seed))
-    if not run.recipe_path.is_file():
-        run.recipe_path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(run.recipe_path, text)
-        return
-    before, after = load_recipe(run.recipe_path), run.contender.of_seed(run.seed)
-    for section in type(before).model_fields:
-        old, new = getattr(before, section), getattr(after, section)
-        if old != new:
-            raise UserError(
-                f"{section}: expected the same as in {run.recipe_path}, found another value. "
-                "Give the values of before, or another --out for another comparison."
+def _train(runs: Sequence[Run], nproc: int | None, console: Console) -> int:
+    """Train what is missing, one after the other; 0, or 128 + n after signal n."""
+    names = {run: f"{run.contender.name}, seed {run.seed}" for run in runs}
+
+    def started(run: Run) -> None:
+        what = f"{runs.index(run) + 1}/{len(runs)}  {names[run]}"
+        console.print(f"{what}: {run.directory}", markup=False, highlight=False, soft_wrap=True)
+
+    def ended(run: Run, code: int) -> None:
+        if run.failure:
+            console.print(
+                f"{names[run]} failed: {run.failure}", markup=False, highlight=False, soft_wrap=True
             )
+        elif not run.is_done and code < 128:
+            raise UserError(f"{names[run]}: {run.last_words(code)}")
 
-
-def _train(run: Run, nproc: int | None) -> int:
-    """One training in processes of its own; its exit code, or 128 + n after signal n."""
-    arguments = ["train", str(run.recipe_path), "--run-dir", str(run.directory)]
-    launch = plan_launch(arguments, nproc, None, torch.cuda.device_count())
-    if launch is None:
-        command = (sys.executable, "-m", "mtl_dist", *arguments)
-        launch = Launch(command, 1, len(os.sched_getaffinity(0)))
-    with open(run.directory.with_suffix(".txt"), "ab") as output:
-        return supervise(launch, output)
-
-
-def _last_words(run: Run, code: int) -> str:
-    """The last line that a run said before it ended with `code`."""
-    said = run.directory.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").split("\n")
-    lines = [line for line in said if line.strip()]
-    last = lines[-1] if lines else "it said nothing"
-    where = "" if code == USER_ERROR else f" (exit code {code}; see {run.directory.with_suffix('.txt')})"
-    return last + where
+    return train_all(runs, nproc, 1, started, ended)
 
 
 # ---------------------------------------------------------------- what came of it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,10 +46,13 @@ from mtl_dist.training.plan import Outcome
 from mtl_dist.training.trainer import Trainer
 
 
-def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None = None) -> Outcome:
+def train(
+    recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None = None, tags: Sequence[str] = ()
+) -> Outcome:
     """Train `recipe` in `run_dir`, from its newest good checkpoint if the folder has one.
 
-    Called by every rank of the group that the launcher started. `stop` knows a deadline besides the signals.
+    Called by every rank of the group that the launcher started. `stop` knows a deadline besides the signals;
+    `tags` are added to the run's.
 
     Raises:
         UserError: the recipe does not fit its data, the number of ranks, or the run that the folder holds.
@@ -86,6 +90,7 @@ def train(recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None =
     with training_folder(directory, recipe, world) as (folder, saved):
         if world.is_main:
             folder.write_data(facts_of(data))
+            folder.change_tags(tags)
         trainer = build_trainer(
             recipe, data, engine, root, balancing, folder, saved, accumulation, stop or StopSignal()
         )

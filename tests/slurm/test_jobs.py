@@ -134,7 +134,7 @@ def test_a_sweep_is_one_array_of_runs_and_a_chained_job_follows_each(cluster: Cl
         assert view_runs([run])[0].state == "done"
         assert "test" in json.loads((run / "evaluation" / "metrics.json").read_text())
     names = [run.name for run in submitted.runs]
-    assert names == ["0-lr=1e-3-seed=1", "1-lr=1e-3-seed=2", "2-lr=1e-4-seed=1", "3-lr=1e-4-seed=2"]
+    assert names == ["lr=1e-3-seed=1", "lr=1e-3-seed=2", "lr=1e-4-seed=1", "lr=1e-4-seed=2"]
     assert len({step_rows(run)[-1]["step/loss"] for run in submitted.runs}) == 4
 
 

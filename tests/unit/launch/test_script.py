@@ -239,22 +239,32 @@ def test_without_a_sweep_there_is_one_point_without_overrides() -> None:
     assert list(sweep_points([])) == [[]]
 
 
-@pytest.mark.parametrize("sweep", ["a.b", "a.b=", "a.b=1,,2"])
-def test_a_sweep_without_values_is_refused(sweep: str) -> None:
-    with pytest.raises(UserError, match="--sweep"):
+@pytest.mark.parametrize("sweep", ["a.b", "a.b=", "a.b=1,,2", "=1,2", "a.b=1,2,1"])
+def test_a_sweep_without_values_or_with_one_twice_is_refused(sweep: str) -> None:
+    with pytest.raises(UserError, match="sweep: expected"):
         list(sweep_points([sweep]))
 
 
-@given(st.lists(st.sampled_from(["1", "a", "[1,2]", "{k: 1, l: [2,3]}"]), min_size=1))
-def test_values_may_hold_commas_in_brackets(values: list[str]) -> None:
+def test_a_key_that_is_swept_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="found a twice"):
+        list(sweep_points(["a=1,2", "a=3"]))
+
+
+@given(st.lists(st.sampled_from(["1", "a", "[1,2]", "{k: 1, l: [2,3]}", "'a, b'", '"[,"']), min_size=1))
+def test_values_may_hold_commas_in_brackets_and_quotes(values: list[str]) -> None:
     assert split_values(",".join(values)) == values
 
 
-def test_the_folders_of_a_sweep_are_distinct_and_in_order() -> None:
-    points = list(sweep_points(["optim.lr=" + ",".join(f"1e-{n}" for n in range(12)), "model.lr=[1,2],x/y"]))
-    labels = point_labels(points)
-    assert labels == sorted(set(labels))
-    assert labels[0] == "00-optim.lr=1e-0-model.lr=_1_2_"
+def test_the_folders_of_a_sweep_are_distinct_short_and_those_of_a_wider_sweep_too() -> None:
+    def labels(sweeps: list[str]) -> list[str]:
+        return point_labels(list(sweep_points(sweeps)))
+
+    narrow = labels(["optim.lr=1e-3,1e-4", "model.lr=[1,2],x/y,x_y"])
+    wide = labels(["optim.lr=1e-2,1e-3,1e-4", "model.lr=[1,2],x/y,x_y," + "z" * 300])
+    assert len(set(wide)) == len(wide)
+    assert set(narrow) < set(wide)
+    assert "optim.lr=1e-3-model.lr=x_y" in narrow
+    assert all(len(label) < 120 and "/" not in label for label in wide)
 
 
 # -- snapshot and folders ---------------------------------------------------------------------------------

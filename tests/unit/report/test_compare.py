@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -194,7 +196,20 @@ METRICS = {
 }
 
 
-def pretend(run: Run, nproc: int | None) -> int:
+def pretend_all(
+    runs: Sequence[Run],
+    nproc: int | None,
+    parallel: int,
+    started: Callable[[Run], None],
+    ended: Callable[[Run, int], None],
+) -> int:
+    for run in runs:
+        started(run)
+        ended(run, pretend(run))
+    return 0
+
+
+def pretend(run: Run) -> int:
     """Leave what a training would; the one of famo with the second seed fails."""
     run.directory.mkdir(parents=True)
     failed = run.contender.name == "famo" and run.seed == 6
@@ -222,7 +237,7 @@ def pretend(run: Run, nproc: int | None) -> int:
 
 
 def test_a_run_that_fails_is_told_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtl_dist.report.compare._train", pretend)
+    monkeypatch.setattr("mtl_dist.report.compare.train_all", pretend_all)
     text = io.StringIO()
     plan = plan_comparison(write_recipe(tmp_path), [], ["famo"], 2)
     assert compare(plan, tmp_path / "out", None, Console(file=text, width=200)) == 0
@@ -254,14 +269,15 @@ def test_a_run_that_fails_is_told_and_left_out(tmp_path: Path, monkeypatch: pyte
 def test_a_single_task_model_that_has_only_its_own_dataset_costs_what_it_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def pretend_disjoint(run: Run, nproc: int | None) -> int:
-        code = pretend(run, nproc)
-        if run.contender.single == "value":
-            status = run.directory / "status.json"
-            status.write_text(status.read_text().replace("100", "40"))
+    def pretend_disjoint(runs: Sequence[Run], *rest: Any) -> int:
+        code = pretend_all(runs, *rest)
+        for run in runs:
+            if run.contender.single == "value":
+                status = run.directory / "status.json"
+                status.write_text(status.read_text().replace("100", "40"))
         return code
 
-    monkeypatch.setattr("mtl_dist.report.compare._train", pretend_disjoint)
+    monkeypatch.setattr("mtl_dist.report.compare.train_all", pretend_disjoint)
     text = io.StringIO()
     plan = plan_comparison(write_recipe(tmp_path), [], [], 1)
     compare(plan, tmp_path / "out", None, Console(file=text, width=200))

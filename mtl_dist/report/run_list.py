@@ -1,0 +1,181 @@
+"""`mtl runs`: finished and running trainings as a list, side by side, or the best of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mtl_dist.config.errors import suggest
+from mtl_dist.config.yaml_text import parse
+from mtl_dist.errors import UserError
+from mtl_dist.launch.jobs import RunView, view_runs
+from mtl_dist.recipe import flat, load_recipe
+from mtl_dist.run_folder import RunFolder
+from mtl_dist.tasks.task import Mode
+
+LEFT_OUT = ("name",)
+"""Settings that no comparison is about."""
+
+
+@dataclass(frozen=True)
+class ListedRun:
+    """One run: where it stands, and what it has reached.
+
+    metrics   `val/digit/accuracy` and the like: of the best weights, where they were evaluated; of a run
+              that is not that far the monitored metric's best value
+    """
+
+    view: RunView
+    tags: Sequence[str]
+    metrics: Mapping[str, float]
+
+    @property
+    def path(self) -> Path:
+        return self.view.run
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """The resolved recipe by dotted keys, as text."""
+        values, _ = parse((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        return {key: _text(value) for key, value in flat(values).items()}
+
+
+def list_runs(runs: Sequence[Path]) -> list[ListedRun]:
+    """The runs as they are now."""
+    return [
+        ListedRun(view, RunFolder(view.run).read_tags(), metrics_of(view)) for view in view_runs(list(runs))
+    ]
+
+
+def metrics_of(view: RunView) -> dict[str, float]:
+    """What a run has reached, by `split/task/metric`."""
+    found: dict[str, float] = {}
+    if view.status is not None and view.status.best is not None:
+        found[view.status.metric] = view.status.best
+    for split, tasks in RunFolder(view.run).read_metrics().items():
+        for task, values in tasks.items():
+            for name, value in values.items():
+                if name != "num_samples":
+                    found[f"{split}/{task}/{name}"] = math.nan if value is None else value
+    return found
+
+
+def mode_of(metric: str, runs: Sequence[ListedRun]) -> Mode:
+    """Whether `metric` is to grow or to fall, as the recipe of a run that has it knows.
+
+    Raises:
+        UserError: no run has it, or it is a user-defined one that does not say.
+    """
+    run = next((run for run in runs if metric in run.metrics), None)
+    if run is None:
+        known = sorted({name for run in runs for name in run.metrics})
+        raise UserError(f"metric: expected one that a run has, found {metric!r}. {suggest(metric, known)}")
+    own = f"val/{metric.partition('/')[2]}"
+    recipe = load_recipe(run.path / "recipe.yaml", [{"monitor.metric": own, "monitor.mode": None}])
+    return recipe.monitor_mode
+
+
+def sorted_by(metric: str, runs: Sequence[ListedRun]) -> list[ListedRun]:
+    """The runs, best first; those without the metric last.
+
+    Raises:
+        UserError: no run has it.
+    """
+    sign = 1 if mode_of(metric, runs) == "min" else -1
+
+    def key(run: ListedRun) -> tuple[bool, float]:
+        value = run.metrics.get(metric, math.nan)
+        return math.isnan(value), 0.0 if math.isnan(value) else sign * value
+
+    return sorted(runs, key=key)
+
+
+def table_of(runs: Sequence[ListedRun], below: Path, metric: str | None, columns: Sequence[str]) -> Table:
+    """One row per run.
+
+    Raises:
+        UserError: a column is neither a setting nor a metric of any of them.
+    """
+    for column in columns:
+        known = {name for run in runs for name in (*run.settings, *run.metrics)}
+        if column not in known:
+            raise UserError(
+                f"--columns: expected settings or metrics, found {column!r}. {suggest(column, known)}"
+            )
+    table = Table(box=None, pad_edge=False)
+    for heading in ("run", "state"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("epoch", justify="right", no_wrap=True)
+    table.add_column(metric or "best", justify="right" if metric else "left", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")
+    table.add_column("tags", overflow="fold")
+    for run in runs:
+        status = run.view.status
+        if metric is not None:
+            reached = number_text(run.metrics.get(metric))
+        else:
+            known_best = status is not None and status.best is not None
+            reached = f"{status.metric} {status.best:.4f}" if status and known_best else ""
+        cells = [
+            number_text(run.metrics.get(name)) if name in run.metrics else run.settings.get(name, "")
+            for name in columns
+        ]
+        table.add_row(
+            str(run.path.relative_to(below)) if run.path != below else run.path.name,
+            run.view.state,
+            f"{status.epoch:.2f}" if status is not None else "",
+            reached,
+            *cells,
+            " ".join(run.tags),
+        )
+    return table
+
+
+def comparison_of(runs: Sequence[ListedRun]) -> Table:
+    """The runs side by side: the settings in which they differ, then every metric that two of them have."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for run in runs:
+        table.add_column(f"{run.path.parent.name}/{run.path.name}", justify="right", overflow="fold")
+    differing = differing_settings(runs)
+    for key, values in differing.items():
+        table.add_row(key, *values, end_section=key == list(differing)[-1])
+    names = _in_order(run.metrics for run in runs)
+    for name in names:
+        known = [run.metrics.get(name) for run in runs]
+        if sum(value is not None for value in known) > 1:
+            table.add_row(name, *(number_text(value) for value in known))
+    return table
+
+
+def differing_settings(runs: Sequence[ListedRun]) -> dict[str, list[str]]:
+    """By key the value of each run, of the settings that are not the same in all."""
+    keys = _in_order(run.settings for run in runs)
+    values = {key: [run.settings.get(key, "") for run in runs] for key in keys if key not in LEFT_OUT}
+    return {key: own for key, own in values.items() if len(set(own)) > 1}
+
+
+def _in_order(mappings: Iterable[Mapping[str, object]]) -> list[str]:
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def number_text(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "-" if math.isnan(value) else f"{value:.4f}"
+
+
+def _text(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def wide(console: Console) -> Console:
+    """A file or a pipe has no width: nothing is cut off there."""
+    return console if console.is_terminal else Console(file=console.file, width=10_000)
