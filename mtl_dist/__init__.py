@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mtl_dist import balance, prepare
-    from mtl_dist.errors import UserError
+    from mtl_dist.errors import ImageError, UserError
     from mtl_dist.face import Run, train
     from mtl_dist.prediction.predictor import Predictor, load
 
 __version__ = "0.1.0"
 
-__all__ = ["Predictor", "Run", "UserError", "balance", "load", "prepare", "train"]
+__all__ = ["ImageError", "Predictor", "Run", "UserError", "balance", "load", "prepare", "train"]
 
 _HOMES = {
+    "ImageError": "errors",
     "Predictor": "prediction.predictor",
     "Run": "face",
     "UserError": "errors",

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mtl_dist.balance.checks import check_balance
 from mtl_dist.balance.methods import build_balancer
-from mtl_dist.checkpoint import Checkpoint, best_checkpoint, known_bests, newest_good, read_checkpoint
+from mtl_dist.checkpoint import (
+    Checkpoint,
+    best_checkpoint,
+    known_bests,
+    newest_good,
+    problems_of,
+    read_checkpoint,
+    step_directory,
+    steps_in,
+)
 from mtl_dist.data.disjoint_tasks import disjoint_tasks
 from mtl_dist.data.loader import Data
 from mtl_dist.engine.connect import EngineChoice
@@ -23,6 +33,9 @@ from mtl_dist.run_folder import DataFacts, RunFolder
 from mtl_dist.step import RootModule
 from mtl_dist.tasks.registry import build_tasks
 from mtl_dist.training.plan import Plan
+
+WhichCheckpoint: TypeAlias = Literal["best", "last"] | int
+"""The best one, the newest, or that of a step."""
 
 
 def facts_of(data: Data) -> DataFacts:
@@ -127,9 +140,44 @@ def best_or_newest(folder: RunFolder, say: Callable[[str], None]) -> Path:
     return newest
 
 
-def load_root(folder: RunFolder, recipe: Recipe, world: World, say: Callable[[str], None]) -> RootModule:
-    """The trained root module of a run with its best weights, in evaluation mode."""
+def chosen_checkpoint(folder: RunFolder, which: WhichCheckpoint, say: Callable[[str], None]) -> Path:
+    """The checkpoint of a step, the newest good one ("last"), or the best.
+
+    Raises:
+        UserError: there is none, or that of the step is damaged.
+    """
+    if which == "best":
+        return best_or_newest(folder, say)
+    if which == "last":
+        newest = newest_good(folder.checkpoints, say)
+        if newest is not None:
+            return newest
+        raise UserError(
+            f"{folder.directory}: expected a checkpoint, found no whole one. Train the run first."
+        )
+    steps = steps_in(folder.checkpoints)
+    if isinstance(which, bool) or not isinstance(which, int) or which not in steps:
+        kept = ", ".join(str(step) for step in sorted(steps)) or "no step"
+        raise UserError(
+            f'checkpoint: expected "best", "last" or a step that {folder.checkpoints} keeps ({kept}), '
+            f"found {which!r}."
+        )
+    path = step_directory(folder.checkpoints, which)
+    problems = problems_of(path)
+    if problems:
+        raise UserError("\n".join(problems))
+    return path
+
+
+def load_root(
+    folder: RunFolder,
+    recipe: Recipe,
+    world: World,
+    say: Callable[[str], None],
+    which: WhichCheckpoint = "best",
+) -> RootModule:
+    """The trained root module of a run with its best weights, or others, in evaluation mode."""
     without_weights = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
     root = build_root(without_weights, folder.read_data(), world)
-    root.load_state_dict(inference_weights(read_checkpoint(best_or_newest(folder, say))))
+    root.load_state_dict(inference_weights(read_checkpoint(chosen_checkpoint(folder, which, say))))
     return root.to(world.device).eval()

@@ -166,6 +166,18 @@ def steps_in(directory: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in matches if match)
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder.
+
+    Raises:
+        UserError: it has another name.
+    """
+    match = _STEP_NAME.fullmatch(path.name)
+    if match is None:
+        raise UserError(f"{path}: expected a checkpoint's folder as it was written, step_00001234.")
+    return int(match.group(1))
+
+
 def newest_good(directory: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is whole; every damaged one passed over on the way is reported to `say`.
 

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can fix this."""
+"""The exceptions that mean: the user can fix this."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     Each line says what was expected, what was found and what to do:
     ``tasks.depth.weight: expected a number >= 0, found -1. Remove the task to switch it off.``
     """
+
+
+class ImageError(UserError):
+    """The image that was given cannot be read or does not suit the model: whoever sent it can fix it."""

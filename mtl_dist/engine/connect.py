@@ -105,16 +105,33 @@ def connect(settings: EngineSettings, precision: Precision) -> Connection:
     return _connect_accelerate(choice, precision)
 
 
-def connect_without_engine(settings: EngineSettings) -> World:
-    """Join the group that the launcher started, for evaluation and prediction.
+def connect_without_engine(settings: EngineSettings, device: torch.device | str | None = None) -> World:
+    """Join the group that the launcher started, for evaluation and prediction; or, on a `device`, nobody.
 
     No engine wraps anything there: every rank holds whole weights, so whatever launcher and recipe say of one
     does not matter. A process alone joins nothing and leaves nothing behind.
+
+    Raises:
+        UserError: this machine has no such device.
     """
     set_tf32(settings.tf32)
+    if device is not None:
+        return World(rank=0, size=1, local_rank=0, device=_existing(device))
     if launched_size() > 1:
         return join_group()
     return World(rank=0, size=1, local_rank=0, device=own_device(0))
+
+
+def _existing(name: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f'device: expected one of this machine, such as "cpu" or "cuda:0", found {str(name)!r}: {first}'
+        ) from None
+    return device
 
 
 def _connect_accelerate(choice: EngineChoice, precision: Precision) -> Connection:

@@ -4,6 +4,8 @@ import mtl_dist
 
 predictor = mtl_dist.load("runs/skin/20260101-120000-ab12")
 predictor.predict("photo.jpg")["diagnosis"]["class_name"]
+
+Any number of threads may use one predictor: nothing of it changes after it is loaded.
 """
 
 from __future__ import annotations
@@ -21,14 +23,16 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mtl_dist.assemble import load_root
+from mtl_dist.assemble import WhichCheckpoint, load_root
+from mtl_dist.checkpoint import MANIFEST, step_of
 from mtl_dist.data.decode import decode_image
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.transforms import PRESETS, Transform
 from mtl_dist.engine.connect import connect_without_engine
-from mtl_dist.errors import UserError
+from mtl_dist.errors import ImageError, UserError
 from mtl_dist.importers.sources import Source
 from mtl_dist.prediction.inputs import Input, pages
+from mtl_dist.prediction.records import plain
 from mtl_dist.randomness import Draws
 from mtl_dist.recipe import load_recipe
 from mtl_dist.run_folder import RunFolder
@@ -56,18 +60,25 @@ class Prediction:
 
 
 class Predictor:
-    """A trained multi-task model in evaluation mode."""
+    """A trained multi-task model in evaluation mode; threads may share it."""
 
-    def __init__(self, run: Path) -> None:
-        """Load the best weights of the run folder `run`.
-
-        Raises:
-            UserError: not a run folder, or no whole checkpoint in it.
-        """
+    def __init__(
+        self, run: Path, device: torch.device | str | None = None, checkpoint: WhichCheckpoint = "best"
+    ) -> None:
+        """Load a run's best weights, or those of another checkpoint; see `load`."""
+        if (run / MANIFEST).is_file():
+            if checkpoint != "best":
+                raise UserError(
+                    f"checkpoint: expected none beside the path of one, found {checkpoint!r}. "
+                    "Give the run folder, or leave it out."
+                )
+            run, checkpoint = run.resolve().parents[1], step_of(run.resolve())
         folder = RunFolder.open(run)
         recipe = load_recipe(folder.recipe_path)
-        self._world = connect_without_engine(recipe.engine)
-        self._root = load_root(folder, recipe, self._world, lambda line: print(line, file=sys.stderr))
+        self._world = connect_without_engine(recipe.engine, device)
+        self._root = load_root(
+            folder, recipe, self._world, lambda line: print(line, file=sys.stderr), checkpoint
+        )
         self._facts = folder.read_data()
         own = recipe.data.user_transforms(training=False)
         self._transform = Transform(recipe.data.size, recipe.data.resize, PRESETS["none"], own)
@@ -78,7 +89,44 @@ class Predictor:
         """Its tasks by name."""
         return self._root.tasks
 
-    def predict(self, image: ImageLike, threshold: float = 0.5) -> Answers:
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._world.device
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model as a plain module: raw images (B, C, H, W) of the size that `preprocess` makes, on its
+        device, to `{task: output}`, before softmax and the like. It normalises by itself.
+        """
+        return self._root.model
+
+    def preprocess(self, images: Sequence[ImageLike] | np.ndarray | Tensor) -> Tensor:
+        """Images as `module` takes them: (B, C, H, W), resized, of raw values, on the model's device.
+
+        Raises:
+            ImageError: one is not a readable image, or of channels that the model does not take.
+        """
+        return self._inputs(self._decoded_all(images))
+
+    def logits(self, images: Sequence[ImageLike] | np.ndarray | Tensor) -> dict[str, Tensor]:
+        """Every task's raw output for several images, on the host, under the run's precision as float32.
+
+        (B, classes) or (B, values); maps (B, C, H, W) at the model's size, not the images'.
+
+        Raises:
+            ImageError: one is not a readable image, or of channels that the model does not take.
+        """
+        if len(images) == 0:
+            raise UserError("images: expected at least one, found none.")
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, len(images), BATCH_SIZE):
+            inputs = self.preprocess(images[start : start + BATCH_SIZE])
+            with torch.no_grad():
+                parts.append({task: output.cpu() for task, output in self._root.predict(inputs).items()})
+        return {task: torch.cat([part[task] for part in parts]) for task in self.tasks}
+
+    def predict(self, image: ImageLike, threshold: float = 0.5, maps: bool = True) -> Answers:
         """Every task's answer for one image; masks have the image's own size.
 
         classification  class_id, class_name, confidence, probabilities by name
@@ -88,19 +136,27 @@ class Predictor:
         depth           map (H, W) float32, its mean, minimum and maximum, unit
         normals         normals (3, H, W) float32 of unit length, their mean
 
+        Without `maps` the arrays are left out, and JSON holds the rest.
+
         Raises:
-            UserError: not a readable image, or of channels that the model does not take.
+            ImageError: not a readable image, or of channels that the model does not take.
+            UserError: a threshold that is no probability.
         """
-        return self.predict_many([image], threshold)[0]
+        return self.predict_many([image], threshold, maps)[0]
 
     def predict_many(
-        self, images: Sequence[ImageLike] | np.ndarray | Tensor, threshold: float = 0.5
+        self,
+        images: Sequence[ImageLike] | np.ndarray | Tensor,
+        threshold: float = 0.5,
+        maps: bool = True,
     ) -> list[Answers]:
         """`predict` for several images, in batches; also for a stacked array or tensor."""
         results: list[Answers] = []
         for start in range(0, len(images), BATCH_SIZE):
-            originals = [self.decoded(image) for image in images[start : start + BATCH_SIZE]]
+            originals = self._decoded_all(images[start : start + BATCH_SIZE], start)
             results += self._answers(originals, threshold)
+        if not maps:
+            return [{task: plain(answer) for task, answer in result.items()} for result in results]
         return results
 
     def stream(self, inputs: Iterable[Input], threshold: float = 0.5) -> Iterator[Prediction]:
@@ -144,11 +200,14 @@ class Predictor:
         """The answer for each image; maps in its size are made one after another."""
         if not originals:
             return
-        inputs = torch.stack([self._transform(image, {}, Draws(0))[0] for image in originals])
         with torch.no_grad():
-            outputs = self._root.predict(inputs.to(self._world.device))
+            outputs = self._root.predict(self._inputs(originals))
         for row, original in enumerate(originals):
             yield self._decode_row(outputs, row, (original.shape[1], original.shape[2]), threshold)
+
+    def _inputs(self, originals: Sequence[Tensor]) -> Tensor:
+        inputs = [self._transform(image, {}, Draws(0))[0] for image in originals]
+        return torch.stack(inputs).to(self._world.device)
 
     def _decode_row(
         self, outputs: dict[str, Tensor], row: int, size: tuple[int, int], threshold: float
@@ -165,13 +224,24 @@ class Predictor:
                 result[name]["value"] = edge
         return result
 
-    def decoded(self, image: ImageLike) -> Tensor:
-        """The image as the model's datasets hold theirs: raw (C, H, W)."""
-        name = str(image) if isinstance(image, str | Path) else type(image).__name__
+    def _decoded_all(self, images: Sequence[ImageLike] | np.ndarray | Tensor, first: int = 0) -> list[Tensor]:
+        several = first > 0 or len(images) > 1
+        return [
+            self.decoded(image, f"image {number}" if several else "image")
+            for number, image in enumerate(images, start=first)
+        ]
+
+    def decoded(self, image: ImageLike, name: str = "image") -> Tensor:
+        """The image as the model's datasets hold theirs: raw (C, H, W). Errors name its path, or `name`.
+
+        Raises:
+            ImageError: it cannot be read, or has channels that the model does not take.
+        """
+        name = str(image) if isinstance(image, str | Path) else name
         try:
             return decode_image(_encoded(image), self._facts.channels, self._facts.image_dtype)
         except (UnreadableImage, OSError) as error:
-            raise UserError(f"{name}: expected a readable image, found: {error}") from None
+            raise ImageError(f"{name}: expected a readable image, found: {error}") from None
 
 
 def _only_page(path: Path) -> bytes:
@@ -207,13 +277,25 @@ def _encoded(image: ImageLike) -> bytes:
         known = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
         (upright if upright.mode in known else upright.convert("RGB")).save(buffer, format="PNG")
     else:
-        raise UserError(
+        raise ImageError(
             "image: expected a path, bytes, a PIL image, an array or a tensor, found "
             f"{type(image).__name__}. Several go to predict_many."
         )
     return buffer.getvalue()
 
 
-def load(run: str | Path) -> Predictor:
-    """The predictor of a trained run, with its best weights."""
-    return Predictor(Path(run))
+def load(
+    run: str | Path,
+    device: torch.device | str | None = None,
+    checkpoint: WhichCheckpoint = "best",
+) -> Predictor:
+    """The predictor of a trained run.
+
+    `run` is its folder, or one of its checkpoints: runs/skin/ID/checkpoints/step_00001234. `device` is where
+    the model runs: a GPU if there is one, without it. `checkpoint` is "best", "last", or a step that is kept;
+    a damaged best or last one is passed over, and reported on stderr.
+
+    Raises:
+        UserError: no such run, device or checkpoint, or no whole one.
+    """
+    return Predictor(Path(run), device, checkpoint)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -15,9 +16,10 @@ from mtl_dist.config.errors import suggest
 from mtl_dist.config.yaml_text import parse
 from mtl_dist.errors import UserError
 from mtl_dist.launch.jobs import RunView, view_runs
-from mtl_dist.recipe import flat, load_recipe
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.tasks.task import Mode
+
+if TYPE_CHECKING:
+    from mtl_dist.tasks.task import Mode
 
 LEFT_OUT = ("name",)
 """Settings that no comparison is about."""
@@ -42,6 +44,8 @@ class ListedRun:
     @cached_property
     def settings(self) -> dict[str, str]:
         """The resolved recipe by dotted keys, as text."""
+        from mtl_dist.recipe import flat
+
         values, _ = parse((self.path / "recipe.yaml").read_text(encoding="utf-8"))
         return {key: _text(value) for key, value in flat(values).items()}
 
@@ -76,6 +80,8 @@ def mode_of(metric: str, runs: Sequence[ListedRun]) -> Mode:
     if run is None:
         known = sorted({name for run in runs for name in run.metrics})
         raise UserError(f"metric: expected one that a run has, found {metric!r}. {suggest(metric, known)}")
+    from mtl_dist.recipe import load_recipe
+
     own = f"val/{metric.partition('/')[2]}"
     recipe = load_recipe(run.path / "recipe.yaml", [{"monitor.metric": own, "monitor.mode": None}])
     return recipe.monitor_mode

@@ -120,9 +120,7 @@ def run_sweep(
     """
     metric = by or sweep.metric
     if metric is None:
-        raise UserError(
-            "--by: expected a metric, as monitor.metric is not the same in all points, found none."
-        )
+        raise UserError("--by: expected a metric, as the points monitor different ones, found none.")
     for point in sweep.points:
         point.write_recipe(point.recipe, "Give the values of before, or another --out for another sweep.")
     failures: dict[Point, str] = {}
@@ -189,9 +187,8 @@ def show(results: Results, console: Console) -> None:
     console.print(table)
     groups = results.over_seeds()
     for values, seeds in groups:
-        said = ", ".join(
-            f"{name}={value}" for name, value in zip(short_keys(list(values)), values.values(), strict=True)
-        )
+        names = short_keys(list(values))
+        said = ", ".join(f"{name}={value}" for name, value in zip(names, values.values(), strict=True))
         spread = f" ±{statistics.stdev(seeds):.4f}" if len(seeds) > 1 else ""
         console.print(
             f"{said}: {number_text(_mean(seeds))}{spread} over {plural(len(seeds), 'seed')}", highlight=False

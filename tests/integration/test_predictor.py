@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 import mtl_dist
+from mtl_dist.checkpoint import steps_in
 from mtl_dist.errors import UserError
 from mtl_dist.prediction.files import predict_files
 from mtl_dist.prediction.records import flat
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("run")
-    train_run(recipe, directory / "run", ["train.max_steps=2"])
+    train_run(recipe, directory / "run", ["train.max_steps=2", "train.checkpoint_every=1"])
     return directory / "run"
 
 
@@ -98,6 +100,126 @@ def test_what_is_no_image_is_refused_in_one_line(run: Path, odd: object) -> None
 def test_values_that_are_not_those_of_the_training_files_are_refused(run: Path) -> None:
     with pytest.raises(UserError, match="expected a readable image, found: an image of float32 values"):
         mtl_dist.load(run).predict(image_of(5).astype(np.float32) / 255)
+
+
+def steps_of(run: Path) -> list[int]:
+    return steps_in(run / "checkpoints")
+
+
+def test_another_checkpoint_is_loaded_by_its_name_its_step_or_its_path(run: Path) -> None:
+    """The test run keeps its steps 1 and 2: the newest is not that of step 1."""
+    picture = image_of(5)
+    by_step = {
+        step: mtl_dist.load(run, checkpoint=step).predict(picture)["value"]["value"] for step in steps_of(run)
+    }
+    assert len(set(by_step.values())) == len(by_step) > 1
+    last = mtl_dist.load(run, checkpoint="last").predict(picture)["value"]["value"]
+    assert last == by_step[max(by_step)]
+    for step, value in by_step.items():
+        path = run / "checkpoints" / f"step_{step:08d}"
+        assert mtl_dist.load(path, device="cpu").predict(picture)["value"]["value"] == value
+
+
+def test_a_checkpoint_or_device_that_is_not_there_is_refused_with_those_that_are(
+    run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r'expected "best", "last" or a step .*\(1, .*found 77'):
+        mtl_dist.load(run, checkpoint=77)
+    with pytest.raises(UserError, match="found 'newest'"):
+        mtl_dist.load(run, checkpoint="newest")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="device: expected one of this machine"):
+        mtl_dist.load(run, device="cuda:99")
+    with pytest.raises(UserError, match="expected none beside the path of one"):
+        mtl_dist.load(run / "checkpoints" / "step_00000001", checkpoint="last")
+
+
+def test_the_module_and_the_logits_are_what_the_answers_are_made_of(run: Path) -> None:
+    predictor = mtl_dist.load(run)
+    pictures = [image_of(number) for number in range(40)]
+    logits = predictor.logits(pictures)
+    answers = predictor.predict_many(pictures)
+    probabilities = logits["digit"].softmax(1)
+    for row, answer in enumerate(answers):
+        assert list(answer["digit"]["probabilities"].values()) == pytest.approx(
+            probabilities[row].tolist(), abs=1e-5
+        )
+    assert logits["shape"].ndim == 4
+    module = predictor.module
+    assert type(module).__mro__[1] is torch.nn.Module and not module.training
+    with torch.no_grad():
+        outputs = module(predictor.preprocess(pictures[:2]))
+    assert set(outputs) == set(logits)
+    assert torch.allclose(outputs["value"], logits["value"][:2], atol=1e-5)
+
+
+def test_threads_that_share_a_predictor_get_the_answers_of_one_alone(run: Path) -> None:
+    predictor = mtl_dist.load(run)
+    buffer = io.BytesIO()
+    Image.fromarray(image_of(7)).save(buffer, format="JPEG")
+    given: list[Any] = [*(image_of(number) for number in range(6)), buffer.getvalue()]
+    alone = [predictor.predict(one) for one in given]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(predictor.predict, given * 8))
+    for answer, expected in zip(together, alone * 8, strict=True):
+        assert answer["digit"] == expected["digit"]
+        assert np.array_equal(answer["shape"]["probability"], expected["shape"]["probability"])
+
+
+def test_an_image_at_fault_is_an_error_of_its_own_kind_that_says_which(run: Path) -> None:
+    predictor = mtl_dist.load(run)
+    with pytest.raises(mtl_dist.ImageError, match=r"^image 1: expected a readable image"):
+        predictor.predict_many([image_of(1), b"not an image"])
+    with pytest.raises(mtl_dist.ImageError, match=r"^image: expected a readable image"):
+        predictor.predict(b"")
+    with pytest.raises(UserError, match="threshold") as raised:
+        predictor.predict(image_of(1), threshold=2)
+    assert not isinstance(raised.value, mtl_dist.ImageError)
+    # A few hundred bytes that would be 40 GB of pixels.
+    bomb = b"P6 200000 70000 255 " + bytes(100)
+    with pytest.raises(mtl_dist.ImageError):
+        predictor.predict(bomb)
+
+
+def example_of_the_docs(heading: str) -> str:
+    text = (Path(__file__).parents[2] / "docs" / "predict.md").read_text()
+    return text.split(f"## {heading}")[1].split("```python\n")[1].split("```")[0]
+
+
+def test_the_service_of_the_docs_answers_and_refuses_what_is_no_image(
+    run: Path,
+) -> None:
+    pytest.importorskip("fastapi")
+    client = pytest.importorskip("fastapi.testclient")
+    code = example_of_the_docs("A service").replace("runs/skin/RUN", str(run))
+    assert sum(bool(line.strip()) for line in code.splitlines()) == 8
+    names: dict[str, Any] = {}
+    exec(code, names)
+    service = client.TestClient(names["app"])
+    octets = {"Content-Type": "application/octet-stream"}
+    picture = png(image_of(5))
+    answer = service.post("/predict", content=picture, headers=octets)
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == json.loads(json.dumps(mtl_dist.load(run).predict(picture, maps=False)))
+    refused = service.post("/predict", content=b"not an image", headers=octets)
+    assert refused.status_code == 422
+    assert "expected a readable image" in refused.json()["error"]
+
+
+def test_the_detector_of_the_docs_gets_an_answer_for_each_of_its_boxes(run: Path, tmp_path: Path) -> None:
+    picture = Image.fromarray(image_of(5)).resize((64, 48))
+    picture.save(tmp_path / "street.jpg")
+    code = example_of_the_docs("With a detector").replace("runs/skin/RUN", str(run))
+    code = code.replace("street.jpg", str(tmp_path / "street.jpg"))
+    boxes = torch.tensor([[0.0, 0, 20, 20], [10.0, 8, 60, 40]])
+
+    class Detector(torch.nn.Module):
+        def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+            return [{"boxes": boxes, "scores": torch.tensor([0.9, 0.8])} for _ in images]
+
+    names: dict[str, Any] = {"detector": Detector()}
+    lines = [line for line in code.splitlines() if not line.startswith("detector = ")]
+    exec("\n".join(lines), names)
+    assert [set(answer) for answer in names["answers"]] == [{"digit", "value", "tags", "shape"}] * 2
 
 
 def predict(run: Path, *given: Path, stdin: bytes = b"", **options: Any) -> list[dict[str, Any]]:
