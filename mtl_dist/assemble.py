@@ -112,6 +112,11 @@ def check_device(recipe: Recipe, device: torch.device, choice: EngineChoice) -> 
             f"train.compile: expected false under {choice.name}, which gathers the weights of every layer as "
             f"it is reached, found true. Set it to false, or {choice.WHOLE_PARAMETERS}."
         )
+    if choice.divides_updates and not recipe.optim.is_elementwise:
+        problems.append(
+            f"optim.kind: expected an optimizer that updates every element for itself under {choice.name}, "
+            f"which divides parameters over the ranks, found {recipe.optim.kind}. Use DDP or another one."
+        )
     if problems:
         raise UserError("\n".join(problems))
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 
+from mtl_dist.config.errors import suggest
 from mtl_dist.config.settings import Settings
+from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
 from mtl_dist.errors import UserError
 from mtl_dist.lazy import torch
+from mtl_dist.user_optimizer import build_user_optimizer, complete_arguments, is_elementwise, optimizer_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,6 +22,29 @@ if TYPE_CHECKING:
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LearningRateSchedule(ABC):
+    """A schedule of the user's: a pure function, so that a resumed run goes on where it stopped."""
+
+    @abstractmethod
+    def factor(self, progress: float, epoch: int) -> float:
+        """What multiplies every learning rate when this share of the run's steps is done, in this epoch."""
+
+
+class UserScheduleSettings(UserDefinedSettings):
+    """A schedule of the user's."""
+
+    part_base = "mtl_dist.optim.LearningRateSchedule"
+
+    def factor(self, progress: float, epoch: int) -> float:
+        value = float(self.make().factor(progress, epoch))
+        if not 0 <= value < math.inf:
+            raise UserError(
+                f"optim.schedule: expected a factor >= 0 of {self.path}, found {value:g} at "
+                f"{progress:.3f} of the run."
+            )
+        return value
 
 
 class ConstantSchedule(Settings):
@@ -86,13 +113,19 @@ class PlateauSchedule(Settings):
 Schedule = Annotated[
     ConstantSchedule | CosineSchedule | StepSchedule | OneCycleSchedule | PlateauSchedule,
     Field(discriminator="kind"),
+    UserDefined((UserScheduleSettings,)),
 ]
+
+BUILT_IN = ("adamw", "adam", "sgd")
 
 
 class OptimSettings(Settings):
     """How weights are updated."""
 
-    kind: Literal["adamw", "adam", "sgd"] = "adamw"
+    kind: str = "adamw"
+    """adamw, adam, sgd, or the import path of an optimizer of torch.optim or of the user's."""
+    arguments: dict[str, JsonValue] = Field(default_factory=dict, validate_default=True)
+    """What the constructor of an optimizer by import path takes besides learning rate and weight decay."""
     lr: Positive = 1e-3
     backbone_lr: Positive | None = None
     """The shared part's own learning rate."""
@@ -112,6 +145,51 @@ class OptimSettings(Settings):
     """Optimizer steps of linear warm-up, multiplied with the schedule."""
     ema: Fraction | None = None
     """Decay of an exponential moving average of the weights, which then is what gets evaluated."""
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind in BUILT_IN:
+            return kind
+        if "." not in kind:
+            raise ValueError(f"expected a known optimizer or an import path, found {kind}. {_advice(kind)}")
+        optimizer_class(kind)
+        return kind
+
+    @field_validator("arguments")
+    @classmethod
+    def _all_of_them(cls, arguments: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
+        """They are stated in full, as the settings of the package's own optimizers are."""
+        kind = info.data.get("kind", "adamw")
+        if kind not in BUILT_IN:
+            return complete_arguments(kind, arguments)
+        if arguments:
+            raise ValueError(
+                f"expected none with {kind}, which has settings of its own, found some. Remove them."
+            )
+        return arguments
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> OptimSettings:
+        for name in (*_OF_ADAM, *_OF_SGD):
+            default, value = type(self).model_fields[name].default, getattr(self, name)
+            if value != default and name not in _USED.get(self.kind, ()):
+                advice = "Remove it" if self.kind in BUILT_IN else "Move it to optim.arguments"
+                raise ValueError(f"{name}: expected none with {self.kind}, found {value}. {advice}.")
+        return self
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether an element of a parameter is updated for itself, so that ranks can divide a parameter."""
+        return self.kind in BUILT_IN or is_elementwise(self.kind, self.arguments)
+
+
+_OF_ADAM, _OF_SGD = ("betas", "eps"), ("momentum", "nesterov")
+_USED = {"adamw": _OF_ADAM, "adam": _OF_ADAM, "sgd": _OF_SGD}
+
+
+def _advice(kind: str) -> str:
+    return suggest(kind, [*BUILT_IN, "torch.optim.NAdam"])
 
 
 def build_optimizer(
@@ -140,6 +218,8 @@ def build_optimizer(
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise UserError("model: nothing is trainable. Unfreeze the backbone or add a task with a head.")
+    if settings.kind not in BUILT_IN:
+        return build_user_optimizer(settings.kind, settings.arguments, groups)
     if settings.kind == "sgd":
         return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.nesterov)
     adam = torch.optim.AdamW if settings.kind == "adamw" else torch.optim.Adam

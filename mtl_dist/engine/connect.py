@@ -29,6 +29,7 @@ class EngineChoice:
 
         shards_parameters     between the steps a rank holds only its shards of the weights
         has_whole_gradients   every rank holds the whole gradient after the backward
+        divides_updates       a rank updates a part of the parameters, as numbers in a row
     """
 
     kind: Literal["accelerate", "deepspeed"]
@@ -46,6 +47,10 @@ class EngineChoice:
     @property
     def has_whole_gradients(self) -> bool:
         return self.zero_stage == 0
+
+    @property
+    def divides_updates(self) -> bool:
+        return self.zero_stage > 0
 
     @property
     def name(self) -> str:

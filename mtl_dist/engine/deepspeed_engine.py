@@ -25,8 +25,10 @@ from mtl_dist.engine.engine import (
     StepResult,
     average_buffers,
     host_copy,
+    put_slot,
     require_finite,
     require_same_names,
+    stored_slots,
 )
 from mtl_dist.engine.partitions import gather, interleaved_layout, scatter
 from mtl_dist.engine.precision import LossScaler
@@ -169,9 +171,8 @@ class _Zero(Engine):
         scaler = self.scaler.state_dict() if self.scaler is not None else {}
         optimizer: dict[str, Tensor] = {}
         for group in self._groups:
-            for slot, value in self.optimizer.state.get(group.flat, {}).items():
-                if isinstance(value, Tensor):
-                    optimizer |= self._whole_slot(group, slot, value)
+            for slot, value in stored_slots(self.optimizer.state.get(group.flat, {})).items():
+                optimizer |= self._whole_slot(group, slot, value)
         return FullState(model=self._whole_model(), optimizer=optimizer, scaler=scaler)
 
     def _whole_slot(self, group: FlatGroup, slot: str, value: Tensor) -> dict[str, Tensor]:
@@ -220,7 +221,8 @@ class _Zero(Engine):
                 "keeps together, found different ones. Go on without ZeRO, or start again from its weights."
             )
         if present[0].ndim == 0:
-            self.optimizer.state[group.flat][slot] = present[0].to(group.counter_device, copy=True)
+            counter = present[0].to(group.counter_device, copy=True)
+            put_slot(self.optimizer.state[group.flat], slot, counter)
             return
         shard = torch.empty_like(group.flat, dtype=present[0].dtype, requires_grad=False)
         scatter(shard, group.layout[self.world.rank], values)

@@ -213,6 +213,37 @@ def host_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
+_NUMBERS: dict[str, type] = {"int": int, "float": float, "bool": bool}
+
+
+def stored_slots(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """An optimizer's state of one parameter as named tensors: a plain number `n` is `n:int` or `n:float`, an
+    absent value `n:none`."""
+    slots: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            slots[name] = value
+        elif value is None:
+            slots[f"{name}:none"] = torch.zeros(())
+        elif type(value).__name__ in _NUMBERS:
+            dtype = torch.float64 if isinstance(value, float) else torch.int64
+            slots[f"{name}:{type(value).__name__}"] = torch.tensor(value, dtype=dtype)
+        else:
+            raise UserError(
+                f"optim.kind: expected state of tensors and numbers, found {name}, a {type(value).__name__}."
+            )
+    return slots
+
+
+def put_slot(state: dict[str, Any], slot: str, value: Tensor) -> None:
+    """Put a stored slot back as it was."""
+    name, _, kind = slot.partition(":")
+    if not kind:
+        state[name] = value
+    else:
+        state[name] = None if kind == "none" else _NUMBERS[kind](value.item())
+
+
 def counter_device(group: Mapping[str, Any], parameter: Tensor) -> torch.device:
     """Where an optimizer keeps its step counters: on the host, unless it runs on the GPU altogether."""
     on_device = group.get("fused") or group.get("capturable")

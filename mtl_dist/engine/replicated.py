@@ -14,8 +14,10 @@ from mtl_dist.engine.engine import (
     average_buffers,
     counter_device,
     host_copy,
+    put_slot,
     require_finite,
     require_same_names,
+    stored_slots,
 )
 from mtl_dist.engine.precision import LossScaler
 from mtl_dist.engine.world import World
@@ -71,8 +73,7 @@ class ReplicatedEngine(Engine):
         optimizer = {
             f"{slot}/{self._names[parameter]}": host_copy(value)
             for parameter, slots in self.optimizer.state.items()
-            for slot, value in slots.items()
-            if isinstance(value, Tensor)
+            for slot, value in stored_slots(slots).items()
         }
         model = {name: host_copy(tensor) for name, tensor in self.root.state_dict().items()}
         return FullState(model=model, optimizer=optimizer, scaler=scaler)
@@ -94,9 +95,11 @@ class ReplicatedEngine(Engine):
             parameter = parameters[name]
             if value.ndim == 0:
                 own = value.to(counter_device(groups[parameter], parameter), copy=True)
-            else:
+            elif value.shape == parameter.shape:
                 # In the weight's own memory format (channels-last), as the optimizer made it.
                 own = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            self.optimizer.state[parameter][slot] = own
+            else:
+                own = value.to(parameter.device, copy=True)
+            put_slot(self.optimizer.state[parameter], slot, own)
         if scaler and self.scaler is not None:
             self.scaler.load_state_dict(scaler)

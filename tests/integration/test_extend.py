@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import mtl_dist
+from mtl_dist.checkpoint import read_checkpoint
 from mtl_dist.cli import app
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.config.yaml_text import dump, parse
@@ -117,7 +118,7 @@ def run(project: Path, recipe: Recipe) -> Path:
 
 
 def test_every_example_is_at_most_20_lines_and_a_whole_kind_of_task_at_most_60() -> None:
-    assert len(blocks("python")) == 9
+    assert len(blocks("python")) == 11
     for text in blocks("python"):
         lines = [line for line in text.splitlines()[1:] if line.strip()]
         most = 60 if "CommonTaskSettings" in text else 20
@@ -176,6 +177,15 @@ def test_every_own_part_is_used(recipe: Recipe, run: Path) -> None:
     assert 0 <= metrics["top3"] <= 1
     assert -1 <= metrics["kappa"] <= 1
     assert metrics["accuracy"] <= metrics["top3"]
+
+
+def test_an_optimizer_and_a_schedule_of_ones_own_train_and_are_kept(recipe: Recipe, run: Path) -> None:
+    assert recipe.optim.kind == "my_project.optimizers.Smoothed"
+    checkpoint = read_checkpoint(sorted((run / "checkpoints").glob("step_*"))[-1])
+    assert {name.split("/")[0] for name in checkpoint.tensors["optimizer"]} == {"average"}
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    rates = [row["lr/backbone"] for row in rows if row["kind"] == "step"]
+    assert rates[:8] == pytest.approx([0.1 * (1 - 0.9 * step / 8) for step in range(8)])
 
 
 def test_a_tracker_of_ones_own_has_every_epoch(run: Path) -> None:
