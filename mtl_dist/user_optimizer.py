@@ -82,10 +82,10 @@ def build_user_optimizer(
     Raises:
         UserError: it cannot be built over them, or has what a run cannot keep.
     """
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items()}
-    cls = optimizer_class(path)
+    values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in arguments.items()}
+    cls: Any = optimizer_class(path)
     try:
-        optimizer = cls(list(groups), **values)
+        optimizer: torch.optim.Optimizer = cls(list(groups), **values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"optim.kind: {path} cannot be built over this model's parameters: {error}") from None
     if "weight_decay" not in optimizer.defaults and any(group["weight_decay"] for group in groups):
@@ -104,7 +104,7 @@ def build_user_optimizer(
 
 def is_elementwise(path: str, arguments: Mapping[str, Any]) -> bool:
     """Whether each element of a parameter is updated for itself: then a part of it may be held alone."""
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items()}
+    values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in arguments.items()}
     cls = optimizer_class(path)
     try:
         whole = _steps(cls, values, {"lr": 0.1}, (4, 6))
