@@ -141,3 +141,10 @@ def prepare_cifar(src: Path, out: Path, heads: Sequence[str], **more: Any) -> Ma
 def prepare_stacks(src: Path, out: Path, **more: Any) -> Manifest:
     """A dataset from TIFF stacks."""
     return prepared("stacks", out, source=src, **more)
+
+
+def index_tars(
+    tars: Sequence[str], out: Path, fields: Mapping[str, Any], options: PackOptions = HERE, **more: Any
+) -> Manifest:
+    """The dataset over tars that others wrote."""
+    return prepared("tars", out, options, source=list(tars), **fields, **more)

@@ -8,16 +8,12 @@ from typing import Annotated
 import typer
 
 from mtl_dist.commands import prepare
-from mtl_dist.commands.options import named, words
-from mtl_dist.commands.prepare import summary
-from mtl_dist.commands.progress import progress_bar
-
-Pairs = list[str] | None
 
 
 def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel="Data")(inspect)
-    app.command(rich_help_panel="Data")(index)
+    passed_on = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command(rich_help_panel="Data", context_settings=passed_on)(index)
     app.add_typer(prepare.app, name="prepare", rich_help_panel="Data")
 
 
@@ -62,101 +58,14 @@ def inspect(
         print(f"{sheet}: samples of {split}")
 
 
-def index(
-    tars: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="TARS...",
-            show_default=False,
-            help="Tars, names with {000..099}, folders; also as URLs.",
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", show_default=False, help="The new dataset's directory.")
-    ],
-    image: Annotated[
-        str | None,
-        typer.Option(
-            metavar="EXT,...", show_default=False, help="What is the image, such as jpg or left.png."
-        ),
-    ] = None,
-    classification: Annotated[
-        Pairs, typer.Option(metavar="TASK=FIELD", help="A class: cls, txt, json:breed, meta.json:dog.breed.")
-    ] = None,
-    multilabel: Annotated[
-        Pairs, typer.Option(metavar="TASK=FIELD", help="Any number of classes: a list in JSON, or a|b.")
-    ] = None,
-    regression: Annotated[Pairs, typer.Option(metavar="TASK=FIELD", help="A number.")] = None,
-    segmentation: Annotated[
-        Pairs, typer.Option(metavar="TASK=EXT", help="A mask: an 8-bit grey PNG of class indices.")
-    ] = None,
-    classes: Annotated[
-        Pairs,
-        typer.Option(metavar="TASK=NAME,...", help="Class names by index; without it those that are found."),
-    ] = None,
-    unit: Annotated[
-        Pairs, typer.Option(metavar="TASK=UNIT", help="The unit of a number, such as years.")
-    ] = None,
-    separator: Annotated[
-        str, typer.Option(metavar="TEXT", help="What stands between classes in a text.")
-    ] = "|",
-    missing: Annotated[
-        str | None,
-        typer.Option(metavar="WORD,...", show_default=False, help="The words that mean no label."),
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse two texts for one class, such as 1 and 1.0.")
-    ] = False,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            show_default=False,
-            help="The split of all tars; without it their names decide, or it is train.",
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", show_default=False, help="Processes; without it one per core."),
-    ] = None,
-    max_skipped: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", help="Unreadable images that may be left out; with 0 the first one stops it."
-        ),
-    ] = 0,
-    verify: Annotated[
-        bool, typer.Option(help="Decode every image once; without it only headers are read.")
-    ] = True,
-) -> None:
+def index(context: typer.Context) -> None:
     """Index WebDataset tars that others wrote: they stay where they are, and OUT says what is in them.
-
-    A sample is what WebDataset takes for one: members with the same name up to the first dot.
 
     \b
       mtl index 'in1k/train-{000..146}.tar' data/in1k --image jpg --classification label=cls
       mtl index laion/ data/laion --multilabel tags=json:tags --regression score=json:meta.score
     """
-    from mtl_dist.importers.options import PackOptions
-    from mtl_dist.importers.tars import FieldMapping, index_tars
-    from mtl_dist.importers.wanted import class_names
-    from mtl_dist.kinds.vocabulary import MISSING
-
-    mapping = FieldMapping(
-        image=image,
-        classification=named("--classification", classification, "FIELD"),
-        multilabel=named("--multilabel", multilabel, "FIELD"),
-        regression=named("--regression", regression, "FIELD"),
-        segmentation=named("--segmentation", segmentation, "EXT"),
-        classes={
-            task: class_names(task, text) for task, text in named("--classes", classes, "NAME,...").items()
-        },
-        units=named("--unit", unit, "UNIT"),
-        separator=separator,
-        strict=strict,
-        missing=MISSING if missing is None else words("--missing", missing),
-    )
-    options = PackOptions(workers=workers, max_skipped=max_skipped, verify=verify)
-    with progress_bar("tars") as show:
-        manifest = index_tars(tars, out, mapping, split=split, options=options, progress=show)
-    summary(out, manifest)
+    command = prepare.command_of("tars")  # imported when it is asked for
+    code = command.main(context.args, prog_name=context.command_path, standalone_mode=False)
+    if code:
+        raise typer.Exit(code)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SOURCE, LABELS = "source", "labels"
 _SHARD_OPTIONS = ("shard_samples", "shard_bytes")
+_CONVERTING = ("bits", "channels", "masks_as")
+"""The options that change what is stored, of importers that store images anew."""
 
 
 class ImporterGroup(TyperGroup):
@@ -95,6 +97,7 @@ def command_of(name: str) -> Any:
         setting
         for each in fields(PackOptions)
         if each.name not in _SHARD_OPTIONS and (importer.verify or each.name != "verify")
+        if importer.repacks or each.name not in _CONVERTING
         for setting in _settings(each.name, hints[each.name], each.default)
     ]
     arguments = [setting for setting in own if setting.is_argument]
@@ -203,13 +206,20 @@ def _settings(name: str, hint: Any, default: Any) -> list[Setting]:
     option = f"--{help_of.option or name.replace('_', '-')}"
     missing = inspect.Parameter.empty if default is inspect.Parameter.empty else None
     if name == SOURCE:
-        return [Setting(name, _argument(str, help_of.metavar or "SRC", help_of.text), is_argument=True)]
+        kind = list[str] if get_origin(annotation) is tuple else str
+        return [Setting(name, _argument(kind, help_of.metavar or "SRC", help_of.text), is_argument=True)]
     if name == LABELS:
         several = list[str] | None
+        of_fields = help_of.metavar.endswith("FIELD")
         short = [
             Setting(
                 f"of_{kind.name}",
-                _option(several, f"--{kind.name}", kind.metavar, kind.help),
+                _option(
+                    several,
+                    f"--{kind.name}",
+                    f"TASK={'EXT' if kind.is_map else 'FIELD'}" if of_fields else kind.metavar,
+                    kind.help,
+                ),
                 None,
                 kind=kind.name,
             )

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, create_model
 from mtl_dist.config.settings import Settings
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.registry import kind_of
+from mtl_dist.kinds.vocabulary import MISSING
 
 
 def _known(kind: str) -> str:
@@ -35,6 +36,28 @@ class FieldSettings(_WithFrom):
     kind: KindName
     classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     unit: str = ""
+
+
+class Indexing(Settings):
+    """How external tars are indexed: what `mtl index` takes as options.
+
+    split, val, group, stratify, seed   fractions, a field such as json:fold, or the split of all tars; the
+                                        share of train held out; the field of groups; the task to balance by
+    missing, separator, strict          the words that mean "no label", what separates classes, and whether
+                                        two texts for one class are refused
+    max_skipped, verify                 samples that may be left out; whether every image is decoded once
+    """
+
+    split: str | None = None
+    val: Annotated[float, Field(gt=0, lt=1)] | None = None
+    group: str = ""
+    stratify: str = ""
+    seed: int = 0
+    missing: tuple[str, ...] = MISSING
+    separator: str = "|"
+    strict: bool = False
+    max_skipped: Annotated[int, Field(ge=0)] = 0
+    verify: bool = True
 
 
 Fields: TypeAlias = Annotated[dict[str, FieldSettings], Field(min_length=1)]

@@ -14,7 +14,7 @@ from mtl_dist.data.blend import BlendSettings
 from mtl_dist.data.boxes import BoxTasks
 from mtl_dist.data.cache import CacheSettings
 from mtl_dist.data.derived import DeriveSettings
-from mtl_dist.data.external import Fields
+from mtl_dist.data.external import Fields, Indexing
 from mtl_dist.data.mixing import integer_weights
 from mtl_dist.data.order import ShuffleWindow
 from mtl_dist.data.remote import LocationSetting
@@ -44,10 +44,12 @@ class SourceSettings(Settings):
     """With `fields`: the image's extension, where samples hold several."""
     index: Path | None = None
     """With `fields`: the directory for the index; by default in `.mtl` beside the tars."""
+    indexing: Indexing | None = None
+    """With `fields`: how samples are split, and what is a label, as `mtl index` takes it."""
 
     @model_validator(mode="after")
     def _only_with_fields(self) -> SourceSettings:
-        for name in ("image", "index"):
+        for name in ("image", "index", "indexing"):
             if self.fields is None and getattr(self, name) is not None:
                 raise ValueError(f"{name}: expected none without `fields`, found {getattr(self, name)}.")
         return self

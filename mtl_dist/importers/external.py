@@ -22,12 +22,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from mtl_dist.data.external import FieldSettings
+from mtl_dist.data.external import FieldSettings, Indexing
 from mtl_dist.data.remote import Location, Url
 from mtl_dist.data.settings import DataSettings, SourceSettings
 from mtl_dist.durable import locked, write_text
 from mtl_dist.errors import UserError
-from mtl_dist.importers.tars import FieldMapping, index_tars
+from mtl_dist.importers.options import PackOptions
+from mtl_dist.importers.tars import Tars, index
 
 log = logging.getLogger(__name__)
 
@@ -52,19 +53,25 @@ def with_indexes(data: DataSettings, root: Path | None = None) -> DataSettings:
 def _with_index(source: SourceSettings) -> SourceSettings:
     if source.fields is None:
         return source
-    path = indexed(source.path, source.fields, source.image, source.index)
-    return source.model_copy(update={"path": path, "fields": None, "image": None, "index": None})
+    path = indexed(source.path, source.fields, source.image, source.index, source.indexing or Indexing())
+    made = {"path": path, "fields": None, "image": None, "index": None, "indexing": None}
+    return source.model_copy(update=made)
 
 
 def indexed(
-    path: Location, fields: Mapping[str, FieldSettings], image: str | None, index: Path | None
+    path: Location,
+    fields: Mapping[str, FieldSettings],
+    image: str | None,
+    place: Path | None,
+    indexing: Indexing,
 ) -> Path:
     """The dataset over the tars that `path` names, which is made if it is not there.
 
     Args:
         path: a tar, a directory of them, or a name with * or {000..099} in it; for URLs without *.
         image: the image's extension, where there are several.
-        index: where the dataset is to be; by default in `.mtl` beside the tars.
+        place: where the dataset is to be; by default in `.mtl` beside the tars.
+        indexing: how samples are split, and what is a label.
 
     Raises:
         UserError: tars or fields that are not there or not understood, an index that was made of other tars,
@@ -75,12 +82,13 @@ def indexed(
         "tars": [_described(tar) for tar in tars],
         "image": image,
         "fields": {name: settings.model_dump(mode="json") for name, settings in fields.items()},
+        "indexing": indexing.model_dump(mode="json"),
     }
-    place = index if index is not None else _beside(path, request)
+    place = place if place is not None else _beside(path, request)
     if not _is_made(place, request):
         with _locked(place):
             if not _is_made(place, request):
-                _make(place, tars, request, fields, image)
+                _make(place, tars, request, fields, image, indexing)
     return place
 
 
@@ -115,7 +123,8 @@ def _beside(path: Location, request: Mapping[str, Any]) -> Path:
     wild = _first_part_with(_WILD + "{", path)
     folder = path if wild is None else Path(*path.parts[:wild])
     folder = folder.parent if folder.is_file() else folder
-    identity = json.dumps([str(path), request["image"], request["fields"]], sort_keys=True)
+    made_of = [str(path), *(request[what] for what in ("image", "fields", "indexing"))]
+    identity = json.dumps(made_of, sort_keys=True)
     return folder / ".mtl" / f"{folder.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
@@ -137,8 +146,8 @@ def _is_made(place: Path, request: Mapping[str, Any]) -> bool:
         raise UserError(
             f"{place}: expected an index that a recipe made, found something else. Name another `index`."
         ) from None
-    for what in ("fields", "image", "tars"):
-        if made_of[what] != request[what]:
+    for what in ("fields", "image", "indexing", "tars"):
+        if made_of.get(what) != request[what]:
             raise UserError(
                 f"{place}: expected an index of the {what} in the recipe, found one of others. "
                 "Remove it to index them again, or name another `index`."
@@ -167,21 +176,32 @@ def _make(
     request: Mapping[str, Any],
     fields: Mapping[str, FieldSettings],
     image: str | None,
+    indexing: Indexing,
 ) -> None:
     """Write the index under another name, and rename it when it is whole."""
     log.warning("%s: indexing the tars, once", place)
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that died
-    by_kind: dict[str, dict[str, str]] = {}
-    for name, settings in fields.items():
-        by_kind.setdefault(settings.kind, {})[name] = getattr(settings, "from")
-    mapping = FieldMapping(
-        image=image,
-        classes={name: settings.classes for name, settings in fields.items() if settings.classes},
-        units={name: settings.unit for name, settings in fields.items() if settings.unit},
-        **by_kind,  # type: ignore[arg-type]
+    found = Tars(
+        tuple(tars),
+        tuple(image.split(",")) if image else (),
+        {name: f"{settings.kind}:{getattr(settings, 'from')}" for name, settings in fields.items()},
+        {name: settings.classes for name, settings in fields.items() if settings.classes},
+        {name: settings.unit for name, settings in fields.items() if settings.unit},
+        indexing.separator,
+        indexing.missing,
+        indexing.strict,
     )
-    index_tars(tars, partial / place.name, mapping)
+    options = PackOptions(
+        indexing.split,
+        indexing.val,
+        indexing.group,
+        indexing.stratify,
+        indexing.seed,
+        max_skipped=indexing.max_skipped,
+        verify=indexing.verify,
+    )
+    index(found, partial / place.name, options)
     write_text(partial / place.name / _REQUEST, json.dumps(request, indent=1))
     os.rename(partial / place.name, place)
     partial.rmdir()

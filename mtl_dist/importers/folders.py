@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated
@@ -19,9 +19,10 @@ from mtl_dist.importers.options import Help
 from mtl_dist.importers.sources import Tree
 from mtl_dist.importers.splitting import SPLIT_NAMES, is_split_word, split_name
 from mtl_dist.importers.summary import listed
+from mtl_dist.importers.wanted import Missing, Strict
 from mtl_dist.kinds.classification import Classification
 from mtl_dist.kinds.segmentation import BACKGROUND, Segmentation
-from mtl_dist.kinds.vocabulary import class_order
+from mtl_dist.kinds.vocabulary import MISSING, class_order, plain
 
 SKIP = "-"
 """In place of a level's task: folders that say nothing."""
@@ -58,6 +59,8 @@ class Folders(Importer):
                 "Masks made from the pictures: otsu, or the import path of a function of yours.", "TASK=HOW"
             ),
         ] = {},  # noqa: B006 (never changed)
+        missing: Missing = MISSING,
+        strict: Strict = False,
     ) -> None:
         if bool(task) == bool(levels):
             raise UserError(
@@ -73,6 +76,7 @@ class Folders(Importer):
         for how in mask.values():
             mask_maker(how)
         self._masks = mask
+        self._missing, self._strict = frozenset(map(plain, missing)), strict
         self._tree = Tree(source)
         self._source = source
         self._notes: list[str] = []
@@ -102,7 +106,7 @@ class Folders(Importer):
         for number, path in enumerate(self._images):
             source = self._tree.source(self._base + path)
             self.account.became("files", self._base + path, IMAGE)
-            labels = {task: column[number] for task, column in self._labels.items()}
+            labels = {task: column[number] for task, column in self._labels.items() if column[number] >= 0}
             made = {name: MadeMask(source, how) for name, how in self._masks.items()}
             yield Record("", source, labels, made, self._splits[number], path=path)
 
@@ -133,7 +137,7 @@ class Folders(Importer):
         """The word of each image's split, "" where there is none, and its class folders from the outside."""
         tree, base = self._tree, self._base
         folders = [path.removeprefix(base) for path in tree.directories if path.startswith(base)]
-        above = _has_splits_above(folders)
+        above = self._has_splits_above = _has_splits_above(folders)
         if above:
             self._check_splits(folders)
         depth = 1 if above else 0
@@ -183,19 +187,30 @@ class Folders(Importer):
             for names_above in paths:
                 parents[names_above[-1]].add(names_above[:-1])
             texts = [each[-1] if len(parents[each[-1]]) == 1 else "/".join(each) for each in paths]
+            unlabelled = Counter(each[-1] for each in paths if each[-1] in self._missing)
+            if unlabelled:
+                words = ", ".join(f"{word!r} ({number:,})" for word, number in sorted(unlabelled.items()))
+                self._notes.append(f"{task}: read as no label: {words}")
             if shared := sorted(name for name, where in parents.items() if len(where) > 1):
                 self._notes.append(
                     f"{task}: one name in several folders, distinguished by them: {listed(shared)}"
                 )
-            names = class_order(texts)
+            names = class_order(
+                text for text, each in zip(texts, paths, strict=True) if each[-1] not in self._missing
+            )
             if len(names) < 2:
                 raise UserError(
                     f"{self._source}: expected one folder per class, found {len(names) or 'no'} with images."
                 )
             index = {name: number for number, name in enumerate(names)}
-            classes[task], labels[task] = tuple(names), [index[text] for text in texts]
-            self._note_spellings(task, names, [inside[depth] for inside in folders])
+            classes[task], labels[task] = tuple(names), [index.get(text, -1) for text in texts]
+            self._note_spellings(task, names, self._written(depth))
         return classes, labels
+
+    def _written(self, depth: int) -> list[str]:
+        """The folder of each image at a depth, as it is written where it lies."""
+        above = self._base.count("/") + int(self._has_splits_above) + depth
+        return [self._tree.written(self._base + path).split("/")[above] for path in self._images]
 
     def _note_spellings(self, task: str, names: Sequence[str], written: Sequence[str]) -> None:
         """What is said of folders whose names look alike."""
@@ -203,6 +218,12 @@ class Folders(Importer):
         for name in written:
             forms[normalize("NFC", name)].add(name)
         for name, found in sorted(forms.items()):
+            if len(found) > 1 and self._strict:
+                raise UserError(
+                    f"{self._source}: expected one folder for each class, found "
+                    f"{' and '.join(map(ascii, sorted(found)))}. "
+                    "Merge them, or leave out --strict."
+                )
             if len(found) > 1:
                 self._notes.append(f"{task}: folders {name} in {len(found)} Unicode forms are one class")
         cases: defaultdict[str, list[str]] = defaultdict(list)
@@ -226,9 +247,9 @@ class Folders(Importer):
 
     def _check_filled(self, folders: Sequence[str]) -> None:
         depth = folders[0].count("/") + 1 if folders else 0
-        filled = {"/".join(path.split("/")[:depth]) for path in self._images}
+        filled = {normalize("NFC", "/".join(path.split("/")[:depth])) for path in self._images}
         for folder in folders:
-            if folder not in filled:
+            if normalize("NFC", folder) not in filled:
                 raise UserError(
                     f"{self._tree}/{self._base}{folder}: expected images of a class, found none. Fill or "
                     "remove the folder."
@@ -242,7 +263,7 @@ class Folders(Importer):
         for task, labels in self._labels.items():
             trained = {label for label, split in zip(labels, splits, strict=True) if split == "train"}
             for label, split in zip(labels, splits, strict=True):
-                if label not in trained:
+                if label >= 0 and label not in trained:
                     raise UserError(
                         f"{self._source}: expected the classes of train in every split, found "
                         f"{self._classes[task][label]!r} in {split}. Add training images of it, or "

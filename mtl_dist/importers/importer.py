@@ -6,10 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from mtl_dist.importers.account import Account
 from mtl_dist.importers.jobs import Record, TaskSource
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mtl_dist.data.manifest import Manifest
+    from mtl_dist.importers.options import PackOptions
+    from mtl_dist.importers.packing import Progress
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Importer(ABC):
     """The share of train to validate on, where the data has splits but no val."""
     verify: ClassVar[bool] = True
     """Whether images may be damaged, so that they are decoded once."""
+    repacks: ClassVar[bool] = True
+    """Whether images are stored anew, so that they can be converted on the way."""
 
     @abstractmethod
     def tasks(self) -> Mapping[str, TaskSource]:
@@ -45,6 +54,10 @@ class Importer(ABC):
     def notes(self) -> Iterator[str]:
         """What is to be said of the data, once its records were read."""
         yield from ()
+
+    def index(self, out: Path, options: PackOptions, progress: Progress) -> Manifest:
+        """The dataset `out` over images that stay where they are; of importers that do not repack."""
+        raise NotImplementedError(type(self).__name__)
 
     def ungrouped(self) -> frozenset[str]:
         """The columns of its records that are used otherwise, and are no groups."""

@@ -27,5 +27,9 @@ IMPORTERS = {
     "cifar": BuiltIn("mtl_dist.importers.cifar.Cifar", "CIFAR's binary records, with any number of labels."),
     "coco": BuiltIn("mtl_dist.importers.coco.Coco", "COCO's JSON files: instances or panoptic."),
     "voc": BuiltIn("mtl_dist.importers.voc.Voc", "Pascal VOC's XML files of boxes, and its masks."),
+    "tars": BuiltIn(
+        "mtl_dist.importers.tars.Tars",
+        "WebDataset tars that others wrote, indexed where they are: mtl index.",
+    ),
     "stacks": BuiltIn("mtl_dist.importers.stacks.Stacks", "Multi-page TIFFs: one sample per page."),
 }

@@ -113,6 +113,8 @@ def prepare(
     Raises:
         UserError: `out` is taken, the data cannot be used or split as asked, or the disk is full.
     """
+    if not importer.repacks:
+        return importer.index(out, options, progress)
     refuse_existing(out)
     with partial_directory(out) as partial:
         spool = Spool(partial.directory / SPOOL)
@@ -120,7 +122,7 @@ def prepare(
             tasks = importer.tasks()
             records = _read(importer, spool, options, progress)
             records = _with_keys(records)
-            names, notes = _splits(importer, records, tasks, options)
+            names, notes = splits_of(importer, records, tasks, options)
             splits: dict[str, list[Record]] = {}
             for record, name in zip(records, names, strict=True):
                 splits.setdefault(name, []).append(record)
@@ -192,10 +194,14 @@ def _with_keys(records: Sequence[Record]) -> list[Record]:
 
 
 # ---------------------------------------------------------------- splitting
-def _splits(
+def splits_of(
     importer: Importer, records: Sequence[Record], tasks: Mapping[str, TaskSource], options: PackOptions
 ) -> tuple[list[str], list[str]]:
-    """The split of each record, and what is to be said of it."""
+    """The split of each record, and what is to be said of it.
+
+    Raises:
+        UserError: splits that the data lacks or has, or groups that they divide.
+    """
     notes: list[str] = []
     by, strata = _strata(importer, records, tasks, options.stratify)
     groups = groups_of(records, options.group)

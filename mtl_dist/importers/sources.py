@@ -166,6 +166,10 @@ class Tree:
         status = full.stat()
         return Source(str(full), status.st_size, status.st_mtime_ns)
 
+    def written(self, path: str) -> str:
+        """The name of a file out of `files` as it is written where it lies, in whichever Unicode form."""
+        return self._names[path]
+
     def relative(self, path: str) -> str:
         """The path of a source's file from the root of the tree on."""
         return path if self.is_archive else os.path.relpath(path, self.root)

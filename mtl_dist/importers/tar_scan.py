@@ -12,7 +12,7 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -21,16 +21,23 @@ from typing import Any, Protocol
 import numpy as np
 
 from mtl_dist.data.content_hashes import content_hash
-from mtl_dist.data.images import IMAGE_EXTENSIONS, UnreadableImage, examine_image, open_map
+from mtl_dist.data.images import IMAGE_EXTENSIONS, ImageFacts, UnreadableImage, examine_image, open_map
 from mtl_dist.data.manifest import ShardInfo
 from mtl_dist.data.remote import Location, Url, UrlReader
 from mtl_dist.data.shards import index_dtype
 from mtl_dist.errors import UserError
+from mtl_dist.importers.account import HIDDEN, IMAGE, MASK
+from mtl_dist.importers.orientation import DISPLAYED, check_size
 from mtl_dist.importers.sources import is_hidden
-from mtl_dist.kinds.kind import UnreadableMap
+from mtl_dist.kinds.kind import StoredMap, UnreadableMap
 from mtl_dist.kinds.registry import map_kind
 from mtl_dist.kinds.vocabulary import Cell, LabelError
 from mtl_dist.specs import TaskInfo
+
+_LABEL, _NOT_ASKED = "label", "left out: no task is made of it"
+_NO_SAMPLE = "left out: of a sample without an image that can be used"
+_FOLDER, _NO_EXTENSION = "folder", "left out: a name without an extension"
+_NO_FILE = "left out: a link or no file"
 
 _NAME = re.compile(r"^((?:.*/)?[^.]+)\.([^/]*)$")
 _CHUNK = 1 << 20
@@ -81,7 +88,7 @@ class TarScan:
 
     `images` are the extensions that may be the image; `labels` and `masks` the field of each task, and
     `task_infos` what is known of it, and `values` the class of each value of a mask, where it is stated.
-    With `verify` every image is decoded.
+    `columns` are more fields, by which samples are split. With `verify` every image is decoded.
     """
 
     path: Location
@@ -91,22 +98,29 @@ class TarScan:
     task_infos: Mapping[str, TaskInfo]
     verify: bool
     values: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    columns: Mapping[str, LabelField] = field(default_factory=dict)
 
 
 @dataclass
 class TarFacts:
-    """What a scan found: the shard, offsets and sizes of images and masks, and the labels as text.
+    """What a scan found: the shard, offsets and sizes of images and maps, and the labels as text.
 
-    `rows` are index rows whose `labelled` is still 0. `tallies` is what is counted of each task's maps.
-    `skipped` are the samples left out, and why; `hidden` the members that are no data. `content_hashes`
-    are those of the images, in a row.
+    `rows` are index rows whose `labelled` is still 0; `cells` and `columns` are the texts of labels and of
+    other fields, row by row, and `tallies` what is counted of each map (None without one). `members` counts
+    what became of each member, `conventions` has an example of each way in which maps were read, and
+    `unlabelled` the maps that say nothing. `skipped` are the samples left out, and why. `content_hashes` are
+    those of the images, in a row.
     """
 
     info: ShardInfo
     rows: np.ndarray
     keys: list[str]
     cells: dict[str, list[Cell]]
-    tallies: dict[str, np.ndarray]
+    columns: dict[str, list[Cell]]
+    tallies: dict[str, list[np.ndarray | None]]
+    conventions: dict[str, dict[str, str]]
+    members: Counter[str] = field(default_factory=Counter)
+    unlabelled: Counter[str] = field(default_factory=Counter)
     image_kinds: dict[str, tuple[str, int]] = field(default_factory=dict)
     oddities: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
@@ -118,6 +132,7 @@ class TarFacts:
 class _Member:
     offset: int
     data: bytes
+    in_one_place: bool = True
 
 
 class _Skipped(Exception):
@@ -136,7 +151,9 @@ def scan_tar(scan: TarScan, tick: Callable[[], None]) -> TarFacts:
         np.empty(0, dtype),
         [],
         {task: [] for task in scan.labels},
-        {task: map_kind(scan.task_infos[task].kind).tally(scan.task_infos[task]) for task in scan.masks},
+        {name: [] for name in scan.columns},
+        {task: [] for task in scan.masks},
+        {task: {} for task in scan.masks},
     )
     rows: list[tuple[int, ...]] = []
     hashes: list[bytes] = []
@@ -149,23 +166,35 @@ def scan_tar(scan: TarScan, tick: Callable[[], None]) -> TarFacts:
                 rows.append(_row(scan, key, members, facts, oddities, hashes))
             except _Skipped as reason:
                 facts.skipped.append(f"{where}: {reason}.")
+                facts.members[_NO_SAMPLE] += len(members)
                 continue
             facts.keys.append(key)
             contents = {extension: member.data for extension, member in members.items()}
-            for task, label in scan.labels.items():
-                try:
-                    facts.cells[task].append(label.cell(contents))
-                except ValueError as error:
-                    raise UserError(
-                        f"{where}: task {task!r}: expected a label in {label}: {error}."
-                    ) from None
-        stream.drain()
+            for fields, found in ((scan.labels, facts.cells), (scan.columns, facts.columns)):
+                for name, label in fields.items():
+                    try:
+                        found[name].append(label.cell(contents))
+                    except ValueError as error:
+                        raise UserError(f"{where}: {name!r}: expected a label in {label}: {error}.") from None
+            for extension in members:
+                facts.members[_fate(scan, extension)] += 1
+        stream.drain(scan.path)
     facts.rows = np.array(rows, dtype)
     facts.oddities = dict(oddities)
     facts.content_hashes = b"".join(hashes)
     facts.info = ShardInfo(str(scan.path), len(rows), stream.num_bytes, stream.hash.hexdigest())
     tick()
     return facts
+
+
+def _fate(scan: TarScan, extension: str) -> str:
+    """What became of a member of a sample that is used."""
+    if extension in scan.images:
+        return IMAGE
+    if extension in scan.masks.values():
+        return MASK
+    asked = {label.extension for label in (*scan.labels.values(), *scan.columns.values())}
+    return _LABEL if extension in asked else _NOT_ASKED
 
 
 def _row(
@@ -185,36 +214,23 @@ def _row(
         there = ", ".join(f".{extension}" for extension in sorted(members))
         raise _Skipped(f"expected an image (--image {','.join(scan.images)}), found {there}")
     image = members[found[0]]
+    if not image.in_one_place:
+        raise _Skipped(f"expected the image .{found[0]} in one piece, found a sparse member")
     try:
         picture = examine_image(image.data, decode=scan.verify)
     except UnreadableImage as error:
         raise _Skipped(f"expected a readable image, found {error}") from None
     row = [image.offset, len(image.data), 0, 0, 0]
     for task, extension in scan.masks.items():
-        info = scan.task_infos[task]
-        kind = map_kind(info.kind)
         member = members.get(extension)
-        if member is None:
+        stored = None if member is None else _map(scan, task, where, member, picture)
+        if stored is None or member is None or not map_kind(scan.task_infos[task].kind).is_labelled(stored):
+            facts.unlabelled[task] += stored is not None
+            facts.tallies[task].append(None)
             row += [0, 0]
             continue
-        try:
-            with open_map(member.data) as opened:
-                mask = kind.store(member.data, opened, info, scan.values.get(task, {}))
-        except (UnreadableMap, UnreadableImage) as error:
-            raise UserError(f"{where}: task {task!r}: {error}.") from None
-        except LabelError as error:
-            raise UserError(f"{where}: task {task!r}: {error}") from None
-        if (mask.width, mask.height) != (picture.width, picture.height):
-            raise UserError(
-                f"{where}: task {task!r}: expected the size of its image, {picture.width}x{picture.height}, "
-                f"found {mask.width}x{mask.height}."
-            )
-        if mask.data is not member.data:
-            raise UserError(
-                f"{where}: task {task!r}: expected an 8-bit grey PNG of class indices, found another kind of "
-                "mask. Tars are not rewritten here: unpack them and use `mtl prepare table`."
-            )
-        facts.tallies[task] = kind.add(facts.tallies[task], mask.tally)
+        facts.tallies[task].append(stored.tally)
+        facts.conventions[task].setdefault(stored.convention, where)
         row += [member.offset, len(member.data)]
     image_kind = f"{picture.channels} {picture.dtype}"
     example, number = facts.image_kinds.get(image_kind, (where, 0))
@@ -224,6 +240,30 @@ def _row(
     return tuple(row)
 
 
+def _map(scan: TarScan, task: str, where: str, member: _Member, picture: ImageFacts) -> StoredMap:
+    """The map of a task in a sample.
+
+    Raises:
+        UserError: it does not fit the task or its image, or would have to be stored in another form.
+    """
+    info = scan.task_infos[task]
+    try:
+        with open_map(member.data) as opened:
+            stored = map_kind(info.kind).store(member.data, opened, info, scan.values.get(task, {}))
+    except (UnreadableMap, UnreadableImage) as error:
+        raise UserError(f"{where}: task {task!r}: {error}.") from None
+    except LabelError as error:
+        raise UserError(f"{where}: task {task!r}: {error}") from None
+    check_size(f"{where}: task {task!r}", stored, picture, DISPLAYED)
+    if stored.data is not member.data or not member.in_one_place:
+        raise UserError(
+            f"{where}: task {task!r}: expected a file as shards hold it (of classes an 8-bit grey PNG of "
+            "class indices), found another form. Tars are not rewritten here: unpack them and use "
+            "`mtl prepare table`."
+        )
+    return stored
+
+
 def _samples(
     scan: TarScan, stream: _HashingReader, facts: TarFacts
 ) -> Iterator[tuple[str, dict[str, _Member]]]:
@@ -231,16 +271,23 @@ def _samples(
 
     What an operating system left behind (`._0001.jpg`) is no member of a sample, but counted in `facts`.
     """
-    wanted = {*scan.images, *scan.masks.values(), *(label.extension for label in scan.labels.values())}
+    asked = (*scan.labels.values(), *scan.columns.values())
+    wanted = {*scan.images, *scan.masks.values(), *(label.extension for label in asked)}
     last, members = "", dict[str, _Member]()
     with _opened(scan.path, stream) as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # (it keeps every header otherwise)
-            parts = _NAME.match(member.name.removeprefix("./"))
-            if not member.isfile() or parts is None:
+            name = _printable(member.name.removeprefix("./"))
+            parts = _NAME.match(name)
+            if not member.isfile():
+                facts.members[_FOLDER if member.isdir() else _NO_FILE] += 1
                 continue
-            if any(map(is_hidden, PurePosixPath(parts[0]).parts)):
-                facts.hidden.append(member.name)
+            if any(map(is_hidden, PurePosixPath(name).parts)):
+                facts.hidden.append(name)
+                facts.members[HIDDEN] += 1
+                continue
+            if parts is None:
+                facts.members[_NO_EXTENSION] += 1
                 continue
             key, extension = parts[1], parts[2].lower()
             if key != last:
@@ -250,7 +297,9 @@ def _samples(
             if extension in members:
                 raise UserError(f"{scan.path}, sample {key}: expected one member .{extension}, found two.")
             content = tar.extractfile(member) if extension in wanted else None
-            members[extension] = _Member(member.offset_data, content.read() if content else b"")
+            members[extension] = _Member(
+                member.offset_data, content.read() if content else b"", not member.issparse()
+            )
     if members:
         yield last, members
 
@@ -299,17 +348,28 @@ class _HashingReader:
         self.head = self.head or data[:8]
         return data
 
-    def drain(self) -> None:
-        """Read what follows the end of the archive."""
-        while self.read(_CHUNK):
-            pass
+    def drain(self, path: Location) -> None:
+        """Read what follows the end of the archive.
+
+        Raises:
+            UserError: it is more than padding: nobody would see what is in it.
+        """
+        while data := self.read(_CHUNK):
+            if data.strip(b"\0"):
+                raise UserError(
+                    f"{path}: expected nothing after the end of the archive, found more, as of tars "
+                    "joined by cat. Readers end there: unpack it with tar -xi and pack it again."
+                )
 
 
-def image_extensions(text: str | None) -> tuple[str, ...]:
-    """The extensions of an image that a text such as "jpg,png" names; all usual ones without it."""
-    if text is None:
-        return tuple(sorted(IMAGE_EXTENSIONS))
-    return tuple(part.strip().lower().lstrip(".") for part in text.split(","))
+def image_extensions(stated: Sequence[str]) -> tuple[str, ...]:
+    """The extensions that an image may have: those that are stated, else all usual ones."""
+    return tuple(part.strip().lower().lstrip(".") for part in stated) or tuple(sorted(IMAGE_EXTENSIONS))
+
+
+def _printable(name: str) -> str:
+    """A name whose bytes are no UTF-8 in a form that can be written."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _text(value: Any) -> str:

@@ -1,7 +1,9 @@
-"""Index and manifest over WebDataset tars that someone else wrote; the tars stay where and as they are.
+"""WebDataset tars that others wrote: they are indexed where they lie, and stay as they are.
 
 The manifest names the tars by path. Labels stand in them in any form (`.cls`, a value in `.json`, `.txt`),
 so they are read once, now, and kept as label columns.
+
+    tars -> a scan of each, in parallel -> records -> splits (the road's) -> rows, columns, manifest
 """
 
 from __future__ import annotations
@@ -10,22 +12,38 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from mtl_dist.data.columns import label_columns, labels_path
 from mtl_dist.data.content_hashes import HASH_DTYPE, content_hashes_path
-from mtl_dist.data.manifest import MANIFEST_NAME, LabelCounts, Manifest, ShardInfo, SplitInfo, write_manifest
+from mtl_dist.data.images import UnreadableImage, examine_image
+from mtl_dist.data.manifest import (
+    MANIFEST_NAME,
+    LabelCounts,
+    Manifest,
+    PixelFacts,
+    ShardInfo,
+    SplitInfo,
+    write_manifest,
+)
+from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.remote import Location, Place, Url, location
-from mtl_dist.data.shards import check_task_names, index_path, save_index
+from mtl_dist.data.shards import index_path, save_index
 from mtl_dist.errors import UserError
-from mtl_dist.importers.jobs import check_skipped, run_jobs
-from mtl_dist.importers.options import STANDARD, PackOptions
+from mtl_dist.importers.account import SAMPLE, UNREADABLE
+from mtl_dist.importers.conversion import pixels_of
+from mtl_dist.importers.importer import Importer
+from mtl_dist.importers.jobs import Record, TaskSource, check_skipped, run_jobs
+from mtl_dist.importers.options import STANDARD, Help, PackOptions, fractions_in
 from mtl_dist.importers.packing import Progress, silent
-from mtl_dist.importers.splitting import SPLIT_NAMES, split_name
+from mtl_dist.importers.pixel_counts import PixelCounts, pixel_facts
+from mtl_dist.importers.road import splits_of
+from mtl_dist.importers.splitting import SPLIT_NAMES, is_split_word, split_name
 from mtl_dist.importers.summary import (
     duplicate_notes,
     image_format,
@@ -34,122 +52,199 @@ from mtl_dist.importers.summary import (
     listed,
     with_facts,
 )
-from mtl_dist.importers.tables import Row, read_labels
+from mtl_dist.importers.tables import Row
 from mtl_dist.importers.tar_scan import LabelField, TarFacts, TarScan, image_extensions, scan_tar
-from mtl_dist.kinds.classification import Classification
+from mtl_dist.importers.wanted import Classes, Missing, Separator, Strict, Units, wanted_tasks
 from mtl_dist.kinds.kind import Label, MapKind, ScalarKind
-from mtl_dist.kinds.multilabel import Multilabel
 from mtl_dist.kinds.registry import kind_of
-from mtl_dist.kinds.regression import Regression
-from mtl_dist.kinds.segmentation import Segmentation
-from mtl_dist.kinds.vocabulary import MISSING, ClassNames, Declared, LabelError
+from mtl_dist.kinds.vocabulary import MISSING
 from mtl_dist.plural import plural
-from mtl_dist.specs import TaskInfo
+from mtl_dist.specs import IGNORE, TaskInfo
 
 _SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)(?![a-z])", re.I)
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MEASURED = 1024
+"""Of the training images at most so many are measured: they are read a second time."""
 
 
-@dataclass(frozen=True)
-class FieldMapping:
-    """Which fields of a sample are which tasks: `cls`, `txt`, `json:age`; a mask by its extension.
+class Tars(Importer):
+    """WebDataset tars that others wrote: they stay where they are, and OUT says what is in them.
 
-    `image` is the image's extension, or several with commas; the usual ones without it. `classes` names the
-    classes of a task; without it they are those that are found. `separator` stands between the classes in
-    the text of a multilabel task; `missing` and `strict` are as `Declared` has them.
+    \b
+      mtl index 'in1k/train-{000..146}.tar' data/in1k --image jpg --classification label=cls
+      mtl index laion/ data/laion --multilabel tags=json:tags --regression score=json:meta.score
+      mtl index web/ data/web --classification label=cls --split 0.9,0.1 --group json:patient
+
+    A sample is what WebDataset takes for one: members with the same name up to the first dot. Splits are
+    those that the tars' names or folders say, or made (`--split 0.9,0.1`, `--val`), or a field's
+    (`--split json:fold`); `--split test` is that of all tars. Without any all is train.
     """
 
-    image: str | None = None
-    classification: Mapping[str, str] = field(default_factory=dict)
-    multilabel: Mapping[str, str] = field(default_factory=dict)
-    regression: Mapping[str, str] = field(default_factory=dict)
-    segmentation: Mapping[str, str] = field(default_factory=dict)
-    classes: Mapping[str, ClassNames] = field(default_factory=dict)
-    units: Mapping[str, str] = field(default_factory=dict)
-    separator: str = "|"
-    missing: Sequence[str] = MISSING
-    strict: bool = False
+    repacks: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        source: Annotated[
+            tuple[str, ...], Help("Tars, names with {000..099}, folders; also as URLs.", "TARS...")
+        ],
+        image: Annotated[
+            tuple[str, ...], Help("What is the image, such as jpg or left.png.", "EXT,...")
+        ] = (),
+        labels: Annotated[
+            dict[str, str],
+            Help(
+                "A task of any kind, from a field: cls, txt, json:breed, meta.json:dog.breed, seg.png; "
+                "--KIND TASK=FIELD in short.",
+                "KIND:TASK=FIELD",
+                "label",
+            ),
+        ] = {},  # noqa: B006 (never changed)
+        classes: Classes = {},  # noqa: B006
+        units: Units = {},  # noqa: B006
+        separator: Separator = "|",
+        missing: Missing = MISSING,
+        strict: Strict = False,
+    ) -> None:
+        self._images = image_extensions(image)
+        self._wanted = {
+            task.task: task for task in wanted_tasks(labels, classes, units, separator, missing, strict)
+        }
+        self._maps = [task for task in self._wanted.values() if task.is_map]
+        self._scalars = [task for task in self._wanted.values() if not task.is_map]
+        self.tars = _tars(source)
+        self._notes: list[str] = []
 
     @property
-    def tasks(self) -> dict[str, TaskInfo]:
-        """The tasks, by name, with the classes that are known beforehand."""
-        tasks: dict[str, TaskInfo] = {}
-        kinds = (
-            (Classification.name, self.classification),
-            (Multilabel.name, self.multilabel),
-            (Regression.name, self.regression),
-            (Segmentation.name, self.segmentation),
-        )
-        for kind, fields in kinds:
-            for task in fields:
-                if task in tasks:
-                    raise UserError(f"tasks: expected each name once, found {task!r} twice.")
-                try:
-                    tasks[task] = kind_of(kind).declare(task, self.declared(task))
-                except LabelError as error:
-                    raise UserError(f"classes of {task!r}: {error}") from None
-        return tasks
+    def stratify(self) -> str:
+        return ""
 
-    def declared(self, task: str) -> Declared:
-        """What is said of a task beforehand."""
-        return Declared(
-            self.classes.get(task),
-            self.units.get(task, ""),
-            self.separator,
-            missing=self.missing,
-            strict=self.strict,
-        )
-
-    def checked_tasks(self) -> dict[str, TaskInfo]:
-        """The tasks.
+    def scan(self, options: PackOptions, progress: Progress) -> None:
+        """Read all tars, once.
 
         Raises:
-            UserError: none, a bad or repeated name, or classes or a unit of no task.
+            UserError: a tar that is not whole, a label that is none, or more samples left out than allowed.
         """
-        tasks = self.tasks
-        if not tasks:
-            raise UserError(
-                "tasks: expected at least one task, found none. Example: --classification label=cls"
+        infos = {task.task: task.map_task().info for task in self._maps}
+        values = {task.task: task.map_task().mask_values for task in self._maps}
+        self._columns = {text: LabelField.parse(text) for text in _fields_of(options)}
+        scans = [
+            TarScan(
+                path=path,
+                images=self._images,
+                labels={task.task: LabelField.parse(task.column) for task in self._scalars},
+                masks={task.task: task.column.lower().lstrip(".") for task in self._maps},
+                task_infos=infos,
+                verify=options.verify,
+                values=values,
+                columns=self._columns,
             )
-        check_task_names(tasks)
-        for option, given in (("--classes", self.classes), ("--unit", self.units)):
-            for task in given:
-                if task not in tasks:
-                    raise UserError(
-                        f"{option}: expected one of the tasks {', '.join(tasks)}, found {task!r}."
-                    )
-        return tasks
+            for path in self.tars
+        ]
+        progress(0, len(scans))
+        workers = options.workers or len(os.sched_getaffinity(0))
+        self.found: list[TarFacts] = []
+        for facts in run_jobs(scan_tar, scans, workers, lambda done: progress(done, len(scans))):
+            self.found.append(facts)
+            check_skipped([reason for each in self.found for reason in each.skipped], options.max_skipped)
+        self._account()
+
+    def tasks(self) -> Mapping[str, TaskSource]:
+        """Each task; its labels are read by the way. `scan` comes first."""
+        self.labels: dict[str, Sequence[Label | None]] = {}
+        sources: dict[str, TaskSource] = {}
+        for name, task in self._wanted.items():
+            if task.is_map:
+                sources[name] = task.map_task()
+                continue
+            rows = [
+                Row(f"{facts.info.path}, sample {key}", {task.column: cell})
+                for facts in self.found
+                for key, cell in zip(facts.keys, facts.cells[name], strict=True)
+            ]
+            sources[name], self.labels[name], notes = task.read(rows)
+            self._notes += notes
+        return sources
+
+    def records(self) -> Iterator[Record]:
+        """Each sample in its order; its image is read where it lies, and is not in the record."""
+        at = 0
+        for facts in self.found:
+            split = _split_of(location(facts.info.path)) or ""
+            for number, key in enumerate(facts.keys):
+                labels = {
+                    task: label for task, column in self.labels.items() if (label := column[at]) is not None
+                }
+                columns = {name: cells[number] for name, cells in facts.columns.items()}
+                name = f"{facts.info.path.rpartition('/')[2]}/{key}"
+                yield Record(name, b"", labels, {}, split, path=key, columns=columns)
+                at += 1
+
+    def index(self, out: Path, options: PackOptions, progress: Progress) -> Manifest:
+        return index(self, out, options, progress)
+
+    def notes(self) -> Iterator[str]:
+        yield from self._notes
+        hidden = [name for facts in self.found for name in facts.hidden]
+        if hidden:
+            yield (
+                f"members left out, hidden or left behind by an operating system: {len(hidden)} "
+                f"({listed(hidden)})"
+            )
+        unlabelled: Counter[str] = Counter()
+        for facts in self.found:
+            unlabelled.update(facts.unlabelled)
+        for task, number in unlabelled.items():
+            if number:
+                yield f"{task}: masks that are {IGNORE} throughout, taken as no label: {number}"
+
+    def _account(self) -> None:
+        account = self.account
+        account.count("tars", "indexed", len(self.found))
+        for facts in self.found:
+            for fate, number in facts.members.items():
+                account.count("members", fate, number)
+            account.count("samples", SAMPLE, len(facts.rows))
+            if facts.skipped:
+                account.count("samples", UNREADABLE, len(facts.skipped))
 
 
-def index_tars(
-    tars: Sequence[str],
-    out: Path,
-    mapping: FieldMapping,
-    *,
-    split: str | None = None,
-    options: PackOptions = STANDARD,
-    progress: Progress = silent,
-) -> Manifest:
-    """Write index, label columns and manifest for `tars` into the directory `out`; return the manifest.
+def _fields_of(options: PackOptions) -> list[str]:
+    """The fields by which samples are split or grouped."""
+    fields = [options.group] if options.group and "{" not in options.group else []
+    split = options.split
+    if isinstance(split, str) and not _is_of_all(split) and fractions_in(split) is None and "=" not in split:
+        fields.append(split)
+    return fields
 
-    `tars` are files, directories of them, names with {000..099}, or URLs of these. All are of `split`, or
-    of the split that their folder or file name names, or of "train". `progress` counts tars.
+
+def _is_of_all(split: object) -> bool:
+    """Whether `--split` names the split of all tars, as a word and not a field."""
+    return isinstance(split, str) and is_split_word(split)
+
+
+def index(tars: Tars, out: Path, options: PackOptions = STANDARD, progress: Progress = silent) -> Manifest:
+    """Write index, label columns and manifest of `tars` into the directory `out`; return the manifest.
+
+    `progress` counts tars.
 
     Raises:
         UserError: a tar, field or label that is not there or not understood, or `out` holds a dataset.
     """
-    tasks = mapping.checked_tasks()
     if (out / MANIFEST_NAME).exists():
         raise UserError(f"{out}: expected a directory without a dataset, found one. Choose another.")
-    splits = _splits(_tars(tars), split)
-    scans = [_scan(path, mapping, tasks, options.verify) for paths in splits.values() for path in paths]
-    progress(0, len(scans))
-    workers = options.workers or len(os.sched_getaffinity(0))
-    found: list[TarFacts] = []
-    for facts in run_jobs(scan_tar, scans, workers, lambda done: progress(done, len(scans))):
-        found.append(facts)
-        check_skipped([reason for each in found for reason in each.skipped], options.max_skipped)
-    return _write(out, mapping, tasks, splits, found)
+    tars.scan(options, progress)
+    tasks = tars.tasks()
+    records = list(tars.records())
+    if not records:
+        raise UserError(f"expected samples, found none in {plural(len(tars.found), 'tar')}.")
+    notes: list[str] = []
+    if _is_of_all(options.split):
+        splits = [split_name(str(options.split))] * len(records)
+    else:
+        if options.split is None and not any(record.split for record in records):
+            records = [replace(record, split=SPLIT_NAMES[0]) for record in records]
+        splits, notes = splits_of(tars, records, tasks, options)
+    return _write(out, tars, tasks, splits, notes)
 
 
 # ---------------------------------------------------------------- which tars
@@ -193,26 +288,6 @@ def _expanded(name: str) -> list[str]:
     return [full for name in names for full in _expanded(name)]
 
 
-def _splits(paths: Sequence[Location], split: str | None) -> dict[str, list[Location]]:
-    """The tars of each split, the usual splits first."""
-    names: list[str | None]
-    if split is not None:
-        names = [split] * len(paths)
-    else:
-        names = [_split_of(path) for path in paths]
-        if not any(names):
-            names = [SPLIT_NAMES[0]] * len(paths)
-    splits: dict[str, list[Location]] = {}
-    for path, name in zip(paths, names, strict=True):
-        if name is None:
-            raise UserError(
-                f"{path}: expected a split in its name as others have, found none. Say --split NAME."
-            )
-        splits.setdefault(name, []).append(path)
-    usual = [name for name in SPLIT_NAMES if name in splits]
-    return {name: splits[name] for name in usual + sorted(set(splits) - set(usual))}
-
-
 def _split_of(path: Location) -> str | None:
     """The split that a part of the tar's name names, or else the whole of its folder's name."""
     parts = str(path).split("/")
@@ -223,149 +298,127 @@ def _split_of(path: Location) -> str | None:
     return folder if folder in SPLIT_NAMES else None
 
 
-def _scan(path: Location, mapping: FieldMapping, tasks: Mapping[str, TaskInfo], verify: bool) -> TarScan:
-    scalar = {**mapping.classification, **mapping.multilabel, **mapping.regression}
-    return TarScan(
-        path=path,
-        images=image_extensions(mapping.image),
-        labels={task: LabelField.parse(text) for task, text in scalar.items()},
-        masks={task: text.lower().lstrip(".") for task, text in mapping.segmentation.items()},
-        task_infos=tasks,
-        verify=verify,
-        values={task: mapping.declared(task).class_values for task in mapping.segmentation},
-    )
-
-
 # ---------------------------------------------------------------- what is in them
 def _write(
-    out: Path,
-    mapping: FieldMapping,
-    tasks: Mapping[str, TaskInfo],
-    splits: Mapping[str, Sequence[Location]],
-    found: Sequence[TarFacts],
+    out: Path, tars: Tars, sources: Mapping[str, TaskSource], splits: Sequence[str], notes: Sequence[str]
 ) -> Manifest:
     """Write everything that the scans found, the manifest last."""
-    labels, tasks, said = _labels(mapping, tasks, found)
-    hidden = [name for facts in found for name in facts.hidden]
-    if hidden:
-        said.append(
-            f"members left out, hidden or left behind by an operating system: {len(hidden)} "
-            f"({listed(hidden)})"
-        )
-    by_path = {facts.info.path: facts for facts in found}
-    split_infos: dict[str, SplitInfo] = {}
-    values: dict[str, dict[str, Sequence[Label | None]]] = {}
-    files: dict[Path, np.ndarray] = {}
-    hashes: dict[str, np.ndarray] = {}
-    keys: dict[str, list[str]] = {}
-    start = 0
-    for split, paths in splits.items():
-        of_split = [by_path[str(path)] for path in paths]
-        rows = np.concatenate([facts.rows for facts in of_split])
-        if len(rows) == 0:
-            raise UserError(f"split {split!r}: expected samples, found none in {plural(len(paths), 'tar')}.")
-        columns = {task: column[start : start + len(rows)] for task, column in labels.items()}
-        start += len(rows)
-        for bit, task in enumerate(tasks):
-            rows["labelled"] |= _labelled(task, rows, columns).astype(np.uint64) << np.uint64(bit)
-        hashes[split] = np.frombuffer(b"".join(facts.content_hashes for facts in of_split), HASH_DTYPE)
-        keys[split] = [key for facts in of_split for key in facts.keys]
-        files[index_path(out, split)] = rows
-        files[content_hashes_path(out, split)] = hashes[split]
-        files[labels_path(out, split)] = label_columns(tasks, columns, len(rows))
-        counts = {task: _counts(task, info, rows, columns, of_split) for task, info in tasks.items()}
-        shards = tuple(_beside(out, facts.info) for facts in of_split if facts.info.num_samples)
-        split_infos[split] = SplitInfo(len(rows), shards, counts)
-        values[split] = columns
+    found = tars.found
+    tasks = {task: source.info for task, source in sources.items()}
+    parts = {
+        name: _Part(name, tars, tasks, np.array([s == name for s in splits])) for name in _ordered(splits)
+    }
     for task in tasks:
-        if not any(info.labels[task].present for info in split_infos.values()):
-            raise UserError(f"task {task!r}: expected labels, found none in {start} samples.")
-    training = "train" if "train" in split_infos else next(iter(split_infos))
+        if not any(part.counts[task].present for part in parts.values()):
+            raise UserError(f"task {task!r}: expected labels, found none in {len(splits)} samples.")
+        kind = kind_of(tasks[task].kind)
+        if isinstance(kind, MapKind):
+            examples = {k: v for facts in reversed(found) for k, v in facts.conventions[task].items()}
+            tallies = [part.contents[task] for part in parts.values()]
+            kind.check_files(task, examples, functools.reduce(kind.add, tallies), tasks[task])
+    training = parts.get(SPLIT_NAMES[0]) or next(iter(parts.values()))
     channels, dtype = image_format([facts.image_kinds for facts in found])
     skipped = [reason for facts in found for reason in facts.skipped]
+    counts = {name: part.counts for name, part in parts.items()}
+    hashes = {name: part.hashes for name, part in parts.items()}
     manifest = Manifest(
         name=out.absolute().name,
         channels=channels,
         image_dtype=dtype,
         tasks={
-            task: with_facts(
-                info,
-                split_infos[training].labels[task],
-                _content(task, info, values[training], [by_path[str(path)] for path in splits[training]]),
-            )
+            task: with_facts(info, training.counts[task], training.contents[task])
             for task, info in tasks.items()
         },
-        splits=split_infos,
+        splits={
+            name: SplitInfo(len(part.rows), tuple(_beside(out, info) for info in part.shards), part.counts)
+            for name, part in parts.items()
+        },
         notes=(
-            *said,
+            *tars.notes(),
+            *notes,
             *image_notes([facts.oddities for facts in found], skipped),
-            *label_notes(tasks, {name: info.labels for name, info in split_infos.items()}, training),
-            *duplicate_notes(hashes, keys),
+            *label_notes(tasks, counts, training.name),
+            *duplicate_notes(hashes, {name: part.keys for name, part in parts.items()}),
         ),
         labels="columns",
         content_hashes="hashes",
+        account=tars.account.totals(),
     )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path, array in files.items():
-            save_index(path, array)
+        for name, part in parts.items():
+            save_index(index_path(out, name), part.rows)
+            save_index(content_hashes_path(out, name), part.hashes)
+            save_index(labels_path(out, name), label_columns(tasks, part.labels, len(part.rows)))
+        manifest = replace(manifest, pixels=_measured(out, manifest, training.name))
         write_manifest(out, manifest)
     except OSError as error:
         raise UserError(f"{out}: expected a place that can be written, found: {error.strerror}.") from None
     return manifest
 
 
-def _labels(
-    mapping: FieldMapping, tasks: Mapping[str, TaskInfo], found: Sequence[TarFacts]
-) -> tuple[dict[str, Sequence[Label | None]], dict[str, TaskInfo], list[str]]:
-    """Each task's labels over all tars in the order of the scans, the tasks with their classes, and notes."""
-    labels: dict[str, Sequence[Label | None]] = {}
-    notes: list[str] = []
-    classes: dict[str, tuple[str, ...]] = {}
-    for task, text in {**mapping.classification, **mapping.multilabel, **mapping.regression}.items():
-        rows = [
-            Row(f"{facts.info.path}, sample {key}", {text: cell})
-            for facts in found
-            for key, cell in zip(facts.keys, facts.cells[task], strict=True)
-        ]
-        parsed = read_labels(tasks[task].kind, rows, text, mapping.declared(task))
-        classes[task], labels[task] = parsed.classes, parsed.labels
-        notes += [f"{task}: {note}" for note in parsed.notes]
-    tasks = {task: replace(info, classes=classes.get(task, info.classes)) for task, info in tasks.items()}
-    return labels, tasks, notes
+def _ordered(splits: Sequence[str]) -> list[str]:
+    """The splits, the usual ones first."""
+    usual = [name for name in SPLIT_NAMES if name in splits]
+    return usual + sorted(set(splits) - set(usual))
 
 
-def _labelled(task: str, rows: np.ndarray, columns: Mapping[str, Sequence[Label | None]]) -> np.ndarray:
-    if task in columns:
-        return np.array([label is not None for label in columns[task]], dtype=bool)
-    has: np.ndarray = rows[f"{task}_size"] > 0
-    return has
+class _Part:
+    """One split of the tars: its rows in their order, which are some of each tar's."""
+
+    def __init__(self, name: str, tars: Tars, tasks: Mapping[str, TaskInfo], chosen: np.ndarray) -> None:
+        self.name = name
+        of_tars = np.split(chosen, np.cumsum([len(facts.rows) for facts in tars.found])[:-1])
+        rows, hashes = [], []
+        self.keys: list[str] = []
+        self.shards: list[ShardInfo] = []
+        tallies: dict[str, list[np.ndarray]] = {}
+        for facts, here in zip(tars.found, of_tars, strict=True):
+            if not here.any():
+                continue
+            positions = np.flatnonzero(here).tolist()
+            rows.append(facts.rows[here])
+            hashes.append(np.frombuffer(facts.content_hashes, HASH_DTYPE)[here])
+            self.keys += [facts.keys[i] for i in positions]
+            self.shards.append(replace(facts.info, num_samples=len(positions)))
+            for task, column in facts.tallies.items():
+                some = [tally for i in positions if (tally := column[i]) is not None]
+                tallies.setdefault(task, []).extend(some)
+        self.rows, self.hashes = np.concatenate(rows), np.concatenate(hashes)
+        at = np.flatnonzero(chosen).tolist()
+        self.labels = {task: [column[i] for i in at] for task, column in tars.labels.items()}
+        self.contents: dict[str, np.ndarray] = {}
+        self.counts: dict[str, LabelCounts] = {}
+        for bit, (task, info) in enumerate(tasks.items()):
+            kind = kind_of(info.kind)
+            if isinstance(kind, MapKind):
+                content = functools.reduce(kind.add, tallies.get(task, []), kind.tally(info))
+                labelled = self.rows[f"{task}_size"] > 0
+            else:
+                assert isinstance(kind, ScalarKind)
+                content = kind.encode(self.labels[task], info)
+                labelled = np.array([label is not None for label in self.labels[task]], dtype=bool)
+            self.rows["labelled"] |= labelled.astype(np.uint64) << np.uint64(bit)
+            self.contents[task] = content
+            present = int(labelled.sum())
+            of_classes = kind.counts(content, info) if info.classes else ()
+            self.counts[task] = LabelCounts(present, len(labelled) - present, of_classes)
 
 
-def _counts(
-    task: str,
-    info: TaskInfo,
-    rows: np.ndarray,
-    columns: Mapping[str, Sequence[Label | None]],
-    found: Sequence[TarFacts],
-) -> LabelCounts:
-    """The labels of one task in one split."""
-    present = int(_labelled(task, rows, columns).sum())
-    kind = kind_of(info.kind)
-    assert isinstance(kind, ScalarKind | MapKind)
-    counts = kind.counts(_content(task, info, columns, found), info) if info.classes else ()
-    return LabelCounts(present, len(rows) - present, counts)
-
-
-def _content(
-    task: str, info: TaskInfo, columns: Mapping[str, Sequence[Label | None]], found: Sequence[TarFacts]
-) -> np.ndarray:
-    """The column of a task's labels in one split, or the tally of its maps."""
-    kind = kind_of(info.kind)
-    if isinstance(kind, MapKind):
-        return functools.reduce(kind.add, [facts.tallies[task] for facts in found])
-    assert isinstance(kind, ScalarKind)
-    return kind.encode(columns[task], info)
+def _measured(out: Path, manifest: Manifest, split: str) -> PixelFacts | None:
+    """What the pixels of a split are like, from images of it at even distances."""
+    reader = SplitReader(out, manifest, split)
+    counts: dict[str, PixelCounts] = {}
+    for row in np.unique(np.linspace(0, reader.num_samples - 1, _MEASURED).astype(int)).tolist():
+        data = bytes(reader.read(row).image)
+        try:
+            facts = examine_image(data, decode=False)
+            kind = f"{facts.channels} {facts.dtype}"
+            counts.setdefault(kind, PixelCounts(facts.channels, facts.dtype)).add(pixels_of(data, facts))
+        except UnreadableImage:  # found without verification; training will say so
+            continue
+    reader.close()
+    return pixel_facts([each.state() for each in counts.values()], manifest.channels)
 
 
 def _beside(out: Path, shard: ShardInfo) -> ShardInfo:

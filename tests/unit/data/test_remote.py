@@ -27,8 +27,8 @@ from mtl_dist.data.settings import DataSettings
 from mtl_dist.durable import locked
 from mtl_dist.errors import UserError
 from mtl_dist.importers.options import PackOptions
-from mtl_dist.importers.tars import FieldMapping, index_tars
 from tests.bad_server import BadServer, serving
+from tests.source_files import index_tars
 from tests.tiny_datasets import TASKS, write_dataset
 
 pytest.importorskip("aiohttp", reason="needs aiohttp to read http URLs")
@@ -373,7 +373,7 @@ def test_urls_are_stated_in_a_recipe_and_written_back(tmp_path: Path) -> None:
 
 def test_tars_at_urls_are_indexed_where_they_are(tmp_path: Path) -> None:
     write_dataset(tmp_path / "served", {"train": 23})
-    mapping = FieldMapping(classification={"digit": "json:digit"}, classes={"digit": ("a", "b", "c")})
+    mapping = dict(classification={"digit": "json:digit"}, classes={"digit": ("a", "b", "c")})
     options = PackOptions(workers=1)
     with serving(tmp_path / "served") as server:
         server.faults = ["500", "cut"]
@@ -411,7 +411,7 @@ def test_a_run_over_s3_sees_what_it_would_see_here(tmp_path: Path, monkeypatch: 
             client.upload_file(str(path), "bucket", f"sets/tiny/{path.name}")
         expected = batches_of("tiny", tmp_path)
         assert_same(batches_of("s3://bucket/sets/tiny", tmp_path, workers=1), expected)
-        mapping = FieldMapping(classification={"digit": "json:digit"})
+        mapping = dict(classification={"digit": "json:digit"})
         one = PackOptions(workers=1)
         index = index_tars(["s3://bucket/sets/tiny/"], tmp_path / "index", mapping, options=one)
         paths = [shard.path for shard in index.splits["train"].shards]

@@ -13,6 +13,7 @@ import pytest
 
 from mtl_dist.config.loading import load_settings, to_yaml
 from mtl_dist.data.loader import Data, open_data, train_loader
+from mtl_dist.data.manifest import read_manifest
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
 from mtl_dist.importers import external, tars
@@ -65,7 +66,7 @@ def test_a_recipe_trains_on_tars_of_others(web: Path, path: str, monkeypatch: py
     data = opened(web.parent / path)
     assert pixels_and_classes(data) == EXPECTED
     assert data.task_infos["label"].classes == ("0", "1", "2") and data.task_infos["age"].num_labelled == 6
-    monkeypatch.setattr(external, "index_tars", None)  # it would be called, were it needed again
+    monkeypatch.setattr(external, "index", None)  # it would be called, were it needed again
     assert pixels_and_classes(opened(web.parent / path)) == EXPECTED
 
 
@@ -104,6 +105,16 @@ def test_other_fields_beside_the_same_tars_are_another_index(web: Path) -> None:
     data = open_data(with_indexes(settings_for(web, fields=other)), ("label",))
     assert data.task_infos["label"].classes == ("b0", "b1", "b2")
     assert len([path for path in (web / ".mtl").iterdir() if path.is_dir()]) == 2
+
+
+def test_a_recipe_says_how_tars_are_split_and_what_is_no_label(web: Path) -> None:
+    indexing = {"val": 0.3, "stratify": "label", "missing": ["0"]}
+    data = with_indexes(settings_for(web, indexing=indexing))
+    manifest = read_manifest(data.train[0].path)  # type: ignore[arg-type]
+    assert list(manifest.splits) == ["train", "val"]
+    assert manifest.tasks["label"].classes == ("1", "2")
+    with pytest.raises(ValueError, match="indexing: expected none without `fields`"):
+        settings_for("web", fields=None, image=None, indexing=indexing)
 
 
 def test_tars_that_changed_are_refused_and_not_passed_over(web: Path) -> None:

@@ -305,3 +305,25 @@ def test_a_place_that_is_taken_is_refused_and_left_alone(tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     prepare_folders(src, tmp_path / "empty", "breed", options=HERE)
     assert (tmp_path / "empty/dataset.json").is_file()
+
+
+def test_folders_called_as_a_word_for_no_label_are_unlabelled(tmp_path: Path) -> None:
+    files = {
+        f"{kind}/{n}.png": picture(n, format="PNG") for n, kind in enumerate(("a", "b", "NA", "none") * 2)
+    }
+    src = fill(tmp_path / "in", files)
+    manifest = prepare_folders(src, tmp_path / "one", "t", split=(0.5, 0.5))
+    assert manifest.tasks["t"].classes == ("a", "b", "none")
+    assert sum(split.labels["t"].missing for split in manifest.splits.values()) == 2
+    assert "t: read as no label: 'NA' (2)" in manifest.notes
+    manifest = prepare_folders(src, tmp_path / "two", "t", split=(0.5, 0.5), missing=["none"])
+    assert manifest.tasks["t"].classes == ("NA", "a", "b")
+
+
+def test_two_unicode_forms_of_a_class_are_refused_under_strict(tmp_path: Path) -> None:
+    names = ("caf\u00e9", "cafe\u0301", "tea")
+    src = fill(tmp_path / "in", {f"{kind}/{n}.png": picture(n) for n, kind in enumerate(names * 2)})
+    with pytest.raises(UserError, match=r"expected one folder for each class, found 'cafe.u0301' and 'caf"):
+        prepare_folders(src, tmp_path / "out", "t", strict=True)
+    manifest = prepare_folders(src, tmp_path / "out", "t", split=(0.5, 0.5))
+    assert "t: folders caf\u00e9 in 2 Unicode forms are one class" in manifest.notes

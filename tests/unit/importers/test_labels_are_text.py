@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from mtl_dist.errors import UserError
 from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.tables import read_table
-from mtl_dist.importers.tars import FieldMapping, index_tars
 from mtl_dist.kinds.cells import Parsed, parse_cells
 from mtl_dist.kinds.registry import scalar_kind
 from mtl_dist.kinds.vocabulary import Declared
-from tests.source_files import mask, picture
+from tests.source_files import index_tars, mask, picture
 
 ONE = PackOptions(workers=1)
 
@@ -129,7 +128,7 @@ def test_labels_in_tars_are_texts_without_marks_and_companion_files_are_left_out
         ]
     fields = {"label": "txt", "code": "json:code", "power": "json:power"}
     manifest = index_tars(
-        [tar(tmp_path / "a.tar", members)], tmp_path / "out", FieldMapping(classification=fields), options=ONE
+        [tar(tmp_path / "a.tar", members)], tmp_path / "out", dict(classification=fields), options=ONE
     )
     assert manifest.splits["train"].num_samples == 3
     assert manifest.tasks["label"].classes == ("cat", "dog")
@@ -146,7 +145,7 @@ def test_masks_in_tars_mean_what_classes_by_value_say(tmp_path: Path) -> None:
     path = tar(tmp_path / "a.tar", members)
 
     def index(out: str, classes: dict[int, str]) -> tuple[int, ...]:
-        mapping = FieldMapping(image="png", segmentation={"m": "seg.png"}, classes={"m": classes})
+        mapping = dict(image=["png"], segmentation={"m": "seg.png"}, classes={"m": classes})
         return index_tars([path], tmp_path / out, mapping, options=ONE).tasks["m"].class_counts
 
     assert sum(index("right", {0: "background", 1: "cell"})) > 0

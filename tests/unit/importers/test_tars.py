@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from mtl_dist.data.settings import DataSettings
 from mtl_dist.data.shards import save_index
 from mtl_dist.errors import UserError
 from mtl_dist.importers.options import PackOptions
-from mtl_dist.importers.tars import FieldMapping, index_tars
+from tests.source_files import index_tars
 from tests.tiny_datasets import png
 
 ONE = PackOptions(workers=1)
@@ -71,8 +72,8 @@ def samples(*numbers: int) -> list[Member]:
     return [member for number in numbers for member in sample(number)]
 
 
-MAPPING = FieldMapping(
-    image="right.png",
+MAPPING = dict(
+    image=["right.png"],
     classification={"label": "cls", "breed": "json:dog.breed"},
     multilabel={"tags": "json:dog.tags", "words": "txt"},
     regression={"age": "json:age"},
@@ -191,7 +192,9 @@ def test_an_index_beside_its_tars_moves_with_them(tmp_path: Path) -> None:
 
 def test_given_classes_keep_their_indices(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", samples(1, 2))
-    mapping = FieldMapping("left.png", {"breed": "json:dog.breed"}, classes={"breed": ("b2", "b1", "b0")})
+    mapping = dict(
+        image=["left.png"], classification={"breed": "json:dog.breed"}, classes={"breed": ("b2", "b1", "b0")}
+    )
     manifest = index_tars([str(tar)], tmp_path / "data", mapping, options=ONE)
     reader = SplitReader(tmp_path / "data", manifest, "train")
     assert [reader.read(row).labels["breed"] for row in range(2)] == [1, 0]
@@ -206,7 +209,7 @@ def test_the_number_of_workers_changes_nothing(root: Path, tmp_path: Path) -> No
 def test_samples_without_a_readable_image_may_be_skipped(tmp_path: Path) -> None:
     members = [("a.json", b"{}"), *samples(1), ("b.png", b"no image"), ("b.cls", b"1"), *samples(2)]
     tar = write_tar(tmp_path / "a.tar", members)
-    mapping = FieldMapping("left.png,png", {"label": "cls"})
+    mapping = dict(image=["left.png", "png"], classification={"label": "cls"})
     with pytest.raises(
         UserError, match=r"a\.tar, sample a: expected an image \(--image left\.png,png\), found \.json"
     ):
@@ -228,17 +231,21 @@ BAD: list[tuple[list[Member], dict[str, object], str]] = [
     ),
     (
         samples(1),
-        {"image": "left.png,right.png", "classification": {"a": "cls"}},
+        {"image": ["left.png", "right.png"], "classification": {"a": "cls"}},
         "expected one image, found l",
     ),
-    (samples(1), {"image": "left.png"}, "tasks: expected at least one task"),
-    (samples(1), {"image": "left.png", "classification": {"a": "class"}}, "'a': expected labels, found none"),
+    (samples(1), {"image": ["left.png"]}, "tasks: expected at least one task"),
     (
         samples(1),
-        {"image": "left.png", "regression": {"a": "txt"}},
+        {"image": ["left.png"], "classification": {"a": "class"}},
+        "'a': expected labels, found none",
+    ),
+    (
+        samples(1),
+        {"image": ["left.png"], "regression": {"a": "txt"}},
         r"00001, column 'txt': expected a number",
     ),
-    (samples(1), {"image": "left.png", "regression": {"a": "json:dog"}}, r"json:dog: found dict where one"),
+    (samples(1), {"image": ["left.png"], "regression": {"a": "json:dog"}}, r"json:dog: found dict where one"),
     ([("a.png", image(1)), ("a.json", b"{")], {"regression": {"a": "json:x"}}, "expected a label in json:x"),
     (
         [("a.png", image(1)), ("a.png", image(1)), ("a.cls", b"1")],
@@ -248,7 +255,7 @@ BAD: list[tuple[list[Member], dict[str, object], str]] = [
     (
         [("a.jpg", image(1)), ("a.seg.png", png(np.full((6, 8), 255, np.uint8)))],
         {"segmentation": {"s": "seg.png"}},
-        "expected an 8-bit grey PNG of class indices",
+        r"of classes an 8-bit grey PNG of class indices\), found another form",
     ),
     (
         [("a.jpg", image(1)), ("a.seg.png", png(np.zeros((3, 8), np.uint8)))],
@@ -258,7 +265,7 @@ BAD: list[tuple[list[Member], dict[str, object], str]] = [
     (
         samples(1),
         {
-            "image": "left.png",
+            "image": ["left.png"],
             "classification": {"breed": "json:dog.breed"},
             "classes": {"breed": ("b0", "b2")},
         },
@@ -279,7 +286,7 @@ def test_what_does_not_fit_is_told_in_one_line(
 ) -> None:
     tar = write_tar(tmp_path / "a.tar", members)
     with pytest.raises(UserError, match=message) as error:
-        index_tars([str(tar)], tmp_path / "data", FieldMapping(**fields), options=ONE)  # type: ignore[arg-type]
+        index_tars([str(tar)], tmp_path / "data", fields, options=ONE)  # type: ignore[arg-type]
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "data").exists()
 
@@ -327,3 +334,106 @@ def test_the_command_line_indexes_and_says_what_it_found(root: Path, tmp_path: P
     result = CliRunner().invoke(app, [*words, "--workers", "1"])
     assert result.exit_code == 0, result.output
     assert "7 train; label (classification), age (regression)" in result.output
+
+
+def photos(*numbers: int, **more: bytes) -> list[Member]:
+    """Samples of a patient each two of which are together, in folds, and some members that are no labels."""
+    members: list[Member] = []
+    for number in numbers:
+        meta = {"patient": f"p{number // 2}", "fold": ("fit", "hold")[number % 4 == 3]}
+        members += [
+            (f"{number:03d}.png", image(number)),
+            (f"{number:03d}.cls", str(number // 2 % 2).encode()),
+            (f"{number:03d}.json", json.dumps(meta).encode()),
+            (f"{number:03d}.txt", b"more"),
+        ]
+    return members
+
+
+FIELDS: dict[str, object] = {"classification": {"label": "cls"}}
+
+
+def split_of_each(out: Path) -> dict[str, str]:
+    manifest = read_manifest(out)
+    readers = {name: SplitReader(out, manifest, name) for name in manifest.splits}
+    return {readers[name].read(row).key: name for name in readers for row in range(readers[name].num_samples)}
+
+
+def test_tars_are_split_as_other_data_is_and_read_where_they_lie(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", photos(*range(10)))
+    write_tar(tmp_path / "b.tar", photos(*range(10, 20)))
+    tars = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+    index_tars(tars, tmp_path / "all", FIELDS)
+    assert set(split_of_each(tmp_path / "all").values()) == {"train"}
+    index_tars(tars, tmp_path / "test", FIELDS, split="test")
+    assert set(split_of_each(tmp_path / "test").values()) == {"test"}
+    manifest = index_tars(tars, tmp_path / "val", FIELDS, val=0.2)
+    assert Counter(split_of_each(tmp_path / "val").values()) == {"train": 16, "val": 4}
+    assert manifest.splits["val"].labels["label"].class_counts == (2, 2)
+    manifest = index_tars(tars, tmp_path / "groups", FIELDS, split=(0.6, 0.2, 0.2), group="json:patient")
+    splits = split_of_each(tmp_path / "groups")
+    assert len(splits) == 20 and len(set(splits.values())) == 3
+    assert all(splits[f"{2 * i:03d}"] == splits[f"{2 * i + 1:03d}"] for i in range(10))
+    assert [shard.num_samples for shard in manifest.splits["train"].shards] != [10, 10]
+    assert inspect_dataset(tmp_path / "groups", verify=True).problems == ()
+    index_tars(tars, tmp_path / "fold", FIELDS, split="json:fold")
+    assert Counter(split_of_each(tmp_path / "fold").values()) == {"train": 15, "test": 5}
+    with pytest.raises(UserError, match="expected a task of one class per image"):
+        index_tars(tars, tmp_path / "no", FIELDS, stratify="x", split=(0.5, 0.5))
+    with pytest.raises(UserError, match="expected data without splits, found train"):
+        index_tars(
+            [str(write_tar(tmp_path / "train.tar", photos(1, 2)))], tmp_path / "no", FIELDS, split=(0.5, 0.5)
+        )
+
+
+def test_the_account_of_tars_names_what_became_of_every_member(tmp_path: Path) -> None:
+    members = [*photos(0, 1), ("._0.png", b"x"), ("README", b"x"), ("2.cls", b"1")]
+    tar = write_tar(tmp_path / "a.tar", members)
+    manifest = index_tars([str(tar)], tmp_path / "data", FIELDS, max_skipped=1)
+    with tarfile.open(tar) as opened:
+        found = len(opened.getmembers())
+    account = manifest.account
+    assert sum(account["members"].values()) == found == 12
+    assert account["members"] == {
+        "folder": 1,
+        "image": 2,
+        "label": 2,
+        "left out: no task is made of it": 4,
+        "left out: hidden, or left behind by an operating system": 1,
+        "left out: a name without an extension": 1,
+        "left out: of a sample without an image that can be used": 1,
+    }
+    assert account["samples"] == {"sample": 2, "left out: unreadable": 1}
+    assert account["tars"] == {"indexed": 1}
+
+
+def test_the_pixels_of_tars_are_measured_in_the_training_split_alone(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train.tar", photos(10, 20))
+    write_tar(tmp_path / "val.tar", photos(200, 210))
+    pixels = index_tars([str(tmp_path)], tmp_path / "data", FIELDS).pixels
+    assert pixels is not None
+    assert (pixels.mean, pixels.std, pixels.num_images) == ((15.0,) * 3, (5.0,) * 3, 2)
+    assert read_manifest(tmp_path / "data").pixels == pixels
+
+
+def test_every_kind_of_label_is_found_in_tars(tmp_path: Path) -> None:
+    depth = np.arange(48, dtype=np.float32).reshape(6, 8)
+    buffer = io.BytesIO()
+    np.save(buffer, depth)
+    members = [("0.jpg", image(1)), ("0.d.npy", buffer.getvalue()), ("0.grade", b"2")]
+    members += [("1.jpg", image(2)), ("1.grade", b"1"), ("1.seg.png", png(np.full((6, 8), 255, np.uint8)))]
+    tar = write_tar(tmp_path / "a.tar", [*members, ("2.jpg", image(3)), ("2.seg.png", mask(0))])
+    fields = {"depth": {"z": "d.npy"}, "ordinal": {"grade": "grade"}, "segmentation": {"m": "seg.png"}}
+    more = {"classes": {"m": ["a", "b", "c"]}}
+    manifest = index_tars([str(tar)], tmp_path / "data", {**fields, **more})
+    assert manifest.tasks["z"].mean == depth[depth > 0].mean()
+    assert manifest.tasks["grade"].classes == ("1", "2")
+    assert manifest.splits["train"].labels["m"].present == 1
+    assert "m: masks that are 255 throughout, taken as no label: 1" in manifest.notes
+
+
+def test_tars_joined_by_cat_are_refused(tmp_path: Path) -> None:
+    one = write_tar(tmp_path / "a.tar", photos(0)).read_bytes()
+    (tmp_path / "b.tar").write_bytes(one + one)
+    with pytest.raises(UserError, match="expected nothing after the end of the archive, found more"):
+        index_tars([str(tmp_path / "b.tar")], tmp_path / "data", FIELDS)
