@@ -153,8 +153,10 @@ class Run:
             return self._predictor.predict_many(image, threshold)
         return self._predictor.predict(image, threshold)
 
-    def evaluate(self, split: str = "test") -> dict[str, dict[str, float]]:
+    def evaluate(self, split: str | None = None) -> dict[str, dict[str, float]]:
         """Measure the best weights on a split of the run's data; also kept in evaluation/ and `metrics`.
+
+        Without a `split`: on test or, where there is none, on val.
 
         Raises:
             UserError: no such split, no checkpoint yet, or the data is not where it was.
@@ -163,8 +165,8 @@ class Run:
         from mtl_dist.runs.evaluation import evaluate_run
 
         with left_as_found():
-            evaluate_run(self.path, split)
-        return self.metrics[split]
+            measured = evaluate_run(self.path, split)
+        return self.metrics[measured]
 
     def resume(self, *overrides: str | Mapping[str, Any]) -> Run:
         """Go on from the newest checkpoint, with `overrides` such as `"train.epochs=20"`.

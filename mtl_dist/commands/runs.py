@@ -165,9 +165,15 @@ def _train(recipe: Recipe, run_dir: Path | None, tags: Sequence[str]) -> None:
 
 def evaluate(
     run: RunFolder,
-    split: Annotated[str, typer.Option(help="A split of the run's data: val, test, ...")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            help="train, val or test; without it test, or val where the data has no test.",
+        ),
+    ] = None,
 ) -> None:
-    """Measure a run's best weights on a split.
+    """Measure a run's best weights on a split: test, or val where there is none.
 
     Prints a table; writes evaluation/metrics.json and the confusion matrices into the run folder.
 

@@ -102,6 +102,11 @@ class Data:
     def describe(self) -> str:
         """The data in one line: samples per split, and how several training sources are mixed."""
         parts = [f"{split} {self.num_samples(split):,}" for split in self.splits]
+        val, test = (
+            [(s.facts.path, s.facts.split) for s in self.sources.get(name, ())] for name in ("val", "test")
+        )
+        if test and val == test:
+            parts[-1] += " (the same as val)"
         sampling = self.settings.sampling
         if sampling.kind == "class_balanced":
             num_classes = sum(count > 0 for count in self.task_infos[sampling.task].class_counts)

@@ -44,7 +44,7 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """Evaluates the best weights of the run in `run` on its test split."""
+    """Evaluates the best weights of the run in `run` on its test split, or on val where there is none."""
 
     run: Path
 
@@ -52,7 +52,7 @@ class EvaluationJob:
         become_rank(os.environ)
         from mtl_dist.runs.evaluation import evaluate_run
 
-        evaluate_run(self.run, "test")
+        evaluate_run(self.run)
 
 
 def stop_signal(environ: MutableMapping[str, str]) -> StopSignal:

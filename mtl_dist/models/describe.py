@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from mtl_dist.config.describe import listed
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.tracing import on_meta
 
@@ -35,6 +36,31 @@ def describe(model: MultitaskModel, image_size: tuple[int, int]) -> str:
         lines.append(f"head {task}: {_count(head.parameters())}, {reads} -> {_size(outputs[task])}")
     lines.append(f"in all: {_count(model.parameters())}")
     return "\n".join(lines)
+
+
+def parameters_in_words(module: nn.Module) -> str:
+    """How many parameters there are, how many of them train, and which parts are frozen.
+
+    A part is frozen where none of its parameters trains: `backbone`, `heads.age`.
+    """
+    named = dict(module.named_parameters())
+    words = f"{sum(parameter.numel() for parameter in named.values()):,} parameters"
+    frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
+    if not frozen:
+        return words
+    parts: list[str] = []
+    for name in named:
+        outer = [name.rsplit(".", cut)[0] for cut in range(name.count("."), 0, -1)]
+        whole = next((part for part in outer if _all_in(part, named, frozen)), name)
+        if name in frozen and whole not in parts:
+            parts.append(whole)
+    training = sum(parameter.numel() for name, parameter in named.items() if name not in frozen)
+    shown = [part.removeprefix("model.") for part in parts]
+    return f"{words}, of which {training:,} train; frozen: {listed(shown)}"
+
+
+def _all_in(part: str, named: Iterable[str], frozen: Set[str]) -> bool:
+    return all(name in frozen for name in named if name.startswith(f"{part}."))
 
 
 def _backbone_lines(title: str, backbone: nn.Module, features: Shapes, prefix: str) -> list[str]:

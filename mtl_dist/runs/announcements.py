@@ -18,7 +18,7 @@ from mtl_dist.training.trainer import Trainer
 
 
 def introduce(
-    trainer: Trainer, recipe: Recipe, data: Data, folder: RunFolder, engine: str, num_parameters: int
+    trainer: Trainer, recipe: Recipe, data: Data, folder: RunFolder, engine: str, parameters: str
 ) -> None:
     """Say what is about to run, and what is odd about it."""
     plan, world, tracker = trainer.plan, trainer.world, trainer.tracker
@@ -30,8 +30,7 @@ def introduce(
         tracker.say(f"         not learnt, because the recipe does not name them: {listed(data.not_learnt)}")
     if recipe.absent_tasks:
         tracker.say(f"         not in the data, and optional: {listed(recipe.absent_tasks)}")
-    model = f"{recipe.model.backbone_name}, {num_parameters:,} parameters"
-    tracker.say(f"model    {model}, {recipe.train.precision}")
+    tracker.say(f"model    {recipe.model.backbone_name}, {recipe.train.precision}, {parameters}")
     tracker.say(f"engine   {engine}")
     tracker.say(
         f"batch    {plan.global_batch} = {plural(world.size, 'rank')} x {plan.accumulation} x {micro_batch} "

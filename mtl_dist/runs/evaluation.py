@@ -22,8 +22,10 @@ from mtl_dist.stopping import StopAsked, StopSignal, until_stopped
 from mtl_dist.training.trainer import Trainer
 
 
-def evaluate_run(run: Path, split: str) -> None:
+def evaluate_run(run: Path, split: str | None = None) -> str:
     """Evaluate the best weights of a run on one split; metrics go to its evaluation/ folder.
+
+    Without a `split` it is test or, where the data has none, val; that is said. Returns the split.
 
     Raises:
         UserError: not a run folder, no good checkpoint, or no such split.
@@ -32,6 +34,13 @@ def evaluate_run(run: Path, split: str) -> None:
     recipe = load_recipe(folder.recipe_path)
     world = connect_without_engine(recipe.engine)
     data = open_data(with_indexes(recipe.data), recipe.tasks)
+    if split is None:
+        split = next((one for one in ("test", "val") if one in data.splits), None)
+        if split is None:
+            raise UserError("--split: the data has neither a test nor a val split. State --split train.")
+        if world.is_main:
+            why = "" if split == "test" else ": the data has no test split"
+            warn(f"split    {split}{why}")
     if split not in data.splits:
         raise UserError(f"--split: expected one of {', '.join(data.splits)}, found {split!r}.")
     root = load_root(folder, recipe, world, warn)
@@ -41,6 +50,7 @@ def evaluate_run(run: Path, split: str) -> None:
     if world.is_main:
         write_evaluation(folder, split, evaluation, data.task_infos)
         print_results({split: evaluation})
+    return split
 
 
 def evaluate_split(

@@ -32,6 +32,7 @@ from mtl_dist.evaluator import Evaluation
 from mtl_dist.figures.run_figures import RunFigures
 from mtl_dist.importers.external import with_indexes
 from mtl_dist.models.compiling import compile_parts
+from mtl_dist.models.describe import parameters_in_words
 from mtl_dist.optim import build_optimizer
 from mtl_dist.recipe import Recipe
 from mtl_dist.run_folder import RunFolder, new_run_directory
@@ -75,7 +76,7 @@ def train(
     few = check_norms(
         root, data, micro_batch_size(recipe.train.global_batch, world.size, accumulation), world
     )
-    num_parameters = sum(p.numel() for p in root.parameters())
+    parameters = parameters_in_words(root)
     if recipe.train.compile:
         compile_parts(root.model, world.device, recomputing=recipe.model.checkpointing != "off")
 
@@ -94,7 +95,7 @@ def train(
         trainer = build_trainer(
             recipe, data, engine, root, balancing, folder, saved, accumulation, stop or StopSignal()
         )
-        introduce(trainer, recipe, data, folder, connection.describe(), num_parameters)
+        introduce(trainer, recipe, data, folder, connection.describe(), parameters)
         if few:
             trainer.tracker.say(f"warning  {few}")
         return replace(run_to_the_end(trainer, recipe, data, folder), directory=directory)

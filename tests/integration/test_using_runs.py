@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from PIL import Image
 from rich.console import Console
 
 import mtl_dist
+from mtl_dist.config.loading import to_yaml
 from mtl_dist.errors import UserError
+from mtl_dist.recipe import load_recipe
 from tests.tiny_datasets import HEIGHT, WIDTH, image_of
 from tests.tiny_runs import train_run
 
@@ -64,7 +67,7 @@ def test_evaluating_again_gives_the_same_figures(run: Path) -> None:
 
     before = json.loads((run / "evaluation" / "metrics.json").read_text())
     (run / "evaluation" / "metrics.json").unlink()
-    evaluate_run(run, "test")
+    assert evaluate_run(run) == "test"
     again = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert again["test"].keys() == before["test"].keys()
     for task, metrics in before["test"].items():
@@ -72,6 +75,18 @@ def test_evaluating_again_gives_the_same_figures(run: Path) -> None:
         assert {name: again["test"][task][name] for name in defined} == pytest.approx(defined, rel=1e-4)
     with pytest.raises(UserError, match="--split"):
         evaluate_run(run, "holdout")
+
+
+def test_without_a_test_split_a_run_is_evaluated_on_val_and_says_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    recipe = load_recipe(copy / "recipe.yaml")
+    data = recipe.data.model_copy(update={"test": ()})
+    (copy / "recipe.yaml").write_text(to_yaml(recipe.model_copy(update={"data": data})))
+    assert set(mtl_dist.Run(copy).evaluate()) == {"digit", "value", "tags", "shape"}
+    assert "split    val: the data has no test split" in capsys.readouterr().err
 
 
 def test_a_picture_is_the_same_as_path_bytes_image_and_array(run: Path, tmp_path: Path) -> None:

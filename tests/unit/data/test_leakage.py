@@ -114,3 +114,17 @@ def test_content_hashes_that_are_promised_and_missing_are_one_line(tmp_path: Pat
     content_hashes_path(tmp_path / "cats", "val").unlink()
     with pytest.raises(UserError, match=r"val\.hashes\.npy: expected .*, found no such file"):
         lines(tmp_path, ["breed"], train=[{"path": "cats"}])
+
+
+def test_a_test_split_that_is_the_val_split_on_purpose_is_named_and_no_leak(tmp_path: Path) -> None:
+    write(tmp_path / "one", "a", {"train": range(6), "val": range(10, 14)})
+    same = [{"path": "one", "split": "val"}]
+    settings = {"image_size": 8, "train": [{"path": "one"}], "val": same, "test": same}
+    data = open_data(DataSettings.model_validate(settings, strict=False), ["a"], tmp_path)
+    assert list(leakage(data)) == []
+    assert data.describe() == "train 6; val 4; test 4 (the same as val)"
+    write(tmp_path / "other", "a", {"test": range(12, 16)})
+    other = [{"path": "other", "split": "test"}]
+    assert lines(tmp_path, ["a"], train=[{"path": "one"}], val=same, test=other) == [
+        "the same image in val of one and test of other: 2 (val12 = test12; val13 = test13)."
+    ]
