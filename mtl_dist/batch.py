@@ -10,7 +10,8 @@ Tensors carry a shape suffix where it helps (`logits_BC`, `losses_T`):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TypeAlias
 
 import torch
@@ -18,6 +19,37 @@ from torch import Tensor
 
 Outputs: TypeAlias = dict[str, Tensor]
 """One tensor per task, as its `HeadSpec` says: (B, C) or (B, C, H, W)."""
+
+
+@dataclass(frozen=True)
+class WholeMaps:
+    """A task's maps in their own size, which evaluation measures by.
+
+    values     all of them one after another, flat, of labelled samples alone
+    sizes      each sample's (height, width); (0, 0) where there is none
+    restored   maps (B, C, h, w) of the batch's view, in the size of an image
+    """
+
+    values: Tensor
+    sizes: list[tuple[int, int]]
+    restored: Callable[[Tensor, tuple[int, int]], Tensor]
+
+    def beside(self, output_BCHW: Tensor, most: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Samples by their rows, their outputs in their maps' size, and the maps (B, H, W).
+
+        So many at a time as are next to one another, of one size, and hold no more than `most` values.
+        """
+        start = 0
+        labelled = [(row, size) for row, size in enumerate(self.sizes) if size != (0, 0)]
+        for size, group in groupby(labelled, key=lambda item: item[1]):
+            pixels = size[0] * size[1]
+            fitting = max(1, most // (pixels * output_BCHW.shape[1]))
+            rows = [row for row, _ in group]
+            for first in range(0, len(rows), fitting):
+                some = rows[first : first + fitting]
+                maps_BHW = self.values[start : start + len(some) * pixels].view(len(some), *size)
+                start += len(some) * pixels
+                yield some, self.restored(output_BCHW[some], size), maps_BHW
 
 
 @dataclass
@@ -37,6 +69,7 @@ class Batch:
     lam_B         float32 (B,) where images are blended with others: lambda, how much of its own class each
                   sample is to learn; the rest is of
     partners      per classification task: int64 (B,) the class that was blended in; labelled where its own is
+    whole         per task that is measured so: its maps in their own size
     """
 
     images_BCHW: Tensor
@@ -48,6 +81,7 @@ class Batch:
     num_bad: int = 0
     lam_B: Tensor | None = None
     partners: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, WholeMaps] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.images_BCHW.shape[0]
@@ -63,6 +97,7 @@ class Batch:
             num_bad=self.num_bad,
             lam_B=None if self.lam_B is None else move(self.lam_B),
             partners={name: move(target) for name, target in self.partners.items()},
+            whole={name: replace(maps, values=move(maps.values)) for name, maps in self.whole.items()},
         )
 
     def tensors(self) -> Iterator[Tensor]:
@@ -72,6 +107,8 @@ class Batch:
             yield from group.values()
         if self.lam_B is not None:
             yield self.lam_B
+        for maps in self.whole.values():
+            yield maps.values
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies from pinned memory do not block."""

@@ -14,6 +14,9 @@ from mtl_dist.engine.world import World
 from mtl_dist.step import RootModule
 from mtl_dist.tasks.metrics import MEAN_ACCURACY
 
+_VALUES_HELD = 1 << 25
+"""Values of outputs in their maps' own size that are held at once, where one sample alone has not more."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -44,6 +47,7 @@ def evaluate(root: RootModule, loader: Iterable[Batch], world: World) -> Evaluat
     """Run the model over a split and compute loss and metrics of each task.
 
     `loader` yields this rank's part, padded with invalid samples to equally many batches on every rank.
+    Losses are at the model's size, the metrics of maps at their own where a batch holds them so.
     The same metrics come back on every rank.
     """
     # torchmetrics takes seconds to import.
@@ -63,7 +67,12 @@ def evaluate(root: RootModule, loader: Iterable[Batch], world: World) -> Evaluat
         for t, (name, task) in enumerate(root.tasks.items()):
             target, labelled_B = batch.targets[name], batch.labelled[name]
             counts_T[t] += task.count(host_batch.targets[name], host_batch.labelled[name]).double()
-            accumulators[name].update(outputs[name], target, labelled_B)
+            if name in batch.whole:
+                pairs = batch.whole[name].beside(outputs[name], _VALUES_HELD)
+                for rows, output, maps in pairs:
+                    accumulators[name].update(output, maps, labelled_B[rows])
+            else:
+                accumulators[name].update(outputs[name], target, labelled_B)
     root.train(was_training)
 
     totals = world.sum(torch.cat([sums_T, counts_T, num_samples]))

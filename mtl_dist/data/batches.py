@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from mtl_dist.batch import Batch
+from mtl_dist.batch import Batch, WholeMaps
 from mtl_dist.data.blend import Blended, Blender
 from mtl_dist.data.boxes import BoxTasks
 from mtl_dist.data.decode import decode_map, open_picture
@@ -105,10 +105,12 @@ class Loaded:
     keys: list[str]
     bad: tuple[str, ...]
     blended: Blended | None
+    whole: dict[str, WholeMaps]
 
     def pin_memory(self) -> Loaded:
         """The same with its block in page-locked memory (the DataLoader calls this)."""
-        return replace(self, block=self.block.pin_memory())
+        whole = {name: replace(maps, values=maps.values.pin_memory()) for name, maps in self.whole.items()}
+        return replace(self, block=self.block.pin_memory(), whole=whole)
 
     def batch(self) -> Batch:
         """The batch, on the block's memory."""
@@ -127,6 +129,7 @@ class Loaded:
             partners={}
             if blended is None
             else {name: torch.from_numpy(values) for name, values in blended.partners.items()},
+            whole=self.whole,
         )
 
 
@@ -139,6 +142,8 @@ class _Arrays:
     targets: dict[str, np.ndarray]
     labelled: dict[str, np.ndarray]
     keys: list[str]
+    whole: dict[str, dict[int, Tensor]]
+    """Per task that is measured so: the maps in their own size, by sample."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,8 @@ class BatchBuilder:
 
     `key` seeds the augmentation; `fail_on_bad` decides whether a sample that cannot be read ends the run or
     is masked; `pin_memory` asks for page-locked blocks, which workers cannot have (the DataLoader copies what
-    they return into one).
+    they return into one). With `keeps_whole`, for evaluation, maps that are measured in their own size come
+    along in it.
     """
 
     readers: Sequence[SplitReader]
@@ -160,6 +166,7 @@ class BatchBuilder:
     blender: Blender | None = None
     boxes: Mapping[str, BoxTasks] = field(default_factory=dict)
     pin_memory: bool = False
+    keeps_whole: bool = False
 
     @cached_property
     def _scalars(self) -> dict[str, ScalarKind]:
@@ -191,7 +198,10 @@ class BatchBuilder:
         done = self._build_small(samples, images_BHWC, labelled, targets, keys)
         self._prefetch(samples, labelled, ~done)
         each = list(samples)
-        into = _Arrays(images_BHWC, maps, targets, labelled, keys)
+        measured = {name for name, kind in self._maps.items() if kind.measured_whole}
+        if not (self.keeps_whole and self.transform.shows_whole):
+            measured = set()
+        into = _Arrays(images_BHWC, maps, targets, labelled, keys, {name: {} for name in measured})
         for group in self._groups(samples, np.flatnonzero(~done)):
             for i, error in _in_turns({i: self._fill(into, i, *each[i]) for i in group}):
                 source, _, row = each[i]
@@ -220,6 +230,7 @@ class BatchBuilder:
             keys[:size],
             tuple(bad),
             blended,
+            self._whole(into.whole, labelled, size),
         )
 
     def _build_small(
@@ -320,6 +331,7 @@ class BatchBuilder:
         }
         for task in itertools.chain.from_iterable(self.boxes.values()):
             labels.pop(task, None)
+        whole = {name: mask for name, mask in masks.items() if name in into.whole}
         shown = self.transform.source(picture.size, draws)
         yield
         resizing = self.transform.decode(picture, shown)
@@ -332,7 +344,7 @@ class BatchBuilder:
         for name, mask in masks.items():
             kind, info = self._maps[name], self.task_infos[name]
             try:
-                kind.check(mask.numpy(), info)
+                kind.check(whole.get(name, mask).numpy(), info)
             except LabelError as error:
                 raise UnreadableSample(
                     f"its mask {name} holds {error.found}, where {error.expected} are expected"
@@ -344,6 +356,8 @@ class BatchBuilder:
                 moved = self._scalars[name].moved(labels.pop(name), view, self.task_infos[name])
                 labels |= {} if moved is None else {name: moved}
                 into.labelled[name][i] &= moved is not None
+        for name, mask in whole.items():
+            into.whole[name][i] = mask
         into.keys[i] = sample.key
         into.images_BHWC[i] = image_CHW.permute(1, 2, 0)
         for name, target in into.maps.items():
@@ -352,6 +366,22 @@ class BatchBuilder:
             into.targets[name][i] = value
         for name in itertools.chain.from_iterable(self.boxes.values()):
             into.labelled[name][i] &= name in labels
+
+    def _whole(
+        self, kept: Mapping[str, Mapping[int, Tensor]], labelled: Mapping[str, np.ndarray], size: int
+    ) -> dict[str, WholeMaps]:
+        """The maps that are not all in the batch's size already."""
+        whole = {}
+        for name, maps in kept.items():
+            shown = {row: maps[row] for row in np.flatnonzero(labelled[name][:size]).tolist()}
+            if any(one.shape != self.transform.size for one in shown.values()):
+                sizes = [
+                    (shown[row].shape[0], shown[row].shape[1]) if row in shown else (0, 0)
+                    for row in range(size)
+                ]
+                values = torch.cat([one.flatten() for one in shown.values()])
+                whole[name] = WholeMaps(values, sizes, self.transform.restored)
+        return whole
 
     def _prefetch(self, samples: Samples, labelled: Mapping[str, np.ndarray], wanted: np.ndarray) -> None:
         """Let each reader ask for what it will be asked for, all at once where that is worth it."""

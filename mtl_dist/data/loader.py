@@ -321,7 +321,8 @@ def eval_loader(
     transform = Transform(data.settings.size, data.settings.resize, PRESETS["none"], own, data.fills)
     order = Concatenation([source.reader.num_samples for source in data.sources[split]])
     partition = EvaluationPartition(batch_size, rank, world_size, order.num_samples)
-    batches = Batches(partition, order, _builder(data, split, transform, 0, pin_memory=pin_memory))
+    builder = replace(_builder(data, split, transform, 0, pin_memory=pin_memory), keeps_whole=True)
+    batches = Batches(partition, order, builder)
     return BatchLoader(batches, workers, pin_memory, data.settings.on_bad_sample)
 
 

@@ -203,6 +203,11 @@ class Transform:
         """Height and width of what comes out."""
         return size_after(self.own, self.size)
 
+    @property
+    def shows_whole(self) -> bool:
+        """Whether a view that is not augmented shows all of an image, and its maps as they are stored."""
+        return self.resize in ("stretch", "pad") and not self.own
+
     def keeps(self, size: tuple[int, int]) -> bool:
         """Whether every image of this size stays as it is."""
         plain = self.augment == PRESETS["none"] and not self.own

@@ -188,6 +188,8 @@ class MapKind(Kind):
     """The values of a pixel: 0 for maps (H, W), else the first dimension of maps (C, H, W)."""
     covers: ClassVar[bool] = False
     """Whether `paint` leaves nothing of the picture below: such a map is shown beside it."""
+    measured_whole: ClassVar[bool] = False
+    """Whether metrics look at the whole map in its own size, where evaluation shows all of it."""
     missing: ClassVar[float]
     """The value of a pixel without a label: outside of the image, or of a missing map; NaN for numbers."""
 

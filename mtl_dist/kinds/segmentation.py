@@ -33,6 +33,7 @@ class Segmentation(MapKind):
     has_classes: ClassVar[bool] = True
     against_mixup: ClassVar[str] = "a pixel of a mask is of one class"
     dtype: ClassVar[str] = "uint8"
+    measured_whole: ClassVar[bool] = True
     missing: ClassVar[float] = IGNORE
 
     def declare(self, task: str, declared: Declared) -> TaskInfo:

@@ -226,7 +226,8 @@ class SegmentationMetrics(Accumulator):
 
     dice and iou are those of each class's pixels in the whole split together (not the mean of each image's),
     averaged over the foreground classes: all but class 0, the background. A class without a pixel, true or
-    predicted, is left out. pixel_accuracy counts all classes. Pixels marked 255 do not exist.
+    predicted, is left out. pixel_accuracy counts all classes. Pixels marked 255 do not exist. In evaluation
+    masks come in their own size, unless the view crops them.
     """
 
     confusion: Tensor
