@@ -163,6 +163,29 @@ def save(
     bench_save(backbone, batch, image_size, zero_stage, every, saves)
 
 
+@app.command("batch-norm")
+def batch_norm(
+    recipe: Annotated[Path, typer.Argument(exists=True, metavar="RECIPE", help="What is trained.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="A.B=VALUE", help="Values in place of the recipe's.")
+    ] = None,
+    steps: Annotated[list[int], typer.Option(min=1, metavar="N", help="Evaluate after so many.")] = [20, 60],  # noqa: B006
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Trainings, from seed 0 on.")] = 3,
+) -> None:
+    """Rules for BatchNorm's running statistics on short runs: val's loss and metrics with each.
+
+    One training per seed serves all rules, for training does not read the statistics.
+
+    \b
+      python -m benchmarks batch-norm configs/skin.yaml --steps 20 --steps 60 data.image_size=64
+    """
+    from rich.console import Console
+
+    from benchmarks.batch_norm import bench_batch_norm
+
+    bench_batch_norm(recipe, overrides or [], sorted(steps), seeds).show(Console())
+
+
 @app.command("multi-mnist")
 def multi_mnist(
     mnist: Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="MNIST", help="Its files.")],

@@ -5,11 +5,13 @@ after t batches (1 - m)^t of the initial values is left, of mobilenet_v3 (m = 0.
 short run would be evaluated with these. So after step t each statistic is an average in which the newest
 batch has the weight
 
-    max(m, 1 / t)
+    max(m, 10 / (t + 9))
 
-the mean over all batches until t = 1 / m, and torch's own update from there on. A window of k micro-batches
-counts as one of weight max(1 - (1 - m)^k, 1 / t). The state is `num_batches_tracked`, which checkpoints have.
-Training does not read running statistics, so losses and weights stay what they were.
+at first an average over about the last tenth of the steps, and torch's own update from t = 10 / m - 9 on. The
+plain mean of all batches, 1 / t, holds on to those that the first, fast steps have made meaningless: it is
+worse than no correction (docs/benchmarks.md). A window of k micro-batches counts as one of weight
+max(1 - (1 - m)^k, 10 / (t + 9)). The state is `num_batches_tracked`, which checkpoints have. Training does
+not read running statistics, so losses and weights stay what they were.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+SPAN = 10
+"""The part of the steps so far that an average is over: one in so many."""
 
 
 @dataclass
@@ -34,7 +39,12 @@ class _Layer:
 
     @property
     def active(self) -> bool:
-        return self.norm.training and self.count < 1 / self.momentum
+        return self.norm.training and self.count < _settled(self.momentum)
+
+
+def _settled(momentum: float) -> int:
+    """The batches after which the weight is torch's."""
+    return math.ceil(SPAN / momentum - (SPAN - 1))
 
 
 class BatchStatistics:
@@ -58,7 +68,7 @@ class BatchStatistics:
             mean, variance, count = _buffers(norm)
             assert norm.momentum is not None
             if count == 0 and (mean.any() or (variance != 1).any()):
-                count.fill_(math.ceil(1 / norm.momentum))
+                count.fill_(_settled(norm.momentum))
             self._layers.append(_Layer(norm, norm.momentum, int(count)))
 
     @torch.no_grad()
@@ -81,7 +91,8 @@ class BatchStatistics:
                 seen = count - count_before
                 # On the device: the host never waits. A layer that did not run keeps what it had.
                 by_momentum = 1 - (1 - layer.momentum) ** seen.double()
-                weight = torch.maximum(by_momentum, seen / count.clamp(min=1))
+                by_steps = SPAN * seen.double() / (count + (SPAN - 1) * seen).clamp(min=1)
+                weight = torch.maximum(by_momentum, by_steps)
                 for statistic, old in zip((mean, variance), before, strict=True):
                     new = statistic.double() / by_momentum
                     merged = old + weight * (new - old)

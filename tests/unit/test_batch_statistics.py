@@ -32,15 +32,15 @@ def train(model: nn.Module, inputs: Sequence[Tensor], accumulation: int = 1) -> 
 def expected(inputs: Sequence[Tensor], momentum: float) -> tuple[Tensor, Tensor]:
     mean = variance = torch.zeros(4, dtype=torch.float64)
     for t, batch in enumerate(inputs, start=1):
-        weight = max(momentum, 1 / t)
+        weight = max(momentum, 10 / (t + 9))
         mean = mean + weight * (batch.double().mean((0, 2, 3)) - mean)
         variance = variance + weight * (batch.double().var((0, 2, 3)) - variance)
     return mean, variance
 
 
 @pytest.mark.parametrize("momentum", [0.01, 0.1, 0.5])
-@pytest.mark.parametrize("steps", [1, 2, 7, 30])
-def test_after_step_t_the_newest_batch_has_the_weight_max_of_momentum_and_1_over_t(
+@pytest.mark.parametrize("steps", [1, 2, 7, 30, 120])
+def test_after_step_t_the_newest_batch_has_the_weight_max_of_momentum_and_10_over_t_plus_9(
     momentum: float, steps: int
 ) -> None:
     norm = nn.BatchNorm2d(4, momentum=momentum)
@@ -54,13 +54,14 @@ def test_after_step_t_the_newest_batch_has_the_weight_max_of_momentum_and_1_over
 def test_a_window_of_micro_batches_counts_as_one_step() -> None:
     norm = nn.BatchNorm2d(4, momentum=1e-6)
     train(norm, batches(8), accumulation=4)
-    mean, _ = expected(batches(8), momentum=1e-6)
+    first, second = (torch.cat(batches(8)[at : at + 4]) for at in (0, 4))
+    mean, _ = expected([first, second], momentum=1e-6)
     torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
 
 
 def test_the_update_is_that_of_torch_to_the_bit_where_momentum_decides() -> None:
-    """After 1 / momentum batches, and of statistics that came with weights."""
-    for count, mean in ((10, 0.0), (5000, 2.0), (0, 2.0)):
+    """After 10 / momentum - 9 batches, and of statistics that came with weights."""
+    for count, mean in ((91, 0.0), (5000, 2.0), (0, 2.0)):
         norm = nn.BatchNorm2d(4)
         norm.num_batches_tracked.fill_(count)
         norm.running_mean.fill_(mean)
