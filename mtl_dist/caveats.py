@@ -57,9 +57,7 @@ def caveats(recipe: Recipe, data: Data, root: RootModule, world: World) -> Itera
         yield f"{recipe.monitor.metric}, which decides what is best, is over {over}."
     yield from world.on_main(lambda: list(leakage(data)))
     mean, std = (buffer.flatten().tolist() for buffer in (root.model.mean, root.model.std))
-    odd = world.on_main(lambda: odd_normalisation(data, mean, std))
-    if odd:
-        yield odd
+    yield from world.on_main(lambda: list(odd_normalisation(data, mean, std)))
     unused = unused_slurm_tasks(os.environ)
     if unused:
         yield unused

@@ -24,7 +24,7 @@ def doctor(
     nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Nodes of the cluster to look at.")] = 2,
     tasks_per_node: Annotated[int, typer.Option(min=1, metavar="N", help="Ranks on each of them.")] = 1,
 ) -> None:
-    """Look at this machine: versions, GPUs, memory, disks, the speed between processes.
+    """Look at this machine: versions, GPUs, memory, disks, the speed between processes, data/'s pixels.
 
     Prints what is well, what is not and what to do; exit code 1 if something fails. With --cluster the same
     is a short job, and every node speaks for itself.

@@ -12,7 +12,17 @@ from mtl_dist.data.decode import decode_image, decode_map
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.inspect import spread
 from mtl_dist.data.manifest import Manifest, read_manifest
-from mtl_dist.data.overlays import FAINT, INK, PAPER, LegendLine, fitted, font, legend_colours, overlaid
+from mtl_dist.data.overlays import (
+    CHANNELS_SHOWN,
+    FAINT,
+    INK,
+    PAPER,
+    LegendLine,
+    fitted,
+    font,
+    legend_colours,
+    overlaid,
+)
 from mtl_dist.data.reader import Sample, SplitReader, UnreadableSample
 from mtl_dist.data.remote import Location
 from mtl_dist.errors import UserError
@@ -96,7 +106,12 @@ def _draw_head(
     title = f"{manifest.name}  {split}"
     draw.text((_MARGIN, _MARGIN - 8), title, INK, font(_TITLE))
     end = _MARGIN + draw.textlength(title, font(_TITLE)) + 16
-    draw.text((end, _MARGIN), f"{num_shown} of {num_samples:,} samples", FAINT, font(_TEXT))
+    about = f"{num_shown} of {num_samples:,} samples"
+    if manifest.channels not in (1, 3):
+        some = min(manifest.channels, CHANNELS_SHOWN)
+        of = f" of {manifest.channels}" if some < manifest.channels else ""
+        about += f", channels 0 to {some - 1}{of} side by side, row by row"
+    draw.text((end, _MARGIN), about, FAINT, font(_TEXT))
     x, y = float(_MARGIN), _MARGIN + _TITLE + 6
     for (_, words), colour in colours.items():
         draw.rectangle((x, y + 2, x + 12, y + 14), fill=colour)

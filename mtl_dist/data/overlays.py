@@ -18,6 +18,8 @@ from mtl_dist.specs import TaskInfo
 LegendLine: TypeAlias = tuple[str, str]
 """A task and the words of a line of its legend."""
 
+CHANNELS_SHOWN = 16
+
 INK: Colour = (33, 37, 41)
 FAINT: Colour = (134, 142, 150)
 PAPER: Colour = (255, 255, 255)
@@ -63,22 +65,19 @@ def overlaid(
     """The image with its longer side of `side` pixels, and the `maps` of tasks laid over it; those that
     would cover it stand beside it, in as many rows as columns.
 
-    Of many channels the first is shown; values of no fixed range go from dark to bright.
+    Of an image that is neither grey nor in colour each channel, up to `CHANNELS_SHOWN`, is a picture of its
+    own beside the first, which the maps lie over. Values of no fixed range go from dark to bright.
     """
     image_HWC = image_CHW.permute(1, 2, 0).numpy()
-    if image_HWC.shape[2] not in (1, 3):
-        image_HWC = image_HWC[..., :1]
-    if image_HWC.dtype != np.uint8:
-        low, high = np.percentile(image_HWC, (1, 99))
-        image_HWC = ((image_HWC - low) / max(high - low, 1e-6)).clip(0, 1) * 255
-    picture = Image.fromarray(np.broadcast_to(image_HWC, (*image_HWC.shape[:2], 3)).astype(np.uint8))
-    scale = side / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    small = scale >= 2  # pixels are shown as they are
-    pixels_HWC = np.array(
-        picture.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+    height, width, channels = image_HWC.shape
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    apart = channels not in (1, 3)
+    shown = (
+        [image_HWC[..., c : c + 1] for c in range(min(channels, CHANNELS_SHOWN))] if apart else [image_HWC]
     )
-    panels = [pixels_HWC]
+    panels = [_in_colour(part, size, scale) for part in shown]
+    pixels_HWC = panels[0]
     for task, values in maps.items():
         info = tasks[task]
         kind = map_kind(info.kind)
@@ -87,6 +86,16 @@ def overlaid(
         panel = panels[-1] if kind.covers else pixels_HWC
         kind.paint(panel, _in_size(values, size), info, colours_of(task, colours))
     return _side_by_side(panels)
+
+
+def _in_colour(image_HWC: np.ndarray, size: tuple[int, int], scale: float) -> np.ndarray:
+    """A picture of one or three channels in (width, height), uint8 (H, W, 3)."""
+    if image_HWC.dtype != np.uint8:
+        low, high = np.percentile(image_HWC, (1, 99))
+        image_HWC = ((image_HWC - low) / max(high - low, 1e-6)).clip(0, 1) * 255
+    picture = Image.fromarray(np.broadcast_to(image_HWC, (*image_HWC.shape[:2], 3)).astype(np.uint8))
+    small = scale >= 2  # pixels are shown as they are
+    return np.array(picture.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS))
 
 
 def _side_by_side(panels: list[np.ndarray]) -> Image.Image:

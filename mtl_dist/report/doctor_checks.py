@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mtl_dist.errors import UserError
+from mtl_dist.plural import plural
+
 Level = Literal["ok", "warning", "failure"]
 
 GB = 10**9
@@ -24,6 +27,8 @@ PROBE_BYTES = 64 << 20
 
 SPIN_S = 0.5
 MOST_SPINNERS = 16
+MOST_DATASETS = 20
+_CHANNELS = 4
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,43 @@ def local_checks(folders: dict[str, Path]) -> list[Check]:
     checks.append(cpus())
     for name, folder in folders.items():
         checks += disk(name, folder)
+    if "data" in folders:
+        checks += datasets(folders["data"])
     return checks
+
+
+# -- datasets ---------------------------------------------------------------------------------------------
+
+
+def datasets(folder: Path) -> Iterator[Check]:
+    """What the pixels of each dataset below `folder` are like, by which images may be normalised."""
+    from mtl_dist.data.manifest import MANIFEST_NAME, read_manifest
+
+    for path in sorted(folder.glob(f"*/{MANIFEST_NAME}"))[:MOST_DATASETS]:
+        name = f"{path.parent}: pixels"
+        try:
+            manifest = read_manifest(path.parent)
+        except UserError as error:
+            yield Check(name, "warning", str(error), "Prepare it again.")
+            continue
+        about = f"{plural(manifest.channels, 'channel')} of {manifest.image_dtype}"
+        if manifest.pixels is None:
+            advice = "Prepare it again: images that are not 8-bit RGB are normalised by what is measured."
+            yield Check(name, "warning", f"{about}, not measured", advice)
+            continue
+        pixels = manifest.pixels
+        columns = (pixels.mean, pixels.std, pixels.minimum, pixels.maximum)
+        each = [
+            f"{mean:.4g} +- {std:.4g} ({low:.4g} to {high:.4g})"
+            for mean, std, low, high in zip(*columns, strict=True)
+        ]
+        more = f" and {len(each) - _CHANNELS} more" if len(each) > _CHANNELS else ""
+        found = f"{about}, mean +- deviation (range): {', '.join(each[:_CHANNELS])}{more}"
+        constant = [channel for channel, std in enumerate(pixels.std) if std == 0]
+        if constant:
+            yield Check(name, "warning", found, f"Channel {constant[0]} has one value: look at the images.")
+        else:
+            yield Check(name, "ok", found)
 
 
 # -- software ---------------------------------------------------------------------------------------------

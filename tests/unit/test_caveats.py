@@ -68,7 +68,7 @@ def test_nothing_is_said_where_nothing_is_odd(tmp_path: Path, monkeypatch: pytes
     recipe, data, root = parts(
         tmp_path, {"train": 30, "val": 10}, "model.mean=[10,0,30]", "model.std=[10,1,40]"
     )
-    monkeypatch.setattr("mtl_dist.caveats.odd_normalisation", lambda *about: "")
+    monkeypatch.setattr("mtl_dist.caveats.odd_normalisation", lambda *about: [])
     lines = list(caveats(recipe, data, root, WORLD))
     assert [line for line in lines if "content hashes" not in line] == []
     monkeypatch.setenv("SLURM_NTASKS", "2")

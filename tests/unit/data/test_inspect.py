@@ -137,6 +137,21 @@ def test_a_contact_sheet_shows_every_sample_with_its_mask(dataset: Path, tmp_pat
     assert found[(86, 180, 233)] > 9 * 200  # an outline for each of the nine masks, and the legend
 
 
+@pytest.mark.parametrize("channels", [2, 5])
+def test_a_contact_sheet_shows_every_channel(tmp_path: Path, channels: int) -> None:
+    """Each as bright as it is, in a picture of its own."""
+    levels = [30 + 40 * channel for channel in range(channels)]
+    file = io.BytesIO()
+    np.save(file, np.broadcast_to(np.array(levels, np.uint8), (8, 8, channels)))
+    tasks = {"y": TaskSource("classification", ("no", "yes"))}
+    pack({"train": [Record("s", file.getvalue(), {"y": 0})]}, tmp_path / "many", tasks, "many")
+    contact_sheet(tmp_path / "many", "train", tmp_path / "sheet.png")
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png")).reshape(-1, 3)
+    areas = [int((pixels == level).all(axis=1).sum()) for level in levels]
+    assert min(areas) > 1000
+    assert max(areas) - min(areas) < 0.2 * max(areas)
+
+
 def test_a_contact_sheet_of_what_is_not_there_is_one_line(dataset: Path, tmp_path: Path) -> None:
     for split, out, match in (
         ("test", tmp_path / "a.png", "expected a split 'test', found train, val"),

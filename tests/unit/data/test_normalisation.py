@@ -45,9 +45,9 @@ def test_data_that_is_no_8_bit_picture_is_normalised_by_itself(tmp_path: Path) -
     mean, std = scale_of(SMALL, data, is_picture=False)
     assert mean == pytest.approx([9000, 9000], rel=0.02)
     assert std == pytest.approx([900, 900], rel=0.2)
-    assert odd_normalisation(data, mean, std) == ""
-    said = odd_normalisation(data, [127.5, 127.5], [127.5, 127.5])
-    assert "far from 0 and 1" in said and "model.normalise=data" in said
+    assert list(odd_normalisation(data, mean, std)) == []
+    (said,) = odd_normalisation(data, [127.5, 127.5], [127.5, 127.5])
+    assert "train of deep" in said and "far from 0 and 1" in said and "model.normalise=data" in said
     published = SMALL.model_copy(update={"normalise": "published"})
     assert scale_of(published, data, is_picture=False) == ([127.5, 127.5], [127.5, 127.5])
 
@@ -69,7 +69,8 @@ def test_data_that_was_not_measured_is_told_of(tmp_path: Path) -> None:
     write_manifest(tmp_path / "deep", dataclasses.replace(read_manifest(tmp_path / "deep"), pixels=None))
     data = open_data(data.settings, ["y"])
     assert data.pixels is None
-    assert "Prepare the data again" in odd_normalisation(data, [127.5, 127.5], [127.5, 127.5])
+    (said,) = odd_normalisation(data, [127.5, 127.5], [127.5, 127.5])
+    assert "Prepare the data again" in said
     with pytest.raises(UserError, match=r"model\.normalise.*not measured"):
         scale_of(SMALL.model_copy(update={"normalise": "data"}), data, is_picture=False)
 
@@ -88,3 +89,12 @@ def test_several_datasets_are_one_distribution(tmp_path: Path) -> None:
 def test_a_channel_of_one_value_is_not_divided_by_nothing() -> None:
     model = build_model(SMALL, HEADS, 1, (8, 8), measured=((7.0,), (0.0,)), is_picture=False)
     assert model.std.tolist() == [[[[1.0]]]]
+
+
+def test_of_several_sources_the_odd_one_is_named(tmp_path: Path) -> None:
+    opened(tmp_path / "deep", 9000)
+    opened(tmp_path / "dark", 90)
+    paths = {"train": ({"path": tmp_path / "deep"},), "val": ({"path": tmp_path / "dark", "split": "train"},)}
+    data = open_data(DataSettings.model_validate({**paths, "image_size": 8}), ["y"])
+    (said,) = odd_normalisation(data, [9000, 9000], [900, 900])
+    assert said.startswith("train of dark: images normalised")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from mtl_dist.data.manifest import read_manifest, write_manifest
+from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.packing import pack
 from mtl_dist.report import doctor, doctor_checks
 from mtl_dist.report.doctor_checks import Check
 
@@ -121,3 +125,25 @@ def test_ranks_that_fail_are_a_finding_and_not_a_traceback(monkeypatch: pytest.M
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
     (check,) = doctor.group_checks()
     assert (check.name, check.level) == ("ranks", "failure")
+
+
+def test_the_pixels_of_datasets_are_shown_and_what_was_not_measured_is_told(tmp_path: Path) -> None:
+    def write(name: str, values: np.ndarray) -> Path:
+        file = io.BytesIO()
+        np.save(file, values)
+        records = [Record(f"s{i}", file.getvalue(), {"y": i % 2}) for i in range(2)]
+        pack({"train": records}, tmp_path / name, {"y": TaskSource("classification", ("no", "yes"))}, name)
+        return tmp_path / name
+
+    deep = np.full((8, 8, 2), 300, np.uint16)
+    deep[:4] = 500
+    write("deep", deep)
+    write("flat", np.full((8, 8, 2), 7, np.uint16))
+    old = write("old", deep)
+    write_manifest(old, replace(read_manifest(old), pixels=None))
+    found = {check.name.rpartition("/")[2]: check for check in doctor_checks.datasets(tmp_path)}
+    assert "400 +- 100 (300 to 500)" in found["deep: pixels"].found
+    assert found["deep: pixels"].level == "ok"
+    assert "one value" in found["flat: pixels"].advice
+    assert "not measured" in found["old: pixels"].found
+    assert "Prepare it again" in found["old: pixels"].advice
