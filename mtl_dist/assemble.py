@@ -21,6 +21,7 @@ from mtl_dist.checkpoint import (
     step_directory,
     steps_in,
 )
+from mtl_dist.config.errors import suggest
 from mtl_dist.data.disjoint_tasks import disjoint_tasks
 from mtl_dist.data.loader import Data
 from mtl_dist.engine.connect import EngineChoice
@@ -76,6 +77,31 @@ def plan_of(recipe: Recipe, data: Data, accumulation: int) -> Plan:
         checkpoint_every=settings.checkpoint_every,
         log_every=settings.log_every,
     )
+
+
+def check_metrics(recipe: Recipe, root: RootModule, data: Data) -> None:
+    """Refuse to follow a metric that the data's classes do not have, or to choose on a missing split.
+
+    Raises:
+        UserError: one line for each.
+    """
+    problems = []
+    for name, task in root.tasks.items():
+        if task.rule is not None and "val" not in data.splits:
+            problems.append(
+                f"tasks.{name}.threshold: expected a probability for data without a val split, found "
+                f"{task.rule}. State one."
+            )
+        names = ("loss", *task.reported, *task.settings.metrics)
+        for followed in recipe.monitor.names:
+            metric = followed.partition(f"/{name}/")[2]
+            if metric and metric not in names:
+                problems.append(
+                    f"monitor.metric: expected a metric of a task of {len(task.info.classes)} classes, found "
+                    f"{followed}. {suggest(metric, names)}"
+                )
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def check_labels(data: Data, recipe: Recipe) -> None:
@@ -185,4 +211,5 @@ def load_root(
     without_weights = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
     root = build_root(without_weights, folder.read_data(), world)
     root.load_state_dict(inference_weights(read_checkpoint(chosen_checkpoint(folder, which, say))))
+    root.decide_by(folder.read_thresholds())
     return root.to(world.device).eval()

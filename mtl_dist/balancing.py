@@ -193,7 +193,8 @@ class Balancing:
                     if apart:
                         losses_T = self._read_apart(record, batch, features, totals)
                     else:
-                        losses_T, _ = self.root.losses(features, batch, totals)
+                        outputs = self.root.outputs(features, batch)
+                        losses_T, _ = self.root.losses(outputs, batch, totals)
                         if level is not None:
                             self._read(record, level, batch, features, losses_T, totals)
                 record.add_losses(losses_T)
@@ -234,7 +235,7 @@ class Balancing:
             torch.enable_grad(),
             self.engine.whole(weights),
         ):
-            losses_T, _ = root.losses(leaves, batch, totals)
+            losses_T, _ = root.losses(root.outputs(leaves, batch), batch, totals)
             record.add_at_features(losses_T, leaves, totals.present_T.tolist(), self._labelled(batch))
         return losses_T.detach()
 

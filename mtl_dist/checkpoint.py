@@ -5,6 +5,7 @@
             model.safetensors       weights and buffers, balancer included, float32
             optimizer.safetensors   `<slot>/<parameter name>`
             ema.safetensors         the averaged weights, where the recipe asks for them
+        metrics.safetensors     what the running epoch's training metrics have counted, within an epoch
             state.json              step, position, monitor, the best one so far, sums of the running epoch
             recipe.yaml
             manifest.json           size and SHA-256 of every other file; written last
@@ -44,7 +45,8 @@ _STEP_NAME = re.compile(r"step_(\d{8,})")
 class Checkpoint:
     """The state of a run after `step` optimizer steps, on the host.
 
-    `tensors` maps a file's stem ("model", "optimizer", "ema") to its named tensors; `state` is plain JSON.
+    `tensors` maps a file's stem ("model", "optimizer", "ema", "metrics") to its named tensors; `state` is
+    plain JSON.
     """
 
     step: int

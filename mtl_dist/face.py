@@ -143,7 +143,7 @@ class Run:
         """The epochs as columns: `{"step": [...], "epoch": [...], "train": {"loss": [...]}, "val": ...}`."""
         return history_of(self.rows)
 
-    def predict(self, image: Any, threshold: float = 0.5) -> Any:
+    def predict(self, image: Any, threshold: float | None = None) -> Any:
         """Every task's answer for one image, or a list of them for a list of images; see `Predictor`.
 
         Raises:

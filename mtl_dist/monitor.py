@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mtl_dist.config.settings import Settings
 from mtl_dist.optim import PlateauSchedule, Schedule
+
+WEIGHTED_MEAN = "val/weighted_mean"
+"""What a mean of several metrics is called, beside them."""
 
 
 class MonitorSettings(Settings):
@@ -17,13 +21,34 @@ class MonitorSettings(Settings):
 
     metric: str = "val/loss"
     """`val/loss` (the weighted sum of the tasks' losses), `val/mean_accuracy`, `val/<task>/loss` or
-    `val/<task>/<metric>`."""
+    `val/<task>/<metric>`; with `train/` the same of the training steps."""
+    mean: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
+    """In place of `metric` the weighted mean of several, with their weights:
+    {val/digit/accuracy: 2, val/size/accuracy: 1}."""
     mode: Literal["min", "max"] | None = None
     """null: as the metric wants (a loss is minimised, an accuracy maximised)."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many evaluations without improvement; null: train to the end."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     """The smallest change that counts as an improvement."""
+    per_task: bool = False
+    """Whether the best weights of each task, by the main metric of its kind, are kept as well."""
+
+    @model_validator(mode="after")
+    def _one_figure(self) -> MonitorSettings:
+        if self.mean is not None and "metric" in self.model_fields_set:
+            raise ValueError("expected metric or mean, found both. Remove one of them.")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The figure that is followed."""
+        return self.metric if self.mean is None else WEIGHTED_MEAN
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The metrics that it is made of."""
+        return (self.metric,) if self.mean is None else tuple(self.mean)
 
 
 @dataclass
@@ -40,12 +65,21 @@ class Monitor:
     """Follows one metric over the evaluations of a run."""
 
     def __init__(self, settings: MonitorSettings, mode: Literal["min", "max"], schedule: Schedule) -> None:
-        self.metric = settings.metric
+        self.metric = settings.name
+        self._mean = settings.mean
         self.state = MonitorState()
         self._sign = 1.0 if mode == "max" else -1.0
         self._patience = settings.patience
         self._min_delta = settings.min_delta
         self._plateau = schedule if isinstance(schedule, PlateauSchedule) else None
+
+    def of(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The figure that is followed, by its name; empty where a metric that it is of was not measured."""
+        weights = {self.metric: 1.0} if self._mean is None else self._mean
+        if not weights.keys() <= metrics.keys():
+            return {}
+        total = sum(weight * metrics[name] for name, weight in weights.items())
+        return {self.metric: total / sum(weights.values())}
 
     def observe(self, value: float) -> bool:
         """Take in one evaluation; true when it is the best so far. One that is not finite never is."""

@@ -61,6 +61,8 @@ class TrainSettings(Settings):
     max_bad_steps: Annotated[int, Field(ge=0)] = 10
     """A step with a loss or gradient that is not finite is skipped, and its samples are named in
     skipped_steps.jsonl; more than so many of 100 steps in a row end the run. 0: the first one does."""
+    metrics: bool = True
+    """Whether every metric of a task is computed for the training steps as well, from their own outputs."""
     evaluate_at_end: bool = True
     """Whether the best weights are evaluated on `val` and `test` when training is done."""
 
@@ -166,15 +168,29 @@ class Recipe(Settings):
 
     @property
     def monitor_mode(self) -> Mode:
-        """Whether the monitored metric is to grow or to fall.
+        """Whether the monitored figure is to grow or to fall.
+
+        Raises:
+            UserError: it is a user-defined metric that does not say, or a mean of metrics of both sorts.
+        """
+        if self.monitor.mode is not None:
+            return self.monitor.mode
+        modes = {metric: self.mode_of(metric) for metric in self.monitor.names}
+        if len(set(modes.values())) > 1:
+            listing = ", ".join(f"{metric} ({mode})" for metric, mode in modes.items())
+            raise UserError(
+                f"monitor.mean: expected metrics that are all to grow or all to fall, found {listing}. "
+                "Take those of one sort."
+            )
+        return next(iter(modes.values()))
+
+    def mode_of(self, metric: str) -> Mode:
+        """Whether a metric, such as `val/digit/accuracy`, is to grow or to fall.
 
         Raises:
             UserError: it is a user-defined metric that does not say.
         """
-        metric = self.monitor.metric
-        if self.monitor.mode is not None:
-            return self.monitor.mode
-        task, _, name = metric.removeprefix("val/").rpartition("/")
+        task, _, name = metric.partition("/")[2].rpartition("/")
         if name == "loss" or name == MEAN_ACCURACY:
             return "min" if name == "loss" else "max"
         if name in self.tasks[task].modes:
@@ -188,15 +204,20 @@ class Recipe(Settings):
         return "max" if higher else "min"
 
     def _monitor_problems(self) -> list[str]:
-        choices = ["val/loss"]
-        if any("accuracy" in task.modes for task in self.tasks.values()):
-            choices.append(f"val/{MEAN_ACCURACY}")
-        for name, task in self.tasks.items():
-            choices += [f"val/{name}/{metric}" for metric in ("loss", *task.modes, *task.metrics)]
-        metric = self.monitor.metric
-        if metric in choices:
-            return []
-        return [f"monitor.metric: expected a validation metric, found {metric!r}. {suggest(metric, choices)}"]
+        choices = [f"{split}/loss" for split in ("val", "train")]
+        for split in ("val", "train") if self.train.metrics else ("val",):
+            if any("accuracy" in task.modes for task in self.tasks.values()):
+                choices.append(f"{split}/{MEAN_ACCURACY}")
+            for name, task in self.tasks.items():
+                choices += [f"{split}/{name}/{metric}" for metric in (*task.modes, *task.metrics)]
+        choices += [f"{split}/{name}/loss" for split in ("val", "train") for name in self.tasks]
+        where = "metric" if self.monitor.mean is None else "mean"
+        return [
+            f"monitor.{where}: expected a metric of validation or training, found {metric!r}. "
+            f"{suggest(metric, choices)}"
+            for metric in self.monitor.names
+            if metric not in choices
+        ]
 
 
 def load_recipe(

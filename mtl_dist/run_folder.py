@@ -9,7 +9,7 @@ runs/<name>/<run id>/
     tracking.json           the run's id in dashboards, kept by resumes
     tags.json               words by which `mtl status` and `mtl runs` find it
     checkpoints/            see checkpoint.py
-    evaluation/             metrics.json, confusion matrices, conflicts.png
+    evaluation/             metrics.json, thresholds.json, confusion matrices, conflicts.png
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class RunFolder:
     FILES: ClassVar[dict[str, str]] = {
         "recipe.yaml": "the resolved recipe; reproduces the run",
         "checkpoints/": "the newest ones and the best",
-        "evaluation/": "metrics.json, confusion matrices, conflicts of tasks",
+        "evaluation/": "metrics.json, thresholds.json, confusion matrices, conflicts of tasks",
         "skipped_steps.jsonl": "steps that were not finite, with their samples",
         "metrics.jsonl": "every logged step and evaluation",
         "history.json": "losses and metrics by epoch",
@@ -197,6 +197,19 @@ class RunFolder:
         if path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
         return found
+
+    def read_thresholds(self) -> dict[str, dict[str, float]]:
+        """The thresholds that were chosen on the validation split, by task and label; empty before that."""
+        path = self.evaluation / "thresholds.json"
+        found: dict[str, dict[str, float]] = {}
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def write_thresholds(self, thresholds: Mapping[str, Mapping[str, float]]) -> None:
+        """Keep the chosen thresholds, by which the run's weights decide from now on."""
+        self.evaluation.mkdir(exist_ok=True)
+        write_text(self.evaluation / "thresholds.json", json.dumps(thresholds, indent=1, ensure_ascii=False))
 
     def write_metrics(self, split: str, tasks: Mapping[str, Mapping[str, float]]) -> None:
         """Put one split into evaluation/metrics.json: `{split: {task: {metric: value}}}`."""

@@ -12,7 +12,7 @@ All ranks have the same verdicts, and read them in the same order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +99,7 @@ class TakenStep:
     """A step whose verdict the host has not read: its number, this rank's window and what came out of it.
 
     `overflowed` says that fp16's loss scale was too large, which the scaler answers: nothing is wrong with
-    the samples.
+    the samples. `count` takes the step into the training metrics.
     """
 
     step: int
@@ -109,6 +109,7 @@ class TakenStep:
     sums_T: Tensor
     finite: Verdict
     overflowed: bool = False
+    count: Callable[[], None] | None = None
 
 
 @dataclass

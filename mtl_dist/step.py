@@ -1,4 +1,4 @@
-"""The root module: one micro-batch in; one scalar and the tasks' loss sums out.
+"""The root module: one micro-batch in; one scalar, the tasks' loss sums and outputs out.
 
     loss_k = world_size * sum_local(l_k) / N_k        N_k: labels of task k in the whole window
     scalar = combine(weights, loss_1 .. loss_T)
@@ -15,7 +15,7 @@ NaN.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_dist.balance.balancer import Balancer
-from mtl_dist.batch import Batch
+from mtl_dist.batch import Batch, Outputs
 from mtl_dist.engine.precision import AUTOCAST_DTYPES
 from mtl_dist.engine.settings import Precision
 from mtl_dist.engine.world import World
@@ -118,6 +118,11 @@ class RootModule(nn.Module):
         """The recipe's weight of each task."""
         return {name: task.settings.weight for name, task in self.tasks.items()}
 
+    def decide_by(self, thresholds: Mapping[str, Mapping[str, float]]) -> None:
+        """Let tasks decide by thresholds that were chosen on a split, by task and label."""
+        for name, chosen in thresholds.items():
+            self.tasks[name] = replace(self.tasks[name], chosen=tuple(chosen.values()))
+
     def task_parameters(self, task: str) -> list[nn.Parameter]:
         """The parameters that no other task's loss reaches: head, own backbone, balancing state."""
         return self.model.task_parameters(task) + self.balancer.task_parameters(task)
@@ -133,15 +138,19 @@ class RootModule(nn.Module):
             outputs = self.model(images_BCHW)
         return {name: output.float() for name, output in outputs.items()}
 
-    def forward(self, batch: Batch, totals: WindowTotals, weights: Weights | Solve) -> tuple[Tensor, Tensor]:
-        """One micro-batch's scalar, and each task's loss sum over it: float32 (T,), detached.
+    def forward(
+        self, batch: Batch, totals: WindowTotals, weights: Weights | Solve
+    ) -> tuple[Tensor, Tensor, Outputs]:
+        """One micro-batch's scalar, each task's loss sum over it, float32 (T,), and its output, float32.
 
-        The gradient of the scalar is what the engine averages over the ranks. Where `weights` are still to be
-        found, they are from this very forward, which is the only one of its window.
+        Sums and outputs are detached. The gradient of the scalar is what the engine averages over the ranks.
+        Where `weights` are still to be found, they are from this very forward, which is the only one of its
+        window.
         """
         gradient_scale = GradientScale() if self.balancer.level is not None else None
         features = self.features(batch, gradient_scale)
-        losses_T, sums_T = self.losses(features, batch, totals)
+        outputs = self.outputs(features, batch)
+        losses_T, sums_T = self.losses(outputs, batch, totals)
         if not isinstance(weights, Weights):
             weights = weights(batch, features, losses_T)
         if gradient_scale is not None:
@@ -156,7 +165,7 @@ class RootModule(nn.Module):
         if weights.gradient_P is not None:
             own_P = weights.gradient_P if scale == 1 else scale * weights.gradient_P
             scalar = with_gradient(scalar, self.shared, own_P)
-        return scalar * poison, sums_T.detach()
+        return scalar * poison, sums_T.detach(), {name: output.detach() for name, output in outputs.items()}
 
     def features(self, batch: Batch, gradient_scale: GradientScale | None) -> Features:
         """The features of each task, behind the factor that its gradient will meet there."""
@@ -167,18 +176,21 @@ class RootModule(nn.Module):
             return features
         return [gradient_scale.applied(own, t) for t, own in enumerate(features)]
 
-    def losses(self, features: Features, batch: Batch, totals: WindowTotals) -> tuple[Tensor, Tensor]:
-        """The tasks' losses and loss sums, both (T,), from the heads.
+    def outputs(self, features: Features, batch: Batch) -> Outputs:
+        """What each head says of its features, float32."""
+        size = (batch.images_BCHW.shape[2], batch.images_BCHW.shape[3])
+        with self._autocast():
+            return {
+                task: self.model.head_forward(task, dict(own), size).float()
+                for task, own in zip(self.tasks, features, strict=True)
+            }
+
+    def losses(self, outputs: Outputs, batch: Batch, totals: WindowTotals) -> tuple[Tensor, Tensor]:
+        """The tasks' losses and loss sums, both (T,).
 
         The losses are scaled such that their mean over ranks, summed over the window's micro-batches, is the
         global loss.
         """
-        size = (batch.images_BCHW.shape[2], batch.images_BCHW.shape[3])
-        with self._autocast():
-            outputs = {
-                task: self.model.head_forward(task, dict(own), size).float()
-                for task, own in zip(self.tasks, features, strict=True)
-            }
         sums_T = self.loss_sums(outputs, batch)
         scale_T = torch.where(totals.present_T, self._world.size / totals.counts_T, 0.0)
         return sums_T * scale_T.to(sums_T), sums_T

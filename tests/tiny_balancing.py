@@ -274,7 +274,7 @@ def _train(balancing: Balancing, case: Case, start: dict[str, Tensor]) -> Result
         weights = balancing.solve(window, totals)
         sums_T = torch.zeros(len(root.tasks))
         for number, batch in enumerate(window, start=1):
-            sums_T += engine.forward_backward(batch, totals, weights, last=number == len(window))
+            sums_T += engine.forward_backward(batch, totals, weights, last=number == len(window))[0]
         result.skipped.append(engine.step(root.absent_parameters(totals), None).skipped)
         balancing.observe(sums_T, totals)
         root.balancer.end_epoch()

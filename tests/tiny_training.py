@@ -73,7 +73,8 @@ class Result:
 
 
 class TinyRoot(nn.Module):
-    """`forward(batch, counts, num_ranks, scale)` is the scalar of one micro-batch, and again as a number."""
+    """`forward(batch, counts, num_ranks, scale)` is the scalar of one micro-batch, and again as a number;
+    it has no outputs to show."""
 
     def __init__(self, precision: Precision, batch_norm: bool = False) -> None:
         super().__init__()
@@ -101,7 +102,7 @@ class TinyRoot(nn.Module):
 
     def forward(
         self, batch: Mapping[str, Tensor], counts: Tensor, num_ranks: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         outputs = self.predict(batch["inputs"])
         total = torch.zeros(())
         for t, name in enumerate(TASKS):
@@ -113,7 +114,7 @@ class TinyRoot(nn.Module):
             log_variance = self.scales[name].sum()
             term = torch.exp(-log_variance) * loss + scale * log_variance / 2
             total = total + torch.where(counts[t] > 0, term, 0.0)
-        return (total * float("inf") if self.explode else total), total.detach()
+        return (total * float("inf") if self.explode else total), total.detach(), {}
 
     def task_parameters(self, task: str) -> list[nn.Parameter]:
         return [*self.heads[task].parameters(), self.scales[task]]
@@ -219,7 +220,8 @@ def train_step(engine: Engine, root: TinyRoot, setup: Setup, step: int) -> tuple
     parts = list(micro_batches(batch, world.rank, world.size, setup.accumulation))
     for number, part in enumerate(parts, start=1):
         last = number == len(parts)
-        local_loss += engine.forward_backward(part, counts, world.size, 1 / setup.accumulation, last=last)
+        sums, _ = engine.forward_backward(part, counts, world.size, 1 / setup.accumulation, last=last)
+        local_loss += sums
     absent = [p for t, name in enumerate(TASKS) if counts[t] == 0 for p in root.task_parameters(name)]
     return engine.step(absent, setup.clip_norm), local_loss
 

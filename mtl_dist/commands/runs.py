@@ -211,11 +211,15 @@ def predict(
         ),
     ] = None,
     threshold: Annotated[
-        float,
+        float | None,
         typer.Option(
-            min=0.0, max=1.0, metavar="P", help="From which probability on a label or pixel counts."
+            min=0.0,
+            max=1.0,
+            metavar="P",
+            show_default=False,
+            help="Above which probability a label, positive class or pixel counts, in place of the run's.",
         ),
-    ] = 0.5,
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(metavar="NAME", show_default=False, help="Of prepared datasets: this split alone."),

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from mtl_dist.batch import Outputs
 from mtl_dist.engine.engine import StepResult
 from mtl_dist.engine.precision import LossScaler
 from mtl_dist.engine.replicated import ReplicatedEngine
@@ -66,14 +67,13 @@ class AccelerateEngine(ReplicatedEngine):
                 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
                 self._wrapped = accelerator.prepare_model(root)
 
-    def forward_backward(self, *inputs: Any, last: bool) -> Tensor:
+    def forward_backward(self, *inputs: Any, last: bool) -> tuple[Tensor, Outputs]:
         silent = self._wrapped.no_sync() if self.world.size > 1 and not last else nullcontext()
         with silent:
-            scalar, sums = self._wrapped(*inputs)
+            scalar, sums, outputs = self._wrapped(*inputs)
             (scalar if self.scaler is None else scalar * self.scaler.scale).backward()
         self._watch(sums)
-        own_sums: Tensor = sums
-        return own_sums
+        return sums, outputs
 
     def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
         return self._update(absent, clip_norm)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtl_dist.batch import Outputs
 from mtl_dist.engine.deepspeed_setup import deepspeed_config, import_deepspeed
 from mtl_dist.engine.engine import (
     Engine,
@@ -95,13 +96,12 @@ class _ReplicatedZero(ReplicatedEngine):
         super().__init__(world, root, optimizer, scaler)
         self._deepspeed = wrapped
 
-    def forward_backward(self, *inputs: Any, last: bool) -> Tensor:
+    def forward_backward(self, *inputs: Any, last: bool) -> tuple[Tensor, Outputs]:
         self._deepspeed.set_gradient_accumulation_boundary(last)
-        scalar, sums = self._deepspeed(*inputs)
+        scalar, sums, outputs = self._deepspeed(*inputs)
         self._deepspeed.backward(scalar if self.scaler is None else scalar * self.scaler.scale)
         self._watch(sums)
-        own_sums: Tensor = sums
-        return own_sums
+        return sums, outputs
 
     def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
         return self._update(absent, clip_norm)
@@ -131,16 +131,15 @@ class _Zero(Engine):
         optimizer.register_step_post_hook(self._show_absent)
 
     # ------------------------------------------------------------------ a step
-    def forward_backward(self, *inputs: Any, last: bool) -> Tensor:
+    def forward_backward(self, *inputs: Any, last: bool) -> tuple[Tensor, Outputs]:
         self._deepspeed.set_gradient_accumulation_boundary(last)
         if self.scaler is not None:
             # Its backward multiplies with this, its step divides by it.
             self._deepspeed.optimizer.override_loss_scale(self.scaler.scale)
-        scalar, sums = self._deepspeed(*inputs)
+        scalar, sums, outputs = self._deepspeed(*inputs)
         self._deepspeed.backward(scalar)
         self._watch(sums)
-        own_sums: Tensor = sums
-        return own_sums
+        return sums, outputs
 
     def step(self, absent: Iterable[nn.Parameter], clip_norm: float | None) -> StepResult:
         average_buffers(self.root, self.world)

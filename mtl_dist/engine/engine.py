@@ -1,8 +1,8 @@
 """The engine protocol: what a training step asks of whatever wraps the model.
 
-One forward of the root module returns one scalar and the loss sums behind it, and the engine sees exactly one
-backward per micro-batch. Everything else (losses, balancing, autocast) happens inside the root module, so it
-is the same under every engine.
+One forward of the root module returns one scalar, the loss sums behind it and the outputs, and the engine
+sees exactly one backward per micro-batch. Everything else (losses, balancing, autocast) happens inside the
+root module, so it is the same under every engine.
 
 An engine may keep only a *shard* of each weight on a rank (`shards_parameters`). Whoever reads weights
 outside a training step does so inside `evaluating()`, or works on the shards.
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtl_dist.batch import Outputs
 from mtl_dist.engine.precision import LossScaler
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
@@ -76,11 +77,12 @@ class Engine(ABC):
     """Under fp16: whether the window's losses are, on this rank so far."""
 
     @abstractmethod
-    def forward_backward(self, *inputs: Any, last: bool) -> Tensor:
-        """One forward of the root module, which returns (scalar, sums), and one backward of the scalar.
+    def forward_backward(self, *inputs: Any, last: bool) -> tuple[Tensor, Outputs]:
+        """One forward of the root module, which returns (scalar, sums, outputs), and one backward of the
+        scalar.
 
-        Returns the sums. `last` marks the window's last micro-batch, after which gradients are averaged over
-        the ranks.
+        Returns the sums and the outputs. `last` marks the window's last micro-batch, after which gradients
+        are averaged over the ranks.
         """
 
     @abstractmethod

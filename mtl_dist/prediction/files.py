@@ -19,7 +19,7 @@ def predict_files(
     *,
     out: Path | None,
     overlays: Path | None,
-    threshold: float,
+    threshold: float | None,
     split: str | None,
     stdin: BinaryIO,
     note: Note,

@@ -126,11 +126,12 @@ class Predictor:
                 parts.append({task: output.cpu() for task, output in self._root.predict(inputs).items()})
         return {task: torch.cat([part[task] for part in parts]) for task in self.tasks}
 
-    def predict(self, image: ImageLike, threshold: float = 0.5, maps: bool = True) -> Answers:
+    def predict(self, image: ImageLike, threshold: float | None = None, maps: bool = True) -> Answers:
         """Every task's answer for one image; masks have the image's own size.
 
         classification  class_id, class_name, confidence, probabilities by name
-        multilabel      labels above `threshold`, probabilities by name
+        multilabel      labels above `threshold` (None: the recipe's, or those chosen on val), and
+                        probabilities by name
         regression      value, unit; of a box's edge in pixels of the image
         segmentation    mask (H, W) uint8, area_ratio; with two classes the foreground's probability (H, W)
         depth           map (H, W) float32, its mean, minimum and maximum, unit
@@ -147,7 +148,7 @@ class Predictor:
     def predict_many(
         self,
         images: Sequence[ImageLike] | np.ndarray | Tensor,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         maps: bool = True,
     ) -> list[Answers]:
         """`predict` for several images, in batches; also for a stacked array or tensor."""
@@ -159,7 +160,7 @@ class Predictor:
             return [{task: plain(answer) for task, answer in result.items()} for result in results]
         return results
 
-    def stream(self, inputs: Iterable[Input], threshold: float = 0.5) -> Iterator[Prediction]:
+    def stream(self, inputs: Iterable[Input], threshold: float | None = None) -> Iterator[Prediction]:
         """A prediction for each input, in their order; what cannot be read comes as an error, and the rest
         goes on. No more than a batch is held at a time."""
         waiting: list[Prediction] = []
@@ -190,13 +191,13 @@ class Predictor:
             return Prediction(one.name, error=f"expected a readable image, found: {error}.")
         return Prediction(one.name, image_CHW)
 
-    def _answered(self, opened: Sequence[Prediction], threshold: float) -> Iterator[Prediction]:
+    def _answered(self, opened: Sequence[Prediction], threshold: float | None) -> Iterator[Prediction]:
         originals = [one.image_CHW for one in opened if one.image_CHW is not None]
         answers = self._answers(originals, threshold)
         for one in opened:
             yield one if one.error else replace(one, answers=next(answers))
 
-    def _answers(self, originals: Sequence[Tensor], threshold: float) -> Iterator[Answers]:
+    def _answers(self, originals: Sequence[Tensor], threshold: float | None) -> Iterator[Answers]:
         """The answer for each image; maps in its size are made one after another."""
         if not originals:
             return
@@ -210,7 +211,7 @@ class Predictor:
         return torch.stack(inputs).to(self._world.device)
 
     def _decode_row(
-        self, outputs: dict[str, Tensor], row: int, size: tuple[int, int], threshold: float
+        self, outputs: dict[str, Tensor], row: int, size: tuple[int, int], threshold: float | None
     ) -> Answers:
         result = {}
         for name, task in self._root.tasks.items():

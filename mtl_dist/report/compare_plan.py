@@ -91,11 +91,18 @@ def _own_methods(given: Recipe) -> list[str]:
 
 def _single(given: Recipe, task: str, notes: list[str]) -> Contender:
     """The recipe with one task alone."""
-    metric = given.monitor.metric
     monitor = given.monitor
-    if metric != "val/loss" and not metric.startswith(f"val/{task}/"):
-        monitor = _with(monitor, metric="val/loss", mode=None)
-        notes.append(f"single-task {task}: the best checkpoint is by val/loss, as it has no {metric}.")
+    lacking = [
+        name
+        for name in monitor.names
+        if name not in ("val/loss", "train/loss") and name.split("/")[1] != task
+    ]
+    if lacking:
+        monitor = _with(monitor, metric="val/loss", mean=None, mode=None)
+        notes.append(
+            f"single-task {task}: the best checkpoint is by val/loss, as it has no "
+            f"{' and no '.join(lacking)}."
+        )
     data = given.data
     if data.sampling.kind == "class_balanced" and data.sampling.task != task:
         data = _with(data, sampling=UniformSampling())

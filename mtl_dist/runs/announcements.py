@@ -36,6 +36,12 @@ def introduce(
         f"batch    {plan.global_batch} = {plural(world.size, 'rank')} x {plan.accumulation} x {micro_batch} "
         f"on {world.device.type}, {plural(plan.total_steps, 'step')}"
     )
+    for name, task in trainer.root.tasks.items():
+        for line in task.notes():
+            tracker.say(f"tasks    {name}: {line}")
+    if trainer.metrics is not None:
+        for line in trainer.metrics.exceptions(recipe.data):
+            tracker.say(f"metrics  {line}")
     why_not = trainer.balancing.why_no_diagnosis
     if recipe.balance.diagnose_every and why_not and len(recipe.tasks) > 1:
         tracker.say(f"balance  the tasks' gradients are not compared: {why_not}.")

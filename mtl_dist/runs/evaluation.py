@@ -46,8 +46,18 @@ def evaluate_run(run: Path, split: str | None = None) -> str:
     root = load_root(folder, recipe, world, warn)
     accumulation = recipe.train.accumulation_on(world.size)
     batch_size = micro_batch_size(recipe.train.global_batch, world.size, accumulation)
-    evaluation = evaluate_split(root, data, split, batch_size, world)
+    choosing = split == "val" and not folder.read_thresholds()
+    if not choosing:
+        for name, task in root.tasks.items():
+            if task.rule is not None and not task.chosen and world.is_main:
+                warn(
+                    f"tasks.{name}.threshold: {task.rule} was not chosen yet, 0.5 is used. "
+                    f"mtl evaluate {run} --split val chooses it."
+                )
+    evaluation = evaluate_split(root, data, split, batch_size, world, choosing=choosing)
     if world.is_main:
+        if evaluation.thresholds:
+            folder.write_thresholds(evaluation.thresholds)
         write_evaluation(folder, split, evaluation, data.task_infos)
         print_results({split: evaluation})
     return split
@@ -60,8 +70,9 @@ def evaluate_split(
     batch_size: int,
     world: World,
     stop: StopSignal | None = None,
+    choosing: bool = False,
 ) -> Evaluation:
-    """Collective: the metrics of one split.
+    """Collective: the metrics of one split, by thresholds that are chosen from it where `choosing`.
 
     Raises:
         StopAsked: a rank was asked to stop before the end.
@@ -75,7 +86,8 @@ def evaluate_split(
         workers=data.settings.workers,
         pin_memory=world.device.type == "cuda",
     )
-    return evaluate(root, loader if stop is None else until_stopped(loader, stop, world), world)
+    until_then = loader if stop is None else until_stopped(loader, stop, world)
+    return evaluate(root, until_then, world, choosing)
 
 
 def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> str:
@@ -93,12 +105,17 @@ def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> str:
         with engine.evaluating():
             for split in ("val", "test"):
                 if split in data.splits:
-                    evaluations[split] = evaluate_split(root, data, split, batch_size, world, trainer.stop)
+                    evaluations[split] = evaluate_split(
+                        root, data, split, batch_size, world, trainer.stop, choosing=split == "val"
+                    )
+                    root.decide_by(evaluations[split].thresholds)
     except StopAsked as asked:
         return asked.reason
     if world.is_main and evaluations:
         for split, evaluation in evaluations.items():
             write_evaluation(folder, split, evaluation, data.task_infos)
+            if evaluation.thresholds:
+                folder.write_thresholds(evaluation.thresholds)
             tracker.results(evaluation.flat(f"best/{split}"), trainer.progress.step)
         tracker.say(f"Results of {path.name}:")
         print_results(evaluations, tracker.console)

@@ -15,6 +15,7 @@ from mtl_dist.assemble import (
     check_balancing,
     check_device,
     check_labels,
+    check_metrics,
     facts_of,
     plan_of,
 )
@@ -44,6 +45,7 @@ from mtl_dist.stopping import StopSignal, agreed_stop
 from mtl_dist.tracking.registry import check_tracking, open_tracker
 from mtl_dist.tracking.tracker import Tracker
 from mtl_dist.training.plan import Outcome
+from mtl_dist.training.running_metrics import RunningMetrics
 from mtl_dist.training.trainer import Trainer
 
 
@@ -73,6 +75,7 @@ def train(
     torch.manual_seed(recipe.train.seed)
     root = build_root(recipe, facts_of(data), world)
     check_balancing(recipe, root, data, connection.choice)
+    check_metrics(recipe, root, data)
     few = check_norms(
         root, data, micro_batch_size(recipe.train.global_batch, world.size, accumulation), world
     )
@@ -117,8 +120,13 @@ def build_trainer(
     resumed = read_checkpoint(saved) if saved is not None else None
     plan = plan_of(recipe, data, accumulation)
 
+    metrics = RunningMetrics(root.tasks, world) if recipe.train.metrics else None
+    if metrics is not None:
+        metrics.check_followed(recipe.monitor.names, recipe.data)
+
     def evaluate_val() -> Evaluation:
-        return evaluate_split(root, data, "val", plan.micro_batch_on(world.size), world, stop)
+        batch_size = plan.micro_batch_on(world.size)
+        return evaluate_split(root, data, "val", batch_size, world, stop, choosing=True)
 
     tracker = (
         open_tracker(
@@ -142,10 +150,11 @@ def build_trainer(
         evaluate=evaluate_val if "val" in data.splits else None,
         writer=CheckpointWriter(folder.checkpoints, recipe.train.keep_last) if world.is_main else None,
         tracker=tracker,
-        figures=RunFigures(tracker.directory, recipe.monitor.metric, tracker.say),
+        figures=RunFigures(tracker.directory, recipe.monitor.name, tracker.say),
         stop=stop,
         recipe_text=to_yaml(recipe),
         max_bad_steps=recipe.train.max_bad_steps,
+        metrics=metrics,
     )
     if resumed is not None:
         trainer.load(resumed)

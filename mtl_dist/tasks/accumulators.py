@@ -21,6 +21,7 @@ from torchmetrics.utilities import dim_zero_cat
 from mtl_dist.specs import IGNORE
 from mtl_dist.tasks.maps import predicted_classes, resized
 from mtl_dist.tasks.ranking import auroc, average_precision
+from mtl_dist.tasks.thresholds import Decision, Rule, choose, log_odds
 
 UNLABELLED = -1
 
@@ -39,6 +40,7 @@ class Accumulator(Metric):
         super().__init__()
         self._empties: dict[str, Tensor] = {}
         self._confusion: np.ndarray | None = None
+        self._chosen: tuple[float, ...] = ()
 
     @property
     def update_called(self) -> bool:
@@ -65,85 +67,117 @@ class Accumulator(Metric):
         self.compute()
         return self._confusion
 
+    def chosen_thresholds(self) -> tuple[float, ...]:
+        """The thresholds that `compute` has chosen; none where it was not to."""
+        self.compute()
+        return self._chosen
+
 
 class ClassificationMetrics(Accumulator):
     """Accuracy and its kin for one class per sample.
 
-    balanced_accuracy is the mean recall of the classes that occur; precision, recall and f1 are means over
-    the classes that occur or are predicted, where a class never predicted has precision 0 and a class that
-    does not occur has recall 0 (scikit-learn's macro averages). auroc is the mean, over the classes that
-    occur beside others, of one class against the rest.
+    Of two classes precision, recall, specificity, f1 and average_precision are those of the positive one,
+    which is decided above the task's threshold. balanced_accuracy is the mean recall of the classes that
+    occur; macro_precision, macro_recall and macro_f1 are means over the classes that occur or are predicted,
+    where a class never predicted has precision 0 and a class that does not occur has recall 0 (scikit-learn's
+    macro averages). Their micro averages are over all decisions together: with one class per sample all
+    three are the accuracy. auroc is the mean, over the classes that occur beside others, of one class against
+    the rest.
 
     With `ranking` it keeps 4 bytes per sample and class (per sample for two classes) on each rank, and those
-    of all ranks on each while it computes: 50,000 samples of 1,000 classes are 200 MB.
+    of all ranks on each while it computes: 50,000 samples of 1,000 classes are 200 MB. With a `rule` the
+    threshold is chosen from them.
     """
 
     confusion: Tensor
     scores: list[Tensor]
     truths: list[Tensor]
 
-    def __init__(self, num_classes: int, ranking: bool) -> None:
+    def __init__(self, decision: Decision, ranking: bool, rule: Rule | None = None) -> None:
         super().__init__()
-        self._num_classes = num_classes
+        self._decision = decision
+        self._num_classes = decision.num_classes
         self._ranking = ranking
-        # Of two classes one's scores say all.
-        self._first_ranked = 1 if num_classes == 2 else 0
-        self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), "sum")
+        self._rule = rule if decision.positive is not None else None
+        self.add_state(
+            "confusion", torch.zeros(self._num_classes, self._num_classes, dtype=torch.int64), "sum"
+        )
         if ranking:
-            self.add_list("scores", torch.empty(0, num_classes - self._first_ranked))
+            # Of two classes one's scores say all.
+            self.add_list("scores", torch.empty(0, self._num_classes if decision.positive is None else 1))
             self.add_list("truths", torch.empty(0, dtype=torch.int64))
 
     def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         """Count logits (B, C) against classes (B,)."""
-        self.confusion += count_pairs(
-            target[None], output.argmax(dim=1)[None], labelled_B[None], self._num_classes
-        )
+        predicted_B = self._decision.classes(output)
+        self.confusion += count_pairs(target[None], predicted_B[None], labelled_B[None], self._num_classes)
         if self._ranking:
-            # Logarithms of probabilities, from float64: in float32 all confident ones round to 1 and tie.
-            scores_BC = output.double().log_softmax(dim=1).float()
-            self.scores.append(scores_BC[:, self._first_ranked :])
+            # From float64: in float32 the probabilities of all confident ones round to 1 and tie.
+            if self._decision.positive is None:
+                self.scores.append(output.double().log_softmax(dim=1).float())
+            else:
+                self.scores.append(self._decision.log_odds(output)[:, None].float())
             self.truths.append(torch.where(labelled_B, target, UNLABELLED))
 
     def compute(self) -> dict[str, float]:
-        self._confusion = self.confusion.cpu().numpy().copy()
-        hits_C, true_C, predicted_C = _margins(self.confusion)
-        occurs_C, seen_C = true_C > 0, true_C + predicted_C > 0
-        recall_C = hits_C / true_C.clamp(min=1)
-        values = {
-            "accuracy": _ratio(hits_C.sum(), true_C.sum()),
-            "balanced_accuracy": _mean(recall_C, occurs_C),
-            "precision": _mean(hits_C / predicted_C.clamp(min=1), seen_C),
-            "recall": _mean(recall_C, seen_C),
-            "f1": _mean(2 * hits_C / (true_C + predicted_C).clamp(min=1), seen_C),
-        }
+        positive, confusion = self._decision.positive, self.confusion
         if self._ranking:
             truth_N = dim_zero_cat(self.truths)
             labelled_N = truth_N != UNLABELLED
             truth_N, scores_NC = truth_N[labelled_N], dim_zero_cat(self.scores)[labelled_N]
+            if self._rule is not None and positive is not None:
+                self._chosen = (choose(self._rule, scores_NC[:, 0], truth_N == positive),)
+                above_N = scores_NC[:, 0].double() > log_odds(self._chosen[0])
+                predicted_N = torch.where(above_N, positive, 1 - positive)
+                everyone = torch.ones_like(above_N)
+                confusion = count_pairs(truth_N[None], predicted_N[None], everyone[None], 2)
+        self._confusion = confusion.cpu().numpy().copy()
+        hits_C, true_C, predicted_C = _margins(confusion)
+        occurs_C = true_C > 0
+        values = {
+            "accuracy": _ratio(hits_C.sum(), true_C.sum()),
+            "balanced_accuracy": _mean(hits_C / true_C.clamp(min=1), occurs_C),
+        }
+        if positive is not None:
+            values |= _of_positive(hits_C, true_C, predicted_C, positive)
+        if self._ranking and positive is None:
             values["auroc"] = _defined_mean(
-                [auroc(scores_N, truth_N == c) for c, scores_N in enumerate(scores_NC.T, self._first_ranked)]
+                [auroc(each_N, truth_N == c) for c, each_N in enumerate(scores_NC.T)]
             )
+        elif self._ranking and positive is not None:
+            scores_N, positive_N = scores_NC[:, 0], truth_N.eq(positive)
+            values["auroc"] = auroc(scores_N, positive_N)
+            values["average_precision"] = average_precision(scores_N, positive_N)
+        values |= _averages(hits_C, true_C, predicted_C)
+        if self._rule is not None:
+            values["threshold"] = self._chosen[0]
         return values | {"num_samples": float(true_C.sum())}
 
 
 class MultilabelMetrics(Accumulator):
-    """Accuracy and its kin for several labels per sample, each decided at a probability of 0.5.
+    """Accuracy and its kin for several labels per sample, each decided above its threshold.
 
-    accuracy is the share of right decisions, one per sample and class (Hamming); precision, recall and f1 are
-    means over the classes that occur or are predicted; auroc over the classes that occur in some samples and
-    not in others; mean_average_precision over the classes that occur.
+    accuracy is the share of right decisions, one per sample and class (Hamming); macro_precision and its kin
+    are means over the classes that occur or are predicted, micro_precision and its kin those of all decisions
+    together; auroc is over the classes that occur in some samples and not in others; mean_average_precision
+    over the classes that occur.
 
     With `ranking` it keeps 5 bytes per sample and class on each rank, and those of all ranks while it
-    computes.
+    computes. With a `rule` the thresholds are chosen from them.
     """
 
     counts: Tensor
+    limits: Tensor
     scores: list[Tensor]
     truths: list[Tensor]
 
-    def __init__(self, num_classes: int, ranking: bool) -> None:
+    def __init__(self, thresholds: tuple[float, ...], ranking: bool, rule: Rule | None = None) -> None:
         super().__init__()
+        num_classes = len(thresholds)
         self._ranking = ranking
+        self._rule = rule
+        limits = torch.tensor([log_odds(threshold) for threshold in thresholds], dtype=torch.float64)
+        self.register_buffer("limits", limits, persistent=False)
         self.add_state("counts", torch.zeros(4, num_classes, dtype=torch.int64), "sum")
         if ranking:
             self.add_list("scores", torch.empty(0, num_classes))
@@ -152,27 +186,30 @@ class MultilabelMetrics(Accumulator):
     def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         """Count logits (B, C) against labels (B, C) of 0 and 1."""
         counted_BC = labelled_B[:, None].expand_as(target)
-        true_BC, predicted_BC = (target > 0.5) & counted_BC, (output > 0) & counted_BC
-        counts = [true_BC & predicted_BC, true_BC, predicted_BC, counted_BC]
-        self.counts += torch.stack([count.sum(dim=0) for count in counts])
+        true_BC = (target > 0.5) & counted_BC
+        predicted_BC = (output.double() > self.limits) & counted_BC
+        self.counts += _decisions(true_BC, predicted_BC, counted_BC)
         if self._ranking:
             self.scores.append(output.detach().float())
             self.truths.append(torch.where(counted_BC, true_BC.to(torch.int8), UNLABELLED))
 
     def compute(self) -> dict[str, float]:
-        hits_C, true_C, predicted_C, counted_C = self.counts.double()
-        seen_C = true_C + predicted_C > 0
-        wrong_C = true_C + predicted_C - 2 * hits_C
-        values = {
-            "accuracy": _ratio((counted_C - wrong_C).sum(), counted_C.sum()),
-            "precision": _mean(hits_C / predicted_C.clamp(min=1), seen_C),
-            "recall": _mean(hits_C / true_C.clamp(min=1), seen_C),
-            "f1": _mean(2 * hits_C / (true_C + predicted_C).clamp(min=1), seen_C),
-        }
+        counts = self.counts
         if self._ranking:
             truth_NC = dim_zero_cat(self.truths)
             labelled_N = truth_NC[:, 0] != UNLABELLED
-            columns = list(zip(dim_zero_cat(self.scores)[labelled_N].T, truth_NC[labelled_N].T, strict=True))
+            truth_NC, scores_NC = truth_NC[labelled_N], dim_zero_cat(self.scores)[labelled_N]
+            columns = list(zip(scores_NC.T, truth_NC.T, strict=True))
+            if self._rule is not None:
+                self._chosen = tuple(choose(self._rule, *column) for column in columns)
+                limits = self.limits.new_tensor([log_odds(threshold) for threshold in self._chosen])
+                everyone = torch.ones_like(truth_NC, dtype=torch.bool)
+                counts = _decisions(truth_NC > 0, scores_NC.double() > limits, everyone)
+        hits_C, true_C, predicted_C, counted_C = counts.double()
+        wrong_C = true_C + predicted_C - 2 * hits_C
+        values = {"accuracy": _ratio((counted_C - wrong_C).sum(), counted_C.sum())}
+        values |= _averages(hits_C, true_C, predicted_C)
+        if self._ranking:
             values["auroc"] = _defined_mean([auroc(*column) for column in columns])
             values["mean_average_precision"] = _defined_mean(
                 [average_precision(*column) for column in columns]
@@ -259,6 +296,37 @@ class SegmentationMetrics(Accumulator):
             "pixel_accuracy": _ratio(hits_C.sum(), true_C.sum()),
             "num_samples": float(self.num_samples),
         }
+
+
+def _decisions(true_BC: Tensor, predicted_BC: Tensor, counted_BC: Tensor) -> Tensor:
+    """Per class: right, true, predicted and all decisions, int64 (4, C)."""
+    counts = [true_BC & predicted_BC, true_BC, predicted_BC, counted_BC]
+    return torch.stack([count.sum(dim=0) for count in counts])
+
+
+def _of_positive(hits_C: Tensor, true_C: Tensor, predicted_C: Tensor, positive: int) -> dict[str, float]:
+    """What is known of one of two classes; NaN where it, or the other one, does not occur."""
+    hits, true, predicted = hits_C[positive], true_C[positive], predicted_C[positive]
+    negative = 1 - positive
+    return {
+        "precision": _ratio(hits, predicted.clamp(min=1)) if true + predicted > 0 else math.nan,
+        "recall": _ratio(hits, true),
+        "specificity": _ratio(hits_C[negative], true_C[negative]),
+        "f1": _ratio(2 * hits, true + predicted),
+    }
+
+
+def _averages(hits_C: Tensor, true_C: Tensor, predicted_C: Tensor) -> dict[str, float]:
+    """Precision, recall and F1 over the classes: the means of theirs, and of all decisions together."""
+    seen_C = true_C + predicted_C > 0
+    return {
+        "macro_precision": _mean(hits_C / predicted_C.clamp(min=1), seen_C),
+        "macro_recall": _mean(hits_C / true_C.clamp(min=1), seen_C),
+        "macro_f1": _mean(2 * hits_C / (true_C + predicted_C).clamp(min=1), seen_C),
+        "micro_precision": _ratio(hits_C.sum(), predicted_C.sum().clamp(min=1)) if seen_C.any() else math.nan,
+        "micro_recall": _ratio(hits_C.sum(), true_C.sum()),
+        "micro_f1": _ratio(2 * hits_C.sum(), (true_C + predicted_C).sum()),
+    }
 
 
 def count_pairs(truth_BN: Tensor, predicted_BN: Tensor, valid_BN: Tensor, num_classes: int) -> Tensor:

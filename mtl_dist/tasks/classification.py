@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
+from mtl_dist.config.errors import suggest
+from mtl_dist.errors import UserError
 from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
@@ -20,7 +22,9 @@ from mtl_dist.tasks.task import (
     Mode,
     Task,
     require_fit,
+    require_threshold,
 )
+from mtl_dist.tasks.thresholds import DEFAULT, Decision, Rule, Threshold
 from mtl_dist.tasks.weights import ClassWeights, class_weights
 
 if TYPE_CHECKING:
@@ -69,18 +73,48 @@ class ClassificationSettings(CommonTaskSettings):
         "balanced_accuracy": "max",
         "precision": "max",
         "recall": "max",
+        "specificity": "max",
         "f1": "max",
         "auroc": "max",
+        "average_precision": "max",
+        "macro_precision": "max",
+        "macro_recall": "max",
+        "macro_f1": "max",
+        "micro_precision": "max",
+        "micro_recall": "max",
+        "micro_f1": "max",
     }
-    compared: ClassVar[tuple[str, ...]] = ("accuracy", "balanced_accuracy", "f1", "auroc")
+    compared: ClassVar[tuple[str, ...]] = ("accuracy", "balanced_accuracy", "macro_f1", "auroc")
     learnt_by_heart: ClassVar[tuple[str, float]] = ("accuracy", 0.99)
 
     kind: Literal["classification"] = "classification"
     loss: ClassificationLoss = CrossEntropySettings()
+    positive: str | None = None
+    """Of two classes the one that precision, recall, specificity, f1 and average_precision are of; null: the
+    second."""
+    threshold: Threshold = DEFAULT
+    """Of two classes the probability above which it is the positive one; best_f1 or youden: chosen on val."""
 
     def build(self, name: str, info: TaskInfo) -> Task:
         require_fit(name, self.kind, info, min_classes=2)
+        where = f"tasks.{name}"
+        if self.positive is not None and self.positive not in info.classes:
+            raise UserError(
+                f"{where}.positive: expected one of the classes, found {self.positive!r}. "
+                f"{suggest(self.positive, info.classes)}"
+            )
+        for setting, stated in (("positive", self.positive is not None), ("threshold", self.decides)):
+            if stated and len(info.classes) != 2:
+                raise UserError(
+                    f"{where}.{setting}: expected a task of two classes, found one of {len(info.classes)}. "
+                    "Remove it: of several classes the likeliest is decided on."
+                )
         return ClassificationTask(name, info, self, self.loss.build(info, f"tasks.{name}.loss"))
+
+    @property
+    def decides(self) -> bool:
+        """Whether the threshold is another than that of the likelier class."""
+        return self.threshold != DEFAULT
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,10 +159,52 @@ class Focal(ClassWeighted):
 class ClassificationTask(Task):
     """One class per sample."""
 
-    def metrics(self, ranking: bool = True) -> TaskMetrics:
+    settings: ClassificationSettings
+
+    @property
+    def positive(self) -> int | None:
+        """The index of the positive class; None where there are more than two."""
+        if len(self.info.classes) != 2:
+            return None
+        return 1 if self.settings.positive is None else self.info.classes.index(self.settings.positive)
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        of_two = ("precision", "recall", "specificity", "f1", "average_precision")
+        return tuple(name for name in super().reported if self.positive is not None or name not in of_two)
+
+    def notes(self) -> list[str]:
+        """That the positive class was not stated."""
+        if self.positive is None or self.settings.positive is not None:
+            return []
+        first, second = self.info.classes
+        return [f"the positive class is {second}, the second; positive: {first} makes it the other"]
+
+    def decision(self, threshold: float | None = None) -> Decision:
+        """How a class is decided, above its own threshold where none is given."""
+        if self.positive is None:
+            return Decision(len(self.info.classes))
+        return Decision(2, self.positive, self.thresholds[0] if threshold is None else threshold)
+
+    @property
+    def rule(self) -> Rule | None:
+        return self.settings.threshold if isinstance(self.settings.threshold, str) else None
+
+    @property
+    def decided_labels(self) -> tuple[str, ...]:
+        return () if self.positive is None else (self.info.classes[self.positive],)
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        if self.positive is None:
+            return ()
+        stated = self.settings.threshold
+        return self.chosen or (DEFAULT if isinstance(stated, str) else stated,)
+
+    def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
         from mtl_dist.tasks.accumulators import ClassificationMetrics  # torchmetrics is slow to import
 
-        return ClassificationMetrics(len(self.info.classes), ranking)
+        return ClassificationMetrics(self.decision(), ranking, self.rule if choosing and ranking else None)
 
     def baseline(self) -> Baseline | None:
         """The most frequent class; the scores are the logarithms of the classes' shares."""
@@ -136,11 +212,14 @@ class ClassificationTask(Task):
             return None
         return Baseline("majority", torch.tensor(self.info.class_counts).clamp(min=1e-6).log())
 
-    def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
+    def decode(self, output: Tensor, threshold: float | None = None) -> list[dict[str, Any]]:
         """Per sample `class_id`, `class_name`, its probability as `confidence`, and all `probabilities`."""
+        if threshold is not None:
+            require_threshold(threshold)
         decoded = []
-        for probabilities in output.detach().float().softmax(dim=1).tolist():
-            class_id = max(range(len(probabilities)), key=probabilities.__getitem__)
+        probabilities_BC = output.detach().float().softmax(dim=1).tolist()
+        decided_B = self.decision(threshold).classes(output).tolist()
+        for probabilities, class_id in zip(probabilities_BC, decided_B, strict=True):
             decoded.append(
                 {
                     "class_id": class_id,

@@ -85,7 +85,7 @@ class DepthTask(Task):
         learnt_BHW = output.detach()[:, 0].double() * self.scale + self.mean
         return learnt_BHW.exp() if self.logarithms else learnt_BHW
 
-    def metrics(self, ranking: bool = True) -> TaskMetrics:
+    def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
         from mtl_dist.tasks.dense_metrics import DepthMetrics  # torchmetrics is slow to import
 
         return DepthMetrics(self.read, self.info)
@@ -97,7 +97,7 @@ class DepthTask(Task):
         mean = self.info.facts.get("log_mean", 0.0) if self.logarithms else self.info.mean
         return Baseline("mean", torch.tensor([(mean - self.mean) / self.scale]))
 
-    def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
+    def decode(self, output: Tensor, threshold: float | None = None) -> list[dict[str, Any]]:
         """Per sample the `map` (float32, H x W) in its `unit`, and its `mean`, `minimum` and `maximum`.
 
         Maps have the output's resolution; resize the output (`maps.resized`) for another.

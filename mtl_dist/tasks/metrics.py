@@ -5,6 +5,7 @@ This module loads without torchmetrics, which takes seconds to import.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 
 MEAN_ACCURACY = "mean_accuracy"
 """The mean over the tasks that have an accuracy; of a split, beside its loss."""
+
+
+def mean_accuracy(split: str, tasks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """`SPLIT/mean_accuracy` of the tasks' metrics; nothing where no task has an accuracy."""
+    accuracies = [values["accuracy"] for values in tasks.values() if "accuracy" in values]
+    return {f"{split}/{MEAN_ACCURACY}": float(np.mean(accuracies))} if accuracies else {}
 
 
 class TaskMetrics(Protocol):

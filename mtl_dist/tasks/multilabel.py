@@ -20,6 +20,7 @@ from mtl_dist.tasks.task import (
     require_fit,
     require_threshold,
 )
+from mtl_dist.tasks.thresholds import DEFAULT, Rule, Threshold, log_odds
 from mtl_dist.tasks.weights import ClassWeights, positive_weights
 
 if TYPE_CHECKING:
@@ -44,17 +45,22 @@ class MultilabelSettings(CommonTaskSettings):
 
     modes: ClassVar[Mapping[str, Mode]] = {
         "accuracy": "max",
-        "precision": "max",
-        "recall": "max",
-        "f1": "max",
+        "macro_precision": "max",
+        "macro_recall": "max",
+        "macro_f1": "max",
+        "micro_precision": "max",
+        "micro_recall": "max",
+        "micro_f1": "max",
         "auroc": "max",
         "mean_average_precision": "max",
     }
-    compared: ClassVar[tuple[str, ...]] = ("mean_average_precision", "f1", "auroc")
-    learnt_by_heart: ClassVar[tuple[str, float]] = ("f1", 0.95)
+    compared: ClassVar[tuple[str, ...]] = ("mean_average_precision", "macro_f1", "auroc")
+    learnt_by_heart: ClassVar[tuple[str, float]] = ("macro_f1", 0.95)
 
     kind: Literal["multilabel"] = "multilabel"
     loss: Annotated[MultilabelBceSettings, USER_LOSS] = MultilabelBceSettings()
+    threshold: Threshold = DEFAULT
+    """The probability above which a label is decided; best_f1 or youden: chosen on val, for each label."""
 
     def build(self, name: str, info: TaskInfo) -> Task:
         require_fit(name, self.kind, info, min_classes=1)
@@ -84,10 +90,25 @@ class MultilabelBce(Loss):
 class MultilabelTask(Task):
     """Any number of labels per sample."""
 
-    def metrics(self, ranking: bool = True) -> TaskMetrics:
+    settings: MultilabelSettings
+
+    @property
+    def rule(self) -> Rule | None:
+        return self.settings.threshold if isinstance(self.settings.threshold, str) else None
+
+    @property
+    def decided_labels(self) -> tuple[str, ...]:
+        return self.info.classes
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        stated = self.settings.threshold
+        return self.chosen or (DEFAULT if isinstance(stated, str) else stated,) * len(self.info.classes)
+
+    def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
         from mtl_dist.tasks.accumulators import MultilabelMetrics  # torchmetrics is slow to import
 
-        return MultilabelMetrics(len(self.info.classes), ranking)
+        return MultilabelMetrics(self.thresholds, ranking, self.rule if choosing and ranking else None)
 
     def baseline(self) -> Baseline | None:
         """Of each class what holds for most samples; the scores are the log-odds of its share."""
@@ -96,12 +117,15 @@ class MultilabelTask(Task):
         shares_C = torch.tensor(self.info.class_counts, dtype=torch.float64) / self.info.num_labelled
         return Baseline("majority", torch.logit(shares_C, eps=1e-6).float())
 
-    def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
+    def decode(self, output: Tensor, threshold: float | None = None) -> list[dict[str, Any]]:
         """Per sample the names above the threshold as `labels`, and all `probabilities`."""
-        require_threshold(threshold)
+        if threshold is not None:
+            require_threshold(threshold)
         decoded = []
-        for probabilities in output.detach().float().sigmoid().tolist():
-            named = dict(zip(self.info.classes, probabilities, strict=True))
-            labels = [name for name, probability in named.items() if probability > threshold]
+        limits = [log_odds(own if threshold is None else threshold) for own in self.thresholds]
+        for logits_C in output.detach().double():
+            named = dict(zip(self.info.classes, logits_C.float().sigmoid().tolist(), strict=True))
+            above = zip(self.info.classes, logits_C.tolist(), limits, strict=True)
+            labels = [name for name, score, limit in above if score > limit]
             decoded.append({"labels": labels, "probabilities": named})
         return decoded

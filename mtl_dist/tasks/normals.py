@@ -135,7 +135,7 @@ class NormalsTask(Task):
     def allowed_outputs(self) -> tuple[int, ...]:
         return (3,)
 
-    def metrics(self, ranking: bool = True) -> TaskMetrics:
+    def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
         from mtl_dist.tasks.dense_metrics import NormalsMetrics  # torchmetrics is slow to import
 
         return NormalsMetrics()
@@ -146,7 +146,7 @@ class NormalsTask(Task):
             return None
         return Baseline("mean", torch.tensor(self.info.facts["mean"]))
 
-    def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
+    def decode(self, output: Tensor, threshold: float | None = None) -> list[dict[str, Any]]:
         """Per sample the `normals` (float32, 3 x H x W) and their `mean`, both of unit length.
 
         Maps have the output's resolution; resize the output (`maps.resized`) for another.

@@ -150,7 +150,7 @@ class OrdinalTask(Task):
         """The median grade of each sample, int64 (B,)."""
         return (self.loss.beyond(output.double()) > 0.5).sum(dim=1)
 
-    def metrics(self, ranking: bool = True) -> TaskMetrics:
+    def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
         from mtl_dist.tasks.ordinal_metrics import OrdinalMetrics  # torchmetrics is slow to import
 
         return OrdinalMetrics(self.grades, len(self.info.classes))
@@ -163,7 +163,7 @@ class OrdinalTask(Task):
         beyond_K = 1 - counts_C.cumsum(dim=0)[:-1] / counts_C.sum()
         return Baseline("median", self.loss.outputs_for(beyond_K).float())
 
-    def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
+    def decode(self, output: Tensor, threshold: float | None = None) -> list[dict[str, Any]]:
         """Per sample the median grade as `class_id` and `class_name`, and all `probabilities`."""
         return [
             {

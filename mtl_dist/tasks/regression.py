@@ -126,7 +126,7 @@ class RegressionTask(Task):
         """What a target is divided by before it is learnt, in its unit."""
         return self.info.std if self.settings.standardise and self.info.std > 0 else 1.0
 
-    def metrics(self, ranking: bool = True) -> TaskMetrics:
+    def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
         from mtl_dist.tasks.accumulators import RegressionMetrics  # torchmetrics is slow to import
 
         return RegressionMetrics(self.mean, self.scale)
@@ -137,7 +137,7 @@ class RegressionTask(Task):
             return None
         return Baseline("mean", torch.tensor([(self.info.mean - self.mean) / self.scale]))
 
-    def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
+    def decode(self, output: Tensor, threshold: float | None = None) -> list[dict[str, Any]]:
         """Per sample the `value` in its `unit`."""
         values_B = output.detach().double().squeeze(1) * self.scale + self.mean
         return [{"value": value, "unit": self.info.unit} for value in values_B.tolist()]

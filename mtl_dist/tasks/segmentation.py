@@ -17,6 +17,7 @@ from mtl_dist.tasks.maps import foreground_logits, predicted_classes, resized
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.segmentation_losses import MapCrossEntropySettings, SegmentationLoss
 from mtl_dist.tasks.task import Baseline, CommonTaskSettings, Mode, Task, require_fit, require_threshold
+from mtl_dist.tasks.thresholds import DEFAULT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,17 +50,18 @@ class SegmentationTask(Task):
         num_classes = len(self.info.classes)
         return (num_classes, 1) if num_classes == 2 else (num_classes,)
 
-    def metrics(self, ranking: bool = True) -> TaskMetrics:
+    def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
         from mtl_dist.tasks.accumulators import SegmentationMetrics  # torchmetrics is slow to import
 
         return SegmentationMetrics(len(self.info.classes))
 
-    def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
+    def decode(self, output: Tensor, threshold: float | None = None) -> list[dict[str, Any]]:
         """Per sample the `mask` (uint8, H x W, class indices) and the `area_ratio` of its foreground.
 
         Two classes add the foreground's `probability` (float32, H x W); more add the `area_ratios` by class.
         Masks have the output's resolution; resize the output (`maps.resized`) for another.
         """
+        threshold = DEFAULT if threshold is None else threshold
         require_threshold(threshold)
         logits_BCHW = output.detach().float()
         masks_BHW = predicted_classes(logits_BCHW, threshold).to(torch.uint8).cpu()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
@@ -21,6 +21,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.lazy import torch
 from mtl_dist.specs import HeadSpec, TaskInfo
+from mtl_dist.tasks.thresholds import Rule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,6 +147,8 @@ class Task(ABC):
     info: TaskInfo
     settings: CommonTaskSettings
     loss: Loss
+    chosen: tuple[float, ...] = field(default=(), kw_only=True)
+    """The thresholds that a run has chosen on its validation split, where the settings ask for that."""
 
     layout: ClassVar[Literal["vector", "map"]] = "vector"
     harmless_target: ClassVar[float] = 0
@@ -185,20 +188,45 @@ class Task(ABC):
             losses_B = torch.where(labelled_B, losses_B, 0.0)
             return (losses_B if lam_B is None else lam_B * losses_B).sum()
 
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """The metrics of its kind that it reports, with these classes."""
+        return tuple(self.settings.modes)
+
+    def notes(self) -> list[str]:
+        """What is assumed that the settings do not say, for people to read at the start of a run."""
+        return []
+
+    @property
+    def rule(self) -> Rule | None:
+        """By which a threshold is to be chosen on the validation split; None where it is stated."""
+        return None
+
+    @property
+    def decided_labels(self) -> tuple[str, ...]:
+        """The labels, or the positive class, that are decided on by a probability."""
+        return ()
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """The probability above which each of these is decided."""
+        return ()
+
     @abstractmethod
-    def metrics(self, ranking: bool = True) -> TaskMetrics:
+    def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
         """Fresh metrics of this task.
 
         Without `ranking` those are left out that must keep the scores of every sample (auroc,
-        mean_average_precision), and memory is constant: for long passes over large training splits.
+        mean_average_precision), and memory is constant: for long passes over large training splits. With
+        `choosing` the thresholds are chosen by the task's rule from what is counted.
         """
 
     @abstractmethod
-    def decode(self, output: Tensor, threshold: float = 0.5) -> list[dict[str, Any]]:
+    def decode(self, output: Tensor, threshold: float | None = None) -> list[dict[str, Any]]:
         """What the outputs say, per sample, in plain Python and numpy values.
 
-        `threshold` is the probability above which a label of a multilabel task, or the foreground of a mask
-        of two classes, is taken as present.
+        `threshold` is the probability above which a label of a multilabel task, the positive one of two
+        classes, or the foreground of a mask of two, is taken as present; None: the task's own.
 
         Raises:
             UserError: a threshold not between 0 and 1.

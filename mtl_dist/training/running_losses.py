@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -46,10 +46,11 @@ class RunningLosses:
         totals: WindowTotals,
         sums_T: Tensor,
         result: StepResult,
+        count: Callable[[], None] | None,
     ) -> None:
-        """Collective: a step that is over, once it is known to be finite."""
+        """Collective: a step that is over, once it is known to be finite; then the metrics count it."""
         verdict = Verdict(result.finite)
-        self._taken.append(TakenStep(step, epoch, window, totals, sums_T, verdict, result.overflowed))
+        self._taken.append(TakenStep(step, epoch, window, totals, sums_T, verdict, result.overflowed, count))
         self.settle(self._lag)
 
     def settle(self, lag: int = 0) -> None:
@@ -61,6 +62,8 @@ class RunningLosses:
             if self.has_losses:
                 self._sums_T += taken.sums_T
                 self._counts_T += taken.totals.counts_T
+                if taken.count is not None:
+                    taken.count()
             else:
                 self.skipped.add(taken)
 

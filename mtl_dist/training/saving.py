@@ -11,6 +11,7 @@ from mtl_dist.engine.engine import Engine
 from mtl_dist.monitor import Monitor
 from mtl_dist.training.plan import Plan
 from mtl_dist.training.running_losses import RunningLosses
+from mtl_dist.training.running_metrics import RunningMetrics
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Saving:
         statistics: BatchStatistics,
         ema: Ema | None,
         losses: RunningLosses,
+        metrics: RunningMetrics | None,
         monitor: Monitor,
         plan: Plan,
         writer: CheckpointWriter | None,
@@ -46,6 +48,7 @@ class Saving:
         self._statistics = statistics
         self._ema = ema
         self._losses = losses
+        self._metrics = metrics
         self._monitor = monitor
         self._plan = plan
         self._writer = writer
@@ -60,12 +63,15 @@ class Saving:
         full = self._engine.full_state()
         average = self._ema.full() if self._ema is not None else {}
         losses = self._losses.state_dict()
+        counted = self._metrics.tensors() if self._metrics is not None else {}
         self._saved_step = progress.step
         if self._writer is None:
             return
         tensors = {"model": full.model, "optimizer": full.optimizer}
         if average:
             tensors["ema"] = average
+        if counted:
+            tensors["metrics"] = counted
         state = {
             "step": progress.step,
             "position": progress.position,
@@ -88,6 +94,8 @@ class Saving:
             self._ema.load(tensors["ema"])
         self._monitor.load_state_dict(state["monitor"])
         self._losses.load_state_dict(state)
+        if self._metrics is not None:
+            self._metrics.load(tensors.get("metrics", {}))
         unfinished_epoch = state.get("unfinished_epoch")
         # Where an evaluation was broken off, the one to come may make this step the best: saved again.
         self._saved_step = state["step"] if unfinished_epoch is None else -1

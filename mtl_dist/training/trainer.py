@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -28,6 +29,7 @@ from mtl_dist.tracking.tracker import Tracker
 from mtl_dist.training.clock import StepClock
 from mtl_dist.training.plan import Outcome, Plan, windows
 from mtl_dist.training.running_losses import RunningLosses
+from mtl_dist.training.running_metrics import RunningMetrics, Seen
 from mtl_dist.training.saving import Progress, Saving
 
 
@@ -51,6 +53,7 @@ class Trainer:
         stop: StopSignal,
         recipe_text: str,
         max_bad_steps: int,
+        metrics: RunningMetrics | None = None,
     ) -> None:
         self.engine = engine
         self.root = root
@@ -66,11 +69,13 @@ class Trainer:
         self.stop = stop
         self.skipped = SkippedSteps(list(root.tasks), self.world, tracker, max_bad_steps)
         self.losses = RunningLosses(root.task_weights, self.world, self.skipped)
+        self.metrics = metrics
         self.saving = Saving(
             engine=engine,
             statistics=self.statistics,
             ema=ema,
             losses=self.losses,
+            metrics=metrics,
             monitor=monitor,
             plan=plan,
             writer=writer,
@@ -116,8 +121,13 @@ class Trainer:
             self._buffers.keep()
             weights = self.balancing.solve(inputs, totals)
             self.statistics.begin()
+            seen: list[Seen] = []
             for number, batch in enumerate(inputs, start=1):
-                sums_T += self.engine.forward_backward(batch, totals, weights, last=number == len(inputs))
+                last = number == len(inputs)
+                batch_sums_T, outputs = self.engine.forward_backward(batch, totals, weights, last=last)
+                sums_T += batch_sums_T
+                if self.metrics is not None:
+                    seen.append(self.metrics.seen(batch, outputs))
             result = self.engine.step(self.root.absent_parameters(totals), self.optim.clip_norm)
             self.statistics.finish(len(inputs))
 
@@ -127,7 +137,8 @@ class Trainer:
                 self.ema.update(at.step, result.finite)
             self.balancing.observe(sums_T, totals)
             self._buffers.restore_unless(result.finite)
-            self.losses.take(at.step, self.epoch, on_host, totals, sums_T, result)
+            count = None if self.metrics is None else partial(self.metrics.take, seen)
+            self.losses.take(at.step, self.epoch, on_host, totals, sums_T, result, count)
             self._diagnose(totals)
             advance(plan.global_batch)
             clock.worked()
@@ -216,7 +227,7 @@ class Trainer:
         every = self.plan.evaluate_every
         due = ended or int(epoch) // every > before // every
         self.losses.settle()
-        metrics = self.losses.of_epoch()
+        metrics = self.losses.of_epoch() | (self.metrics.of_epoch() if self.metrics is not None else {})
         is_best = False
         if self._evaluate is not None and due:
             swapped = self.ema.swapped_in() if self.ema is not None else nullcontext()
@@ -227,14 +238,18 @@ class Trainer:
                 at.unfinished_epoch = before
                 self.saving.save(at)
                 return asked.reason
+        at.unfinished_epoch = None
+        metrics |= self.monitor.of(metrics)
+        if due and (self._evaluate is not None or self.monitor.metric in metrics):
             value = metrics.get(self.monitor.metric, math.nan)
             is_best = self.monitor.observe(value)
             if is_best:
                 at.best = Best(at.step, self.monitor.metric, value)
-        at.unfinished_epoch = None
         # A plan that ends within an epoch may be lengthened: then its row is to cover the whole epoch.
         if int(epoch) > before:
             self.losses.begin_epoch()
+            if self.metrics is not None:
+                self.metrics.begin_epoch()
         self.tracker.record("epoch", at.step, epoch, metrics)
         self.tracker.say(self._epoch_line(epoch, metrics, is_best))
         self.figures.refresh()

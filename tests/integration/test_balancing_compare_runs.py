@@ -70,7 +70,7 @@ def test_a_comparison_goes_on_where_it_was_interrupted_and_ends_with_all_figures
                 / "seed-0/evaluation/metrics.json"
             ).read_text()
         )
-        assert row["metrics"]["tags"]["f1"]["values"] == [measured["test"]["tags"]["f1"]]
+        assert row["metrics"]["tags"]["macro_f1"]["values"] == [measured["test"]["tags"]["macro_f1"]]
         assert row["time_ratio_to_equal"] > 0
         assert 0.5 < row["memory_ratio_to_equal"] < 2
     assert set(metrics["conflicts"]) == {"equal", "famo"}

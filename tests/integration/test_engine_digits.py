@@ -146,7 +146,7 @@ def train(case: Case) -> Trained:
         weights = balancing.solve(window, totals)
         sums_T = torch.zeros(len(INFOS))
         for number, part in enumerate(window, start=1):
-            sums_T += engine.forward_backward(part, totals, weights, last=number == len(window))
+            sums_T += engine.forward_backward(part, totals, weights, last=number == len(window))[0]
         engine.step([], recipe.optim.clip_norm)
         losses.append((world.sum(sums_T.double()) / counts_T).tolist())
     return Trained(losses, engine.full_state().model)

@@ -152,7 +152,7 @@ def train_root(case: Case) -> Trained:
         weights = balancing.solve(window, totals)
         local_sums_T = torch.zeros(len(tasks))
         for number, batch in enumerate(window, start=1):
-            local_sums_T += engine.forward_backward(batch, totals, weights, last=number == len(window))
+            local_sums_T += engine.forward_backward(batch, totals, weights, last=number == len(window))[0]
         engine.step(root.absent_parameters(totals), clip_norm=1.0)
         balancing.observe(local_sums_T, totals)
         sums.append(world.sum(local_sums_T.double()).tolist())

@@ -51,7 +51,7 @@ def test_a_finished_run_holds_what_the_design_names(run: Path) -> None:
     history = json.loads((run / "history.json").read_text())
     assert len(history["epoch"]) == 2
     assert {"loss", "digit/loss", "shape/loss"} <= history["train"].keys()
-    assert {"loss", "digit/accuracy", "value/mae", "tags/f1", "shape/dice"} <= history["val"].keys()
+    assert {"loss", "digit/accuracy", "value/mae", "tags/macro_f1", "shape/dice"} <= history["val"].keys()
 
 
 def test_every_labelled_sample_of_a_split_is_counted_once(run: Path, recipe: Path) -> None:

@@ -165,7 +165,7 @@ def test_a_task_without_labels_in_a_window_is_left_untouched(kind: str) -> None:
 def test_a_window_without_any_label_gives_a_finite_zero() -> None:
     root = make_root()
     batch = make_batch(4, absent=("kind", "age", "mask"))
-    scalar, sums_T = root(batch, WindowTotals(count_labels(root.tasks, [batch]), 1, 0), WEIGHTS)
+    scalar, sums_T, _ = root(batch, WindowTotals(count_labels(root.tasks, [batch]), 1, 0), WEIGHTS)
     scalar.backward()
     assert scalar.item() == 0 and not sums_T.any()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in root.parameters())
@@ -175,7 +175,7 @@ def test_the_second_thing_returned_is_each_tasks_loss_sum() -> None:
     root = make_root()
     batch = make_batch(8, missing=0.3)
     totals = WindowTotals(count_labels(root.tasks, [batch]), 1, 0)
-    scalar, sums_T = root(batch, totals, WEIGHTS)
+    scalar, sums_T, _ = root(batch, totals, WEIGHTS)
     assert not sums_T.requires_grad
     torch.testing.assert_close(sums_T, root.loss_sums(root.predict(batch.images_BCHW), batch))
     torch.testing.assert_close(scalar, (WEIGHTS.loss_T * sums_T / totals.counts_T).sum().float())

@@ -346,12 +346,25 @@ def test_a_network_that_cannot_be_traced_is_refused() -> None:
         build_model(model_settings("model.backbone=mine.parts.Branching"), SPECS, 3, (32, 32))
 
 
-def test_a_metric_that_keeps_lists_is_refused_because_ranks_may_have_none() -> None:
-    from mtl_dist.tasks.user_metrics import all_metrics
+def test_a_metric_that_keeps_lists_is_merged_also_where_a_rank_has_none() -> None:
+    from torchmetrics.functional.classification import multiclass_calibration_error
 
-    task = build_tasks(load("tasks.breed.metrics.s=mine.parts.Scores").tasks, INFOS)["breed"]
-    with pytest.raises(UserError, match=r"tasks\.breed\.metrics\.s: expected states that are sums"):
-        all_metrics(task)
+    from mtl_dist.tasks.metric_states import state_of
+    from mtl_dist.tasks.user_metrics import AllMetrics
+
+    path = "torchmetrics.classification.MulticlassCalibrationError"
+    task = build_tasks(load(f"tasks.breed.metrics.s={{kind: {path}, num_classes: 3}}").tasks, INFOS)["breed"]
+    output, target = torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3
+    others = AllMetrics(task)
+    others.update(output[:4], target[:4], torch.ones(4, dtype=torch.bool))
+    elsewhere = [None, state_of(others.parts["s"])]
+    here = AllMetrics(task, lambda own: [own, *elsewhere])
+    here.update(output[4:], target[4:], torch.ones(5, dtype=torch.bool))
+    expected = multiclass_calibration_error(output.softmax(dim=1), target, 3).item()
+    assert here.compute()["s"] == pytest.approx(expected)
+    without_label = AllMetrics(task, lambda own: [own, *elsewhere])
+    without_label.update(output, target, torch.zeros(9, dtype=torch.bool))
+    assert without_label.compute()["s"] == others.compute()["s"]
 
 
 def test_a_metric_may_not_have_the_name_of_another_figure() -> None:

@@ -24,11 +24,11 @@ from mtl_dist.tasks.regression import RegressionSettings
 
 COMPARED = {"kind": ClassificationSettings.compared_modes(), "age": RegressionSettings.compared_modes()}
 BASE = {
-    "kind": {"accuracy": 0.8, "balanced_accuracy": 0.5, "f1": 0.4, "auroc": 0.8},
+    "kind": {"accuracy": 0.8, "balanced_accuracy": 0.5, "macro_f1": 0.4, "auroc": 0.8},
     "age": {"mae": 2.0, "rmse": 4.0},
 }
 WORSE = {
-    "kind": {"accuracy": 0.72, "balanced_accuracy": 0.5, "f1": 0.42, "auroc": 0.76},
+    "kind": {"accuracy": 0.72, "balanced_accuracy": 0.5, "macro_f1": 0.42, "auroc": 0.76},
     "age": {"mae": 1.9, "rmse": 4.4},
 }
 RECIPE = """
@@ -73,7 +73,7 @@ def test_single_task_models_are_no_worse_than_themselves() -> None:
 
 
 def test_an_undefined_metric_is_left_out_and_an_undefined_main_metric_is_said() -> None:
-    without_f1 = {"kind": WORSE["kind"] | {"f1": math.nan}, "age": WORSE["age"]}
+    without_f1 = {"kind": WORSE["kind"] | {"macro_f1": math.nan}, "age": WORSE["age"]}
     found = delta_m(without_f1, BASE, COMPARED)
     assert found["tasks"] == pytest.approx((15 / 3 + 2.5) / 2)
     without_main = {"kind": WORSE["kind"] | {"accuracy": math.nan}, "age": WORSE["age"]}
@@ -191,7 +191,7 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- runs, pretended
 METRICS = {
-    "digit": {"accuracy": 0.8, "balanced_accuracy": 0.5, "f1": 0.4, "auroc": None, "loss": 1.0},
+    "digit": {"accuracy": 0.8, "balanced_accuracy": 0.5, "macro_f1": 0.4, "auroc": None, "loss": 1.0},
     "value": {"mae": 2.0, "rmse": 4.0},
 }
 

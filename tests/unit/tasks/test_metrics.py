@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,9 +12,10 @@ from sklearn import metrics as reference
 from torch import Tensor
 from torchmetrics.functional import classification as functional
 
+from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.accumulators import Accumulator
-from mtl_dist.tasks.classification import ClassificationSettings
+from mtl_dist.tasks.classification import ClassificationSettings, ClassificationTask
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.multilabel import MultilabelSettings
 from mtl_dist.tasks.ranking import auroc, average_precision
@@ -21,6 +23,7 @@ from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
 from mtl_dist.tasks.segmentation_losses import BceDiceSettings
 from mtl_dist.tasks.task import Task
+from mtl_dist.tasks.thresholds import choose
 
 
 def classification(num_classes: int) -> Task:
@@ -59,28 +62,165 @@ def test_classification_metrics_are_scikit_learns(num_classes):
     output = 2 * normal(200, num_classes)
     target = (normal(200, seed=1).abs() * 1.5).long().clamp(max=num_classes - 1)
     probabilities, predicted = output.double().softmax(dim=1).numpy(), output.argmax(dim=1)
-    macro = {"average": "macro", "zero_division": 0}
     scores = probabilities[:, 1] if num_classes == 2 else probabilities
+    of_positive = {}
+    if num_classes == 2:
+        of_positive = {
+            "precision": reference.precision_score(target, predicted),
+            "recall": reference.recall_score(target, predicted),
+            "specificity": reference.recall_score(target, predicted, pos_label=0),
+            "f1": reference.f1_score(target, predicted),
+            "average_precision": reference.average_precision_score(target, scores),
+        }
     assert measured(classification(num_classes), output, target) == close(
         {
             "accuracy": reference.accuracy_score(target, predicted),
             "balanced_accuracy": reference.balanced_accuracy_score(target, predicted),
-            "precision": reference.precision_score(target, predicted, **macro),
-            "recall": reference.recall_score(target, predicted, **macro),
-            "f1": reference.f1_score(target, predicted, **macro),
+            **of_positive,
             "auroc": reference.roc_auc_score(target, scores, multi_class="ovr"),
+            **averages(target, predicted),
             "num_samples": 200.0,
         }
     )
+
+
+def averages(target, predicted) -> dict[str, float]:
+    """scikit-learn's macro and micro averages, by their names here."""
+    functions = {
+        "precision": reference.precision_score,
+        "recall": reference.recall_score,
+        "f1": reference.f1_score,
+    }
+    return {
+        f"{average}_{name}": function(target, predicted, average=average, zero_division=0)
+        for average in ("macro", "micro")
+        for name, function in functions.items()
+    }
+
+
+def two_classes(**settings) -> ClassificationTask:
+    task = ClassificationSettings(**settings).build(
+        "it", TaskInfo("classification", ("ill", "well"), 9, (4, 5))
+    )
+    assert isinstance(task, ClassificationTask)
+    return task
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.85])
+@pytest.mark.parametrize(("positive", "index"), [("ill", 0), ("well", 1), (None, 1)])
+def test_the_metrics_of_two_classes_are_those_of_the_positive_one(positive, index, threshold):
+    output = 2 * normal(200, 2)
+    target = (normal(200, seed=1) > 0.5).long()
+    score = output.double().softmax(dim=1)[:, index]
+    predicted, truth = score > threshold, target == index
+    task = two_classes(positive=positive, threshold=threshold)
+    found = measured(task, output, target)
+    expected = {
+        "accuracy": reference.accuracy_score(truth, predicted),
+        "precision": reference.precision_score(truth, predicted),
+        "recall": reference.recall_score(truth, predicted),
+        "specificity": reference.recall_score(~truth, ~predicted),
+        "f1": reference.f1_score(truth, predicted),
+        "auroc": reference.roc_auc_score(truth, score),
+        "average_precision": reference.average_precision_score(truth, score),
+        **averages(truth, predicted),
+    }
+    assert {name: found[name] for name in expected} == close(expected)
+    assert [answer["class_id"] == index for answer in task.decode(output)] == predicted.tolist()
+
+
+def test_metrics_of_a_positive_class_that_does_not_occur_are_undefined():
+    found = measured(two_classes(), torch.tensor([[1.0, 0.0]] * 3), torch.zeros(3, dtype=torch.long))
+    undefined = {"precision", "recall", "f1", "auroc", "average_precision"}
+    assert {name for name, value in found.items() if math.isnan(value)} == undefined
+    assert found["specificity"] == 1.0
+
+
+def score_of(rule: str, truth: Tensor, predicted: Tensor) -> float:
+    if rule == "best_f1":
+        return float(reference.f1_score(truth, predicted, zero_division=0))
+    return float(reference.recall_score(truth, predicted) + reference.recall_score(~truth, ~predicted) - 1)
+
+
+@pytest.mark.parametrize("rule", ["best_f1", "youden"])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_a_chosen_threshold_is_the_best_of_all(rule, coarse):
+    score = 2 * normal(120) - 1
+    score = (score * 2).round() / 2 if coarse else score
+    truth = normal(120, seed=1) + score > 0.8
+    threshold = choose(rule, score, truth)
+    probability = score.double().sigmoid()
+    tried = [0.0, *probability.tolist()]
+    assert score_of(rule, truth, probability > threshold) == close(
+        max(score_of(rule, truth, probability > each) for each in tried)
+    )
+    assert 0 < threshold < 1
+
+
+@pytest.mark.parametrize("rule", ["best_f1", "youden"])
+def test_a_pass_that_chooses_has_the_metrics_of_what_it_chose(rule):
+    output, target = 2 * normal(100, 2), (normal(100, seed=1) > 0.8).long()
+    task = two_classes(threshold=rule)
+    assert task.thresholds == (0.5,) and measured(task, output, target) == close(
+        measured(two_classes(), output, target)
+    )
+    choosing = task.metrics(choosing=True)
+    choosing.update(output, target, torch.ones(100, dtype=torch.bool))
+    found = choosing.compute()
+    assert choosing.chosen_thresholds() == (found.pop("threshold"),)
+    chosen = replace(task, chosen=choosing.chosen_thresholds())
+    assert measured(chosen, output, target) == close(found)
+
+
+def test_the_labels_of_a_sample_have_thresholds_of_their_own():
+    output, target = normal(100, 3), (normal(100, 3, seed=1) > 0.5).float()
+    task = MultilabelSettings(threshold="best_f1").build("it", MULTILABEL.info)
+    choosing = task.metrics(choosing=True)
+    choosing.update(output, target, torch.ones(100, dtype=torch.bool))
+    found, chosen = choosing.compute(), choosing.chosen_thresholds()
+    expected = [choose("best_f1", *column) for column in zip(output.T, target.T, strict=True)]
+    assert list(chosen) == expected and len(set(expected)) == 3
+    predicted = output.double().sigmoid() > torch.tensor(expected, dtype=torch.float64)
+    truth = target.numpy().astype(int)
+    assert {name: found[name] for name in averages(truth, predicted)} == close(averages(truth, predicted))
+    learnt = replace(task, chosen=chosen)
+    assert measured(learnt, output, target) == close(found)
+    labels = [[name in answer["labels"] for name in "abc"] for answer in learnt.decode(output)]
+    assert labels == predicted.tolist()
+
+
+def test_there_is_nothing_to_choose_by_without_a_positive_or_a_negative():
+    nothing = torch.zeros(4, dtype=torch.bool)
+    for positive in (nothing, ~nothing):
+        assert choose("best_f1", normal(4), positive) == 0.5
+    assert choose("youden", torch.tensor([0.1, math.nan]), torch.tensor([True, False])) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "classes", "line"),
+    [
+        (
+            {"positive": "il"},
+            "ill well",
+            r"tasks\.it\.positive: expected one of the classes, found 'il'\. Did",
+        ),
+        ({"positive": "a"}, "a b c", r"tasks\.it\.positive: expected a task of two classes, found one of 3"),
+        ({"threshold": 0.3}, "a b c", r"tasks\.it\.threshold: expected a task of two classes"),
+        ({"threshold": "youden"}, "a b c", r"tasks\.it\.threshold: expected a task of two classes"),
+    ],
+)
+def test_positive_class_and_threshold_are_refused_where_there_is_none(settings, classes, line):
+    with pytest.raises(UserError, match=line):
+        ClassificationSettings(**settings).build("it", TaskInfo("classification", tuple(classes.split())))
 
 
 def test_classification_metrics_are_torchmetrics():
     output, target = 2 * normal(200, 4), torch.arange(200) % 4
     found = measured(classification(4), output, target)
     probabilities = output.softmax(dim=1)
-    assert found["precision"] == close(functional.multiclass_precision(probabilities, target, 4).item())
-    assert found["recall"] == close(functional.multiclass_recall(probabilities, target, 4).item())
-    assert found["f1"] == close(functional.multiclass_f1_score(probabilities, target, 4).item())
+    assert found["macro_precision"] == close(functional.multiclass_precision(probabilities, target, 4).item())
+    assert found["macro_recall"] == close(functional.multiclass_recall(probabilities, target, 4).item())
+    assert found["macro_f1"] == close(functional.multiclass_f1_score(probabilities, target, 4).item())
     assert found["auroc"] == close(functional.multiclass_auroc(probabilities, target, 4).item())
 
 
@@ -88,16 +228,18 @@ def test_a_class_that_does_not_occur_is_left_out_of_the_averages():
     target = torch.tensor([0, 0, 1, 1, 0])
     output = torch.tensor([[2.0, 1.0], [1.0, 2.0], [0.0, 1.0], [1.0, 3.0], [3.0, 0.0]])
     never_predicted = torch.cat([output, torch.full((5, 1), -9.0)], dim=1)
-    assert measured(classification(3), never_predicted, target) == pytest.approx(
-        measured(classification(2), output, target)
+    of_three, of_two = (
+        measured(task, each, target)
+        for task, each in ((classification(3), never_predicted), (classification(2), output))
     )
+    assert of_three == pytest.approx({name: of_two[name] for name in of_three})
 
     predicted_once = never_predicted.clone()
     predicted_once[0, 2] = 9.0
     found = measured(classification(3), predicted_once, target)
     predicted = predicted_once.argmax(dim=1)
     macro = {"average": "macro", "zero_division": 0}
-    assert found["recall"] == close(reference.recall_score(target, predicted, **macro))
+    assert found["macro_recall"] == close(reference.recall_score(target, predicted, **macro))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert found["balanced_accuracy"] == close(reference.balanced_accuracy_score(target, predicted))
@@ -135,9 +277,7 @@ def test_multilabel_metrics_are_scikit_learns():
     assert measured(MULTILABEL, output, target) == close(
         {
             "accuracy": 1 - reference.hamming_loss(truth, predicted),
-            "precision": reference.precision_score(truth, predicted, **macro),
-            "recall": reference.recall_score(truth, predicted, **macro),
-            "f1": reference.f1_score(truth, predicted, **macro),
+            **averages(truth, predicted),
             "auroc": reference.roc_auc_score(truth, output, **macro),
             "mean_average_precision": reference.average_precision_score(truth, output, **macro),
             "num_samples": 200.0,
@@ -150,7 +290,7 @@ def test_a_label_that_does_not_occur_is_left_out_of_the_averages():
     output[:, 2], target[:, 2] = -5.0, 0.0
     found = measured(MULTILABEL, output, target)
     truth, predicted = target[:, :2].numpy().astype(int), (output[:, :2] > 0).numpy().astype(int)
-    assert found["f1"] == close(reference.f1_score(truth, predicted, average="macro"))
+    assert found["macro_f1"] == close(reference.f1_score(truth, predicted, average="macro"))
     assert found["auroc"] == close(reference.roc_auc_score(truth, output[:, :2], average="macro"))
     assert found["mean_average_precision"] == close(
         reference.average_precision_score(truth, output[:, :2], average="macro")

@@ -65,8 +65,9 @@ def test_every_mistake_is_reported_in_a_line_of_its_own():
 
 @pytest.mark.parametrize("name", INFOS)
 def test_a_tasks_metrics_have_the_names_its_kind_promises(name):
-    metrics = build_tasks(SETTINGS, INFOS)[name].metrics()
-    assert list(metrics.compute()) == [*SETTINGS[name].modes, "num_samples"]
+    task = build_tasks(SETTINGS, INFOS)[name]
+    assert list(task.metrics().compute()) == [*task.reported, "num_samples"]
+    assert set(task.reported) <= SETTINGS[name].modes.keys()
 
 
 def test_without_ranking_only_the_metrics_of_an_order_are_missing():
@@ -77,7 +78,7 @@ def test_without_ranking_only_the_metrics_of_an_order_are_missing():
     }
     assert missing == {
         "age": set(),
-        "breed": {"auroc"},
+        "breed": {"auroc", "average_precision"},
         "tags": {"auroc", "mean_average_precision"},
         "outline": set(),
         "parts": set(),
