@@ -88,6 +88,7 @@ class SplitReader:
         self._labels_in_json = manifest.labels == "json"
         self._task_infos = manifest.tasks
         self._derived = dict(derived or {})
+        self._derived_classes: dict[str, np.ndarray] = {}
         described = repr((manifest.tasks, manifest.splits[split])).encode()
         self._version = hashlib.sha256(described).hexdigest()
         names = index_dtype(self._maps_of).names or ()
@@ -125,7 +126,7 @@ class SplitReader:
         if task in self._derived:
             derivation = self._derived[task]
             has = self.labelled(derivation.source, rows)
-            if (derivation.table != NO_CLASS).all():
+            if derivation.keeps_all:
                 return has
             return has & (self.classes(task)[rows] != NO_CLASS)
         if task not in self._bits:
@@ -140,10 +141,20 @@ class SplitReader:
             UserError: the dataset has no label columns.
         """
         if task in self._derived:
-            stored = self.classes(self._derived[task].source)
-            return np.where(stored == NO_CLASS, NO_CLASS, self._derived[task].table[stored])
+            if task not in self._derived_classes:
+                derivation = self._derived[task]
+                self._derived_classes[task] = derivation.of_column(self.column(derivation.source))
+            return self._derived_classes[task]
         if task not in self._bits:
             return np.full(self.num_samples, NO_CLASS, dtype=np.int32)
+        return self.column(task)
+
+    def column(self, task: str) -> np.ndarray:
+        """What is stored of a task whose labels are no maps, for each row.
+
+        Raises:
+            UserError: the dataset has no label columns.
+        """
         if isinstance(self._columns_path, Path) and not self._columns_path.is_file():
             raise UserError(
                 f"{self._columns_path}: expected the label columns of the split, found no such file. "
@@ -193,8 +204,8 @@ class SplitReader:
         """The labels of a sample with those of the derived tasks; `labels` is not changed."""
         for name, derivation in self._derived.items():
             stored = labels.get(derivation.source)
-            if isinstance(stored, int) and 0 <= stored < len(derivation.table):
-                target = int(derivation.table[stored])
+            if isinstance(stored, int | float):
+                target = derivation.of_label(stored)
                 if target != NO_CLASS:
                     labels = {**labels, name: target}
         return labels

@@ -11,6 +11,7 @@ import numpy as np
 from mtl_dist.config.errors import suggest
 from mtl_dist.data.derived import Derivation, DeriveSettings, check_derived, derivations
 from mtl_dist.data.manifest import LabelCounts, Manifest, PixelScale, SplitInfo, read_manifest
+from mtl_dist.data.reader import SplitReader
 from mtl_dist.data.remote import Location
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
@@ -27,6 +28,7 @@ class SourceFacts:
     manifest: Manifest
     split: str
     derived: Mapping[str, Derivation] = field(default_factory=dict)
+    _counted: dict[tuple[str, str], LabelCounts] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tasks(self) -> dict[str, TaskInfo]:
@@ -36,8 +38,13 @@ class SourceFacts:
     def labels(self, task: str) -> LabelCounts:
         """The split's labels of one of its tasks."""
         if task in self.derived:
-            derivation = self.derived[task]
-            return derivation.counts(self.info.labels[derivation.source])
+            if (task, self.split) not in self._counted:
+                derivation = self.derived[task]
+                self._counted[task, self.split] = derivation.counts(
+                    self.info.labels[derivation.source],
+                    lambda: SplitReader(self.path, self.manifest, self.split).column(derivation.source),
+                )
+            return self._counted[task, self.split]
         return self.info.labels[task]
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from mtl_dist.config.loading import load_settings, to_yaml
 from mtl_dist.data.loader import Data, eval_loader, open_data, train_loader
@@ -195,6 +196,114 @@ def test_a_derived_task_needs_a_name_of_its_own(numbers: Path) -> None:
         UserError, match=r"data.derive.digit: expected a name of its own, found that of a task"
     ):
         open_data(settings(numbers, derive={"digit": PARITY}), ["digit"])
+
+
+# ---------------------------------------------------------------- bins and functions
+def tens(value: float) -> str | None:
+    return None if value < 3 else "few" if value < 10 else "many"
+
+
+def shape_of(name: str) -> str | None:
+    return None if name == "zero" else "round" if name == "three" else "straight"
+
+
+def wrong(value: float) -> float:
+    return value / 2
+
+
+def failing(value: float) -> int:
+    raise KeyError("sad")
+
+
+BINS = {"from": "value", "bins": [10, 20]}
+TENS = {"from": "value", "by": f"{__name__}.tens", "classes": ["few", "many"]}
+
+
+@pytest.mark.parametrize("image_size", [8, 16], ids=["small samples", "one by one"])
+def test_numbers_become_classes_by_bins_and_by_a_function_of_ones_own(numbers: Path, image_size: int) -> None:
+    data = open_data(
+        settings(numbers, derive={"size": BINS, "tens": TENS}, image_size=image_size),
+        ["size", "tens", "digit"],
+    )
+    for split, of_split in (("train", range(24)), ("val", range(24, 32))):
+        assert labels_seen(data, split, "size") == {n: min(n // 10, 2) for n in of_split}
+        expected = {n: None if n < 3 else int(n >= 10) for n in of_split}
+        assert labels_seen(data, split, "tens") == expected
+    size, of_tens = data.task_infos["size"], data.task_infos["tens"]
+    assert (size.classes, size.class_counts) == (("below 10", "10 to 20", "from 20"), (10, 10, 4))
+    assert (size.num_labelled, of_tens.class_counts, of_tens.num_labelled) == (24, (7, 14), 21)
+
+
+def test_an_edge_belongs_to_the_bin_above_it_and_bins_may_have_names(numbers: Path) -> None:
+    named = {"from": "value", "bins": [4, 5.5], "classes": ["low", "middle", "high"]}
+    data = open_data(settings(numbers, derive={"size": named}), ["size"])
+    seen = labels_seen(data, "train", "size")
+    assert [seen[n] for n in (3, 4, 5, 6)] == [0, 1, 1, 2]
+    assert data.task_infos["size"].classes == ("low", "middle", "high")
+
+
+def test_classes_are_derived_by_a_function_of_their_names(numbers: Path) -> None:
+    derive = {"shape": {"from": "digit", "by": f"{__name__}.shape_of"}}
+    data = open_data(settings(numbers, derive=derive), ["shape"])
+    assert data.task_infos["shape"].classes == ("straight", "round")
+    expected = {None: None, 0: None, 1: 0, 2: 0, 3: 1}
+    assert labels_seen(data, "train", "shape") == {n: expected[digit_of(n)] for n in range(24)}
+
+
+def test_classes_made_of_numbers_can_be_balanced(numbers: Path) -> None:
+    options = {"sampling": {"kind": "class_balanced", "task": "tens"}}
+    data = open_data(settings(numbers, derive={"tens": TENS}, **options), ["tens"])
+    assert set(labels_seen(data, "train", "tens").values()) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        (
+            {"from": "digit", "bins": [1]},
+            r"derive.new.from: expected a task of numbers, found digit, a class",
+        ),
+        (
+            {"from": "value", "by": f"{__name__}.tens"},
+            r"derive.new.classes: expected the classes that .*tens makes",
+        ),
+        (
+            {"from": "value", "by": f"{__name__}.tenz"},
+            r"derive.new.by: expected a class tenz .*Did you mean tens",
+        ),
+        (
+            {"from": "value", "by": f"{__name__}.wrong", "classes": ["a", "b"]},
+            r"derive.new.by: expected a class, its index or None of .*wrong\(0.0\), found 0.0",
+        ),
+        (
+            {"from": "value", "by": f"{__name__}.failing", "classes": ["a", "b"]},
+            r"derive.new.by: .*failing\(0.0\) fails: KeyError: 'sad'",
+        ),
+        (
+            {"from": "value", "by": f"{__name__}.tens", "classes": ["few", "lots"]},
+            r"tens\(10.0\): expected an index, a new class or null, found 'many'",
+        ),
+    ],
+)
+def test_a_number_that_gets_no_class_is_refused(numbers: Path, wish: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        open_data(settings(numbers, derive={"new": wish}), ["new"])
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({}, "expected one of map, bins and by, found none"),
+        ({"bins": [1], "map": {"0": 1}}, "expected one of map, bins and by, found map and bins"),
+        ({"bins": [2, 1]}, "bins: expected ascending edges"),
+        ({"bins": [2], "classes": ["a", "b", "c"]}, "classes: expected 2 for 1 edges, found 3"),
+    ],
+)
+def test_a_derivation_that_says_too_little_or_too_much_is_refused(
+    numbers: Path, wish: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValidationError, match=said):
+        settings(numbers, derive={"new": {"from": "value", **wish}})
 
 
 # ---------------------------------------------------------------- recipes
