@@ -63,6 +63,9 @@ class TrainSettings(Settings):
     skipped_steps.jsonl; more than so many of 100 steps in a row end the run. 0: the first one does."""
     metrics: bool = True
     """Whether every metric of a task is computed for the training steps as well, from their own outputs."""
+    hang_timeout: Annotated[float, Field(gt=0)] | None = 5.0
+    """Minutes without progress after which the run ends and says where it hung; the start, a save, and
+    everything under `compile` may take six times as long. null: never."""
     evaluate_at_end: bool = True
     """Whether the best weights are evaluated on `val` and `test` when training is done."""
 

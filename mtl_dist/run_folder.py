@@ -71,6 +71,7 @@ class RunFolder:
         "recipe.yaml": "the resolved recipe; reproduces the run",
         "checkpoints/": "the newest ones and the best",
         "evaluation/": "metrics.json, thresholds.json, confusion matrices, conflicts of tasks",
+        "hang/": "what each rank was doing when the run hung",
         "skipped_steps.jsonl": "steps that were not finite, with their samples",
         "metrics.jsonl": "every logged step and evaluation",
         "history.json": "losses and metrics by epoch",

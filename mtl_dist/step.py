@@ -28,6 +28,7 @@ from mtl_dist.engine.precision import AUTOCAST_DTYPES
 from mtl_dist.engine.settings import Precision
 from mtl_dist.engine.world import World
 from mtl_dist.gradients import GradientScale, with_gradient
+from mtl_dist.heartbeat import beat
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.tasks.task import Task
 
@@ -165,6 +166,7 @@ class RootModule(nn.Module):
         if weights.gradient_P is not None:
             own_P = weights.gradient_P if scale == 1 else scale * weights.gradient_P
             scalar = with_gradient(scalar, self.shared, own_P)
+        beat("the backward")
         return scalar * poison, sums_T.detach(), {name: output.detach() for name, output in outputs.items()}
 
     def features(self, batch: Batch, gradient_scale: GradientScale | None) -> Features:

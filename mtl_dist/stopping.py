@@ -1,17 +1,19 @@
 """Being asked to stop: by a signal, or by a time limit that draws near.
 
-A cluster asks with a signal (SIGUSR2, SIGTERM), a person with Ctrl-C. A handler here only sets a flag: it
-may run at any moment, also early, twice, or in the middle of a save, and on some ranks before others. The
-trainer looks at the flag at every step boundary, and all ranks agree there.
+A cluster asks with a signal (SIGUSR2, SIGTERM), a person with Ctrl-C or by closing the terminal (SIGHUP). A
+handler here only sets a flag: it may run at any moment, also early, twice, or in the middle of a save, and on
+some ranks before others. The trainer looks at the flag at every step boundary, and all ranks agree there.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 TIME_LIMIT = "time limit"
 
@@ -50,10 +52,14 @@ class StopSignal:
         self._pid = os.getpid()
         self._signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
+        self._ear: tuple[socket.socket, socket.socket] | None = None
+        self._previous_ear = -1
+        self._heard: list[int] = []
+        self._terminals: list[int] = []
 
     def install(self) -> None:
-        """Takes over SIGUSR2, SIGTERM and SIGINT in this process; in another thread than the main one, which
-        alone hears signals, nothing happens.
+        """Takes over SIGUSR2, SIGTERM, SIGINT and SIGHUP in this process; in another thread than the main
+        one, which alone hears signals, nothing happens. A SIGHUP that is ignored (nohup) stays so.
 
         Install after every other library has: submitit's own SIGUSR2 handler would requeue the job at
         once, before the ranks could save together, and it ignores SIGTERM.
@@ -62,8 +68,16 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             previous = signal.signal(number, self._handle)
             self._previous.setdefault(number, previous)
+        self._terminals = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]
+        if self._ear is None:
+            self._ear = socket.socketpair()
+            for end in self._ear:
+                end.setblocking(False)
+            self._previous_ear = signal.set_wakeup_fd(self._ear[1].fileno(), warn_on_full_buffer=False)
 
     def ignore_afterwards(self) -> None:
         """Makes `restore` leave the signals ignored, for a process that only has to end after training.
@@ -78,6 +92,11 @@ class StopSignal:
         for number, previous in self._previous.items():
             signal.signal(number, previous if previous is not None else signal.SIG_DFL)
         self._previous.clear()
+        if self._ear is not None:
+            signal.set_wakeup_fd(self._previous_ear, warn_on_full_buffer=False)
+            for end in self._ear:
+                end.close()
+            self._ear = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # A forked data worker inherits this handler, and Slurm signals every process of a step: only the
@@ -86,8 +105,39 @@ class StopSignal:
             return
         if number == signal.SIGINT and self._signal is signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            self._leave_terminals()
         if self._signal is None or number == signal.SIGINT:
             self._signal = signal.Signals(number)
+
+    def _leave_terminals(self) -> None:
+        """A terminal that was closed answers every line with an error, which would end the run."""
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in self._terminals:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+        self._terminals = []
+
+    @property
+    def heard(self) -> bool:
+        """True from the first signal on, also while the main thread is in a call that does not return and so
+        cannot handle any; for another thread.
+        """
+        self._listen()
+        return self.requested or any(number in STOP_SIGNALS for number in self._heard)
+
+    @property
+    def aborting(self) -> bool:
+        """Whether SIGINT came twice; for another thread."""
+        self._listen()
+        return self._heard.count(signal.SIGINT) > 1
+
+    def _listen(self) -> None:
+        ear = self._ear
+        if ear is not None:
+            # BlockingIOError: nothing came; another OSError: the ear was closed meanwhile.
+            with suppress(OSError):
+                self._heard += ear[0].recv(64)
 
     @property
     def requested(self) -> bool:

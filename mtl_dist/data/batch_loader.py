@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import logging
 import multiprocessing
+import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import count
+from multiprocessing.sharedctypes import RawArray
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mtl_dist.batch import Batch
 from mtl_dist.data.batches import BatchBuilder, Loaded
@@ -21,10 +29,13 @@ from mtl_dist.data.partition import EvaluationPartition, TrainingPartition
 from mtl_dist.data.settings import BadSampleSettings
 from mtl_dist.data.shard_prefetch import ShardPrefetch
 from mtl_dist.errors import UserError
+from mtl_dist.heartbeat import beat
 
 log = logging.getLogger(__name__)
 
-_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_STACK_SIGNAL = getattr(signal, "SIGRTMIN", None)
+"""Has a worker print its stack; None where there are no such signals (macOS)."""
 _JUDGED_AT_ONCE = 1000  # a share of fewer samples would end runs by chance
 
 
@@ -37,8 +48,10 @@ class BatchLoader:
         self._batches = batches
         self._on_bad_sample = on_bad_sample
         self._loader: Iterable[Loaded | UserError] = batches
+        self._workers: Workers | None = None
         if workers == 0:
             return
+        self._workers = batches.workers = Workers(workers)
         self._loader = DataLoader(
             batches,
             batch_size=None,
@@ -62,7 +75,7 @@ class BatchLoader:
             started = iter(self._loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for loaded in started:
+        for loaded in self._watched(started):
             if isinstance(loaded, UserError):
                 raise loaded
             for problem in loaded.bad:
@@ -71,6 +84,17 @@ class BatchLoader:
             num_bad += len(loaded.bad)
             self._judge(num_bad, seen)
             yield loaded.batch()
+
+    def _watched(self, batches: Iterator[Loaded | UserError]) -> Iterator[Loaded | UserError]:
+        for number in count():
+            waits_for = None if self._workers is None else partial(self._workers.late_with, number)
+            beat("waiting for data", waits_for=waits_for)
+            try:
+                loaded = next(batches)
+            except StopIteration:
+                return
+            beat("computing")
+            yield loaded
 
     def _judge(self, num_bad: int, seen: int) -> None:
         if self._on_bad_sample.kind == "fail" or num_bad == 0:
@@ -83,6 +107,40 @@ class BatchLoader:
                 f"the samples to be bad, found {num_bad} of {seen}. The log names them: fix the dataset, or "
                 "allow more."
             )
+
+
+class Workers:
+    """What the worker processes of one loader do now, in memory that they share with it.
+
+    They take the batches in turn.
+    """
+
+    def __init__(self, num: int) -> None:
+        self._pids = RawArray("q", num)
+        self._batches = RawArray("q", [-1] * num)
+
+    def begins(self, batch: int) -> None:
+        """Called by a worker: it begins this batch."""
+        info = get_worker_info()
+        if info is not None:
+            self._pids[info.id], self._batches[info.id] = os.getpid(), batch
+
+    def late_with(self, batch: int) -> str:
+        """Who is at a batch that does not come, in words; it prints its stack if it can."""
+        worker = next((w for w, at in enumerate(self._batches) if at == batch), batch % len(self._pids))
+        name, pid = f"data worker {worker}", int(self._pids[worker])
+        if pid == 0:
+            return f"{name}, which has not begun"
+        try:
+            state = psutil.Process(pid).status()
+        except psutil.NoSuchProcess:
+            return f"{name} (process {pid}, which is gone)"
+        if state == psutil.STATUS_STOPPED:
+            return f"{name} (process {pid}, which a signal has stopped)"
+        if _STACK_SIGNAL is not None:
+            os.kill(pid, _STACK_SIGNAL)
+        disk = ", which waits for a disk or network" if state == psutil.STATUS_DISK_SLEEP else ""
+        return f"{name} (process {pid}{disk})"
 
 
 class SampleOrder(Protocol):
@@ -106,6 +164,7 @@ class Batches(Dataset[Loaded | UserError]):
         self._order = order
         self._builder = builder
         self._shard_prefetch = shard_prefetch
+        self.workers: Workers | None = None
 
     def __len__(self) -> int:
         return len(self._partition)
@@ -115,6 +174,8 @@ class Batches(Dataset[Loaded | UserError]):
 
     def __getitem__(self, index: int) -> Loaded | UserError:
         """The batch; an error for the user is returned, because a worker would bury it in a traceback."""
+        if self.workers is not None:
+            self.workers.begins(index)
         positions = self._partition.positions(index)
         size, content = len(positions), self._partition.content(positions)
         if self._builder.blender is not None:
@@ -132,6 +193,9 @@ class Batches(Dataset[Loaded | UserError]):
 def _begin_worker(worker: int) -> None:
     """Keep a worker to one thread, and deaf to the signals that Slurm and terminals send to all processes."""
     torch.set_num_threads(1)
+    if _STACK_SIGNAL is not None and sys.__stderr__ is not None:
+        with suppress(OSError, ValueError):  # a stderr that is no file
+            faulthandler.register(_STACK_SIGNAL, file=sys.__stderr__)
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)

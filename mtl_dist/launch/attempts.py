@@ -197,6 +197,8 @@ def judge(
         return "crash", ending.killed + (" (out of memory?)" if ending.killed.endswith("Killed") else "")
     if failure is not None:
         return "crash", f"rank {failure.rank}: {failure.reason}"
+    if status is not None and status.state == "failed":
+        return "crash", status.reason  # a rank that hung was ended where nothing could be raised
     if ending.killed and not began:
         return "preemption", f"{ending.killed} before the run could handle a signal"
     return "crash", f"the ranks ended with exit code {ending.exit_code} and left no reason"

@@ -13,11 +13,13 @@ would get a SIGKILL after 30 s; a SIGUSR2 would kill torchrun and orphan them.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +43,13 @@ _SECONDS_TO_FADE = 2.0
 _SECONDS_TO_LEAVE = 30.0
 """What a rank gets to save and leave when its launcher is gone."""
 
+_SECONDS_TO_ABORT = 15.0
+"""What ranks get to end after a second Ctrl-C."""
+
 _FORWARDED = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
-    signal.SIGHUP: signal.SIGTERM,  # The terminal was closed: save and leave.
+    signal.SIGHUP: signal.SIGHUP,  # The terminal was closed: save and leave, and do not write to it.
     signal.SIGUSR2: signal.SIGUSR2,
 }
 """What the ranks get for what we get."""
@@ -143,8 +148,10 @@ def supervise_all(
     waiting, slots = list(range(count)), list(range(parallel))
     running: dict[tuple[int, int], subprocess.Popen[bytes]] = {}
     with _forwarding(running.values()) as received:
+        patience = _Patience(received)
         try:
             while running or (waiting and not received):
+                patience.enforce(running.values())
                 while waiting and slots and not received:
                     number, slot = waiting.pop(0), slots.pop(0)
                     process = _start(*start(number, slot))
@@ -178,6 +185,33 @@ def _start(launch: Launch, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
     return process
 
 
+class _Patience:
+    """How long ranks may take that were asked to end; then those that cannot are killed.
+
+    A rank that hangs ends by itself (hangs/): not one that a signal has stopped, nor one that hangs where no
+    Python runs when Ctrl-C comes twice.
+    """
+
+    def __init__(self, received: Sequence[int]) -> None:
+        self._received = received
+        self._asked = self._aborted = math.inf
+
+    def enforce(self, processes: Iterable[subprocess.Popen[bytes]]) -> None:
+        """Kill what has had its time."""
+        now = time.monotonic()
+        if self._received:
+            self._asked = min(self._asked, now)
+        if self._received.count(signal.SIGINT) > 1:
+            self._aborted = min(self._aborted, now)
+        if now - self._asked < min(_SECONDS_TO_LEAVE, _SECONDS_TO_ABORT):
+            return
+        for rank in [rank for process in processes for rank in _ranks_of(process.pid)]:
+            with suppress(psutil.NoSuchProcess):
+                stopped = rank.status() == psutil.STATUS_STOPPED and now - self._asked > _SECONDS_TO_LEAVE
+                if stopped or now - self._aborted > _SECONDS_TO_ABORT:
+                    rank.kill()
+
+
 def shell_code(code: int) -> int:
     """A process's exit code as a shell says it: 128 + n for a death by signal n."""
     return code if code >= 0 else 128 - code
@@ -204,7 +238,9 @@ def _forwarding(running: Collection[subprocess.Popen[bytes]]) -> Iterator[list[i
             if not ranks:
                 process.terminate()  # A training without a launcher; or nothing has started yet.
 
-    previous = {number: signal.signal(number, forward) for number in _FORWARDED}
+    # Under nohup the terminal's end is to be ignored.
+    numbers = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield received
     finally:
@@ -232,10 +268,12 @@ def _end_leftovers(others: set[psutil.Process], running: Collection[subprocess.P
     _, left = psutil.wait_procs(left, timeout=_SECONDS_TO_FADE)
     if not left:
         return
-    print(
-        f"The launcher is gone; ending {plural(len(left), 'process', 'processes')} that it left.",
-        file=sys.stderr,
-    )
+    with suppress(OSError):  # the terminal may be gone as well
+        print(
+            f"The launcher is gone; ending {plural(len(left), 'process', 'processes')} that it left.",
+            file=sys.stderr,
+            flush=True,
+        )
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.terminate()

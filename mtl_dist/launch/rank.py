@@ -89,12 +89,16 @@ def this_attempt(run: Path) -> Attempt:
 
 @contextmanager
 def failures_recorded(run: Path, rank: int) -> Iterator[None]:
-    """Leaves behind why the body failed, for the batch script's verdict and for `mtl status`."""
+    """Leaves behind why the body failed, for the batch script's verdict and for `mtl status`.
+
+    A status that the body has left itself stays: it names the first cause, which may be another rank's.
+    """
+    began = time.time()
     try:
         yield
     except BaseException as error:
         record_failure(run, rank, error)
-        if rank == 0:
-            status = read_status(run) or Status("failed")
+        status = read_status(run) or Status("running")
+        if rank == 0 and (status.state != "failed" or status.updated < began):
             write_status(run, replace(status, state="failed", reason=str(error), updated=time.time()))
         raise

@@ -12,6 +12,7 @@ from mtl_dist.engine.connect import connect_without_engine
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation, evaluate
+from mtl_dist.heartbeat import during
 from mtl_dist.importers.external import with_indexes
 from mtl_dist.recipe import load_recipe
 from mtl_dist.results import print_results, write_evaluation
@@ -87,7 +88,8 @@ def evaluate_split(
         pin_memory=world.device.type == "cuda",
     )
     until_then = loader if stop is None else until_stopped(loader, stop, world)
-    return evaluate(root, until_then, world, choosing)
+    with during(f"evaluation of {split}"):
+        return evaluate(root, until_then, world, choosing)
 
 
 def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> str:

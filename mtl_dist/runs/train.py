@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,11 +27,12 @@ from mtl_dist.config.loading import to_yaml
 from mtl_dist.data.loader import Data, open_data, train_loader
 from mtl_dist.data.partition import micro_batch_size
 from mtl_dist.ema import Ema
-from mtl_dist.engine.connect import connect
+from mtl_dist.engine.connect import Connection, connect
 from mtl_dist.engine.engine import Engine
-from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation
 from mtl_dist.figures.run_figures import RunFigures
+from mtl_dist.hangs.watch import HangWatch
+from mtl_dist.heartbeat import beat
 from mtl_dist.importers.external import with_indexes
 from mtl_dist.models.compiling import compile_parts
 from mtl_dist.models.describe import parameters_in_words
@@ -40,6 +42,7 @@ from mtl_dist.run_folder import RunFolder, new_run_directory
 from mtl_dist.runs.announcements import farewell, introduce, progress_bar
 from mtl_dist.runs.evaluation import evaluate_at_end, evaluate_split
 from mtl_dist.runs.opening import training_folder
+from mtl_dist.status import write_status
 from mtl_dist.step import RootModule
 from mtl_dist.stopping import StopSignal, agreed_stop
 from mtl_dist.tracking.registry import check_tracking, open_tracker
@@ -61,8 +64,22 @@ def train(
         UserError: the recipe does not fit its data, the number of ranks, or the run that the folder holds.
     """
     connection = connect(recipe.engine, recipe.train.precision)
+    stop = stop or StopSignal()
+    timeout_s = None if recipe.train.hang_timeout is None else 60 * recipe.train.hang_timeout
+    with HangWatch(connection.world, timeout_s, stop, compiling=recipe.train.compile) as watch:
+        return train_connected(recipe.with_absolute_paths(), run_dir, stop, tags, connection, watch)
+
+
+def train_connected(
+    recipe: Recipe,
+    run_dir: Path | None,
+    stop: StopSignal,
+    tags: Sequence[str],
+    connection: Connection,
+    watch: HangWatch,
+) -> Outcome:
+    """`train`, by ranks that have joined and are watched."""
     world = connection.world
-    recipe = recipe.with_absolute_paths()
     accumulation = recipe.train.accumulation_on(world.size)
     check_device(recipe, world.device, connection.choice)
     check_tracking(recipe.tracking)
@@ -92,16 +109,15 @@ def train(
     # ---- run folder, trainer
     directory = world.broadcast(run_dir or new_run_directory(recipe.name or "run"))
     with training_folder(directory, recipe, world) as (folder, saved):
+        watch.directory = directory
         if world.is_main:
             folder.write_data(facts_of(data))
             folder.change_tags(tags)
-        trainer = build_trainer(
-            recipe, data, engine, root, balancing, folder, saved, accumulation, stop or StopSignal()
-        )
+        trainer = build_trainer(recipe, data, engine, root, balancing, folder, saved, accumulation, stop)
         introduce(trainer, recipe, data, folder, connection.describe(), parameters)
         if few:
             trainer.tracker.say(f"warning  {few}")
-        return replace(run_to_the_end(trainer, recipe, data, folder), directory=directory)
+        return replace(run_to_the_end(trainer, recipe, data, folder, watch), directory=directory)
 
 
 def build_trainer(
@@ -161,7 +177,9 @@ def build_trainer(
     return trainer
 
 
-def run_to_the_end(trainer: Trainer, recipe: Recipe, data: Data, folder: RunFolder) -> Outcome:
+def run_to_the_end(
+    trainer: Trainer, recipe: Recipe, data: Data, folder: RunFolder, watch: HangWatch
+) -> Outcome:
     """Train, evaluate the best weights, and leave the folder complete, however it ends."""
     world, plan, tracker = trainer.world, trainer.plan, trainer.tracker
     batches = train_loader(
@@ -180,6 +198,7 @@ def run_to_the_end(trainer: Trainer, recipe: Recipe, data: Data, folder: RunFold
     try:
         with progress_bar(tracker, plan.end_position, trainer.progress.position) as advance:
             outcome = trainer.run(batches, advance)
+        beat("the end", slow=True)
         trainer.saving.finish()
         world.barrier()
         if outcome.state == "done" and recipe.train.evaluate_at_end:
@@ -187,8 +206,11 @@ def run_to_the_end(trainer: Trainer, recipe: Recipe, data: Data, folder: RunFold
             if reason:
                 outcome = Outcome("stopped", outcome.step, reason)
     except BaseException as error:
-        failed = trainer.status("failed", last_line(error))
-        tracker.status(replace(failed, retry=not isinstance(error, UserError)))
+        cause = watch.first_cause(error)
+        if world.is_main or cause.rank == 0:  # who may not be there any more
+            failed = replace(trainer.status("failed", cause.reason), retry=not cause.mistake)
+            with suppress(OSError):  # the disk is what failed
+                write_status(folder.directory, failed)
         raise
     finally:
         trainer.stop.restore()
@@ -210,8 +232,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,8 @@ class Tracker:
         """A line for people: on the terminal and in log.txt."""
         if self.directory is None:
             return
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        with suppress(OSError):  # the terminal was closed
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
         self._each(lambda sink: sink.text(text))
 
     def record(self, kind: str, step: int, epoch: float, metrics: Mapping[str, float]) -> None:

@@ -8,6 +8,7 @@ from mtl_dist.batch_statistics import BatchStatistics
 from mtl_dist.checkpoint import Best, Checkpoint, CheckpointWriter
 from mtl_dist.ema import Ema
 from mtl_dist.engine.engine import Engine
+from mtl_dist.heartbeat import beat
 from mtl_dist.monitor import Monitor
 from mtl_dist.training.plan import Plan
 from mtl_dist.training.running_losses import RunningLosses
@@ -59,6 +60,7 @@ class Saving:
         """Collective: take a host copy of the whole state, once a step; rank 0 writes it meanwhile."""
         if self._saved_step == progress.step:
             return
+        beat("saving", progress.step, slow=True)
         self._losses.settle()
         full = self._engine.full_state()
         average = self._ema.full() if self._ema is not None else {}

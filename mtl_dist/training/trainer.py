@@ -18,6 +18,7 @@ from mtl_dist.ema import Ema
 from mtl_dist.engine.engine import Engine
 from mtl_dist.evaluator import Evaluation
 from mtl_dist.figures.run_figures import RunFigures
+from mtl_dist.heartbeat import beat
 from mtl_dist.monitor import Monitor
 from mtl_dist.optim import OptimSettings, learning_rate_factor, learning_rates, set_learning_rate
 from mtl_dist.randomness import rank_seed
@@ -108,6 +109,7 @@ class Trainer:
         clock = StepClock()
         for window in windows(device_prefetch(batches, self.world.device), plan.accumulation):
             clock.waited()
+            beat("meeting the other ranks", at.step + 1)
             on_host, inputs = [host for host, _ in window], [batch for _, batch in window]
             totals, stopping = self._agree(on_host)
             if stopping:
@@ -123,11 +125,13 @@ class Trainer:
             self.statistics.begin()
             seen: list[Seen] = []
             for number, batch in enumerate(inputs, start=1):
+                beat("the forward")
                 last = number == len(inputs)
                 batch_sums_T, outputs = self.engine.forward_backward(batch, totals, weights, last=last)
                 sums_T += batch_sums_T
                 if self.metrics is not None:
                     seen.append(self.metrics.seen(batch, outputs))
+            beat("the update")
             result = self.engine.step(self.root.absent_parameters(totals), self.optim.clip_norm)
             self.statistics.finish(len(inputs))
 

@@ -45,7 +45,7 @@ def leave(number, frame):
     note("saved")
     sys.exit(0)
 
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
     signal.signal(number, leave)
 note(f"{os.environ['WORLD_SIZE']} ranks, {os.environ['OMP_NUM_THREADS']} thread, pid {os.getpid()}")
 """
@@ -116,7 +116,7 @@ def test_a_mistake_is_said_though_the_rank_that_would_say_it_is_late(tmp_path: P
     assert errors == "rank 1: a.b: expected\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_reaches_every_rank_once_and_they_may_finish(tmp_path: Path, number: signal.Signals) -> None:
     process = start(tmp_path, WAIT)
     ranks(tmp_path)
