@@ -1,7 +1,9 @@
 """Columns computed from others: `--compute 'hours=page * 0.5 - onset'`.
 
 An expression sees the columns of its row by their names, `column("a name")` for other names. A cell that is a
-number is one, an empty cell is None, and whatever is computed from None is a missing value. There are
+number is one, which remembers its text: a cell that is passed on, compared with a text or given to a function
+of texts is taken to the letter (`01`, `1E50`). An empty cell is None, and whatever is computed from None is a
+missing value. There are
 arithmetic, comparisons, `and`, `or`, `not`, `in`, `A if CONDITION else B`, and the functions below. Or it is
 the import path of a function: cells by column -> value.
 """
@@ -23,6 +25,49 @@ Computed: TypeAlias = Annotated[
     Help("A new column from an expression over the others, as 'hours=page * 0.5'.", "COLUMN=EXPRESSION"),
 ]
 
+
+class _Whole(int):
+    """A whole number in a cell, and its text."""
+
+    text: str
+
+    def __eq__(self, other: object) -> bool:
+        return self.text == other if isinstance(other, str) else int(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = int.__hash__
+
+
+class _Real(float):
+    """A number in a cell, and its text."""
+
+    text: str
+
+    def __eq__(self, other: object) -> bool:
+        return self.text == other if isinstance(other, str) else float(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = float.__hash__
+
+
+def _text(value: Any) -> str:
+    """A value as text; of a cell the text that it holds."""
+    return value.text if isinstance(value, _Whole | _Real) else str(value)
+
+
+def _of_texts(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of texts, which takes cells of numbers by their text."""
+
+    def call(*arguments: Any) -> Any:
+        return function(*(_text(a) if isinstance(a, _Whole | _Real) else a for a in arguments))
+
+    return call
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": abs,
     "min": min,
@@ -30,12 +75,12 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "round": round,
     "int": int,
     "float": float,
-    "text": str,
-    "len": len,
-    "lower": str.lower,
-    "upper": str.upper,
-    "startswith": str.startswith,
-    "endswith": str.endswith,
+    "text": _text,
+    "len": _of_texts(len),
+    "lower": _of_texts(str.lower),
+    "upper": _of_texts(str.upper),
+    "startswith": _of_texts(str.startswith),
+    "endswith": _of_texts(str.endswith),
     "floor": math.floor,
     "ceil": math.ceil,
     "sqrt": math.sqrt,
@@ -132,7 +177,9 @@ def _value(cell: Cell) -> Any:
     if not cell:
         return None
     if _NUMBER.fullmatch(cell):
-        return int(cell) if cell.lstrip("+-").isdecimal() else float(cell)
+        number: _Whole | _Real = _Whole(cell) if cell.lstrip("+-").isdecimal() else _Real(cell)
+        number.text = cell
+        return number
     return cell
 
 
@@ -140,5 +187,7 @@ def _cell(value: Any) -> Cell:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, list | tuple):
-        return [str(item) for item in value]
+        return [_text(item) for item in value]
+    if isinstance(value, _Whole | _Real):
+        return value.text
     return repr(value) if isinstance(value, float) else str(value)
