@@ -6,6 +6,7 @@ overlap the smaller lies above the larger, so that what stands on a table is see
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -82,6 +83,60 @@ class Rectangle:
         left, top, right, bottom = self.edges
         x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
         return ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))[None]
+
+
+@dataclass(frozen=True, slots=True)
+class Ellipse:
+    """An ellipse turned clockwise by degrees, of which the pixels count whose centres are in it."""
+
+    x: float
+    y: float
+    radius_x: float
+    radius_y: float
+    degrees: float = 0.0
+
+    def inside(self, height: int, width: int) -> np.ndarray:
+        dx = (np.arange(width) + 0.5 - self.x)[None]
+        dy = (np.arange(height) + 0.5 - self.y)[:, None]
+        angle = math.radians(self.degrees)
+        along = dx * math.cos(angle) + dy * math.sin(angle)
+        across = dy * math.cos(angle) - dx * math.sin(angle)
+        radii = max(self.radius_x, 1e-9), max(self.radius_y, 1e-9)
+        found: np.ndarray = (along / radii[0]) ** 2 + (across / radii[1]) ** 2 <= 1
+        return found
+
+    @property
+    def box(self) -> Edges:
+        """The rectangle around it."""
+        angle = math.radians(self.degrees)
+        half_x = math.hypot(self.radius_x * math.cos(angle), self.radius_y * math.sin(angle))
+        half_y = math.hypot(self.radius_x * math.sin(angle), self.radius_y * math.cos(angle))
+        return self.x - half_x, self.y - half_y, self.x + half_x, self.y + half_y
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap:
+    """Pixels one by one, a byte each, of a rectangle whose first one is in row `top`, column `left`."""
+
+    pixels: bytes
+    height: int
+    width: int
+    top: int
+    left: int
+
+    def inside(self, height: int, width: int) -> np.ndarray:
+        found = np.zeros((height, width), bool)
+        rows, columns = np.nonzero(np.frombuffer(self.pixels, np.uint8).reshape(self.height, self.width))
+        rows, columns = rows + self.top, columns + self.left
+        there = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        found[rows[there], columns[there]] = True
+        return found
+
+    @property
+    def box(self) -> Edges:
+        """The rectangle that it is given in."""
+        right, bottom = self.left + self.width, self.top + self.height
+        return float(self.left), float(self.top), float(right), float(bottom)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import math
+import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, TypeAlias
 
 from mtl_dist.config.nearest import nearest
@@ -24,14 +26,17 @@ from mtl_dist.errors import UserError
 from mtl_dist.importers.account import IMAGE, MASK, NO_IMAGE, TABLE
 from mtl_dist.importers.importer import Importer, LeftOut
 from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.lists import SplitLists, is_list_of_a_split, splits_in_lists
 from mtl_dist.importers.options import Help
-from mtl_dist.importers.outlines import Edges, Outline, Rectangle, RegionMask
+from mtl_dist.importers.outlines import Edges, Outline, Polygons, Rectangle, RegionMask
 from mtl_dist.importers.sources import Readable, Source, Tree
+from mtl_dist.importers.splitting import is_split_word
 from mtl_dist.importers.summary import listed
 from mtl_dist.kinds.kind import Label
 from mtl_dist.kinds.multilabel import Multilabel
 from mtl_dist.kinds.regression import Regression
 from mtl_dist.kinds.segmentation import BACKGROUND, Segmentation
+from mtl_dist.kinds.vocabulary import class_order
 from mtl_dist.specs import IGNORE
 
 Categories: TypeAlias = Annotated[
@@ -57,6 +62,9 @@ SIDES = ("xmin", "ymin", "xmax", "ymax")
 REGIONS, FILES = "regions", "files"
 _USED, _CROWD = "label", "label: a crowd"
 _NO_IMAGE = "left out: its image is not there"
+_NO_AREA = "left out: a point or a line, which has no area"
+NO_AREA = Polygons(())
+"""The outline of a point or a line."""
 _NO_EXTENT = "left out: a box without extent"
 _NOT_ASKED = "left out: no task is made of it"
 _NOT_LARGEST = "left out: not the largest of its category in its image"
@@ -255,6 +263,10 @@ class RegionImporter(Importer):
         for region in image.regions:
             value = region.category + 1
             outline = region.outline
+            if region.box is None and outline == NO_AREA:
+                if not self._multilabel:
+                    self.account.became(REGIONS, region.name, _NO_AREA)
+                continue
             if region.crowd and self._crowds == "ignore":
                 value = IGNORE
                 self._chosen["crowds whose pixels are ignored in masks (--crowds)"] += 1
@@ -271,6 +283,61 @@ class RegionImporter(Importer):
         for region in image.regions:
             used = _CROWD if region.crowd else _USED
             self.account.became(REGIONS, region.name, used if self._uses_all else _NOT_ASKED)
+
+
+def categories_of(named: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """The categories by index: those that are stated, else those that regions name, in their usual order.
+
+    Raises:
+        UserError: a region names none, or one that is not stated.
+    """
+    if "" in named:
+        raise UserError("regions: expected a label on each, found none on some.")
+    if not classes:
+        return class_order(named)
+    names = [name for name in classes if name != BACKGROUND]
+    if others := sorted(set(named) - set(names)):
+        raise UserError(
+            f"classes: expected all labels of regions ({', '.join(names)}), found {listed(others)} too."
+        )
+    return names
+
+
+def split_folder(path: str) -> str:
+    """The word for a split in whose folder a file is, or nothing."""
+    return next((part for part in reversed(PurePosixPath(path).parts[:-1]) if is_split_word(part)), "")
+
+
+def splits_by_place(
+    tree: Tree, images: Sequence[AnnotatedImage], notes: list[str]
+) -> tuple[list[AnnotatedImage], list[str]]:
+    """The images with the splits that they have, those of their folders, or of lists; and the lists."""
+    if any(image.split for image in images):
+        return list(images), []
+    folders = [split_folder(image.path) for image in images]
+    lists = SplitLists(tree, [path for path in tree.files if is_list_of_a_split(path)])
+    if all(folders):
+        notes.append("splits taken from the folders of the images")
+        words, used = folders, []
+    else:
+        words = splits_in_lists(lists, [image.path for image in images], notes)
+        used = list(lists.files) if any(words) else []
+    return [replace(image, split=word) for image, word in zip(images, words, strict=True)], used
+
+
+def read_xml(source: Source) -> ElementTree.Element:
+    """The root of an XML file.
+
+    Raises:
+        UserError: it is none, or declares a document type, which may refer to other files.
+    """
+    data = source.read()
+    if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
+        raise UserError(f"{source}: expected plain XML, found a document type. Remove its declaration.")
+    try:
+        return ElementTree.fromstring(data)
+    except ElementTree.ParseError as error:
+        raise UserError(f"{source}: expected XML, found: {error}.") from None
 
 
 def read_json(source: Source) -> Any:

@@ -27,6 +27,13 @@ IMPORTERS = {
     "cifar": BuiltIn("mtl_dist.importers.cifar.Cifar", "CIFAR's binary records, with any number of labels."),
     "coco": BuiltIn("mtl_dist.importers.coco.Coco", "COCO's JSON files: instances or panoptic."),
     "voc": BuiltIn("mtl_dist.importers.voc.Voc", "Pascal VOC's XML files of boxes, and its masks."),
+    "yolo": BuiltIn(
+        "mtl_dist.importers.yolo.Yolo", "YOLO's text files: boxes or polygons in shares of the image."
+    ),
+    "labelme": BuiltIn(
+        "mtl_dist.importers.labelme.LabelMe", "LabelMe's JSON files: polygons and other shapes."
+    ),
+    "cvat": BuiltIn("mtl_dist.importers.cvat.Cvat", "CVAT's XML for images: polygons and other shapes."),
     "tars": BuiltIn(
         "mtl_dist.importers.tars.Tars",
         "WebDataset tars that others wrote, indexed where they are: mtl index.",

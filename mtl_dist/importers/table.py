@@ -18,6 +18,7 @@ from mtl_dist.importers.jobs import Record, TaskSource
 from mtl_dist.importers.lists import SplitLists, lists_beside, looks_like_a_file, splits_in_lists
 from mtl_dist.importers.options import Help
 from mtl_dist.importers.patterns import check_pattern, columns_in, filled_in, is_pattern
+from mtl_dist.importers.regions import split_folder
 from mtl_dist.importers.road import split_word
 from mtl_dist.importers.sources import Source
 from mtl_dist.importers.splitting import is_split_word, split_name
@@ -25,6 +26,7 @@ from mtl_dist.importers.summary import listed
 from mtl_dist.importers.tables import FILE, SPLIT, Row, read_table
 from mtl_dist.importers.wanted import (
     Classes,
+    Colours,
     Labels,
     Missing,
     Separator,
@@ -33,6 +35,7 @@ from mtl_dist.importers.wanted import (
     Wanted,
     check_columns,
     wanted_tasks,
+    with_colours,
 )
 from mtl_dist.kinds.kind import Label
 from mtl_dist.kinds.vocabulary import MISSING
@@ -89,8 +92,10 @@ class TableImporter(Importer):
         missing: Missing = MISSING,
         strict: Strict = False,
         compute: Computed = {},  # noqa: B006
+        colours: Colours = {},  # noqa: B006
     ) -> None:
-        self._wanted = wanted_tasks(labels, classes, units, separator, missing, strict)
+        names = with_colours(classes, colours)
+        self._wanted = wanted_tasks(labels, names, units, separator, missing, strict)
         self._table = read_table(source, root)
         self._rows = with_computed(self._table.rows, compute)
         self._columns = (*self._table.columns, *compute)
@@ -347,7 +352,7 @@ class TableImporter(Importer):
                 split_word(image.row.cells[column], f"{image.row.where}, column {column!r}")
                 for image in self._images
             ]
-        folders = [_split_folder(image.path) for image in self._images]
+        folders = [split_folder(image.path) for image in self._images]
         if all(folders):
             self._notes.append("splits taken from the folders of the images")
             return folders
@@ -362,8 +367,3 @@ def _mask_of_cell(row: Row, column: str, finder: FileFinder) -> Source | None:
     if found is None:
         raise UserError(f"{row.where}: expected the mask {cell!r} {finder.not_found(str(cell))}")
     return found[1]
-
-
-def _split_folder(path: str) -> str:
-    """The word for a split in whose folder the file is, or nothing."""
-    return next((part for part in reversed(PurePosixPath(path).parts[:-1]) if is_split_word(part)), "")

@@ -26,6 +26,7 @@ from mtl_dist.importers.regions import (
     Masks,
     Region,
     RegionImporter,
+    read_xml,
 )
 from mtl_dist.importers.sources import Source, Tree
 from mtl_dist.importers.splitting import is_split_word
@@ -119,13 +120,7 @@ class Voc(RegionImporter):
         return self._source.resolve().stem
 
     def _parse(self, path: str) -> ElementTree.Element:
-        data = self._tree.source(path).read()
-        if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
-            raise UserError(f"{path}: expected plain XML, found a document type. Remove its declaration.")
-        try:
-            root = ElementTree.fromstring(data)
-        except ElementTree.ParseError as error:
-            raise UserError(f"{path}: expected XML, found: {error}.") from None
+        root = read_xml(self._tree.source(path))
         if root.tag != "annotation":
             raise UserError(f"{path}: expected Pascal VOC's <annotation>, found <{root.tag}>.")
         return root

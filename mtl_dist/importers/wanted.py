@@ -18,15 +18,21 @@ from mtl_dist.importers.options import Help
 from mtl_dist.importers.tables import Row, read_labels
 from mtl_dist.kinds.kind import Label
 from mtl_dist.kinds.registry import kind_of
-from mtl_dist.kinds.vocabulary import MISSING, ClassNames, Declared, LabelError
+from mtl_dist.kinds.vocabulary import COLOUR, MISSING, ClassNames, Declared, LabelError, colour_value
 
+Names: TypeAlias = str | Sequence[str] | Mapping[str, str]
+"""Class names as they are given: by index, or by value or colour."""
 Labels: TypeAlias = Annotated[
     dict[str, str],
     Help("A task of any kind, from a column; --KIND TASK=COLUMN in short.", "KIND:TASK=COLUMN", "label"),
 ]
 Classes: TypeAlias = Annotated[
     dict[str, str | tuple[str, ...] | dict[str, str]],
-    Help("Class names by index, or by value as 0:NAME,255:NAME.", "TASK=NAME,..."),
+    Help("Class names by index, or by value as 0:NAME,255:NAME; - for what is ignored.", "TASK=NAME,..."),
+]
+Colours: TypeAlias = Annotated[
+    dict[str, str | dict[str, str]],
+    Help("Classes of masks in colours: #804080:road,#000000:- (- is ignored).", "TASK=#RRGGBB:NAME,..."),
 ]
 Units: TypeAlias = Annotated[
     dict[str, str], Help("The unit of a number, such as years.", "TASK=UNIT", "unit")
@@ -116,6 +122,21 @@ def wanted_tasks(
     return wanted
 
 
+def with_colours(classes: Mapping[str, Names], colours: Mapping[str, Names]) -> dict[str, Names]:
+    """The classes of each task, those of masks in colours too.
+
+    Raises:
+        UserError: both are said of a task, or no colours.
+    """
+    for task, given in colours.items():
+        if task in classes:
+            raise UserError(f"--colours {task}: expected it without --classes {task}, found both.")
+        names = class_names(task, given)
+        if not isinstance(names, Mapping) or any(value < COLOUR for value in names):
+            raise UserError(f"--colours {task}: expected #RRGGBB:NAME,..., found {given!r}.")
+    return {**classes, **colours}
+
+
 def check_columns(wanted: Iterable[str], columns: Sequence[str], where: str) -> None:
     """Refuse columns that are not there.
 
@@ -146,8 +167,9 @@ def class_names(task: str, given: str | Sequence[str] | Mapping[str, str]) -> Cl
     else:
         given_text = str(given)
     if isinstance(given, Mapping):
-        if all(name and value.isdecimal() for value, name in given.items()):
-            return {int(value): name for value, name in given.items()}
+        numbers = {value: int(value) if value.isdecimal() else colour_value(value) for value in given}
+        if all(given.values()) and None not in numbers.values():
+            return {number: given[value] for value, number in numbers.items() if number is not None}
     elif all(given):
         return list(given)
     raise UserError(

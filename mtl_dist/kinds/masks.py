@@ -7,7 +7,8 @@ How the values of a mask become classes, in this order:
    means the greys (some tools write the white object as index 0).
 3. In a task of two classes, values beyond 0 and 1 mean a grey picture: 128 and above is class 1. That
    covers 0/255 masks and soft edges. The values {0, 1, 255} are class indices with ignored pixels.
-4. Otherwise the values are class indices, and 255 is "ignore".
+4. A task with colours for its values (`{0x804080: "road"}`) goes by the colours of the pixels.
+5. Otherwise the values are class indices, and 255 is "ignore".
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from mtl_dist.kinds.kind import StoredMap, UnreadableMap
-from mtl_dist.kinds.vocabulary import LabelError
+from mtl_dist.kinds.vocabulary import COLOUR, IGNORED, LabelError, colour_text
 from mtl_dist.specs import IGNORE
 
 if TYPE_CHECKING:
     from PIL import Image
 
 THRESHOLD = 128
+_OPAQUE = 255
 _PNG_BIT_DEPTH = 24  # the byte of a PNG that holds it
 
 Convention = Literal["either", "index", "grey"]
@@ -50,6 +52,13 @@ def store_mask(
         raise UnreadableMap("an array, where an image of class indices is expected")
     opened.load()
     as_stored = opened.format == "PNG" and opened.mode == "L" and data[_PNG_BIT_DEPTH] == 8
+    if any(value >= COLOUR for value in values):
+        classes = _of_colours(opened, values)
+        counts = np.bincount(classes.ravel(), minlength=IGNORE + 1)[:num_classes]
+        buffer = io.BytesIO()
+        Image.fromarray(classes).save(buffer, "PNG")
+        height, width = classes.shape
+        return StoredMap(buffer.getvalue(), width, height, counts.astype(np.int64), "either")
     source, exact = _values(opened, num_classes, values)
     table, convention = _table(source, exact, num_classes, values)
     classes = table[source]
@@ -62,6 +71,32 @@ def store_mask(
         png = buffer.getvalue()
     height, width = classes.shape
     return StoredMap(png, width, height, counts.astype(np.int64), convention)
+
+
+def _of_colours(image: Image.Image, values: Mapping[int, int]) -> np.ndarray:
+    """The class of each pixel by its colour; what is not quite opaque is ignored.
+
+    Raises:
+        LabelError: a colour is no class of the task.
+    """
+    pixels = np.asarray(image.convert("RGBA")).astype(np.int64)
+    colours = COLOUR + (pixels[..., 0] << 16) + (pixels[..., 1] << 8) + pixels[..., 2]
+    classes = np.full(colours.shape, IGNORE, np.uint8)
+    seen = pixels[..., 3] == _OPAQUE
+    for value, index in values.items():
+        if index != IGNORE:
+            classes[seen & (colours == value)] = index
+    wrong = colours[seen & ~np.isin(colours, list(values))]
+    if wrong.size:
+        of_each = np.unique(wrong, return_counts=True)
+        value = int(of_each[0][of_each[1].argmax()])
+        listed = ", ".join(colour_text(each) for each in values)
+        raise LabelError(
+            f"the colours {listed}",
+            f"{colour_text(value)} on {wrong.size:,} pixel(s)",
+            f"Name it, or say that it is ignored: {colour_text(value)}:{IGNORED}. JPEG changes colours.",
+        )
+    return classes
 
 
 def _values(image: Image.Image, num_classes: int, values: Mapping[int, int]) -> tuple[np.ndarray, bool]:

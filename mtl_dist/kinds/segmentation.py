@@ -11,7 +11,7 @@ import numpy as np
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.kind import Colour, MapKind, StoredMap
 from mtl_dist.kinds.masks import store_mask
-from mtl_dist.kinds.vocabulary import Declared, LabelError
+from mtl_dist.kinds.vocabulary import COLOUR, Declared, LabelError
 from mtl_dist.specs import IGNORE, TaskInfo
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ class Segmentation(MapKind):
         """With background and the task's name where no classes are declared."""
         classes = (BACKGROUND, task) if declared.classes is None else declared.classes
         declared = replace(declared, classes=classes)
-        if len(classes) > IGNORE or any(not 0 <= value <= IGNORE for value in declared.class_values):
+        plain = [value for value in declared.class_values if value < COLOUR]
+        if plain and len(plain) < len(declared.class_values):
+            raise LabelError("values or colours of masks", "both")
+        if len(classes) > IGNORE or any(not 0 <= value <= IGNORE for value in plain):
             raise LabelError(
                 f"at most {IGNORE} classes, with values from 0 to {IGNORE}", f"{len(classes)} classes"
             )

@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any, TypeAlias
 
 from mtl_dist.config.nearest import nearest
+from mtl_dist.specs import IGNORE
 
 Cell: TypeAlias = str | list[str]
 """One value as text without surrounding space, "" where it is missing; a list where JSON has one."""
@@ -23,6 +24,12 @@ _DECIMAL = re.compile(r"-?\d+(\.\d*)?")
 _TRUTH = ("true", "false")
 _MARK = "\ufeff"
 _LISTED = 5
+
+IGNORED = "-"
+"""In place of a class name: the value is no label."""
+COLOUR = 1 << 24
+"""From here on a value of a mask is a colour: this and red, green and blue as one number."""
+_COLOUR = re.compile(r"#[0-9A-Fa-f]{6}")
 
 ClassNames: TypeAlias = Sequence[str] | Mapping[int, str]
 """The classes of a task: their names by index, or by the value that stands for them in the data."""
@@ -67,7 +74,8 @@ class Declared:
         """The class index of each value that stands for a class; empty where the classes have no values."""
         if not isinstance(self.classes, Mapping):
             return {}
-        return {value: index for index, value in enumerate(self.classes)}
+        named = [value for value, name in self.classes.items() if name != IGNORED]
+        return {value: IGNORE for value in self.classes} | {value: i for i, value in enumerate(named)}
 
 
 @dataclass(frozen=True)
@@ -147,7 +155,9 @@ def vocabulary(declared: Declared, terms: Mapping[str, int] | None = None) -> Vo
         alike = {common: index_of[name] for common, name in called.items()}
         return Vocabulary(names, index_of, declared.separator, alike)
     names = names_of(declared.classes)
-    values = list(declared.classes) if isinstance(declared.classes, Mapping) else range(len(names))
+    values: Sequence[int] = range(len(names))
+    if isinstance(declared.classes, Mapping):
+        values = [value for value, name in declared.classes.items() if name != IGNORED]
     by_text: dict[str | int, int] = {value: index for index, value in enumerate(values)}
     by_text |= {plain(name): index for index, name in enumerate(names)}
     common = Counter(map(meaning, names))
@@ -181,7 +191,19 @@ def _counted(texts: Mapping[str, int]) -> str:
 
 def names_of(classes: ClassNames) -> tuple[str, ...]:
     """The names by index; classes by value come in the order in which they are stated."""
-    return tuple(classes.values()) if isinstance(classes, Mapping) else tuple(classes)
+    if not isinstance(classes, Mapping):
+        return tuple(classes)
+    return tuple(name for name in classes.values() if name != IGNORED)
+
+
+def colour_value(text: str) -> int | None:
+    """The value that stands for a colour such as `#804080`; None where the text is none."""
+    return COLOUR + int(text[1:], 16) if _COLOUR.fullmatch(text) else None
+
+
+def colour_text(value: int) -> str:
+    """The colour of a value, as `#804080`."""
+    return f"#{value - COLOUR:06x}"
 
 
 def class_order(names: Iterable[str]) -> list[str]:

@@ -354,3 +354,42 @@ def test_the_cells_are_prepared_as_their_description_says(tmp_path: Path) -> Non
     assert all(
         split.labels[task].missing == 0 for split in manifest.splits.values() for task in ("nucleus", "er")
     )
+
+
+def test_masks_in_colours_become_classes_by_their_colours(tmp_path: Path) -> None:
+    painted = np.zeros((12, 10, 3), np.uint8)
+    painted[:3], painted[3:5] = (128, 64, 128), (255, 0, 1)
+    palette = Image.fromarray(painted).quantize(8)
+    for number, image in enumerate(
+        (Image.fromarray(painted), palette, Image.fromarray(painted).convert("RGBA"))
+    ):
+        files = {
+            "a.png": picture(1, format="PNG"),
+            "m/a.png": encoded(image),
+            "t.csv": "file,split\na.png,train\n",
+        }
+        src = fill(tmp_path / f"in{number}", files)
+        colours = {"s": "#000000:-,#804080:road,#ff0001:car"}
+        manifest = prepare(src, tmp_path / f"out{number}", segmentation={"s": "m"}, colours=colours)
+        assert (manifest.tasks["s"].classes, manifest.tasks["s"].class_counts) == (("road", "car"), (30, 20))
+        (sample,) = read_back(tmp_path / f"out{number}", "train")
+        stored = np.asarray(Image.open(io.BytesIO(sample["s.png"])))
+        assert stored.tolist() == [[0] * 10] * 3 + [[1] * 10] * 2 + [[255] * 10] * 7
+    for named, said in (
+        (
+            {"s": "#000000:ground,#804080:road"},
+            r"expected the colours #000000, #804080, found #ff0001 on 20 pixel",
+        ),
+        ({"s": "0:ground,1:road"}, "--colours s: expected #RRGGBB:NAME"),
+    ):
+        with pytest.raises(UserError, match=said):
+            prepare(tmp_path / "in0", tmp_path / "no", segmentation={"s": "m"}, colours=named)
+
+
+def test_a_value_of_a_mask_may_be_ignored_by_name(tmp_path: Path) -> None:
+    files = {"a.png": picture(1, format="PNG"), "m/a.png": mask(7), "t.csv": "file,split\na.png,train\n"}
+    classes = {"s": {0: "-", 7: "cell"}}
+    manifest = prepare(
+        fill(tmp_path / "in", files), tmp_path / "out", segmentation={"s": "m"}, classes=classes
+    )
+    assert (manifest.tasks["s"].classes, manifest.tasks["s"].class_counts) == (("cell",), (30,))
