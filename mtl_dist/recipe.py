@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from mtl_dist.balance.fixed import Fixed
 from mtl_dist.balance.methods import BalanceSettings
@@ -14,6 +14,8 @@ from mtl_dist.config.errors import Location, Mistake, suggest
 from mtl_dist.config.loading import load_settings, resolved_settings
 from mtl_dist.config.settings import Settings
 from mtl_dist.data.settings import DataSettings
+from mtl_dist.engine.deepspeed_keys import said as deepspeed_said
+from mtl_dist.engine.launcher import Launcher
 from mtl_dist.engine.settings import EngineSettings, Precision
 from mtl_dist.errors import UserError
 from mtl_dist.models.settings import ModelSettings
@@ -261,6 +263,67 @@ def _filled(data: dict[str, Any], added: set[Location]) -> tuple[dict[str, Any],
 
 class _NoData(UserError):
     """The datasets cannot be opened."""
+
+
+def with_launcher(recipe: Recipe, environment: Mapping[str, str]) -> tuple[Recipe, list[str]]:
+    """The recipe with what the launcher, or `engine.deepspeed`, says of settings that it does not state.
+
+    Precision, clipping, accumulation and batch of an `accelerate config` file or a configuration of
+    DeepSpeed are taken over, one line each for the log.
+
+    Raises:
+        UserError: the recipe states another value; one line each.
+    """
+    said = Launcher(environment).said()
+    for setting, value in deepspeed_said(recipe.engine.deepspeed).items():
+        if setting != "engine.zero_stage":
+            said.setdefault(setting, (value, "engine.deepspeed"))
+    notes, problems = [], []
+    changes: dict[str, dict[str, Any]] = {}
+    for setting, (value, where) in said.items():
+        section, _, name = setting.partition(".")
+        part = getattr(recipe, section)
+        now = getattr(part, name)
+        if now == value:
+            continue
+        stated = section in recipe.model_fields_set and name in part.model_fields_set
+        if setting == "train.accumulation" and "micro_batch" in part.model_fields_set:
+            stated, now = True, f"train.micro_batch {part.micro_batch}"
+        if stated and now is not None:
+            problems.append(
+                f"{setting}: expected {value}, which {where} has, found {now}. Set the same in both, or "
+                "remove one of them."
+            )
+            continue
+        changes.setdefault(section, {})[name] = value
+        notes.append(f"{setting} is {value}, as {where} has it.")
+    if "accumulation" in changes.get("train", {}) and "micro_batch" in changes["train"]:
+        problems.append(
+            "train.micro_batch: expected auto beside an accumulation, found "
+            f"{changes['train']['micro_batch']}. It follows from train.global_batch; remove one of them."
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+    updated = {
+        section: validated(type(getattr(recipe, section)), getattr(recipe, section), values)
+        for section, values in changes.items()
+    }
+    return recipe.model_copy(update=updated), notes
+
+
+def validated(kind: type[Any], part: Any, changes: Mapping[str, Any]) -> Any:
+    """A section of the recipe with other values, checked as those of a file are.
+
+    Raises:
+        UserError: a value is none of the setting's.
+    """
+    try:
+        kind.model_validate(dict(changes))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(place) for place in first["loc"])
+        raise UserError(f"{name}: {first['msg']}, found {first['input']!r} in the launcher's.") from None
+    return part.model_copy(update=dict(changes))
 
 
 ORDER_AND_STATE = (

@@ -7,6 +7,7 @@ the same.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,8 @@ class Setup:
     frozen_body: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    deepspeed: str = ""
+    """More of DeepSpeed's configuration, as JSON."""
     first_step: int = 0
     last_step: int = 6
     resume_from: FullState | None = None
@@ -202,6 +205,7 @@ def build_engine(setup: Setup) -> tuple[Engine, TinyRoot]:
         zero_stage=int(setup.engine[4]) if deepspeed else None,  # type: ignore[arg-type]
         offload_optimizer=setup.offload_optimizer,
         offload_parameters=setup.offload_parameters,
+        deepspeed=json.loads(setup.deepspeed or "{}"),
     )
     connection = connect(settings, setup.precision)
     root = build_root(setup)

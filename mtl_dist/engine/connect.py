@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
+from mtl_dist.engine import deepspeed_keys
 from mtl_dist.engine.engine import Engine
 from mtl_dist.engine.launched import check_slurm_step
+from mtl_dist.engine.launcher import Launcher
 from mtl_dist.engine.precision import build_scaler, set_tf32
 from mtl_dist.engine.settings import EngineSettings, Precision, ZeroStage
 from mtl_dist.engine.world import World, join_group, launched_size, leave, own_device
@@ -36,6 +38,8 @@ class EngineChoice:
     zero_stage: ZeroStage = 0
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    """DeepSpeed's own configuration, of recipe or launcher."""
 
     WHOLE_PARAMETERS: ClassVar[str] = "engine.zero_stage to 2"
     """What to set where whole weights are wanted."""
@@ -102,7 +106,7 @@ def connect(settings: EngineSettings, precision: Precision) -> Connection:
     Raises:
         UserError: the launcher and the recipe say different things, or the launcher wants what we do not do.
     """
-    choice = choose(settings, precision, os.environ)
+    choice = choose(settings, os.environ)
     check_slurm_step(os.environ)
     set_tf32(settings.tf32)
     if choice.kind == "deepspeed":
@@ -156,6 +160,9 @@ def _connect_deepspeed(choice: EngineChoice, precision: Precision) -> Connection
     from mtl_dist.engine.deepspeed_engine import build_deepspeed_engine
 
     world = join_group()
+    on_gpus = deepspeed_keys.gpu_keys(choice.deepspeed)
+    if on_gpus and world.device.type == "cpu":
+        raise UserError(f"engine.deepspeed: expected GPUs for {', '.join(on_gpus)}, found CPUs. Remove it.")
 
     def build(
         root: nn.Module, optimizer: torch.optim.Optimizer, parts: Iterable[Sequence[nn.Parameter]]
@@ -169,20 +176,21 @@ def _connect_deepspeed(choice: EngineChoice, precision: Precision) -> Connection
             stage=choice.zero_stage,
             offload_optimizer=choice.offload_optimizer,
             offload_parameters=choice.offload_parameters,
+            given=choice.deepspeed,
         )
 
     return Connection(world, choice, build)
 
 
 # ------------------------------------------------------------------ who says what
-def choose(settings: EngineSettings, precision: Precision, environment: Mapping[str, str]) -> EngineChoice:
+def choose(settings: EngineSettings, environment: Mapping[str, str]) -> EngineChoice:
     """The engine that recipe and launcher agree on; `environment` is what the launcher has set.
 
     Raises:
         UserError: one line per contradiction.
     """
-    launcher = _Launcher(environment)
-    problems = launcher.problems(precision)
+    launcher = Launcher(environment)
+    problems = launcher.problems()
     kind = settings.kind
     of_deepspeed = [
         name
@@ -190,6 +198,7 @@ def choose(settings: EngineSettings, precision: Precision, environment: Mapping[
             ("zero_stage", settings.zero_stage is not None),
             ("offload_optimizer", settings.offload_optimizer),
             ("offload_parameters", settings.offload_parameters),
+            ("deepspeed", bool(settings.deepspeed)),
         )
         if asked
     ]
@@ -208,89 +217,34 @@ def choose(settings: EngineSettings, precision: Precision, environment: Mapping[
         if problems:
             raise UserError("\n".join(problems))
         return EngineChoice("accelerate")
+    if settings.deepspeed and launcher.config:
+        problems.append(
+            "engine.deepspeed: expected no value beside --deepspeed_config_file, found one. "
+            "Remove one of them."
+        )
+    config = settings.deepspeed or launcher.config
     said, asked_stage = launcher.zero_stage, settings.zero_stage
+    in_recipe = deepspeed_keys.said(settings.deepspeed).get("engine.zero_stage")
+    if in_recipe is not None and asked_stage not in (None, in_recipe):
+        problems.append(
+            f"engine.zero_stage: expected {in_recipe}, as engine.deepspeed has it, found {asked_stage}. "
+            "Remove one of them."
+        )
+    asked_stage = asked_stage if asked_stage is not None else in_recipe
     if said is not None and asked_stage is not None and said != asked_stage:
         problems.append(
             f"engine.zero_stage: expected {said}, which `accelerate launch` was given, found {asked_stage}. "
             "Remove one of them."
         )
     stage = asked_stage if asked_stage is not None else said if said is not None else DEFAULT_STAGE
-    offload_optimizer = settings.offload_optimizer or launcher.offloads("OPTIMIZER")
-    offload_parameters = settings.offload_parameters or launcher.offloads("PARAM")
+    offload_optimizer = settings.offload_optimizer or launcher.offloads("optimizer")
+    offload_parameters = settings.offload_parameters or launcher.offloads("param")
+    offload_optimizer |= deepspeed_keys.offloads(config, "optimizer")
+    offload_parameters |= deepspeed_keys.offloads(config, "param")
     if offload_optimizer and stage == 0:
         problems.append("engine.offload_optimizer: expected zero_stage 1, 2 or 3, found 0. Raise the stage.")
     if offload_parameters and stage != 3:
         problems.append(f"engine.offload_parameters: expected zero_stage 3, found {stage}. Raise the stage.")
     if problems:
         raise UserError("\n".join(problems))
-    return EngineChoice("deepspeed", stage, offload_optimizer, offload_parameters)
-
-
-class _Launcher:
-    """What `accelerate launch` says in the environment; torchrun and others say nothing of an engine."""
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = environment
-        self.deepspeed = self._says("ACCELERATE_USE_DEEPSPEED")
-
-    @property
-    def zero_stage(self) -> ZeroStage | None:
-        value = self._environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-        if not self.deepspeed or value is None:
-            return None
-        if value not in ("0", "1", "2", "3"):
-            raise UserError(f"accelerate launch: expected --zero_stage 0, 1, 2 or 3, found {value}.")
-        return cast(ZeroStage, int(value))
-
-    def offloads(self, what: str) -> bool:
-        return self._device(what) == "cpu"
-
-    def problems(self, precision: Precision) -> list[str]:
-        """What the launcher was given that is the recipe's to say, or that we do not have."""
-        problems = [
-            f"accelerate launch: expected one process, DDP or DeepSpeed, found {name}. It is not supported."
-            for variable, name in (
-                ("ACCELERATE_USE_FSDP", "FSDP"),
-                ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
-                ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config"),
-            )
-            if self._says(variable)
-        ]
-        mixed = self._environment.get("ACCELERATE_MIXED_PRECISION", "no")
-        if mixed != "no" and mixed != precision:
-            problems.append(
-                f"train.precision: expected {mixed}, which `accelerate launch` was given, found {precision}. "
-                "Set the same in both, or start with --mixed_precision no."
-            )
-        if not self.deepspeed:
-            return problems
-        for variable, option, place in (
-            ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "--deepspeed_config_file", "`engine:` in the recipe"),
-            ("ACCELERATE_GRADIENT_CLIPPING", "--gradient_clipping", "optim.clip_norm in the recipe"),
-        ):
-            if self._environment.get(variable, "none") != "none":
-                problems.append(f"accelerate launch: expected no {option}. Remove it and use {place}.")
-        if self._environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
-            problems.append(
-                "accelerate launch: expected no --gradient_accumulation_steps. Remove it and use "
-                "train.accumulation in the recipe."
-            )
-        if self.zero_stage == 3 and self._says("ACCELERATE_DEEPSPEED_ZERO3_INIT"):
-            problems.append(
-                "accelerate launch: expected --zero3_init_flag false: models are built whole, then divided."
-            )
-        problems += [
-            f"accelerate launch: expected none or cpu as device of the offloaded {word}, found "
-            f"{self._device(what)}. Use cpu."
-            for what, word in (("OPTIMIZER", "optimizer"), ("PARAM", "parameters"))
-            if self._device(what) not in ("none", "cpu")
-        ]
-        return problems
-
-    def _device(self, what: str) -> str:
-        if not self.deepspeed:
-            return "none"
-        return self._environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none")
-
-    def _says(self, variable: str) -> bool:
-        return self._environment.get(variable, "").lower() in ("1", "true", "yes")
+    return EngineChoice("deepspeed", stage, offload_optimizer, offload_parameters, config)

@@ -55,12 +55,17 @@ def build_deepspeed_engine(
     stage: ZeroStage,
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
+    given: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """`root` under DeepSpeed. `parts` are the parameters that are absent together, those of each task."""
+    """`root` under DeepSpeed.
+
+    `parts` are the parameters that are absent together, those of each task; `given` is a configuration of
+    DeepSpeed's, of which it gets what docs/deepspeed.md says.
+    """
     deepspeed = import_deepspeed()
     separate_groups(optimizer, parts)
     names = {parameter: name for name, parameter in root.named_parameters()}
-    config = deepspeed_config(root, stage, offload_optimizer, offload_parameters, world.device)
+    config = deepspeed_config(root, stage, offload_optimizer, offload_parameters, world.device, given or {})
     # It sends the weights of rank 0 to all, and can send contiguous ones of some dimension only.
     scalars = [name for parameter, name in names.items() if parameter.ndim == 0]
     if scalars:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from mtl_dist.engine.deepspeed_keys import passed
 from mtl_dist.engine.settings import ZeroStage
 from mtl_dist.engine.world import use_cpu
 
@@ -36,11 +38,19 @@ def import_deepspeed() -> ModuleType:
 
 
 def deepspeed_config(
-    root: nn.Module, stage: ZeroStage, offload_optimizer: bool, offload_parameters: bool, device: torch.device
+    root: nn.Module,
+    stage: ZeroStage,
+    offload_optimizer: bool,
+    offload_parameters: bool,
+    device: torch.device,
+    given: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The configuration of `deepspeed.initialize`; whatever is ours is switched off here."""
+    """The configuration of `deepspeed.initialize`; whatever is ours is switched off here.
+
+    What is passed on of the `given` one stands in the place of our defaults.
+    """
     size = sum(parameter.numel() for parameter in root.parameters())
-    on_host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    on_host: dict[str, Any] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": min(size, LARGEST_BUCKET),
@@ -48,10 +58,10 @@ def deepspeed_config(
         "stage3_param_persistence_threshold": SMALL_WEIGHT,
     }
     if offload_optimizer:
-        zero["offload_optimizer"] = on_host
+        zero["offload_optimizer"] = dict(on_host)
     if offload_parameters:
-        zero["offload_param"] = on_host
-    return {
+        zero["offload_param"] = dict(on_host)
+    config: dict[str, Any] = {
         # Batches are cut by the loader; DeepSpeed wants a number, and uses it for its own log only.
         "train_micro_batch_size_per_gpu": 1,
         # The window's length varies: the boundary is set at every micro-batch.
@@ -64,3 +74,13 @@ def deepspeed_config(
         # It would wait for the GPU at every forward.
         "timers": {"throughput": {"enabled": False}},
     }
+    _merge(config, passed(given))
+    return config
+
+
+def _merge(config: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, Mapping) and isinstance(config.get(key), dict):
+            _merge(config[key], value)
+        else:
+            config[key] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Sequence
 from contextlib import suppress
@@ -37,7 +38,7 @@ from mtl_dist.importers.external import with_indexes
 from mtl_dist.models.compiling import compile_parts
 from mtl_dist.models.describe import parameters_in_words
 from mtl_dist.optim import build_optimizer
-from mtl_dist.recipe import Recipe
+from mtl_dist.recipe import Recipe, with_launcher
 from mtl_dist.run_folder import RunFolder, new_run_directory
 from mtl_dist.runs.announcements import farewell, introduce, progress_bar
 from mtl_dist.runs.evaluation import evaluate_at_end, evaluate_split
@@ -63,6 +64,7 @@ def train(
     Raises:
         UserError: the recipe does not fit its data, the number of ranks, or the run that the folder holds.
     """
+    recipe, taken_over = with_launcher(recipe, os.environ)
     connection = connect(recipe.engine, recipe.train.precision)
     stop = stop or StopSignal()
     timeout_s = None if recipe.train.hang_timeout is None else 60 * recipe.train.hang_timeout
@@ -115,6 +117,8 @@ def train_connected(
             folder.change_tags(tags)
         trainer = build_trainer(recipe, data, engine, root, balancing, folder, saved, accumulation, stop)
         introduce(trainer, recipe, data, folder, connection.describe(), parameters)
+        for note in taken_over:
+            trainer.tracker.say(note)
         if few:
             trainer.tracker.say(f"warning  {few}")
         return replace(run_to_the_end(trainer, recipe, data, folder, watch), directory=directory)

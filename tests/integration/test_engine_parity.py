@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from itertools import product
 
 import pytest
 import torch
 
+from mtl_dist.engine.deepspeed_keys import KEYS, problems
+from mtl_dist.engine.deepspeed_setup import import_deepspeed
 from mtl_dist.engine.engine import FullState
 from tests.ranks import shared_pool
 from tests.tiny_training import (
@@ -76,6 +79,71 @@ def test_losses_weights_and_optimizer_state_are_those_of_a_plain_loop(engine: En
         for other in others:
             assert other.losses == first.losses
             assert other.state.model == {} and other.state.optimizer == {}
+
+
+PASSED = {
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+    "communication_data_type": "fp32",
+    "comms_logger": {"enabled": False},
+    "flops_profiler": {"enabled": False},
+    "wall_clock_breakdown": False,
+    "memory_breakdown": False,
+    "steps_per_print": 1000,
+    "dump_state": False,
+}
+OF_ZERO = {
+    "contiguous_gradients": False,
+    "reduce_scatter": False,
+    "reduce_bucket_size": 50,
+    "use_multi_rank_bucket_allreduce": False,
+    "allgather_partitions": False,
+    "allgather_bucket_size": 50,
+    "overlap_comm": True,
+    "ignore_unused_parameters": False,
+}
+OF_ZERO_3 = {
+    "sub_group_size": 100,
+    "memory_efficient_linear": False,
+    "enable_sanity_checks": True,
+    "stage3_prefetch_bucket_size": 10,
+    "stage3_param_persistence_threshold": 20,
+    "stage3_model_persistence_threshold": 200,
+    "stage3_max_live_parameters": 300,
+    "stage3_max_reuse_distance": 100,
+    "stage3_use_all_reduce_for_fetch_params": True,
+}
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_what_is_passed_on_to_deepspeed_changes_no_number(engine: EngineName) -> None:
+    zero = {"stage": int(engine[4]), **OF_ZERO, **(OF_ZERO_3 if engine == "zero3" else {})}
+    given = json.dumps({**PASSED, "zero_optimization": zero})
+    assert problems(json.loads(given), "") == []
+    case = Setup(engine=engine, labels="third_missing", clip_norm=0.5, last_step=3, deepspeed=given)
+    expected = plain(case.with_(engine="single", deepspeed=""))
+    found = shared_pool(2).run(train, case)[0]
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert_same_model(found.state, expected.state)
+    assert_same_optimizer(found.state, expected.state)
+
+
+def test_the_fields_of_the_installed_deepspeed_are_all_in_the_table() -> None:
+    import_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    for prefix, settings in (
+        ("", DeepSpeedZeroConfig),
+        ("offload_optimizer.", DeepSpeedZeroOffloadOptimizerConfig),
+        ("offload_param.", DeepSpeedZeroOffloadParamConfig),
+    ):
+        for name, entry in settings.model_fields.items():
+            key = f"zero_optimization.{prefix}{entry.alias or name}"
+            assert any(known == key or known.startswith(f"{key}.") for known in KEYS), key
 
 
 @pytest.mark.parametrize(("engine", "size"), RUNS)

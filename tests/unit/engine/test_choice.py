@@ -11,7 +11,6 @@ from mtl_dist.engine.connect import (
     choose,
     connect_without_engine,
 )
-from mtl_dist.engine.settings import Precision
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 
@@ -25,10 +24,8 @@ def launched(stage: int | None, **more: str) -> dict[str, str]:
     return {**ACCELERATE_DDP, "ACCELERATE_USE_DEEPSPEED": "true", **said, **more}
 
 
-def chosen(
-    settings: EngineSettings, environment: dict[str, str], precision: Precision = "fp32"
-) -> EngineChoice:
-    return choose(settings, precision, environment)
+def chosen(settings: EngineSettings, environment: dict[str, str]) -> EngineChoice:
+    return choose(settings, environment)
 
 
 @pytest.mark.parametrize("environment", [{}, TORCHRUN, ACCELERATE_DDP])
@@ -73,13 +70,15 @@ def test_offloading_is_what_either_asks_for() -> None:
         (EngineSettings(zero_stage=2, offload_parameters=True), {}, "engine.offload_parameters: .* found 2"),
         (EngineSettings(), launched(4), "--zero_stage 0, 1, 2 or 3, found 4"),
         (EngineSettings(), {"ACCELERATE_USE_FSDP": "true"}, "found FSDP"),
-        (EngineSettings(), {"ACCELERATE_MIXED_PRECISION": "bf16"}, "train.precision: expected bf16"),
-        (EngineSettings(), launched(2, ACCELERATE_GRADIENT_CLIPPING="1.0"), "optim.clip_norm in the recipe"),
-        (EngineSettings(), launched(2, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4"), "train.accumulation"),
         (
             EngineSettings(),
-            launched(2, ACCELERATE_DEEPSPEED_CONFIG_FILE="ds.json"),
-            "--deepspeed_config_file",
+            launched(2, ACCELERATE_DEEPSPEED_CONFIG_FILE="absent.json"),
+            "absent.json: expected a configuration of DeepSpeed, found: .*No such file",
+        ),
+        (
+            EngineSettings(zero_stage=1, deepspeed={"zero_optimization": {"stage": 2}}),
+            {},
+            "engine.zero_stage: expected 2, as engine.deepspeed has it, found 1",
         ),
         (EngineSettings(), launched(3, ACCELERATE_DEEPSPEED_ZERO3_INIT="true"), "--zero3_init_flag false"),
         (
@@ -97,15 +96,10 @@ def test_a_contradiction_ends_the_run_before_it_starts(
 
 
 def test_every_contradiction_is_a_line_of_its_own() -> None:
-    environment = launched(2, ACCELERATE_GRADIENT_CLIPPING="1.0", ACCELERATE_MIXED_PRECISION="bf16")
+    environment = launched(2, ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE="nvme", ACCELERATE_USE_FSDP="true")
     with pytest.raises(UserError) as caught:
         chosen(EngineSettings(zero_stage=3), environment)
     assert len(str(caught.value).splitlines()) == 3
-
-
-def test_a_precision_that_both_name_is_no_contradiction() -> None:
-    environment = launched(2, ACCELERATE_MIXED_PRECISION="bf16")
-    assert chosen(EngineSettings(), environment, "bf16").zero_stage == 2
 
 
 @pytest.mark.parametrize(
