@@ -276,7 +276,7 @@ def with_launcher(recipe: Recipe, environment: Mapping[str, str]) -> tuple[Recip
     """
     said = Launcher(environment).said()
     for setting, value in deepspeed_said(recipe.engine.deepspeed).items():
-        if setting != "engine.zero_stage":
+        if not setting.startswith("engine."):
             said.setdefault(setting, (value, "engine.deepspeed"))
     notes, problems = [], []
     changes: dict[str, dict[str, Any]] = {}
