@@ -64,12 +64,12 @@ def train(
     Raises:
         UserError: the recipe does not fit its data, the number of ranks, or the run that the folder holds.
     """
-    recipe, taken_over = with_launcher(recipe, os.environ)
+    recipe, notes = with_launcher(recipe, os.environ)
     connection = connect(recipe.engine, recipe.train.precision)
     stop = stop or StopSignal()
     timeout_s = None if recipe.train.hang_timeout is None else 60 * recipe.train.hang_timeout
     with HangWatch(connection.world, timeout_s, stop, compiling=recipe.train.compile) as watch:
-        return train_connected(recipe.with_absolute_paths(), run_dir, stop, tags, connection, watch)
+        return train_connected(recipe.with_absolute_paths(), run_dir, stop, tags, connection, watch, notes)
 
 
 def train_connected(
@@ -79,8 +79,9 @@ def train_connected(
     tags: Sequence[str],
     connection: Connection,
     watch: HangWatch,
+    notes: Sequence[str],
 ) -> Outcome:
-    """`train`, by ranks that have joined and are watched."""
+    """`train`, by ranks that have joined and are watched; `notes` go into the log."""
     world = connection.world
     accumulation = recipe.train.accumulation_on(world.size)
     check_device(recipe, world.device, connection.choice)
@@ -117,7 +118,7 @@ def train_connected(
             folder.change_tags(tags)
         trainer = build_trainer(recipe, data, engine, root, balancing, folder, saved, accumulation, stop)
         introduce(trainer, recipe, data, folder, connection.describe(), parameters)
-        for note in taken_over:
+        for note in notes:
             trainer.tracker.say(note)
         if few:
             trainer.tracker.say(f"warning  {few}")
