@@ -10,14 +10,20 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jfif", "png", "bmp", "gif", "tif", "tiff", "webp", "npy"})
+IMAGE_EXTENSIONS = frozenset(
+    {
+        *("jpg", "jpeg", "jfif", "png", "bmp", "gif", "tif", "tiff", "webp", "npy"),
+        *("avif", "heic", "heif", "jp2", "j2k"),
+    }
+)
 """The file names that are taken for images, in lower case."""
 
 _STORED_AS = {
@@ -28,13 +34,22 @@ _STORED_AS = {
     "GIF": "gif",
     "TIFF": "tif",
     "WEBP": "webp",
+    "AVIF": "avif",
+    "HEIF": "heic",
+    "JPEG2000": "jp2",
 }
-_FORMATS = [name for name in _STORED_AS if name != "MPO"]  # Pillow finds MPO inside JPEG
+_PLUGINS = {
+    "AVIF": "Pillow 11.3 or later, built with libavif",
+    "HEIF": 'pillow-heif (pip install "mtl-dist[heic]")',
+    "JPEG2000": "Pillow built with OpenJPEG",
+}
+"""What opens the formats that not every installation knows."""
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "La": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "F": 1}
 _CHANNELS |= {"P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "RGBX": 3, "RGBa": 3, "CMYK": 3, "YCbCr": 3}
-_SAME_EXTENSION = {"jpeg": "jpg", "jfif": "jpg", "tiff": "tif"}
+_SAME_EXTENSION = {"jpeg": "jpg", "jfif": "jpg", "tiff": "tif", "heif": "heic", "j2k": "jp2"}
 _ORIENTATION, _SAMPLES, _EXTRA_SAMPLES = 274, 277, 338  # tags of TIFF and EXIF
 _ALPHA = (1, 2)  # what an extra sample may be, besides an unnamed one
+_HEAD = 1 << 14  # where a picture says what it is
 _SAMPLES_READ = {"RGB": 3, "RGBA": 3, "RGBX": 3, "RGBa": 3, "YCbCr": 3, "LAB": 3, "CMYK": 4}
 """The samples of a TIFF's pixel that are read, alpha aside, by the mode that Pillow opens it in; else 1."""
 _NPY_DTYPES = ("uint8", "uint16", "float32")
@@ -65,6 +80,37 @@ class ImageFacts:
     orientation: int = 1
 
 
+@cache
+def _formats() -> list[str]:
+    """What Pillow and its plugins open here; MPO is found inside JPEG."""
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    return [name for name in _STORED_AS if name != "MPO" and name in Image.OPEN]
+
+
+def _format_of(head: bytes) -> str:
+    """The format of those that not every installation knows, by its first bytes; nothing of others."""
+    if head[4:8] == b"ftyp":
+        brands = {head[8:12], *(head[at : at + 4] for at in range(16, min(len(head), 64), 4))}
+        if brands & {b"avif", b"avis"}:
+            return "AVIF"
+        return "HEIF" if brands & {b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"hevc"} else ""
+    return "JPEG2000" if head.startswith((b"\0\0\0\x0cjP  ", b"\xffO\xffQ")) else ""
+
+
+def _depths(data: bytes) -> list[int]:
+    """The bits of each channel of a picture of these formats, as far as its head says them."""
+    if (at := data.find(b"\xffO\xffQ", 0, _HEAD)) >= 0:
+        (number,) = struct.unpack_from(">H", data, at + 40)
+        return [(data[at + 42 + 3 * n] & 0x7F) + 1 for n in range(number)]
+    if (at := data.find(b"pixi", 0, _HEAD)) >= 0:
+        return list(data[at + 9 : at + 9 + data[at + 8]])
+    return []
+
+
 def extension_of(path: str) -> str:
     """The extension of a file name, in lower case, without its dot and with one spelling per format."""
     extension = path.rpartition(".")[2].lower() if "." in path.rpartition("/")[2] else ""
@@ -82,6 +128,11 @@ def examine_image(data: bytes, decode: bool = True) -> ImageFacts:
         return _examine_npy(data)
     with open_image(data) as image:
         facts = _facts(image)
+        if image.format in _PLUGINS and facts.dtype == "uint8" and max(_depths(data), default=8) > 8:
+            raise UnreadableImage(
+                f"{image.format} of {max(_depths(data))} bits per channel, which is read as 8; save it as "
+                "plain PNG or .npy"
+            )
         if facts.dtype == "float32":
             _check_finite(np.asarray(image))
         elif decode:
@@ -135,9 +186,14 @@ def open_image(data: bytes | Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS) as image:
+            with Image.open(
+                io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats()
+            ) as image:
                 yield image
     except Image.UnidentifiedImageError:
+        head = data[:64] if isinstance(data, bytes) else data.read_bytes()[:64]
+        if (known := _format_of(head)) and known not in Image.OPEN:
+            raise UnreadableImage(f"a picture in {known}, which needs {_PLUGINS[known]}") from None
         raise UnreadableImage("bytes of no known image format") from None
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"an image too large to be safe ({error})") from None
@@ -195,6 +251,8 @@ def _is_deep(image: Image.Image) -> bool:
     """Whether the file holds 16 bits per channel; Pillow opens such colour as 8-bit, only raw modes tell."""
     assert isinstance(image, ImageFile.ImageFile)
     raw_modes = [args if isinstance(args, str) else str(args[0]) for *_, args in image.tile if args]
+    if image.mode.startswith("I;16"):
+        return True
     return any(";16" in mode and not mode.startswith("BGR") for mode in raw_modes)  # BGR;16 is 5-6-5 bits
 
 

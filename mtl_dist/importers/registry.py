@@ -34,6 +34,9 @@ IMPORTERS = {
         "mtl_dist.importers.labelme.LabelMe", "LabelMe's JSON files: polygons and other shapes."
     ),
     "cvat": BuiltIn("mtl_dist.importers.cvat.Cvat", "CVAT's XML for images: polygons and other shapes."),
+    "parquet": BuiltIn(
+        "mtl_dist.importers.parquet.Parquet", "Parquet or Arrow files with a row per image (Hugging Face)."
+    ),
     "tars": BuiltIn(
         "mtl_dist.importers.tars.Tars",
         "WebDataset tars that others wrote, indexed where they are: mtl index.",

@@ -29,9 +29,11 @@ from mtl_dist.kinds.cells import Parsed, parse_cells
 from mtl_dist.kinds.registry import scalar_kind
 from mtl_dist.kinds.vocabulary import Cell, Declared
 
-_TABLES = (".csv", ".tsv", ".tab", ".json")
-_FORMS = "csv, tsv, json or a list as txt"
+_TABLES = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".ndjson")
+_FORMS = "csv, tsv, json, jsonl or a list as txt"
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "pipes"}
+METADATA, FILE_NAME = "metadata", "file_name"
+"""The table in a folder of images of Hugging Face's imagefolder, and its column of them."""
 FILE, SPLIT, LABEL = "file", "split", "label"
 """The columns that a `labels.json` of file names gives: FILE and LABEL, and SPLIT from `splits.json`."""
 
@@ -118,7 +120,7 @@ def read_table(path: Path, root: Path | None) -> Table:
         home = Tree(path)
         names = _find_tables(home)
     tree = Tree(root) if root is not None else home
-    parent = PurePosixPath(names[0]).parent.as_posix()
+    parent = PurePosixPath(names[0]).parent.as_posix() if len(names) == 1 else "."
     folder = "" if root is not None or parent == "." else f"{parent}/"
     finder = FileFinder(tree, folder)
     found = [_read_file(home, name, finder) for name in names]
@@ -150,8 +152,8 @@ def _read_file(home: Tree, name: str, finder: FileFinder) -> _Read:
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in LISTS:
         return _list_rows(home, name, finder)
-    if suffix == ".json":
-        content = _json(home, name)
+    if suffix in (".json", ".jsonl", ".ndjson"):
+        content = _json(home, name) if suffix == ".json" else _json_lines(home, name)
         if isinstance(content, dict):
             columns, rows, classes = _rows_by_file(home, name, content)
             return _Read(columns, rows, classes)
@@ -170,9 +172,14 @@ def _joined(names: Sequence[str], found: Sequence[_Read]) -> _Read:
     stated = SPLIT in columns
     joined = _Read(columns if stated else [*columns, SPLIT], [])
     for name, read in zip(names, found, strict=True):
-        split = {} if stated else {SPLIT: PurePosixPath(name).stem}
+        path = PurePosixPath(name)
+        split = {} if stated else {SPLIT: path.parent.name if path.stem == METADATA else path.stem}
         empty = dict.fromkeys(columns, "")
-        joined.rows += [Row(row.where, {**empty, **row.cells, **split}) for row in read.rows]
+        for row in read.rows:
+            cells = {**empty, **row.cells, **split}
+            if path.stem == METADATA and isinstance(cells.get(FILE_NAME), str):
+                cells[FILE_NAME] = f"{path.parent}/{cells[FILE_NAME]}"
+            joined.rows.append(Row(row.where, cells))
         joined.notes += read.notes
         joined.short |= read.short
         joined.left_out |= read.left_out
@@ -202,6 +209,9 @@ def _find_tables(home: Tree) -> list[str]:
             return named
     if len(tables) == 1:
         return tables
+    of_folders = [name for name in tables if PurePosixPath(name).stem == METADATA]
+    if len(of_folders) > 1 and all(is_split_word(PurePosixPath(name).parent.name) for name in of_folders):
+        return of_folders
     lists = [name for name in home.files if PurePosixPath(name).suffix.lower() in LISTS]
     for candidates in (tables, lists):
         of_splits = [name for name in candidates if is_split_word(PurePosixPath(name).stem)]
@@ -297,6 +307,18 @@ def _json(home: Tree, name: str) -> Any:
         )
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: expected JSON, found: {error}.") from None
+
+
+def _json_lines(home: Tree, name: str) -> list[Any]:
+    """The values of a file with one in each line."""
+    found = []
+    for number, line in enumerate(text_of(home, name).splitlines(), 1):
+        if line.strip():
+            try:
+                found.append(json.loads(line, parse_float=str, parse_constant=str))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{home}/{name} line {number}: expected JSON, found: {error}.") from None
+    return found
 
 
 def _json_rows(where: str, content: Any) -> tuple[list[str], list[Row]]:
