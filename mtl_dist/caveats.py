@@ -52,9 +52,7 @@ def caveats(recipe: Recipe, data: Data, root: RootModule, world: World) -> Itera
         if info.num_labelled == 0:
             yield f"task {name} has no label in the training data: its head stays as it is."
     yield from val_gaps(data)
-    over = averaged_tasks(recipe, data)
-    if over:
-        yield f"{recipe.monitor.metric}, which decides what is best, is over {over}."
+    yield from averaged_tasks(recipe, data)
     yield from world.on_main(lambda: list(leakage(data)))
     mean, std = (buffer.flatten().tolist() for buffer in (root.model.mean, root.model.std))
     yield from world.on_main(lambda: list(odd_normalisation(data, mean, std)))
@@ -63,15 +61,38 @@ def caveats(recipe: Recipe, data: Data, root: RootModule, world: World) -> Itera
         yield unused
 
 
-def averaged_tasks(recipe: Recipe, data: Data) -> str:
-    """Which tasks the monitored metric is over, in words, where it is an average that leaves some out."""
+def check_monitor(recipe: Recipe, data: Data) -> None:
+    """Refuse to follow a metric that no evaluation will have: no checkpoint would be the best.
+
+    Raises:
+        UserError: of a task without a label in val, which has samples.
+    """
+    if "val" not in data.splits:
+        return
     measured = tasks_labelled_in(data, "val")
-    if recipe.monitor.metric == f"val/{MEAN_ACCURACY}":
-        measured = [name for name in measured if "accuracy" in recipe.tasks[name].modes]
-    elif recipe.monitor.metric == "val/loss":
-        measured = [name for name in measured if recipe.tasks[name].weight > 0]
-    else:
-        return ""
-    if not measured or len(measured) == len(recipe.tasks):
-        return ""
-    return f"{', '.join(measured)} alone ({len(measured)} of {plural(len(recipe.tasks), 'task')})"
+    for metric in recipe.monitor.names:
+        split, _, rest = metric.partition("/")
+        task = rest.rpartition("/")[0]
+        if split == "val" and task in recipe.tasks and task not in measured:
+            raise UserError(
+                f"monitor: expected a metric of a task with labels in val ({', '.join(measured)}), found "
+                f"{metric}: nothing would be the best. Choose another, such as val/loss."
+            )
+
+
+def averaged_tasks(recipe: Recipe, data: Data) -> Iterator[str]:
+    """Which tasks a monitored average is over, where it leaves some out."""
+    for metric in recipe.monitor.names:
+        split, _, name = metric.partition("/")
+        tasks = tasks_labelled_in(data, split) if split in data.splits else []
+        if name == MEAN_ACCURACY:
+            tasks = [task for task in tasks if "accuracy" in recipe.tasks[task].modes]
+        elif name == "loss":
+            tasks = [task for task in tasks if recipe.tasks[task].weight > 0]
+        else:
+            continue
+        if tasks and len(tasks) < len(recipe.tasks):
+            yield (
+                f"{metric}, which decides what is best, is over {', '.join(tasks)} alone "
+                f"({len(tasks)} of {plural(len(recipe.tasks), 'task')})."
+            )

@@ -22,7 +22,7 @@ from mtl_dist.assemble import (
     plan_of,
 )
 from mtl_dist.balancing import Balancing
-from mtl_dist.caveats import check_norms
+from mtl_dist.caveats import check_monitor, check_norms
 from mtl_dist.checkpoint import CheckpointWriter, read_checkpoint
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.data.loader import Data, open_data, train_loader
@@ -96,6 +96,7 @@ def train_connected(
     root = build_root(recipe, facts_of(data), world)
     check_balancing(recipe, root, data, connection.choice)
     check_metrics(recipe, root, data)
+    check_monitor(recipe, data)
     few = check_norms(
         root, data, micro_batch_size(recipe.train.global_batch, world.size, accumulation), world
     )

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from mtl_dist.assemble import build_root, facts_of
-from mtl_dist.caveats import averaged_tasks, caveats, check_norms
+from mtl_dist.caveats import averaged_tasks, caveats, check_monitor, check_norms
 from mtl_dist.data.loader import Data, open_data
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
+from mtl_dist.monitor import MonitorSettings
 from mtl_dist.recipe import Recipe, load_recipe
 from mtl_dist.step import RootModule
 from tests.tiny_datasets import write_dataset
@@ -54,14 +55,23 @@ def test_other_norms_need_no_batch(tmp_path: Path, norm: Any) -> None:
 
 def test_what_the_monitored_average_is_over_is_said_where_it_leaves_tasks_out(tmp_path: Path) -> None:
     recipe, data, _ = parts(tmp_path, {"train": 8, "val": 1})  # sample 8 has no label of `tags`
-    assert averaged_tasks(recipe, data) == "digit, value, shape alone (3 of 4 tasks)"
-    by_accuracy = recipe.monitor.model_copy(update={"metric": "val/mean_accuracy"})
-    assert (
-        averaged_tasks(recipe.model_copy(update={"monitor": by_accuracy}), data)
-        == "digit alone (1 of 4 tasks)"
-    )
-    by_task = recipe.monitor.model_copy(update={"metric": "val/digit/f1"})
-    assert averaged_tasks(recipe.model_copy(update={"monitor": by_task}), data) == ""
+
+    def following(**monitor: Any) -> Recipe:
+        return recipe.model_copy(update={"monitor": MonitorSettings(**monitor)})
+
+    over = "which decides what is best, is over"
+    assert list(averaged_tasks(recipe, data)) == [
+        f"val/loss, {over} digit, value, shape alone (3 of 4 tasks)."
+    ]
+    (line,) = averaged_tasks(following(metric="val/mean_accuracy"), data)
+    assert line == f"val/mean_accuracy, {over} digit alone (1 of 4 tasks)."
+    assert list(averaged_tasks(following(metric="val/digit/macro_f1"), data)) == []
+    assert list(averaged_tasks(following(metric="train/loss"), data)) == []
+    for unmeasured in ({"metric": "val/tags/loss"}, {"mean": {"val/digit/loss": 1, "val/tags/loss": 1}}):
+        with pytest.raises(UserError, match="found val/tags/loss: nothing would be the best"):
+            check_monitor(following(**unmeasured), data)
+    check_monitor(following(metric="train/tags/loss"), data)
+    check_monitor(following(metric="val/digit/macro_f1"), data)
 
 
 def test_nothing_is_said_where_nothing_is_odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
