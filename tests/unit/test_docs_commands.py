@@ -135,15 +135,25 @@ BLOCKS = [(path.relative_to(ROOT).as_posix(), block) for path in DOCS for block 
 @pytest.mark.parametrize(
     ("where", "block"), BLOCKS, ids=[f"{path}-{i}" for i, (path, _) in enumerate(BLOCKS)]
 )
-def test_a_recipe_of_the_docs_is_read_on_a_made_dataset(where: str, block: str, tmp_path: Path) -> None:
+def test_a_recipe_of_the_docs_is_read_on_a_made_dataset(
+    where: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stated = yaml.safe_load(block)
+    if "my_project" in block:  # what the docs call a module of the user's
+        package = tmp_path / "my_project"
+        package.mkdir()
+        package.joinpath("__init__.py").write_text("")
+        package.joinpath("labels.py").write_text("def risk(label):\n    return 'low'\n")
+        monkeypatch.syspath_prepend(tmp_path)
+    if set(stated) <= set(DataSettings.model_fields):  # a part of `data`
+        stated = {"data": stated}
     if not set(stated) <= set(Recipe.model_fields):
         load_settings(ClusterProfile, stated)
         return
     data = stated.get("data", {})
     data = {"image_size": 8, **data}
-    if any("fields" in source for source in data.get("train", ())):
-        load_settings(DataSettings, data)
+    if "my_project" in block or any("fields" in source for source in data.get("train", ())):
+        load_settings(DataSettings, {"train": [{"path": "data/x"}], **data})  # what it names is not there
         return
     counts = {name: LabelCounts(1, 0, (1,) * len(info.classes)) for name, info in TASKS.items()}
     tmp_path.joinpath("made").mkdir()
