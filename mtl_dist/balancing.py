@@ -95,7 +95,7 @@ class Balancing:
         record = self._new_record()
         if needs == "nothing" or len(window) > 1:
             if needs != "nothing":
-                self._read_ahead(record, window, totals, level)
+                self._extra_forwards(record, window, totals, level)
             return self._compare_with(self._weights(record, needs, totals), totals)
 
         def solve_within(batch: Batch, features: Features, losses_T: Tensor) -> Weights:
@@ -179,7 +179,7 @@ class Balancing:
             len(self.root.tasks), self._world, 1.0 if scaler is None else scaler.scale, self._memory
         )
 
-    def _read_ahead(
+    def _extra_forwards(
         self, record: WindowGradients, window: Sequence[Batch], totals: WindowTotals, level: Level | None
     ) -> None:
         """The losses and gradients of all micro-batches, before the training forwards."""

@@ -29,7 +29,7 @@ class LearningRateSchedule(ABC):
 
     @abstractmethod
     def factor(self, progress: float, epoch: int) -> float:
-        """What multiplies every learning rate when this share of the run's steps is done, in this epoch."""
+        """What multiplies every learning rate in this epoch, this fraction of the steps being done."""
 
 
 class UserScheduleSettings(UserDefinedSettings):

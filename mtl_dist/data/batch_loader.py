@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _STACK_SIGNAL = getattr(signal, "SIGRTMIN", None)
 """Has a worker print its stack; None where there are no such signals (macOS)."""
-_JUDGED_AT_ONCE = 1000  # a share of fewer samples would end runs by chance
+_JUDGED_AT_ONCE = 1000  # a fraction of fewer samples would end runs by chance
 
 
 class BatchLoader:

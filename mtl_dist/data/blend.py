@@ -53,7 +53,7 @@ class BlendSettings(Settings):
     cutmix: Alpha | None = None
     """Exchange a rectangle, whose area is distributed so. Not for regression."""
     probability: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """The share of pairs that are blended; the others stay as they are."""
+    """The fraction of pairs that are blended; the others stay as they are."""
 
     @model_validator(mode="after")
     def _one_way_at_least(self) -> BlendSettings:

@@ -2,7 +2,7 @@
 
 Source s has an integer weight w_s out of W = sum of the weights, so the first p draws should hold
 p * w_s / W draws of it. The schedule gives each source the floor or the ceiling of that, for every p:
-the realised share is always less than one sample from the wanted one.
+the realised fraction is always less than one sample from the wanted one.
 
 It is earliest-deadline-first: the k-th draw of s (from 1) may come at position floor((k - 1) W / w_s) at
 the earliest, and must come before position ceil(k W / w_s). As the weights fill every position exactly,

@@ -142,9 +142,9 @@ class FailOnBadSample(Settings):
 
 
 class SkipBadSamples(Settings):
-    """Samples that cannot be read or decoded are masked and counted, up to a share of those loaded.
+    """Samples that cannot be read or decoded are masked and counted, up to a fraction of those loaded.
 
-    They stay in their batch as padding, so that every rank keeps its step. The share is taken of the
+    They stay in their batch as padding, so that every rank keeps its step. The fraction is taken of the
     samples that a rank has loaded, counted in begun thousands (in begun epochs, of a smaller split).
     """
 

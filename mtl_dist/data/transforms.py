@@ -59,7 +59,7 @@ class AugmentSettings(Settings):
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Turn by up to this many degrees, either way."""
     translate: Strength = 0.0
-    """Shift by up to this share of the size, in each direction."""
+    """Shift by up to this fraction of the size, in each direction."""
     zoom: tuple[Factor, Factor] = (1.0, 1.0)
     """Enlarge about the centre by a factor between these."""
     brightness: Strength = 0.0
@@ -99,7 +99,7 @@ class CentreCrop(Settings):
     Resize(short_side) and CenterCrop(crop), to the bit.
 
     crop           what is cut out, a side or height and width: it is `data.image_size` where it is stated
-    crop_fraction  in place of `short_side`: the share of it that is cut out, 0.875 for 224 of 256
+    crop_fraction  in place of `short_side`: the fraction of it that is cut out, 0.875 for 224 of 256
     """
 
     short_side: Whole | None = None

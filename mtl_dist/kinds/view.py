@@ -22,12 +22,6 @@ class View:
     zoom: float = 1.0
 
     @property
-    def mirrored(self) -> bool:
-        """Whether left and right have changed sides (or top and bottom)."""
-        (a, b), (c, d) = self.matrix[:, :2].tolist()
-        return bool(a * d - b * c < 0)
-
-    @property
     def rotation(self) -> np.ndarray:
         """The nearest rotation, mirrored where the view is, (2, 2): by it directions turn."""
         left, _, right = np.linalg.svd(self.matrix[:, :2])

@@ -220,7 +220,7 @@ def usable_cpus(num_processes: int) -> float:
 
 
 def _spin(writer: int) -> None:
-    """A forked child: keeps one CPU busy, reports what share of it there was, and ends at once."""
+    """A forked child: keeps one CPU busy, reports what fraction of it there was, and ends at once."""
     start, used = time.perf_counter(), time.process_time()
     while (elapsed := time.perf_counter() - start) < SPIN_S:
         math.factorial(200)

@@ -68,7 +68,7 @@ class DepthHuberSettings(PixelLossSettings):
 
 
 class DepthBerhuSettings(PixelLossSettings):
-    """Absolute error up to a share of an image's largest error, squared beyond (Laina et al., Deeper depth
+    """Absolute error up to a fraction of an image's largest error, squared beyond (Laina et al., Deeper depth
     prediction, 2016, https://arxiv.org/abs/1606.00373, where a batch's largest is taken)."""
 
     kind: Literal["berhu"] = "berhu"

@@ -13,7 +13,7 @@ from mtl_dist.tasks.accumulators import Accumulator, count_pairs
 
 class OrdinalMetrics(Accumulator):
     """mae is the mean distance in steps; kappa is Cohen's with quadratic weights, NaN where neither labels
-    nor answers vary; within_one is the share of answers at most one step off."""
+    nor answers vary; within_one is the fraction of answers at most one step off."""
 
     confusion: Tensor
 
