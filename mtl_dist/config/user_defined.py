@@ -7,6 +7,9 @@ A setting that takes user-defined parts is annotated with `UserDefined`. The cla
 directory counts) and held against what the setting needs. The arguments of its constructor are its settings,
 by their annotations and defaults; those that the package provides are passed to it where it names them. A
 class of settings, derived from the setting's own, does as well and is taken as it is.
+
+Classes of torch, torchmetrics and torchvision are written for no recipe: an argument that is a tensor is
+stated as a list of numbers, a dtype by its name, and one that a recipe cannot state keeps its default.
 """
 
 from __future__ import annotations
@@ -20,22 +23,32 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
-from pydantic import BaseModel, GetCoreSchemaHandler, PydanticUserError, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    GetCoreSchemaHandler,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+)
 from pydantic_core import CoreSchema, InitErrorDetails, core_schema
 
 from mtl_dist.config.nearest import nearest
 from mtl_dist.config.settings import Settings
+from mtl_dist.lazy import torch
 
 USER_DEFINED, BUILT_IN = "user-defined", "built-in"
 """What pydantic's locations say after a setting that takes user-defined parts."""
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _MOST_NAMES = 12
+_LIBRARIES = ("torch", "torchmetrics", "torchvision")
 
 
 class PartError(ValueError):
@@ -68,8 +81,12 @@ class UserDefinedSettings(Settings):
 
     def make(self, **provided: Any) -> Any:
         """The part, from these settings and what it names of `provided`."""
-        values = {**{name: getattr(self, name, None) for name in self.arguments}, **provided}
-        return self.part_class(**{name: values[name] for name in self.arguments})
+        stated = {name: getattr(self, name) for name in self.arguments if name in type(self).model_fields}
+        values = {**stated, **{name: value for name, value in provided.items() if name in self.arguments}}
+        if not _is_library(self.part_class):
+            return self.part_class(**values)
+        hints = _hints(self.part_class)
+        return self.part_class(**{name: _read(value, hints.get(name)) for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -249,7 +266,7 @@ def _derived(part: type, base: type[UserDefinedSettings], key: str, path: str) -
         raise PartError(f"expected {', '.join(missing)} defined in {path}, found none.")
     arguments = _arguments(part)
     try:
-        hints = get_type_hints(part.__init__, include_extras=True)  # type: ignore[misc]
+        hints = _hints(part)
     except NameError as error:
         raise PartError(f"expected annotations that can be read in {path}, found: {error}.") from None
     fields: dict[str, Any] = {key: (Literal[path], path)}
@@ -257,6 +274,11 @@ def _derived(part: type, base: type[UserDefinedSettings], key: str, path: str) -
         name = argument.name
         if name in base.provides:
             continue
+        if _is_library(part):
+            if _can_be_stated(argument, hints, key):
+                hints[name] = _statable(hints.get(name, Any))
+            elif argument.default is not argument.empty:
+                continue
         if name not in hints:
             raise PartError(f"expected an annotation of the argument {name} of {path}, found none.")
         if hasattr(Settings, name) or name.startswith("_") or name == key:
@@ -269,9 +291,58 @@ def _derived(part: type, base: type[UserDefinedSettings], key: str, path: str) -
     return derived
 
 
+def _constructor(part: type) -> Any:
+    """`__init__`, or `__new__` of a class that makes objects of another one (torchmetrics' `Accuracy`)."""
+    made_by_new = "__new__" in vars(part) and _is_library(part)
+    return part.__new__ if made_by_new else part.__init__  # type: ignore[misc]
+
+
 def _arguments(part: type) -> Sequence[inspect.Parameter]:
-    parameters = list(inspect.signature(part.__init__).parameters.values())[1:]  # type: ignore[misc]
+    parameters = list(inspect.signature(_constructor(part)).parameters.values())[1:]
     return [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+
+
+def _hints(part: type) -> dict[str, Any]:
+    return get_type_hints(_constructor(part), include_extras=True)
+
+
+def _is_library(part: type) -> bool:
+    return part.__module__.partition(".")[0] in _LIBRARIES
+
+
+def _can_be_stated(argument: inspect.Parameter, hints: Mapping[str, Any], key: str) -> bool:
+    """Whether a recipe may say it: a library's own deprecated arguments have no annotation."""
+    if argument.name not in hints or argument.name == key or hasattr(Settings, argument.name):
+        return False
+    default = argument.default
+    return default is argument.empty or isinstance(default, Enum) or _is_plain(default)
+
+
+def _is_plain(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _statable(hint: Any) -> Any:
+    """An annotation as it is; that of anything where pydantic does not know it (tensors, numbers.Number)."""
+    try:
+        TypeAdapter(hint)
+    except PydanticUserError:
+        return Any
+    return hint
+
+
+def _read(value: Any, hint: Any) -> Any:
+    """What a recipe states of a library's argument, as the library takes it."""
+    kinds = {getattr(kind, "__name__", "") for kind in (get_args(hint) or (hint,))}
+    if isinstance(value, list | tuple) and "Tensor" in kinds:
+        return torch.tensor(value)
+    if isinstance(value, str) and "dtype" in kinds:
+        return getattr(torch, value)
+    return value
 
 
 def _create(base: Any, path: str, fields: dict[str, Any]) -> Any:

@@ -46,6 +46,7 @@ from mtl_dist.runs.opening import training_folder
 from mtl_dist.status import write_status
 from mtl_dist.step import RootModule
 from mtl_dist.stopping import StopSignal, agreed_stop
+from mtl_dist.tasks.trying import try_parts
 from mtl_dist.tracking.registry import check_tracking, open_tracker
 from mtl_dist.tracking.tracker import Tracker
 from mtl_dist.training.plan import Outcome
@@ -97,6 +98,7 @@ def train_connected(
     check_balancing(recipe, root, data, connection.choice)
     check_metrics(recipe, root, data)
     check_monitor(recipe, data)
+    try_parts(root.tasks)
     few = check_norms(
         root, data, micro_batch_size(recipe.train.global_batch, world.size, accumulation), world
     )

@@ -14,6 +14,7 @@ from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.task import (
+    NUM_MADE,
     USER_LOSS,
     Baseline,
     CommonTaskSettings,
@@ -21,6 +22,7 @@ from mtl_dist.tasks.task import (
     LossSettings,
     Mode,
     Task,
+    made,
     require_fit,
     require_threshold,
 )
@@ -205,6 +207,11 @@ class ClassificationTask(Task):
         from mtl_dist.tasks.accumulators import ClassificationMetrics  # torchmetrics is slow to import
 
         return ClassificationMetrics(self.decision(), ranking, self.rule if choosing and ranking else None)
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        num_classes = len(self.info.classes)
+        num = max(NUM_MADE, num_classes)
+        return made(num, num_classes), torch.arange(num) % num_classes
 
     def baseline(self) -> Baseline | None:
         """The most frequent class; the scores are the logarithms of the classes' shares."""

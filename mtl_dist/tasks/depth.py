@@ -17,7 +17,16 @@ from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.depth_losses import DepthL1Settings, DepthLoss, DepthLossSettings
 from mtl_dist.tasks.maps import resized
 from mtl_dist.tasks.metrics import TaskMetrics
-from mtl_dist.tasks.task import Baseline, CommonTaskSettings, Mode, Task, require_fit
+from mtl_dist.tasks.task import (
+    MADE_SIZE,
+    NUM_MADE,
+    Baseline,
+    CommonTaskSettings,
+    Mode,
+    Task,
+    made,
+    require_fit,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,6 +98,12 @@ class DepthTask(Task):
         from mtl_dist.tasks.dense_metrics import DepthMetrics  # torchmetrics is slow to import
 
         return DepthMetrics(self.read, self.info)
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        shape = (NUM_MADE, MADE_SIZE, MADE_SIZE)
+        target = (made(*shape).abs() + 0.5) * (self.info.std or 1.0) + max(self.info.minimum, 0.0)
+        target[:, 0, 0] = math.nan
+        return made(NUM_MADE, 1, MADE_SIZE, MADE_SIZE), target
 
     def baseline(self) -> Baseline | None:
         """The mean of the training pixels; of their logarithms in that space."""

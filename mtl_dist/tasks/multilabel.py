@@ -10,6 +10,7 @@ from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.task import (
+    NUM_MADE,
     USER_LOSS,
     Baseline,
     CommonTaskSettings,
@@ -17,6 +18,7 @@ from mtl_dist.tasks.task import (
     LossSettings,
     Mode,
     Task,
+    made,
     require_fit,
     require_threshold,
 )
@@ -109,6 +111,10 @@ class MultilabelTask(Task):
         from mtl_dist.tasks.accumulators import MultilabelMetrics  # torchmetrics is slow to import
 
         return MultilabelMetrics(self.thresholds, ranking, self.rule if choosing and ranking else None)
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        output = made(NUM_MADE, len(self.info.classes))
+        return output, (output.roll(1, dims=0) > 0).float()
 
     def baseline(self) -> Baseline | None:
         """Of each class what holds for most samples; the scores are the log-odds of its share."""

@@ -17,6 +17,8 @@ from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.maps import resized
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.task import (
+    MADE_SIZE,
+    NUM_MADE,
     USER_LOSS,
     Baseline,
     CommonTaskSettings,
@@ -24,6 +26,7 @@ from mtl_dist.tasks.task import (
     LossSettings,
     Mode,
     Task,
+    made,
     require_fit,
 )
 
@@ -139,6 +142,12 @@ class NormalsTask(Task):
         from mtl_dist.tasks.dense_metrics import NormalsMetrics  # torchmetrics is slow to import
 
         return NormalsMetrics()
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        shape = (NUM_MADE, 3, MADE_SIZE, MADE_SIZE)
+        target = F.normalize(made(*shape).roll(1, dims=0), dim=1)
+        target[:, :, 0, 0] = math.nan
+        return made(*shape), target
 
     def baseline(self) -> Baseline | None:
         """The mean of the training vectors."""

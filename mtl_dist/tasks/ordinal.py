@@ -14,7 +14,17 @@ from pydantic import Field
 from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
-from mtl_dist.tasks.task import Baseline, CommonTaskSettings, Loss, LossSettings, Mode, Task, require_fit
+from mtl_dist.tasks.task import (
+    NUM_MADE,
+    Baseline,
+    CommonTaskSettings,
+    Loss,
+    LossSettings,
+    Mode,
+    Task,
+    made,
+    require_fit,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,6 +164,11 @@ class OrdinalTask(Task):
         from mtl_dist.tasks.ordinal_metrics import OrdinalMetrics  # torchmetrics is slow to import
 
         return OrdinalMetrics(self.grades, len(self.info.classes))
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        num_classes = len(self.info.classes)
+        num = max(NUM_MADE, num_classes)
+        return made(num, num_classes - 1), torch.arange(num) % num_classes
 
     def baseline(self) -> Baseline | None:
         """The shares of the training labels: their median grade."""

@@ -12,6 +12,7 @@ from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.task import (
+    NUM_MADE,
     USER_LOSS,
     Baseline,
     CommonTaskSettings,
@@ -19,6 +20,7 @@ from mtl_dist.tasks.task import (
     LossSettings,
     Mode,
     Task,
+    made,
     require_fit,
 )
 
@@ -130,6 +132,9 @@ class RegressionTask(Task):
         from mtl_dist.tasks.accumulators import RegressionMetrics  # torchmetrics is slow to import
 
         return RegressionMetrics(self.mean, self.scale)
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        return made(NUM_MADE, 1), made(NUM_MADE + 1)[1:] * (self.info.std or 1.0) + self.info.mean
 
     def baseline(self) -> Baseline | None:
         """The mean of the training labels."""

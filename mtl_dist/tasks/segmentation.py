@@ -16,7 +16,17 @@ from mtl_dist.specs import IGNORE, TaskInfo
 from mtl_dist.tasks.maps import foreground_logits, predicted_classes, resized
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.segmentation_losses import MapCrossEntropySettings, SegmentationLoss
-from mtl_dist.tasks.task import Baseline, CommonTaskSettings, Mode, Task, require_fit, require_threshold
+from mtl_dist.tasks.task import (
+    MADE_SIZE,
+    NUM_MADE,
+    Baseline,
+    CommonTaskSettings,
+    Mode,
+    Task,
+    made,
+    require_fit,
+    require_threshold,
+)
 from mtl_dist.tasks.thresholds import DEFAULT
 
 if TYPE_CHECKING:
@@ -80,6 +90,12 @@ class SegmentationTask(Task):
                 ratios_C = (pixels_C / mask_HW.numel()).tolist()
                 sample["area_ratios"] = dict(zip(self.info.classes, ratios_C, strict=True))
         return decoded
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        size, num_classes = (MADE_SIZE, MADE_SIZE), len(self.info.classes)
+        target = (torch.arange(NUM_MADE * MADE_SIZE**2) % num_classes).view(NUM_MADE, *size).to(torch.uint8)
+        target[:, 0, 0] = IGNORE
+        return made(NUM_MADE, self.loss.num_outputs, *size), target
 
     def baseline(self) -> Baseline | None:
         """The most frequent class of a pixel, in every pixel."""

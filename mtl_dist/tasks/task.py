@@ -83,7 +83,29 @@ class UserMetricSettings(UserDefinedSettings):
     provides = ("info",)
 
 
-USER_LOSS = UserDefined((UserLossSettings,))
+class LibraryLossSettings(UserDefinedSettings, LossSettings):
+    """A loss of `torch.nn` by its path, such as torch.nn.CrossEntropyLoss, with its arguments.
+
+    It is asked for the loss of each sample (its `reduction` is ours): the mean over all labels of a global
+    batch is taken from these.
+    """
+
+    part_base = "torch.nn.modules.loss._Loss"
+    provides = ("reduction",)
+
+    def build(self, info: TaskInfo, where: str) -> Loss:
+        from mtl_dist.tasks.library_losses import build_library_loss  # it needs torch, which settings do not
+
+        if "reduction" not in self.arguments:
+            raise UserError(f"{where}.kind: expected a loss with a `reduction`, found none in {self.path}.")
+        try:
+            module = self.make(reduction="none")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}: expected arguments that fit {self.path}, found: {error}") from error
+        return build_library_loss(module, info, where)
+
+
+USER_LOSS = UserDefined((UserLossSettings, LibraryLossSettings))
 UserMetric: TypeAlias = Annotated[UserMetricSettings, UserDefined((UserMetricSettings,), only=True)]
 MetricName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
 
@@ -170,6 +192,7 @@ class Task(ABC):
         lambdas where these are given.
         """
         counts_B = self.loss.denominators(self._safe_target(target, labelled_B))
+        self._require_one_each("denominators", counts_B, labelled_B)
         counts_B = torch.where(labelled_B, counts_B, 0.0)
         return (counts_B if lam_B is None else lam_B * counts_B).sum(dtype=torch.float32)
 
@@ -185,6 +208,7 @@ class Task(ABC):
             safe_target = self._safe_target(target, labelled_B)
             safe_output = self._safe_output(output.float(), safe_target, labelled_B)
             losses_B = self.loss.numerators(safe_output, safe_target)
+            self._require_one_each("numerators", losses_B, labelled_B)
             losses_B = torch.where(labelled_B, losses_B, 0.0)
             return (losses_B if lam_B is None else lam_B * losses_B).sum()
 
@@ -232,6 +256,11 @@ class Task(ABC):
             UserError: a threshold not between 0 and 1.
         """
 
+    def example(self) -> tuple[Tensor, Tensor] | None:
+        """Outputs and targets of a few made samples, on which losses and metrics by path are tried before
+        training; None where a kind has none."""
+        return None
+
     def baseline(self) -> Baseline | None:
         """What is best said of every image without looking at it; None where nothing is defined."""
         return None
@@ -244,6 +273,15 @@ class Task(ABC):
         """Output and target as user-defined metrics see them."""
         return output, target
 
+    def _require_one_each(self, name: str, values: object, labelled_B: Tensor) -> None:
+        """Refuse what a loss of the user's returns, before it is broadcast to something else."""
+        if not (isinstance(values, torch.Tensor) and values.shape == labelled_B.shape):
+            found = tuple(values.shape) if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+            raise UserError(
+                f"tasks.{self.name}.loss: expected {name} of shape {tuple(labelled_B.shape)}, one for each "
+                f"sample, found {found}. Correct it in {type(self.loss).__name__}."
+            )
+
     def _safe_target(self, target: Tensor, labelled_B: Tensor) -> Tensor:
         """The target as the loss wants it, harmless where the label is missing."""
         return torch.where(_along(labelled_B, target), target, self.harmless_target)
@@ -254,6 +292,15 @@ class Task(ABC):
         Masking the loss would not do: the gradient of an infinite loss is NaN even when multiplied by 0.
         """
         return torch.where(_along(labelled_B, output), output, 0.0)
+
+
+NUM_MADE, MADE_SIZE = 12, 8
+"""The samples of an example, and the height and width of its maps."""
+
+
+def made(*shape: int) -> Tensor:
+    """Numbers that look like outputs, always the same."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 def _along(labelled_B: Tensor, tensor: Tensor) -> Tensor:

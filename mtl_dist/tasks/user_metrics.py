@@ -2,13 +2,16 @@
 
     tasks: {breed: {kind: classification, metrics: {top3: {kind: my_project.metrics.TopK, k: 3}}}}
 
-Such a metric sees the labelled samples alone: logits (B, C) and classes, or labels, (B,) or (B, C); values
-and targets (B,) in their unit; logits (B, C, H, W) and classes (B, H, W) at the mask's resolution.
+Such a metric sees the labelled samples alone: those of torchmetrics in the form that each wants
+(`library_metrics`), another one as `Task.metric_inputs` has it: logits (B, C) and classes, or labels, (B,) or
+(B, C); values and targets (B,) in their unit; logits (B, C, H, W) and classes (B, H, W) at the mask's
+resolution.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -19,6 +22,7 @@ from torchmetrics import Metric
 
 from mtl_dist.errors import UserError
 from mtl_dist.tasks.accumulators import Accumulator
+from mtl_dist.tasks.library_metrics import form_of
 from mtl_dist.tasks.metric_states import State, merged, state_of, value_of
 from mtl_dist.tasks.task import Task, UserMetricSettings
 
@@ -47,13 +51,16 @@ class AllMetrics:
         choosing = choosing and task.rule is not None
         self._standard = task.metrics(ranking, choosing=True) if choosing else task.metrics(ranking)
         self._own = {name: _built(task, name, own) for name, own in task.settings.metrics.items()}
+        self._forms = {name: form_of(metric, task, _where(task, name)) for name, metric in self._own.items()}
 
     def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         self._standard.update(output, target, labelled_B)
         if self._own and labelled_B.any():
             seen, wanted = self._task.metric_inputs(output.detach().float(), target)
-            for metric in self._own.values():
-                metric.update(seen[labelled_B], wanted[labelled_B])
+            for name, metric in self._own.items():
+                inputs, targets = self._forms[name](seen[labelled_B], wanted[labelled_B])
+                if len(targets):
+                    metric.update(inputs, targets)
 
     def compute(self) -> dict[str, float]:
         """Collective: the metrics over all ranks."""
@@ -116,15 +123,63 @@ class AllMetrics:
     def _number(self, name: str, metric: Metric, states: Sequence[State]) -> float:
         if not states:
             return math.nan
-        value = torch.as_tensor(value_of(metric, states))
-        if value.numel() != 1:
+        return one_number(value_of(metric, states), _where(self._task, name))
+
+
+def one_number(value: Any, where: str) -> float:
+    """What a metric has computed.
+
+    Raises:
+        UserError: it is not one number.
+    """
+    advice = "Let its compute return their mean, or one of them."
+    if not isinstance(value, Tensor | float | int | np.number):
+        raise UserError(f"{where}: expected one number, found a {type(value).__name__}. {advice}")
+    tensor = torch.as_tensor(value)
+    if tensor.numel() != 1:
+        raise UserError(f"{where}: expected one number, found {tensor.numel()}. {advice}")
+    return float(tensor)
+
+
+def try_metrics(task: Task) -> None:
+    """Let the metrics that a recipe adds compute on a few made samples, before an epoch is spent on them.
+
+    Raises:
+        UserError: one is for another sort of task, cannot read the outputs, or computes no number.
+    """
+    example = task.example()
+    if not task.settings.metrics or example is None:
+        return
+    output, target = example
+    seen, wanted = task.metric_inputs(output, target)
+    for name, settings in task.settings.metrics.items():
+        where = _where(task, name)
+        metric = _built(task, name, settings)
+        inputs, targets = form_of(metric, task, where)(seen, wanted)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of made samples nothing odd is worth a word
+                metric.update(inputs, targets)
+                value = type(metric).compute(metric)
+        except Exception as error:  # whatever a metric raises at what it cannot read
             raise UserError(
-                f"tasks.{self._task.name}.metrics.{name}: expected one number, found {value.numel()}. "
-                "Let its compute return their mean, or one of them."
-            )
-        return float(value)
+                f"{where}: expected a metric of {_shape(inputs)} and {_shape(targets)}, found "
+                f"{type(error).__name__} in {settings.path}: {' '.join(str(error).split())}"
+            ) from error
+        one_number(value, where)
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} ({', '.join(map(str, tensor.shape))})"
+
+
+def _where(task: Task, name: str) -> str:
+    return f"tasks.{task.name}.metrics.{name}"
 
 
 def _built(task: Task, name: str, settings: UserMetricSettings) -> Metric:
-    metric: Metric = settings.make(info=task.info)
+    try:
+        metric: Metric = settings.make(info=task.info)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{_where(task, name)}: expected arguments that fit, found: {error}") from error
     return metric

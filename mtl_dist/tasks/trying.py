@@ -1,0 +1,57 @@
+"""Losses and metrics by import path, tried on a few made samples before an epoch is spent on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mtl_dist.config.user_defined import UserDefinedSettings
+from mtl_dist.errors import UserError
+from mtl_dist.lazy import torch
+from mtl_dist.tasks.task import Task
+
+
+def try_parts(tasks: Mapping[str, Task]) -> None:
+    """Let every loss and metric that a recipe names by its path compute once.
+
+    Raises:
+        UserError: one line for each that cannot.
+    """
+    problems = []
+    for task in tasks.values():
+        for attempt in (_try_loss, _try_metrics):
+            try:
+                attempt(task)
+            except UserError as error:
+                problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _try_loss(task: Task) -> None:
+    settings, example = getattr(task.settings, "loss", None), task.example()
+    if not isinstance(settings, UserDefinedSettings) or example is None:
+        return
+    output, target = example
+    labelled_B = torch.ones(len(target), dtype=torch.bool)
+    try:
+        total = task.loss_sum(output, target, labelled_B) / task.count(target, labelled_B)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a loss raises at what it cannot read
+        raise UserError(
+            f"tasks.{task.name}.loss: expected a loss of outputs {tuple(output.shape)} and targets "
+            f"{tuple(target.shape)}, found {type(error).__name__} in {settings.path}: "
+            f"{' '.join(str(error).split())}."
+        ) from error
+    if not total.isfinite():
+        raise UserError(
+            f"tasks.{task.name}.loss: expected a finite loss of made samples, found {float(total):g} from "
+            f"{settings.path}."
+        )
+
+
+def _try_metrics(task: Task) -> None:
+    if task.settings.metrics:
+        from mtl_dist.tasks.user_metrics import try_metrics  # torchmetrics is slow to import
+
+        try_metrics(task)
