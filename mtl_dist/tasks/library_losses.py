@@ -20,7 +20,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.kinds.kind import MapKind
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.specs import IGNORE, TaskInfo
-from mtl_dist.tasks.task import Loss
+from mtl_dist.tasks.loss import Loss
 
 _OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 _OF_ONE_CLASS_EACH = (*_OF_CLASSES, nn.MultiMarginLoss)

@@ -21,6 +21,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.lazy import torch
 from mtl_dist.specs import HeadSpec, TaskInfo
+from mtl_dist.tasks.loss import Loss, LossSettings
 from mtl_dist.tasks.thresholds import Rule
 
 if TYPE_CHECKING:
@@ -30,39 +31,6 @@ if TYPE_CHECKING:
     from mtl_dist.tasks.metrics import TaskMetrics
 
 Mode = Literal["max", "min"]
-
-
-class Loss(ABC):
-    """A loss per sample, as numerator and denominator.
-
-    It sees float32 outputs, and never a missing label: those samples come with zero outputs and a harmless
-    target (0; an all-ignored mask; NaN throughout a map of numbers), and what it returns for them is dropped.
-    """
-
-    @property
-    @abstractmethod
-    def num_outputs(self) -> int:
-        """The head's outputs that this loss is made for."""
-
-    @abstractmethod
-    def numerators(self, output: Tensor, target: Tensor) -> Tensor:
-        """Each sample's part of the sum, (B,)."""
-
-    @abstractmethod
-    def denominators(self, target: Tensor) -> Tensor:
-        """Each sample's part of the count, (B,), from the targets alone."""
-
-
-class LossSettings(Settings, ABC):
-    """One choice of a task's `loss`, which its `kind` names."""
-
-    @abstractmethod
-    def build(self, info: TaskInfo, where: str) -> Loss:
-        """The loss for a dataset's task; `where` is the path of these settings, for errors.
-
-        Raises:
-            UserError: the settings do not fit the dataset.
-        """
 
 
 class UserLossSettings(UserDefinedSettings, LossSettings):
