@@ -11,7 +11,7 @@ import typer
 
 from mtl_dist import __version__
 from mtl_dist.commands import cluster, compare, data, machine, runs, start, study
-from mtl_dist.commands.errors import CommandGroup
+from mtl_dist.commands.errors import TRUST, CommandGroup
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -41,6 +41,13 @@ def _print_version(wanted: bool) -> None:
 def mtl(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            TRUST,
+            help="Of any command: import the code that a run or dataset of somebody else names.",
+        ),
     ] = False,
 ) -> None:
     """Train one vision model for many tasks, with one recipe on a laptop, many GPUs or a cluster.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.config.yaml_text import parse
 from mtl_dist.errors import UserError
-from mtl_dist.recipe import Recipe, load_recipe
+from mtl_dist.recipe import Recipe, load_recipe, load_recipe_of
 from mtl_dist.run_folder import RunFolder, checked_tags
 from mtl_dist.status import Status, read_status
 from mtl_dist.tracking.files import history_of, read_rows
@@ -102,7 +102,7 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         """The resolved recipe."""
-        return load_recipe(self._folder.recipe_path)
+        return load_recipe_of(self._folder.directory)
 
     @property
     def status(self) -> Status | None:

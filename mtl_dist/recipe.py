@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mtl_dist.balance.fixed import Fixed
 from mtl_dist.balance.methods import BalanceSettings
 from mtl_dist.config.errors import Location, Mistake, suggest
 from mtl_dist.config.loading import load_settings, resolved_settings
 from mtl_dist.config.settings import Settings
+from mtl_dist.config.trust import parts_of
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.engine.deepspeed_keys import said as deepspeed_said
 from mtl_dist.engine.launcher import Launcher
@@ -128,6 +129,13 @@ class Recipe(Settings):
     tracking: TrackingSettings = DEFAULT_TRACKING
     """Where the run's rows go besides its folder: tensorboard, wandb, mlflow, trackio or your own."""
 
+    @field_validator("name")
+    @classmethod
+    def _below_runs(cls, name: str | None) -> str | None:
+        if name is not None and (not name.isprintable() or name in ("", ".", "..") or "/" in name):
+            raise ValueError(f"expected a folder's name, which is made below runs/, found {name!r}.")
+        return name
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
         problems = self.problems() if self.names_tasks else []
@@ -223,6 +231,16 @@ class Recipe(Settings):
             for metric in self.monitor.names
             if metric not in choices
         ]
+
+
+def load_recipe_of(run: Path, overrides: Sequence[str | Mapping[str, Any]] = ()) -> Recipe:
+    """The recipe of a run folder; of one that is not the user's own no code is imported that is not trusted.
+
+    Raises:
+        UserError: one line per mistake.
+    """
+    with parts_of(run, "recipe.yaml"):
+        return load_recipe(run / "recipe.yaml", overrides)
 
 
 def load_recipe(

@@ -29,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mtl_dist.config.trust import parts_of, refusal
 from mtl_dist.data.manifest import ImageDtype, PixelScale
 from mtl_dist.durable import Locked, locked, write_text
 from mtl_dist.errors import UserError
@@ -150,6 +151,11 @@ class RunFolder:
 
     def read_data(self) -> DataFacts:
         facts = json.loads((self.directory / "data.json").read_text(encoding="utf-8"))
+        for info in facts["task_infos"].values():
+            with parts_of(self.directory, "data.json"):
+                refused = refusal(info["kind"]) if "." in info["kind"] else ""
+            if refused:
+                raise UserError(f"{self.directory / 'data.json'}: {refused}")
         task_infos: dict[str, TaskInfo] = {}
         for name, raw in facts["task_infos"].items():
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}

@@ -19,9 +19,11 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from mtl_dist.config.trust import VARIABLE
 from mtl_dist.durable import locked
 from mtl_dist.engine.launched import own_rank
 from mtl_dist.errors import UserError
+from mtl_dist.printable import printable
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -31,9 +33,22 @@ _SECONDS_FOR_RANK_0 = 2.0
 
 _POLL_S = 0.05
 
+TRUST = "--trust"
+
 
 class CommandGroup(TyperGroup):
-    """The commands of `mtl`, with a UserError turned into its lines and exit code 2."""
+    """The commands of `mtl`, with a UserError turned into its lines and exit code 2.
+
+    Each takes `--trust` at any place.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = args[: args.index("--")] if "--" in args else args
+        if TRUST in given:
+            args = [arg for arg in given if arg != TRUST] + args[len(given) :]
+            os.environ[VARIABLE] = "1"  # also for the ranks that this process may start
+        parsed: list[str] = super().parse_args(ctx, args)
+        return parsed
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -78,7 +93,7 @@ def report(error: UserError) -> None:
 
 def _print(lines: list[str]) -> None:
     for line in lines:
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     sys.stderr.flush()
 
 

@@ -41,6 +41,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, core_schema
 
 from mtl_dist.config.nearest import nearest
 from mtl_dist.config.settings import Settings
+from mtl_dist.config.trust import refusal
 from mtl_dist.lazy import torch
 
 USER_DEFINED, BUILT_IN = "user-defined", "built-in"
@@ -190,6 +191,9 @@ def imported(path: str, fits: Any = None) -> Any:
     module_name, _, name = path.rpartition(".")
     if not module_name:
         raise PartError(f"expected an import path such as my_project.module.{path}, found {path}.")
+    refused = refusal(path)
+    if refused:
+        raise PartError(refused)
     module = _module(module_name)
     if not hasattr(module, name):
         names = [key for key, value in vars(module).items() if fits is None or fits(value)]

@@ -34,6 +34,10 @@ _SCALARS: dict[str, tuple[str, str]] = {
 """How a plain scalar of each kind looks, and the characters that it may begin with."""
 
 
+MAX_CHARACTERS, MAX_NODES = 1 << 18, 100_000
+"""Far beyond any recipe: it takes seconds to read so many, and an alias of aliases stands for any number."""
+
+
 class YamlError(ValueError):
     """A text that is not YAML, and where: `line` and `column` count from 1."""
 
@@ -111,9 +115,11 @@ def parse(text: str) -> tuple[Any, list[tuple[str, int, int]]]:
     Raises:
         YamlError: the text is not YAML.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise YamlError(f"{len(text):,} characters, where at most {MAX_CHARACTERS:,} are read", 1, 1)
     try:
         return _parsed(_QuickLoader(text))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):
         pass  # Once more, for the error's words.
     try:
         return _parsed(_Loader(text))
@@ -122,6 +128,12 @@ def parse(text: str) -> tuple[Any, list[tuple[str, int, int]]]:
         raise YamlError(
             str(error.problem), mark.line + 1 if mark else 1, mark.column + 1 if mark else 1
         ) from None
+    except RecursionError:
+        raise YamlError("too many levels, or one that holds itself", 1, 1) from None
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, YamlError):
+            raise
+        raise YamlError(f"a number that cannot be read: {error}", 1, 1) from None
     except yaml.reader.ReaderError as error:
         before = text[: error.position]
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
@@ -132,8 +144,19 @@ def _parsed(loader: Any) -> tuple[Any, list[tuple[str, int, int]]]:
     node = loader.get_single_node()
     if node is None:
         return None, []
+    if _expanded(node, {}) > MAX_NODES:
+        raise YamlError(f"more than {MAX_NODES:,} values, once its aliases are followed", 1, 1)
     duplicates = list(_duplicates(node, set()))
     return loader.construct_document(node), duplicates
+
+
+def _expanded(node: Node, known: dict[int, int]) -> int:
+    """The values below a node, each alias counted as what it stands for."""
+    if id(node) not in known:
+        below = node.value if isinstance(node, CollectionNode) else []
+        nodes = [one for item in below for one in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_expanded(one, known) for one in nodes)
+    return known[id(node)]
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> ScalarNode:

@@ -28,7 +28,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
-from mtl_dist.data.images import UnreadableImage, check_whole, open_image, open_map
+from mtl_dist.data.images import (
+    UnreadableImage,
+    check_jpeg_size,
+    check_size,
+    check_whole,
+    open_image,
+    open_map,
+)
 from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.pictures import Box, DecodedPicture, Picture, Resizing
 from mtl_dist.data.turbojpeg import Jpeg, find_turbojpeg, is_turned, open_jpeg, version_of
@@ -61,6 +68,7 @@ def decode_image(data: Bytes, channels: int, dtype: ImageDtype = "uint8") -> Ten
     """
     head = bytes(data[: _PNG_BIT_DEPTH + 1])
     if head.startswith(_JPEG):
+        check_jpeg_size(data)
         image = _decode_jpeg(data, _MODES.get(channels, ImageReadMode.UNCHANGED))
     elif head.startswith(_NPY):
         image = _decode_npy(data)
@@ -80,6 +88,7 @@ def open_picture(data: memoryview, channels: int, dtype: ImageDtype = "uint8") -
         UnreadableImage: as `decode_image`.
     """
     if dtype == "uint8" and data[:3] == _JPEG:
+        check_jpeg_size(data)
         jpeg = open_jpeg(data, channels)
         if jpeg is not None:
             return _JpegPicture(jpeg)
@@ -192,6 +201,9 @@ def _decode_deep_png(data: Bytes, mode: ImageReadMode) -> Tensor:
 
 def _check_png(data: Bytes) -> None:
     """Refuse 16-bit PNG data on which torchvision's decoder would end the process."""
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    check_size(width, height)
+    stride = 1 + 2 * width * _PNG_CHANNELS.get(data[_PNG_COLOUR_TYPE], 0)
     pixels, position = [], len(_PNG)
     try:
         while position < len(data):
@@ -202,11 +214,9 @@ def _check_png(data: Bytes) -> None:
             if kind == b"IDAT":
                 pixels.append(data[position + 8 : end])
             position = end + 4
-        rows = zlib.decompress(b"".join(pixels))
+        rows = zlib.decompressobj().decompress(b"".join(pixels), height * stride + 1)
     except zlib.error as error:
         raise UnreadableImage(f"a damaged PNG ({error})") from None
-    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    stride = 1 + 2 * width * _PNG_CHANNELS.get(data[_PNG_COLOUR_TYPE], 0)
     if data[_PNG_INTERLACED] or len(rows) != height * stride or max(rows[::stride], default=0) > 4:
         raise UnreadableImage("an interlaced or damaged 16-bit PNG")
 

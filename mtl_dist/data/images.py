@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tokenize
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -52,7 +53,18 @@ _ALPHA = (1, 2)  # what an extra sample may be, besides an unnamed one
 _HEAD = 1 << 14  # where a picture says what it is
 _SAMPLES_READ = {"RGB": 3, "RGBA": 3, "RGBX": 3, "RGBa": 3, "YCbCr": 3, "LAB": 3, "CMYK": 4}
 """The samples of a TIFF's pixel that are read, alpha aside, by the mode that Pillow opens it in; else 1."""
+MAX_PIXELS = 178_956_970
+"""The most pixels of an image, as a header of some bytes can ask for any number: 13,377 x 13,377, where
+Pillow draws the line too."""
+
+_SIZES_OF_JPEG = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""The markers of the segments that hold a JPEG's size."""
+
 _NPY_DTYPES = ("uint8", "uint16", "float32")
+
+
+_DAMAGES = (MemoryError, OverflowError, LookupError, RecursionError, AssertionError, tokenize.TokenError)
+"""What readers raise, besides errors that say what is wrong, on bytes that nobody has written on purpose."""
 
 
 class UnreadableImage(Exception):
@@ -109,6 +121,37 @@ def _depths(data: bytes) -> list[int]:
     if (at := data.find(b"pixi", 0, _HEAD)) >= 0:
         return list(data[at + 9 : at + 9 + data[at + 8]])
     return []
+
+
+def check_size(width: int, height: int) -> None:
+    """Refuse an image before it is decoded, if it says that it is too large.
+
+    Raises:
+        UnreadableImage: it does.
+    """
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(f"{width:,} x {height:,} pixels, where at most {MAX_PIXELS:,} are decoded")
+
+
+def check_jpeg_size(data: bytes | memoryview) -> None:
+    """`check_size` of a JPEG, which its decoders do not do; what is no JPEG they find out themselves.
+
+    Raises:
+        UnreadableImage: it is too large.
+    """
+    position, end = 2, len(data) - 9
+    while position < end:
+        if data[position] != 0xFF:
+            return
+        marker = data[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        if marker in _SIZES_OF_JPEG:
+            height = data[position + 5] << 8 | data[position + 6]
+            check_size(data[position + 7] << 8 | data[position + 8], height)
+            return
+        position += 2 + (data[position + 2] << 8 | data[position + 3])
 
 
 def extension_of(path: str) -> str:
@@ -189,6 +232,7 @@ def open_image(data: bytes | Path) -> Iterator[Image.Image]:
             with Image.open(
                 io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats()
             ) as image:
+                check_size(*image.size)
                 yield image
     except Image.UnidentifiedImageError:
         head = data[:64] if isinstance(data, bytes) else data.read_bytes()[:64]
@@ -197,7 +241,7 @@ def open_image(data: bytes | Path) -> Iterator[Image.Image]:
         raise UnreadableImage("bytes of no known image format") from None
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"an image too large to be safe ({error})") from None
-    except (OSError, SyntaxError, ValueError, TypeError, struct.error, zlib.error) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error, zlib.error, *_DAMAGES) as error:
         raise UnreadableImage(f"a damaged image ({error})") from None
 
 
@@ -212,11 +256,20 @@ def open_map(data: bytes) -> Iterator[Image.Image | np.ndarray]:
         with open_image(data) as image:
             yield image
         return
+    yield load_npy(data)
+
+
+def load_npy(data: bytes) -> np.ndarray:
+    """The array in the bytes of a .npy file.
+
+    Raises:
+        UnreadableImage: damaged, or of Python objects.
+    """
     try:
         array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, SyntaxError, *_DAMAGES) as error:
         raise UnreadableImage(f"a damaged .npy file ({error})") from None
-    yield array
+    return array
 
 
 def _facts(image: Image.Image) -> ImageFacts:
@@ -261,10 +314,7 @@ def _is_plain_png(image: Image.Image) -> bool:
 
 
 def _examine_npy(data: bytes) -> ImageFacts:
-    try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UnreadableImage(f"a damaged .npy file ({error})") from None
+    array = load_npy(data)
     if array.dtype.name not in _NPY_DTYPES or array.ndim not in (2, 3) or 0 in array.shape:
         raise UnreadableImage(
             f"an array of type {array.dtype.name} and shape {array.shape}, "

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mtl_dist.config.trust import mark, parts_of, refusal
 from mtl_dist.data.remote import Location
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
@@ -141,6 +142,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
             del info["facts"]
     text = json.dumps({"format": "mtl_dist", "version": FORMAT_VERSION, **content}, indent=2)
     write_text(directory / MANIFEST_NAME, text + "\n")
+    if any("." in info.kind for info in manifest.tasks.values()):
+        mark(directory, MANIFEST_NAME)
 
 
 def read_manifest(directory: Location) -> Manifest:
@@ -172,9 +175,15 @@ def read_manifest(directory: Location) -> Manifest:
             "The dataset was made by a newer mtl_dist: upgrade this one."
         )
     try:
-        return _parse(raw)
+        manifest = _parse(raw)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not a complete manifest ({error!r}). Prepare the dataset again.") from None
+    with parts_of(Path(str(directory)), MANIFEST_NAME):
+        for name, info in manifest.tasks.items():
+            refused = refusal(info.kind) if "." in info.kind else ""
+            if refused:
+                raise UserError(f"{path}: tasks.{name}.kind: {refused}")
+    return manifest
 
 
 def _parse(raw: dict[str, Any]) -> Manifest:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import unicodedata
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -13,6 +15,9 @@ from typing import Protocol
 
 from mtl_dist.errors import UserError
 from mtl_dist.importers.account import HIDDEN, LOOP, NO_FILE, Account
+
+_UNPACKED, _MAX_RATIO = 64 * 1024**2, 200
+"""A member of a zip may be of so many bytes, or of so many times those that it takes in it."""
 
 _NOT_DATA = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
@@ -64,10 +69,23 @@ class Source:
         """
         try:
             if self.archive:
-                return _open_zip(self.archive, os.getpid()).read(self.path)
+                return self._unpacked()
             return Path(self.path).read_bytes()
-        except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+        except (OSError, RuntimeError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise UserError(f"{self}: expected a readable file, found: {error}.") from None
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise UserError(f"{self}: expected a readable file, found: {error}.") from None
+
+    def _unpacked(self) -> bytes:
+        """The member of the archive. No more is unpacked than it says, and what it says is bounded."""
+        archive = _open_zip(self.archive, os.getpid())
+        member = archive.getinfo(self.path)
+        if member.file_size > max(_UNPACKED, _MAX_RATIO * member.compress_size):
+            raise UserError(
+                f"{self}: expected at most {_MAX_RATIO} times its size in the archive, found "
+                f"{member.file_size:,} bytes in {member.compress_size:,}. Unpack it yourself if you trust it."
+            )
+        return archive.read(member)
 
     def __str__(self) -> str:
         return f"{self.archive}/{self.path}" if self.archive else self.path

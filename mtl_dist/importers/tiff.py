@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import math
 import os
 import struct
 import zlib
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from mtl_dist.data.images import UnreadableImage
+from mtl_dist.data.images import UnreadableImage, check_size
 from mtl_dist.errors import UserError
 from mtl_dist.importers.pixels import encoded_picture, encoded_png
 from mtl_dist.importers.sources import Source
@@ -82,6 +83,10 @@ class Stack:
                 f"{source}: expected one axis of frames, and perhaps one of channels, found the axes "
                 f"{self._series.axes} ({shape}). Save it as a stack of frames."
             )
+        try:
+            check_size(page.imagewidth, page.imagelength)
+        except UnreadableImage as error:
+            raise UserError(f"{source}: expected pages that can be decoded, found {error}.") from None
         if self._series.dtype.name not in _DTYPES:
             raise UserError(
                 f"{source}: expected 8 or 16 bits without sign per value, found {self._series.dtype.name}. "
@@ -212,6 +217,7 @@ def read_picture(data: bytes) -> tuple[np.ndarray, int]:
                 found = "; ".join(f"{_described(one)} {one.dtype}" for one in series[:5])
                 raise UnreadableImage(f"a TIFF of {len(series)} different pictures ({found})")
             page: Any = series[0].keyframe
+            check_size(math.prod(series[0].shape) // max(1, page.samplesperpixel), 1)
             pixels, axes = series[0].asarray(), series[0].axes
     except _DAMAGES as error:
         raise UnreadableImage(f"a damaged TIFF ({_words(error)})") from None

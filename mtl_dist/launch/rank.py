@@ -15,6 +15,7 @@ from pathlib import Path
 
 from submitit import JobEnvironment
 
+from mtl_dist.config.trust import VARIABLE
 from mtl_dist.launch.attempts import Attempt, begin_attempt, read_budget, record_failure
 from mtl_dist.status import Status, read_status, write_status
 from mtl_dist.stopping import StopSignal
@@ -28,6 +29,8 @@ class TrainingJob:
     submission: Path
 
     def __call__(self) -> None:
+        # Whoever submitted the run has trusted it; their home, with their mark's key, may not be here.
+        os.environ[VARIABLE] = "1"
         # First of all, and after submitit has installed its own handlers: importing torch takes seconds.
         stop = stop_signal(os.environ)
         stop.install()
@@ -49,6 +52,7 @@ class EvaluationJob:
     run: Path
 
     def __call__(self) -> None:
+        os.environ[VARIABLE] = "1"
         become_rank(os.environ)
         from mtl_dist.runs.evaluation import evaluate_run
 

@@ -17,7 +17,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from mtl_dist.config.loading import load_settings, to_yaml
+from mtl_dist.config.trust import mark, parts_of
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.launch.profile import ClusterProfile
@@ -99,6 +100,7 @@ def submit(
         for run, point in zip(runs, recipes, strict=True):
             run.mkdir(parents=True, exist_ok=True)
             write_text(run / "recipe.yaml", to_yaml(point))
+            mark(run, "recipe.yaml")
             RunFolder(run).change_tags(tags)
         take_snapshot(folder / "code", [point.model_dump(mode="json") for point in recipes], Path.cwd())
         write_submission(folder, runs, profile, shape)
@@ -160,8 +162,10 @@ def resolved_recipes(
     """The recipe of every point, checked as far as it can be checked before the job starts."""
     from mtl_dist.recipe import load_recipe
 
+    whose = parts_of(recipe, "recipe.yaml") if recipe.is_dir() else nullcontext()
     path = recipe / "recipe.yaml" if recipe.is_dir() else recipe
-    recipes = [load_recipe(path, [*overrides, *point]).with_absolute_paths() for point in points]
+    with whose:
+        recipes = [load_recipe(path, [*overrides, *point]).with_absolute_paths() for point in points]
     for point in recipes:
         point.train.accumulation_on(shape.nodes * shape.tasks_per_node)
     return recipes
@@ -202,10 +206,10 @@ def write_submission(folder: Path, runs: Sequence[Path], profile: ClusterProfile
 
 def refuse_if_other(run: Path, recipe: Recipe) -> None:
     """Refuses a folder that holds a run which this recipe cannot go on with: its recipe would be lost."""
-    from mtl_dist.recipe import load_recipe, refuse_other_run
+    from mtl_dist.recipe import load_recipe_of, refuse_other_run
 
     if (run / "recipe.yaml").is_file():
-        refuse_other_run(load_recipe(run / "recipe.yaml"), recipe, run)
+        refuse_other_run(load_recipe_of(run), recipe, run)
 
 
 def refuse_if_active(run: Path) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mtl_dist.assemble import WhichCheckpoint, load_root
 from mtl_dist.checkpoint import MANIFEST, step_of
+from mtl_dist.config.trust import trusted
 from mtl_dist.data.decode import decode_image
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.transforms import PRESETS, Transform
@@ -34,7 +35,7 @@ from mtl_dist.importers.sources import Source
 from mtl_dist.prediction.inputs import Input, pages
 from mtl_dist.prediction.records import plain
 from mtl_dist.randomness import Draws
-from mtl_dist.recipe import load_recipe
+from mtl_dist.recipe import load_recipe_of
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.tasks.task import Task
 
@@ -74,7 +75,7 @@ class Predictor:
                 )
             run, checkpoint = run.resolve().parents[1], step_of(run.resolve())
         folder = RunFolder.open(run)
-        recipe = load_recipe(folder.recipe_path)
+        recipe = load_recipe_of(folder.directory)
         self._world = connect_without_engine(recipe.engine, device)
         self._root = load_root(
             folder, recipe, self._world, lambda line: print(line, file=sys.stderr), checkpoint
@@ -289,14 +290,17 @@ def load(
     run: str | Path,
     device: torch.device | str | None = None,
     checkpoint: WhichCheckpoint = "best",
+    trust: bool = False,
 ) -> Predictor:
     """The predictor of a trained run.
 
     `run` is its folder, or one of its checkpoints: runs/skin/ID/checkpoints/step_00001234. `device` is where
     the model runs: a GPU if there is one, without it. `checkpoint` is "best", "last", or a step that is kept;
-    a damaged best or last one is passed over, and reported on stderr.
+    a damaged best or last one is passed over, and reported on stderr. With `trust` the code that a run of
+    somebody else names is imported.
 
     Raises:
         UserError: no such run, device or checkpoint, or no whole one.
     """
-    return Predictor(Path(run), device, checkpoint)
+    with trusted(trust):
+        return Predictor(Path(run), device, checkpoint)

@@ -18,6 +18,7 @@ import numpy as np
 
 from mtl_dist.durable import replacing
 from mtl_dist.errors import UserError
+from mtl_dist.printable import cell
 
 Record: TypeAlias = dict[str, Any]
 """`{"image": name, task: {...}}`, or `{"image": name, "error": why}`."""
@@ -45,7 +46,11 @@ def columns_of(example: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_json(record: Record) -> str:
-    return json.dumps(record, ensure_ascii=False)
+    text = json.dumps(record, ensure_ascii=False)
+    if text.isprintable():
+        return text
+    # Escaped is what JSON may leave as it is, too: a terminal may obey controls beyond ASCII.
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def check_format(out: Path | None) -> None:
@@ -93,13 +98,19 @@ def _csv(path: Path, columns: Mapping[str, Any]) -> Iterator[Callable[[Record], 
     """Comma-separated, UTF-8; several values of a cell are parted by semicolons."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(columns))
-        writer.writeheader()
+        writer.writerow({name: cell(name) for name in columns})
 
         def write(record: Record) -> None:
             cells = flat(record).items()
-            writer.writerow({k: ";".join(map(str, v)) if isinstance(v, list) else v for k, v in cells})
+            writer.writerow({k: _cell(v) for k, v in cells})
 
         yield write
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        value = ";".join(map(str, value))
+    return cell(value) if isinstance(value, str) else value
 
 
 @contextmanager

@@ -80,10 +80,10 @@ def mode_of(metric: str, runs: Sequence[ListedRun]) -> Mode:
     if run is None:
         known = sorted({name for run in runs for name in run.metrics})
         raise UserError(f"metric: expected one that a run has, found {metric!r}. {suggest(metric, known)}")
-    from mtl_dist.recipe import load_recipe
+    from mtl_dist.recipe import load_recipe_of
 
     own = f"val/{metric.partition('/')[2]}"
-    recipe = load_recipe(run.path / "recipe.yaml", [{"monitor.metric": own, "monitor.mode": None}])
+    recipe = load_recipe_of(run.path, [{"monitor.metric": own, "monitor.mode": None}])
     return recipe.monitor_mode
 
 

@@ -14,7 +14,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation, evaluate
 from mtl_dist.heartbeat import during
 from mtl_dist.importers.external import with_indexes
-from mtl_dist.recipe import load_recipe
+from mtl_dist.recipe import load_recipe_of
 from mtl_dist.results import print_results, write_evaluation
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runs.announcements import warn
@@ -32,7 +32,7 @@ def evaluate_run(run: Path, split: str | None = None) -> str:
         UserError: not a run folder, no good checkpoint, or no such split.
     """
     folder = RunFolder.open(run)
-    recipe = load_recipe(folder.recipe_path)
+    recipe = load_recipe_of(folder.directory)
     world = connect_without_engine(recipe.engine)
     data = open_data(with_indexes(recipe.data), recipe.tasks)
     if split is None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from mtl_dist.checkpoint import newest_good
 from mtl_dist.config.loading import to_yaml
+from mtl_dist.config.trust import mark
 from mtl_dist.data.decode import decoder_name
 from mtl_dist.durable import write_text
 from mtl_dist.engine.world import World
-from mtl_dist.recipe import Recipe, load_recipe, refuse_other_run
+from mtl_dist.recipe import Recipe, load_recipe_of, refuse_other_run
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runs.announcements import warn
 
@@ -30,9 +31,10 @@ def training_folder(directory: Path, recipe: Recipe, world: World) -> Iterator[t
         directory.mkdir(parents=True, exist_ok=True)
         lock.__enter__()
         if folder.recipe_path.is_file():
-            refuse_other_run(load_recipe(folder.recipe_path), recipe, directory)
+            refuse_other_run(load_recipe_of(directory), recipe, directory)
         saved = newest_good(folder.checkpoints, warn)
         write_text(folder.recipe_path, to_yaml(recipe))
+        mark(directory, folder.recipe_path.name)
         before = folder.write_environment(world.size, str(world.device), decoder_name())
         if before is not None:
             now = decoder_name()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mtl_dist.printable import printable
 from mtl_dist.status import Status, write_status
 from mtl_dist.tracking.sink import Row, Sink, SkippedStep
 
@@ -33,6 +34,7 @@ class Tracker:
         """A line for people: on the terminal and in log.txt."""
         if self.directory is None:
             return
+        text = "\n".join(map(printable, text.split("\n")))
         with suppress(OSError):  # the terminal was closed
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
         self._each(lambda sink: sink.text(text))

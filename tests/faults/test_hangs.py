@@ -20,7 +20,6 @@ from torch.distributed import HashStore
 
 from mtl_dist.data import batch_loader
 from mtl_dist.engine.world import World
-from mtl_dist.errors import UserError
 from mtl_dist.hangs import watch as watching
 from mtl_dist.hangs.ranks import Failure, Pulse, Ranks, culprits, reason_of_hang
 from mtl_dist.hangs.watch import HangWatch
@@ -338,18 +337,6 @@ def train_with_a_sleeping_loss(recipe: Path, run: Path) -> None:
     train_run(recipe, run, ["train.hang_timeout=0.03", "tasks.value.loss={kind: mse}"])
 
 
-def train_with_an_error(recipe: Path, run: Path) -> None:
-    from mtl_dist.tasks.regression import Mse
-
-    if int(os.environ["RANK"]) == 1:
-
-        def fail(self: object, output: object, target: object) -> None:
-            raise UserError("my loss: expected labels, found none.")
-
-        Mse.numerators = fail  # type: ignore[assignment]
-    train_run(recipe, run, ["tasks.value.loss={kind: mse}"])
-
-
 @pytest.mark.slow
 def test_a_loss_that_sleeps_on_one_rank_ends_all_and_is_named(recipe: Path, tmp_path: Path) -> None:
     with RankPool(2) as pool, pytest.raises(RankFailure, match="exit code 1"):
@@ -358,16 +345,3 @@ def test_a_loss_that_sleeps_on_one_rank_ends_all_and_is_named(recipe: Path, tmp_
     assert status is not None
     assert status.reason.startswith("hang: rank 1 (")
     assert "stayed in the forward, step 1 at test_hangs.py:" in status.reason
-
-
-@pytest.mark.slow
-def test_the_status_names_the_first_cause_and_not_the_survivors_complaint(
-    recipe: Path, tmp_path: Path
-) -> None:
-    with RankPool(2) as pool, pytest.raises(RankFailure):
-        pool.run(train_with_an_error, recipe, tmp_path / "run")
-    wait_for(lambda: (status := read_status(tmp_path / "run")) is not None and status.state == "failed")
-    status = read_status(tmp_path / "run")
-    assert status is not None
-    assert status.reason == "UserError: my loss: expected labels, found none."
-    assert not status.retry

@@ -19,7 +19,7 @@ import mtl_dist
 PACKAGE = Path(mtl_dist.__file__).parent
 
 LAYERS: dict[int, str] = {
-    0: "errors specs batch plural durable lazy randomness status heartbeat config kinds",
+    0: "errors specs batch plural durable lazy randomness status heartbeat printable config kinds",
     1: "tasks models balance data",
     2: "importers engine gradients checkpoint optim user_optimizer ema batch_statistics monitor "
     "tracking figures stopping",
