@@ -30,8 +30,12 @@ def val_gaps(data: Data) -> Iterator[str]:
 
 def tasks_labelled_in(data: Data, split: str) -> list[str]:
     """The tasks that have a label in the split."""
-    facts = [source.facts for source in data.sources.get(split, ())]
-    return [name for name in data.task_infos if _num_labels(name, facts)]
+    return [name for name in data.task_infos if num_labels(data, name, split)]
+
+
+def num_labels(data: Data, task: str, split: str) -> int:
+    """The labels of a task in a split, over its sources."""
+    return _num_labels(task, [source.facts for source in data.sources.get(split, ())])
 
 
 def _datasets_without(data: Data, val: Sequence[SourceFacts]) -> Iterator[str]:

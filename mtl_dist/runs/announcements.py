@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,9 +10,12 @@ from contextlib import contextmanager
 from mtl_dist.caveats import caveats
 from mtl_dist.config.describe import listed
 from mtl_dist.data.loader import Data
+from mtl_dist.data.val_labels import num_labels
+from mtl_dist.kinds.registry import kind_of
 from mtl_dist.plural import plural
 from mtl_dist.recipe import Recipe
 from mtl_dist.run_folder import RunFolder
+from mtl_dist.specs import TaskInfo
 from mtl_dist.tracking.tracker import Tracker
 from mtl_dist.training.plan import Outcome
 from mtl_dist.training.trainer import Trainer
@@ -25,7 +29,8 @@ def introduce(
     micro_batch = plan.micro_batch_on(world.size)
     tracker.say(f"run      {folder.directory}")
     tracker.say(f"data     {data.describe()}")
-    tracker.say(f"tasks    {', '.join(f'{name} ({info.kind})' for name, info in data.task_infos.items())}")
+    for name, info in data.task_infos.items():
+        tracker.say(f"task     {name}: {described(info, num_labels(data, name, 'val'))}")
     if data.not_learnt:
         tracker.say(f"         not learnt, because the recipe does not name them: {listed(data.not_learnt)}")
     if recipe.absent_tasks:
@@ -38,7 +43,7 @@ def introduce(
     )
     for name, task in trainer.root.tasks.items():
         for line in task.notes():
-            tracker.say(f"tasks    {name}: {line}")
+            tracker.say(f"task     {name}: {line}")
     if trainer.metrics is not None:
         for line in trainer.metrics.exceptions(recipe.data):
             tracker.say(f"metrics  {line}")
@@ -49,6 +54,22 @@ def introduce(
         tracker.say(f"warning  {line}")
     if trainer.progress.step:
         tracker.say(f"resume   from step {trainer.progress.step}, position {trainer.progress.position}")
+
+
+def described(info: TaskInfo, in_val: int) -> str:
+    """A task in words: its kind, its labels, and the constant answer that it is to be better than."""
+    kind = kind_of(info.kind)
+    what = info.kind + (f" of {plural(len(info.classes), 'class', 'classes')}" if info.classes else "")
+    labels = f"{plural(info.num_labelled, 'label')} in train, {in_val:,} in val"
+    counted = sum(info.class_counts)
+    if kind.is_one_class and counted:
+        largest = max(info.class_counts)
+        most = info.classes[info.class_counts.index(largest)]
+        return f"{what}, {labels}, majority {most} {largest / counted:.1%}"
+    if kind.has_values and info.num_labelled:
+        unit = f" {info.unit}" if info.unit else ""
+        return f"{what}, {labels}, mean {info.mean:.4g} +- {info.std:.4g}{unit}"
+    return f"{what}, {labels}"
 
 
 @contextmanager
@@ -85,6 +106,9 @@ def farewell(tracker: Tracker, outcome: Outcome, folder: RunFolder) -> None:
     for name, what in RunFolder.FILES.items():
         if (folder.directory / name).exists():
             tracker.say(f"  {name:<22} {what}")
+    tracker.say("Next:")
+    tracker.say(f"  mtl evaluate {shlex.quote(str(folder.directory))}")
+    tracker.say(f"  mtl predict {shlex.quote(str(folder.directory))} IMAGES")
 
 
 def warn(line: str) -> None:

@@ -33,6 +33,15 @@ class Plan:
     def total_steps(self) -> int:
         return -(-self.end_position // self.global_batch)
 
+    def epoch_words(self, position: int) -> str:
+        """How many epochs are done of how many, as in `2/15`: whole where they are, though the step that ends
+        one reaches into the next."""
+        whole, rest = divmod(position, self.samples_per_epoch)
+        ends_within = position == self.end_position and rest > 0
+        done = f"{position / self.samples_per_epoch:.2f}" if ends_within else f"{whole}"
+        planned = self.end_position / self.samples_per_epoch
+        return f"{done}/{planned:.0f}" if planned == int(planned) else f"{done}/{planned:.2f}"
+
     def micro_batch_on(self, num_ranks: int) -> int:
         """The samples of one forward on one of `num_ranks` ranks."""
         return micro_batch_size(self.global_batch, num_ranks, self.accumulation)

@@ -255,13 +255,14 @@ class Trainer:
             if self.metrics is not None:
                 self.metrics.begin_epoch()
         self.tracker.record("epoch", at.step, epoch, metrics)
-        self.tracker.say(self._epoch_line(epoch, metrics, is_best))
+        self.tracker.say(self._epoch_line(metrics, is_best))
         self.figures.refresh()
         self.saving.save(at)
         return ""
 
-    def _epoch_line(self, epoch: float, metrics: Mapping[str, float], is_best: bool) -> str:
-        parts = [f"epoch {epoch:g}", f"step {self.progress.step}/{self.plan.total_steps}"]
+    def _epoch_line(self, metrics: Mapping[str, float], is_best: bool) -> str:
+        at = self.progress
+        parts = [f"epoch {self.plan.epoch_words(at.position)}", f"step {at.step}/{self.plan.total_steps}"]
         shown = dict.fromkeys(["train/loss", "val/loss", self.monitor.metric])
         parts += [f"{name} {metrics[name]:.4f}" for name in shown if name in metrics]
         return "  ".join(parts) + ("  best" if is_best else "")
