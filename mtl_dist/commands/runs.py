@@ -124,10 +124,27 @@ def launch(
             help="A config file of accelerate, such as launch/zero2.yaml.",
         ),
     ] = None,
+    nodes: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Machines that train together; start this on each.")
+    ] = 1,
+    node_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--node-rank", metavar="R", show_default=False, help="Which machine this is: 0 is the first."
+        ),
+    ] = None,
+    rendezvous: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            show_default=False,
+            help="Where they meet: an address of the first machine, and a free port there.",
+        ),
+    ] = None,
     run_dir: RunDir = None,
     tag: Tags = None,
 ) -> None:
-    """Train a recipe in several processes on this machine.
+    """Train a recipe in several processes, on this machine or on several.
 
     The short form of accelerate launch: one process per GPU (NCCL), or processes that share the CPU (gloo).
     Ctrl-C lets them save together and leave; the same command with --run-dir goes on from there.
@@ -136,8 +153,13 @@ def launch(
       mtl launch configs/digits.yaml --nproc 2
       mtl launch configs/digits.yaml --nproc 4 train.precision=bf16
       mtl launch configs/digits.yaml --config-file launch/zero2.yaml
+
+    On several machines without a cluster, which share the run's folder; here on the second of two:
+
+    \b
+      mtl launch configs/digits.yaml --nodes 2 --node-rank 1 --rendezvous gpu1:29500 --nproc 4
     """
-    from mtl_dist.launch.local import plan_launch, supervise
+    from mtl_dist.launch.local import machines_of, plan_launch, supervise
     from mtl_dist.recipe import load_recipe
     from mtl_dist.run_folder import checked_tags
 
@@ -145,11 +167,14 @@ def launch(
     loaded = load_recipe(recipe, overrides or [])
     arguments = ["train", str(recipe), *(overrides or []), *(["--run-dir", str(run_dir)] if run_dir else [])]
     arguments += [f"--tag={word}" for word in checked_tags(tag or [])]
-    plan = plan_launch(arguments, nproc, config_file, torch.cuda.device_count())
+    machines = machines_of(nodes, node_rank, rendezvous)
+    plan = plan_launch(arguments, nproc, config_file, torch.cuda.device_count(), machines)
     if plan is None:
         _train(loaded, run_dir, tag or [])
         return
     loaded.train.accumulation_on(plan.num_processes)
+    if machines is not None:
+        print(f"machine {machines.rank} of {machines.count}, meeting at {rendezvous}", flush=True)
     raise typer.Exit(supervise(plan))
 
 

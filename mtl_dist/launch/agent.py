@@ -15,8 +15,10 @@ import sys
 from collections.abc import Mapping
 
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from mtl_dist.launch.local import shell_code
 
@@ -36,6 +38,16 @@ def main() -> None:
     except ChildFailedError as error:
         failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
         sys.exit(report({rank: failure.exitcode for rank, failure in failures}))
+    except (DistError, RendezvousError) as error:
+        # From between the machines: the ranks have said nothing.
+        last = str(error).splitlines()[0] if str(error) else type(error).__name__
+        where = f"{arguments.main_process_ip}:{arguments.main_process_port}"
+        print(
+            f"--rendezvous: expected all machines at {where}, found: {last}. "
+            "Is the first one started, and reached from here by this address?",
+            file=sys.stderr,
+        )
+        sys.exit(USER_ERROR)
     except subprocess.CalledProcessError as error:
         sys.exit(shell_code(error.returncode))
     except SignalException as error:

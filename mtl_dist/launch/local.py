@@ -68,20 +68,58 @@ class Launch:
     gpus: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Machines:
+    """Several machines that train together: how many, which one this is, and where on the first they meet."""
+
+    count: int
+    rank: int
+    host: str
+    port: int
+
+
+def machines_of(nodes: int, node_rank: int | None, rendezvous: str | None) -> Machines | None:
+    """The machines of `--nodes`, `--node-rank` and `--rendezvous`; None for this machine alone.
+
+    Raises:
+        UserError: one of them is missing, or has no meaning.
+    """
+    if nodes == 1:
+        if node_rank not in (None, 0) or rendezvous is not None:
+            raise UserError("--nodes: expected the number of machines beside --node-rank and --rendezvous.")
+        return None
+    if node_rank is None or not 0 <= node_rank < nodes:
+        found = "none" if node_rank is None else str(node_rank)
+        raise UserError(f"--node-rank: expected 0 to {nodes - 1}, another on each machine, found {found}.")
+    host, _, port = (rendezvous or "").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(
+            "--rendezvous: expected HOST:PORT, an address of the first machine and a free port there, "
+            f"found {rendezvous or 'none'}. Give the same on all machines."
+        )
+    return Machines(nodes, node_rank, host.strip("[]"), int(port))
+
+
 def plan_launch(
-    arguments: Sequence[str], nproc: int | None, config_file: Path | None, num_gpus: int
+    arguments: Sequence[str],
+    nproc: int | None,
+    config_file: Path | None,
+    num_gpus: int,
+    machines: Machines | None = None,
 ) -> Launch | None:
-    """How to run `python -m mtl_dist ARGUMENTS` in `nproc` processes.
+    """How to run `python -m mtl_dist ARGUMENTS` in `nproc` processes, on each of `machines`.
 
     Without `nproc` the number is the config file's, or else one per GPU (one on a machine without). None
-    where a single process does without a launcher.
+    where a single process does without a launcher. The launch holds the number on all machines.
 
     Raises:
         UserError: the config file is not one of accelerate's, is for several machines, or there are fewer
             GPUs than processes.
     """
     config = _read_config(config_file) if config_file is not None else {}
-    num_processes = nproc or config.get("num_processes") or max(1, num_gpus)
+    if machines is not None and nproc is None and num_gpus == 0:
+        raise UserError("--nproc: expected the processes of each machine, which has no GPU, found none.")
+    num_processes = nproc or (config.get("num_processes") if machines is None else None) or max(1, num_gpus)
     on_gpus = num_gpus > 0 and config.get("gpu_ids", "all") == "all"
     if on_gpus and num_processes > num_gpus:
         raise UserError(
@@ -90,17 +128,24 @@ def plan_launch(
         )
     if config_file is not None:
         how = ["--config_file", str(config_file)]
-    elif num_processes > 1:
+    elif num_processes > 1 or machines is not None:
         # Everything is said, so that a default config of the user's home does not decide it.
-        how = ["--multi_gpu", "--num_machines", "1", "--gpu_ids", "all"]
-        how += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        how = ["--multi_gpu", "--gpu_ids", "all", "--mixed_precision", "no", "--dynamo_backend", "no"]
     else:
         return None
-    command = [sys.executable, "-m", "mtl_dist.launch.agent", *how, "--num_processes", str(num_processes)]
-    # Port 0 is any free one.
-    command += ["--main_process_port", "0", "--module", "mtl_dist", *arguments]
     # The ranks share the cores that this process may use.
     threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
+    if machines is None:
+        how += ["--num_machines", "1", "--main_process_port", "0"]  # any free one
+    else:
+        num_processes *= machines.count
+        how += ["--num_machines", str(machines.count), "--machine_rank", str(machines.rank)]
+        how += ["--main_process_ip", machines.host, "--main_process_port", str(machines.port)]
+        how += ["--rdzv_backend", "static", "--same_network"]
+        if config.get("distributed_type") == "DEEPSPEED":
+            how += ["--deepspeed_multinode_launcher", "standard"]  # its own would go to the others by ssh
+    command = [sys.executable, "-m", "mtl_dist.launch.agent", *how, "--num_processes", str(num_processes)]
+    command += ["--module", "mtl_dist", *arguments]
     return Launch(tuple(command), num_processes, threads)
 
 
@@ -114,7 +159,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if config.get("num_machines", 1) != 1:
         raise UserError(
             f"{path}: expected num_machines 1, found {config['num_machines']}. "
-            "Run `accelerate launch` on each machine, or `mtl submit` on a cluster."
+            "Give --nodes, --node-rank and --rendezvous, or use `mtl submit` on a cluster."
         )
     return config
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -205,3 +206,70 @@ def test_the_exit_code_is_that_of_the_failure_not_of_its_consequences(
     # Rank 1 has lost the rank that left with the mistake.
     assert report({1: 1, 0: 2}) == 2
     assert capsys.readouterr().err == ""
+
+
+# ---------------------------------------------------------------- several machines
+MACHINE = """
+import sys
+from dataclasses import replace
+from mtl_dist.launch.local import machines_of, plan_launch, supervise
+
+machines = machines_of(2, int(sys.argv[1]), sys.argv[2])
+plan = plan_launch([], 1, None, 0, machines)
+command = (*plan.command[: plan.command.index("--module")], *sys.argv[3:])
+sys.exit(supervise(replace(plan, command=command)))
+"""
+
+
+@pytest.fixture
+def two_machines() -> Iterator[tuple[str, list[list[str]]]]:
+    """The address of the first of two, and what runs a command on each: network namespaces with a cable
+    between them where this machine may make some, else the loopback interface of this one."""
+    names = [f"mtl{os.getpid()}{letter}" for letter in "ab"]
+
+    def ip(*arguments: str) -> bool:
+        return subprocess.run(["ip", *arguments], capture_output=True, check=False).returncode == 0
+
+    try:
+        cable = ["link", "add", "veth0", "netns", names[0], "type", "veth", "peer", "name", "veth1"]
+        made = all(ip("netns", "add", name) for name in names) and ip(*cable, "netns", names[1])
+        for number, name in enumerate(names if made else ()):
+            made = made and ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", f"veth{number}")
+            made = made and all(ip("-n", name, "link", "set", link, "up") for link in ("lo", f"veth{number}"))
+        if made:
+            yield "10.77.0.1", [["ip", "netns", "exec", name] for name in names]
+        else:
+            yield "127.0.0.1", [[], []]
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def test_machines_that_are_started_one_by_one_are_one_group(
+    tmp_path: Path, two_machines: tuple[str, list[list[str]]]
+) -> None:
+    address, run_on = two_machines
+    script = tmp_path / "script.py"
+    script.write_text(RANK + 'note(os.environ["MASTER_ADDR"])\n')
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    environ = {key: value for key, value in os.environ.items() if key not in ("RANK", "OMP_NUM_THREADS")}
+    machines = [
+        subprocess.Popen(
+            [*inside, sys.executable, "-c", MACHINE, str(number), f"{address}:{port}", script, tmp_path],
+            cwd=ROOT,
+            env=environ,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, inside in enumerate(run_on)
+    ]
+    try:
+        errors = [machine.communicate(timeout=100)[1] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.terminate()
+    assert [machine.returncode for machine in machines] == [0, 0], errors
+    assert [rank[0][:7] for rank in lines(tmp_path)] == ["2 ranks"] * 2
+    assert [rank[1] for rank in lines(tmp_path)] == [address] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from mtl_dist.commands.options import named
 from mtl_dist.errors import UserError
 from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.wanted import class_names
-from mtl_dist.launch.local import Launch, plan_launch
+from mtl_dist.launch.local import Launch, Machines, machines_of, plan_launch
 
 ROOT = Path(__file__).parents[3]
 DIGITS = ROOT / "configs" / "digits.yaml"
@@ -238,6 +239,38 @@ def test_more_processes_than_gpus_are_refused_but_may_run_on_the_cpus() -> None:
     with pytest.raises(UserError, match="--nproc: expected at most 2, the GPUs of this machine, found 4"):
         plan_launch(["train", "r.yaml"], 4, None, num_gpus=2)
     assert plan_launch(["train", "r.yaml"], 4, ROOT / "launch" / "ddp-cpu.yaml", num_gpus=2) is not None
+
+
+def test_a_plan_for_several_machines_names_them_and_counts_all_ranks() -> None:
+    machines = machines_of(3, 1, "gpu1.lab:29500")
+    plan = plan_launch(["train", "r.yaml"], 2, None, num_gpus=0, machines=machines)
+    assert plan is not None and plan.num_processes == 6
+    options = dict(zip(plan.command[3:], plan.command[4:], strict=False))
+    assert (options["--num_processes"], options["--num_machines"], options["--machine_rank"]) == (
+        "6",
+        "3",
+        "1",
+    )
+    assert (options["--main_process_ip"], options["--main_process_port"]) == ("gpu1.lab", "29500")
+    assert plan_launch(["train", "r.yaml"], None, None, num_gpus=1, machines=machines) is not None
+    assert machines_of(1, None, None) is None
+    assert machines_of(2, 0, "[fe80::1]:29500") == Machines(2, 0, "fe80::1", 29500)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--nodes 2", "--node-rank: expected 0 to 1, another on each machine, found none"),
+        ("--nodes 2 --node-rank 2 --rendezvous a:1", "--node-rank: expected 0 to 1, .* found 2"),
+        ("--nodes 2 --node-rank 0", "--rendezvous: expected HOST:PORT, .* found none"),
+        ("--nodes 2 --node-rank 0 --rendezvous gpu1", "--rendezvous: expected HOST:PORT, .* found gpu1"),
+        ("--rendezvous gpu1:29500", "--nodes: expected the number of machines"),
+    ],
+)
+def test_machines_that_cannot_meet_are_refused(options: str, line: str) -> None:
+    done = mtl("launch", DIGITS, "--nproc", "2", *options.split())
+    assert done.exit_code == 2
+    assert re.search(line, done.output)
 
 
 @pytest.mark.parametrize(
