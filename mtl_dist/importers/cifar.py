@@ -72,6 +72,17 @@ class Cifar(ArrayImporter):
         self.enter_files([*(self.tree.inside(file) for _, file in files.values()), *names])
 
 
+def is_records(path: str) -> bool:
+    """Whether a file is of this form by its name."""
+    return _NAME.fullmatch(path.rpartition("/")[2].lower()) is not None
+
+
+def num_labels(source: Source) -> int | None:
+    """The labels of a record, by the size of the file; None where no number of them fits."""
+    size = len(unpacked(source))
+    return next((number for number in _LIKELY_HEADS if size and size % (number + PIXELS) == 0), None)
+
+
 def _files(tree: Tree) -> dict[str, tuple[str, Source]]:
     """The split and the source of each file of records, by its name."""
     files: dict[str, tuple[str, Source]] = {}

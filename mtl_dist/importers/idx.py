@@ -76,6 +76,11 @@ class Idx(ArrayImporter):
         self.enter_files(self.tree.inside(file) for pair in files.values() for file in pair.values())
 
 
+def is_idx(name: str) -> bool:
+    """Whether a file is of this form by its name."""
+    return _NAME.fullmatch(name) is not None
+
+
 def _pairs(tree: Tree) -> dict[str, dict[str, Source]]:
     """The pictures and the labels of each part, by its name."""
     pairs: dict[str, dict[str, Source]] = {}

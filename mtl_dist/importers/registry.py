@@ -13,6 +13,7 @@ class BuiltIn(NamedTuple):
 
 
 IMPORTERS = {
+    "auto": BuiltIn("mtl_dist.importers.auto.Auto", "Data of a form that is found out, said, and read."),
     "digits": BuiltIn(
         "mtl_dist.importers.digits.Digits", "scikit-learn's 1,797 handwritten digits: nothing to download."
     ),

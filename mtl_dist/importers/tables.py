@@ -29,7 +29,7 @@ from mtl_dist.kinds.cells import Parsed, parse_cells
 from mtl_dist.kinds.registry import scalar_kind
 from mtl_dist.kinds.vocabulary import Cell, Declared
 
-_TABLES = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".ndjson")
+TABLES = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".ndjson")
 _FORMS = "csv, tsv, json, jsonl or a list as txt"
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "pipes"}
 METADATA, FILE_NAME = "metadata", "file_name"
@@ -110,7 +110,7 @@ def read_table(path: Path, root: Path | None) -> Table:
     if not path.exists():
         raise UserError(f"{path}: expected a table ({_FORMS}), a directory or a zip, found nothing there.")
     suffix = path.suffix.lower()
-    if path.is_file() and suffix in (*_TABLES, *LISTS):
+    if path.is_file() and suffix in (*TABLES, *LISTS):
         home, names = Tree(path.parent), [path.name]
     elif path.is_file() and suffix != ".zip":
         raise UserError(
@@ -202,7 +202,7 @@ def check_whole_lines(short: Collection[str], columns: Sequence[str]) -> None:
 
 def _find_tables(home: Tree) -> list[str]:
     """The table in a directory or an archive, or the several that are called as splits."""
-    tables = [name for name in home.files if PurePosixPath(name).suffix.lower() in _TABLES]
+    tables = [name for name in home.files if PurePosixPath(name).suffix.lower() in TABLES]
     for wanted in ("labels.json", "labels.csv"):
         named = [name for name in tables if PurePosixPath(name).name == wanted]
         if len(named) == 1:

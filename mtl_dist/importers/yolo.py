@@ -71,7 +71,7 @@ class Yolo(RegionImporter):
         names, files = self._names_of(stated, classes)
         images = [path for path in self._tree.files if extension_of(path) in IMAGE_EXTENSIONS]
         texts = {path for path in self._tree.files if path.lower().endswith(".txt") and path not in files}
-        labels = {path: named for path in images if (named := _label_file(path)) in texts}
+        labels = {path: named for path in images if (named := label_file(path)) in texts}
         if not labels:
             raise UserError(
                 f"{source}: expected text files of YOLO beside the images, or in labels/ for images/, found "
@@ -91,7 +91,7 @@ class Yolo(RegionImporter):
         lost = sorted(
             path
             for path in texts - set(used)
-            if PurePosixPath(path).stem.lower() not in _NOT_LABELS and _looks_like_labels(self._tree, path)
+            if PurePosixPath(path).stem.lower() not in _NOT_LABELS and looks_like_labels(self._tree, path)
         )
         if lost:
             raise UserError(
@@ -223,7 +223,7 @@ class Yolo(RegionImporter):
         return regions, (width, height)
 
 
-def _label_file(image: str) -> str:
+def label_file(image: str) -> str:
     """Where the labels of an image are: in labels/ for images/, else beside it."""
     parts = list(PurePosixPath(image).with_suffix(".txt").parts)
     at = [number for number, part in enumerate(parts[:-1]) if part == _IMAGES]
@@ -232,7 +232,7 @@ def _label_file(image: str) -> str:
     return "/".join(parts)
 
 
-def _looks_like_labels(tree: Tree, path: str) -> bool:
+def looks_like_labels(tree: Tree, path: str) -> bool:
     """Whether the lines of a file are numbers, as those of labels."""
     try:
         lines = [line.split() for line in text_of(tree, path).splitlines() if line.strip()]
