@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from mtl_dist.checkpoint import (
     read_checkpoint,
     step_directory,
     steps_in,
+    task_bests_as_of,
 )
 from mtl_dist.config.errors import suggest
 from mtl_dist.data.disjoint_tasks import disjoint_tasks
@@ -35,7 +36,8 @@ from mtl_dist.step import RootModule
 from mtl_dist.tasks.registry import build_tasks
 from mtl_dist.training.plan import Plan
 
-WhichCheckpoint: TypeAlias = Literal["best", "last"] | int
+WhichCheckpoint: TypeAlias = str | int
+"""best, last, a step, or best/TASK: that of a task, where `monitor.per_task` keeps it."""
 """The best one, the newest, or that of a step."""
 
 
@@ -59,7 +61,9 @@ def build_root(recipe: Recipe, facts: DataFacts, world: World) -> RootModule:
 
 
 def build_monitor(recipe: Recipe) -> Monitor:
-    return Monitor(recipe.monitor, recipe.monitor_mode, recipe.optim.schedule)
+    names = [f"val/{task}/{settings.compared[0]}" for task, settings in recipe.tasks.items()]
+    task_modes = {name: recipe.mode_of(name) for name in names} if recipe.monitor.per_task else None
+    return Monitor(recipe.monitor, recipe.monitor_mode, recipe.optim.schedule, task_modes)
 
 
 def plan_of(recipe: Recipe, data: Data, accumulation: int) -> Plan:
@@ -172,7 +176,7 @@ def best_or_newest(folder: RunFolder, say: Callable[[str], None]) -> Path:
 
 
 def chosen_checkpoint(folder: RunFolder, which: WhichCheckpoint, say: Callable[[str], None]) -> Path:
-    """The checkpoint of a step, the newest good one ("last"), or the best.
+    """The checkpoint of a step, the newest good one ("last"), the best, or a task's best ("best/TASK").
 
     Raises:
         UserError: there is none, or that of the step is damaged.
@@ -187,6 +191,13 @@ def chosen_checkpoint(folder: RunFolder, which: WhichCheckpoint, say: Callable[[
             f"{folder.directory}: expected a checkpoint, found no whole one. Train the run first."
         )
     steps = steps_in(folder.checkpoints)
+    if isinstance(which, str) and which.startswith("best/") and steps:
+        whole = (task_bests_as_of(step_directory(folder.checkpoints, step)) for step in sorted(steps)[::-1])
+        bests = next((found for found in whole if found), {})
+        if which.removeprefix("best/") not in bests:
+            kept = ", ".join(bests) or "none, without monitor.per_task"
+            raise UserError(f"checkpoint: expected a task whose best is kept ({kept}), found {which!r}.")
+        which = bests[which.removeprefix("best/")].step
     if isinstance(which, bool) or not isinstance(which, int) or which not in steps:
         kept = ", ".join(str(step) for step in sorted(steps)) or "no step"
         raise UserError(

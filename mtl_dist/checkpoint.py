@@ -245,6 +245,15 @@ def _best_as_of(path: Path) -> Best | None:
     return None if state is None else _as_best(state.get("best"))
 
 
+def task_bests_as_of(path: Path) -> dict[str, Best]:
+    """By task the best one when the checkpoint at `path` was written; none where these are not kept."""
+    state = _read_state(path)
+    monitor = None if state is None else state.get("monitor")
+    found = monitor.get("task_bests") if isinstance(monitor, dict) else None
+    bests = {task: _as_best(best) for task, best in found.items()} if isinstance(found, dict) else {}
+    return {task: best for task, best in bests.items() if best is not None}
+
+
 def _as_best(value: object) -> Best | None:
     """What JSON says of the best one; None where it says nothing, or something odd."""
     if not isinstance(value, dict) or value.keys() != {"step", "metric", "value"}:
@@ -288,6 +297,8 @@ def best_checkpoint(directory: Path, say: Callable[[str], None]) -> Path | None:
 def prune(directory: Path, keep_last: int, whole: Callable[[Path], bool], newest: int) -> None:
     """Delete all but the newest `keep_last` checkpoints, the best as of each, and leftovers of torn writes.
 
+    The best are also those of every task, where the run keeps them.
+
     Counted are those that are `whole`, up to step `newest`, which was written just now: a damaged one, or a
     later one that a resume has passed over, never takes the place of a good one.
     """
@@ -295,6 +306,7 @@ def prune(directory: Path, keep_last: int, whole: Callable[[Path], bool], newest
     counted = list(islice((step for step in sorted(paths, reverse=True) if whole(paths[step])), keep_last))
     bests = [*known_bests(directory)[:1], *(_best_as_of(paths[step]) for step in counted)]
     kept = {*counted, *(best.step for best in bests if best is not None)}
+    kept |= {best.step for step in counted for best in task_bests_as_of(paths[step]).values()}
     for step, path in paths.items():
         if step not in kept:
             # Renamed first: a deletion cut short must not leave a folder that looks like a checkpoint.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -32,7 +32,8 @@ class MonitorSettings(Settings):
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     """The smallest change that counts as an improvement."""
     per_task: bool = False
-    """Whether the best weights of each task, by the main metric of its kind, are kept as well."""
+    """Whether the best weights of each task, by the main metric of its kind, are kept as well:
+    `mtl_dist.load(run, checkpoint="best/TASK")`."""
 
     @model_validator(mode="after")
     def _one_figure(self) -> MonitorSettings:
@@ -59,14 +60,23 @@ class MonitorState:
     bad_evaluations: int = 0
     plateau_factor: float = 1.0
     plateau_waited: int = 0
+    task_bests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By task the step, metric and value of its best evaluation, where these are kept."""
 
 
 class Monitor:
     """Follows one metric over the evaluations of a run."""
 
-    def __init__(self, settings: MonitorSettings, mode: Literal["min", "max"], schedule: Schedule) -> None:
+    def __init__(
+        self,
+        settings: MonitorSettings,
+        mode: Literal["min", "max"],
+        schedule: Schedule,
+        task_modes: Mapping[str, Literal["min", "max"]] | None = None,
+    ) -> None:
         self.metric = settings.name
         self._mean = settings.mean
+        self._task_modes = task_modes or {}
         self.state = MonitorState()
         self._sign = 1.0 if mode == "max" else -1.0
         self._patience = settings.patience
@@ -80,6 +90,14 @@ class Monitor:
             return {}
         total = sum(weight * metrics[name] for name, weight in weights.items())
         return {self.metric: total / sum(weights.values())}
+
+    def observe_tasks(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take in one evaluation for each task whose best weights are kept, by `val/TASK/METRIC`."""
+        for name, mode in self._task_modes.items():
+            value, task = metrics.get(name, math.nan), name.partition("/")[2].rpartition("/")[0]
+            sign, before = (1.0 if mode == "max" else -1.0), self.state.task_bests.get(task)
+            if math.isfinite(value) and (before is None or sign * (value - before["value"]) > 0):
+                self.state.task_bests[task] = {"step": step, "metric": name, "value": value}
 
     def observe(self, value: float) -> bool:
         """Take in one evaluation; true when it is the best so far. One that is not finite never is."""

@@ -244,6 +244,8 @@ class Trainer:
                 return asked.reason
         at.unfinished_epoch = None
         metrics |= self.monitor.of(metrics)
+        if due and self._evaluate is not None:
+            self.monitor.observe_tasks(at.step, metrics)
         if due and (self._evaluate is not None or self.monitor.metric in metrics):
             value = metrics.get(self.monitor.metric, math.nan)
             is_best = self.monitor.observe(value)

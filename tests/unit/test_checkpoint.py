@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from mtl_dist import checkpoint as ckpt
+from mtl_dist.assemble import chosen_checkpoint
 from mtl_dist.checkpoint import Best, Checkpoint, CheckpointWriter
 from mtl_dist.errors import UserError
+from mtl_dist.run_folder import RunFolder
 
 
 def make(step: int, fill: float = 1.0) -> Checkpoint:
@@ -106,6 +108,22 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     assert ckpt.best_checkpoint(tmp_path, print) == tmp_path / "step_00000002"
     assert json.loads((tmp_path / "best.json").read_text())["metric"] == "val/loss"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_best_of_each_task_is_kept_where_the_run_follows_them(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, keep_last=1)
+    bests = {"digit": {"step": 2, "metric": "val/digit/accuracy", "value": 0.9}}
+    for step in range(1, 6):
+        checkpoint = make(step)
+        checkpoint.state["monitor"] = {"task_bests": bests if step >= 2 else {}}
+        writer.submit(checkpoint)
+    writer.finish()
+    assert ckpt.steps_in(tmp_path) == [2, 5]
+    folder = RunFolder(tmp_path)
+    folder.checkpoints = tmp_path
+    assert chosen_checkpoint(folder, "best/digit", print) == tmp_path / "step_00000002"
+    with pytest.raises(UserError, match=r"expected a task whose best is kept \(digit\), found 'best/age'"):
+        chosen_checkpoint(folder, "best/age", print)
 
 
 def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:

@@ -42,3 +42,28 @@ def test_it_cannot_be_monitored_where_no_task_has_an_accuracy() -> None:
     }
     with pytest.raises((UserError, ValueError), match=r"monitor.metric: expected a metric of"):
         Recipe.model_validate(stated, strict=False)
+
+
+def recipe_that_follows(**monitor: object) -> Recipe:
+    stated = {
+        "tasks": {"digit": {"kind": "classification"}, "age": {"kind": "regression"}},
+        "data": {"train": [{"path": "data/x"}], "image_size": 8},
+        "monitor": monitor,
+    }
+    return Recipe.model_validate(stated, strict=False)
+
+
+def test_a_mean_is_of_metrics_that_all_grow_or_all_fall() -> None:
+    recipe = recipe_that_follows(mean={"val/digit/accuracy": 2, "train/digit/macro_f1": 1})
+    assert recipe.monitor_mode == "max"
+    recipe = recipe_that_follows(mean={"val/digit/accuracy": 2, "val/age/mae": 1})
+    with pytest.raises(
+        UserError, match=r"monitor\.mean: expected metrics that are all to grow or all to fall"
+    ):
+        _ = recipe.monitor_mode
+    with pytest.raises(
+        ValueError, match=r"monitor\.mean: expected a metric .* Did you mean val/digit/accuracy"
+    ):
+        recipe_that_follows(mean={"val/digit/acuracy": 1})
+    with pytest.raises(ValueError, match=r"expected metric or mean, found both"):
+        recipe_that_follows(metric="val/loss", mean={"val/loss": 1})

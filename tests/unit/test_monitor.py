@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
+
+import pytest
 
 from mtl_dist.monitor import Monitor, MonitorSettings
 from mtl_dist.optim import ConstantSchedule, PlateauSchedule
@@ -58,3 +61,25 @@ def test_a_restored_monitor_goes_on_where_it_was() -> None:
     for monitor in (first, second):
         monitor.observe(2.5)
     assert second.state == first.state
+
+
+def test_a_weighted_mean_is_of_all_its_metrics_or_of_none() -> None:
+    settings = MonitorSettings(mean={"val/digit/accuracy": 2.0, "train/size/accuracy": 1.0})
+    monitor = Monitor(settings, "max", ConstantSchedule())
+    metrics = {"val/digit/accuracy": 0.9, "train/size/accuracy": 0.3, "val/loss": 1.0}
+    assert monitor.of(metrics) == {"val/weighted_mean": pytest.approx(0.7)}
+    assert monitor.of({"val/digit/accuracy": 0.9}) == {}
+    assert monitor.metric == "val/weighted_mean"
+
+
+def test_the_best_of_each_task_is_followed_on_its_own() -> None:
+    modes: dict[str, Literal["min", "max"]] = {"val/digit/accuracy": "max", "val/age/mae": "min"}
+    monitor = Monitor(MonitorSettings(per_task=True), "min", ConstantSchedule(), modes)
+    monitor.observe_tasks(1, {"val/digit/accuracy": 0.5, "val/age/mae": 3.0})
+    monitor.observe_tasks(2, {"val/digit/accuracy": 0.4, "val/age/mae": 2.0})
+    monitor.observe_tasks(3, {"val/digit/accuracy": math.nan})
+    found = {task: (best["step"], best["value"]) for task, best in monitor.state.task_bests.items()}
+    assert found == {"digit": (1, 0.5), "age": (2, 2.0)}
+    again = Monitor(MonitorSettings(per_task=True), "min", ConstantSchedule(), modes)
+    again.load_state_dict(monitor.state_dict())
+    assert again.state == monitor.state
