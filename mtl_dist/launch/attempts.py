@@ -68,10 +68,11 @@ class Ending:
 
 @dataclass(frozen=True)
 class Budget:
-    """How often a run is started again after a crash, and after the loss of a node."""
+    """How often a run is started again after a crash, after the loss of a node, and without a single step."""
 
     crashes: int
     node_failures: int
+    without_step: int = 5
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,13 @@ def why_not_again(attempts: Sequence[Attempt], budget: Budget) -> str:
     made_no_step = [a.cause == "time limit" and a.last_step <= a.first_step for a in attempts[-2:]]
     if made_no_step == [True, True]:
         return "Two attempts reached the time limit without a single step: raise time_limit."
+    own = [a for a in attempts if a.job_id == last.job_id][-budget.without_step :]
+    if len(own) == budget.without_step and all(a.last_step <= a.first_step for a in own):
+        causes = ", ".join(dict.fromkeys(a.cause for a in own))
+        return (
+            f"{len(own)} attempts in a row ended without a single step ({causes}), which "
+            f"requeue.without_step bounds."
+        )
     if [attempt.ranks for attempt in attempts[-3:]] == [0, 0, 0]:
         return "Three attempts ended before they had begun: look at the batch script's setup."
     return ""

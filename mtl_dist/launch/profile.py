@@ -18,11 +18,18 @@ _TIME = re.compile(
 )
 
 
+START_S = 60
+"""What a run needs at least before its first step."""
+
+
 class RequeueSettings(Settings):
-    """How often a run is started again. Preemptions and time limits are not counted: they are no failures."""
+    """How often a run is started again. Preemptions and time limits are not counted as long as it gets on:
+    they are no failures."""
 
     crashes: Annotated[int, Field(ge=0)] = 3
     node_failures: Annotated[int, Field(ge=0)] = 20
+    without_step: Annotated[int, Field(ge=1)] = 5
+    """Attempts in a row that may end without a single step, whatever ended them: preemptions, too."""
 
 
 class Pyxis(Settings):
@@ -92,6 +99,13 @@ class ClusterProfile(Settings):
             raise ValueError(
                 f"save_margin_s: expected less than time_limit ({self.time_limit_s} s), found "
                 f"{self.save_margin_s}. Lower it: a run would stop as soon as it starts."
+            )
+        needed = self.signal_lead_s + START_S
+        if self.time_limit_s < needed:
+            raise ValueError(
+                f"time_limit: expected at least signal_lead_s and {START_S} s to start ({needed} s), found "
+                f"{self.time_limit_s} s. Raise it, or lower signal_lead_s: a run would be asked to stop "
+                "before its first step."
             )
         return self
 

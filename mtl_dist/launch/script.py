@@ -10,6 +10,7 @@ srun, and when they have ended asks `attempts.py` whether to requeue the job:
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -37,6 +38,12 @@ export MASTER_PORT"""
 NAME_THE_JOB = (
     "JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; JOB=${JOB:-$SLURM_JOB_ID}"
 )
+
+# What modules and setup do not bring, the ranks would miss in ways that are hard to read.
+ON_FAILURE = (
+    "trap 'echo \"setup failed: $BASH_COMMAND (exit code $?). The ranks are not started.\"; exit 1' ERR"
+)
+TRUST_AGAIN = "trap - ERR"
 
 # A busy controller does not answer every time, and a run must not end because of that.
 TRY_AGAIN = """\
@@ -120,6 +127,8 @@ def slurm_parameters(folder: Path, name: str, profile: ClusterProfile, shape: Sh
         "cpus_per_task": profile.cpus_per_task,
         "time": -(-profile.time_limit_s // 60),
         "signal_delay_s": profile.signal_lead_s,
+        # submitit names its own, which a cluster may not know; a profile's is among the options of sbatch.
+        "wckey": None,
         "stderr_to_stdout": True,
         "setup": setup_lines(folder, profile, shape),
         "teardown": teardown_lines(folder, profile),
@@ -142,8 +151,10 @@ def setup_lines(folder: Path, profile: ClusterProfile, shape: Shape) -> list[str
         NAME_THE_JOB,
         # The snapshot comes before what is installed and before the working directory.
         f'export PYTHONPATH={shlex.quote(str(folder / "code"))}:"$PWD":"$PYTHONPATH" PYTHONSAFEPATH=1',
+        ON_FAILURE,
         *(f"module load {shlex.quote(module)}" for module in profile.modules),
-        *(f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()),
+        TRUST_AGAIN,
+        *(f"export {key}={with_variables(value)}" for key, value in profile.environment.items()),
         f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{profile.cpus_per_task}}}",
     ]
     if profile.network_interface is not None:
@@ -157,7 +168,7 @@ def setup_lines(folder: Path, profile: ClusterProfile, shape: Shape) -> list[str
         'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         CHOOSE_PORT,
         f"export MTL_END_TIME=${{SLURM_JOB_END_TIME:-$({END_TIME})}} MTL_SAVE_MARGIN={profile.save_margin_s}",
-        *profile.setup,
+        *([ON_FAILURE, *profile.setup, TRUST_AGAIN] if profile.setup else []),
         ANOTHER_STEP,
         f'echo "$(date -Is) {STARTED}: job $JOB on $SLURM_JOB_NODELIST"',
     ]
@@ -178,6 +189,17 @@ def teardown_lines(folder: Path, profile: ClusterProfile) -> list[str]:
         "exit $code",
         "",
     ]
+
+
+def with_variables(value: str) -> str:
+    """A value for `export` in which the shell of the node puts in `$NAME` and `${NAME}`, and nothing else.
+
+    >>> with_variables("$HOME/a b"), with_variables("a b"), with_variables("$(rm x)")
+    ('"$HOME"\'/a b\'', "'a b'", "'$(rm x)'")
+    """
+    parts = re.split(r"(\$\w+|\$\{\w+\})", value)
+    quoted = [f'"{part}"' if number % 2 else shlex.quote(part) for number, part in enumerate(parts) if part]
+    return "".join(quoted) or "''"
 
 
 def python_command(profile: ClusterProfile) -> str:

@@ -235,7 +235,7 @@ def submit_jobs(executor: SlurmExecutor, calls: Sequence[Callable[[], None]]) ->
     """
     try:
         # submitit prints what sbatch says; it is in the error too.
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), _outside_of_arrays():
             if len(calls) == 1:
                 return [executor.submit(calls[0]).job_id]
             with executor.batch():
@@ -248,6 +248,16 @@ def submit_jobs(executor: SlurmExecutor, calls: Sequence[Callable[[], None]]) ->
             "Is SLURM_CONF right?" if "configuration source" in said[-1] else "Look at the cluster profile."
         )
         raise UserError(f"sbatch refused the job: {'; '.join(said)}. {advice}") from None
+
+
+@contextmanager
+def _outside_of_arrays() -> Iterator[None]:
+    """sbatch hands its environment on: in an array's task, the new job would take itself for that task."""
+    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("SLURM_ARRAY_")}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def script_of(folder: Path, job_id: str) -> str:

@@ -198,6 +198,28 @@ def test_two_time_limits_without_a_step_end_the_run(tmp_path: Path) -> None:
     assert [time_out(), time_out()] == [True, False]
 
 
+def test_attempts_without_a_step_are_bounded_whatever_their_cause(tmp_path: Path) -> None:
+    def preempted(step: int) -> bool:
+        begin(tmp_path, 5)
+        write_status(tmp_path, Status("stopped", step=step, reason="signal SIGUSR2"))
+        return finish_attempt(tmp_path, FINE, BUDGET)
+
+    assert [preempted(5) for _ in range(4)] == [True] * 4
+    assert preempted(6), "a step begins the count again"
+    assert [preempted(5) for _ in range(5)] == [True] * 4 + [False]
+    status = read_status(tmp_path)
+    assert status is not None
+    assert status.reason.startswith("5 attempts in a row ended without a single step (preemption)")
+
+
+def test_a_rank_that_was_ended_for_a_hang_is_a_crash_with_that_reason(tmp_path: Path) -> None:
+    begin(tmp_path)
+    write_status(tmp_path, Status("failed", step=3, reason="hang: rank 1 stayed in the forward, step 4"))
+    assert finish_attempt(tmp_path, CRASHED, BUDGET)
+    last = read_attempts(tmp_path)[-1]
+    assert (last.cause, last.reason) == ("crash", "hang: rank 1 stayed in the forward, step 4")
+
+
 def test_an_attempt_that_nobody_closed_was_lost_with_its_node(tmp_path: Path) -> None:
     begin(tmp_path)
     write_status(tmp_path, Status("running", step=10))

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from mtl_dist.config.loading import load_settings
 from mtl_dist.errors import UserError
 from mtl_dist.launch.profile import ClusterProfile, Prefix, Pyxis
-from mtl_dist.launch.script import CHOOSE_PORT, Shape, build_executor, script_text
+from mtl_dist.launch.script import CHOOSE_PORT, Shape, build_executor, script_text, with_variables
 from mtl_dist.launch.slurm import new_submission_folder, removed_on_failure
 from mtl_dist.launch.snapshot import take_snapshot
 from mtl_dist.launch.sweep import point_labels, split_values, sweep_points
@@ -110,7 +110,7 @@ def test_a_prefix_command_comes_before_python() -> None:
     [("0:30:00", 30), ("12:00:00", 720), ("1-00:00", 1440), ("0:01:30", 2), ("2-1:30:00", 2970)],
 )
 def test_the_time_limit_is_slurms_and_never_shorter_than_asked(limit: str, minutes: int) -> None:
-    assert f"#SBATCH --time={minutes}" in script(time_limit=limit)
+    assert f"#SBATCH --time={minutes}" in script(time_limit=limit, signal_lead_s=20, save_margin_s=20)
 
 
 def test_the_script_is_valid_shell() -> None:
@@ -203,6 +203,58 @@ def test_signals_to_the_script_do_not_reach_the_verdict(tmp_path: Path) -> None:
     programs = {"squeue": "echo RUNNING", "scontrol": "", "srun": "kill -USR2 $PPID", "python": signals}
     assert run_script(tmp_path, programs).returncode == 0
     assert requeues(tmp_path) == ["requeue 7"]
+
+
+def test_a_failing_setup_or_module_starts_no_rank(tmp_path: Path) -> None:
+    for number, options in enumerate(({"setup": ("true", "false --really")}, {"modules": ("missing/1.0",)})):
+        work = tmp_path / str(number)
+        work.mkdir()
+        profile = ClusterProfile(python="true", **options)
+        text = script_text(build_executor(work, "x", profile, Shape(1, 1), dry_run=True))
+        (work / "srun").write_text(f"#!/bin/bash\ntouch {work}/started\n")
+        (work / "srun").chmod(0o755)
+        for name in ("squeue", "scontrol"):
+            (work / name).symlink_to("/bin/true")
+        environ = os.environ | {"PATH": f"{work}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+        environ |= {"MASTER_ADDR": "127.0.0.1", "SLURM_JOB_NODELIST": "localhost"}
+        result = subprocess.run(
+            ["bash", "-c", text], env=environ, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 1
+        assert "setup failed: " in result.stdout
+        assert not (work / "started").exists()
+
+
+def test_the_environment_knows_the_nodes_variables_and_runs_nothing(tmp_path: Path) -> None:
+    value = f"$HOME/a b:${{USER}}:$(touch {tmp_path}/ran)"
+    done = subprocess.run(
+        ["bash", "-c", f'export X={with_variables(value)}; printf %s "$X"'],
+        env={"HOME": "/home/me", "USER": "me", "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"/home/me/a b:me:$(touch {tmp_path}/ran)"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_shell_reads_setup_lines_as_they_stand() -> None:
+    assert (
+        'export DATA="${DATA:-/scratch}"' in script(setup=('export DATA="${DATA:-/scratch}"',)).splitlines()
+    )
+
+
+def test_no_wckey_is_named_but_the_profiles() -> None:
+    assert "wckey" not in script()
+    assert "#SBATCH --wckey=mine" in script(sbatch={"wckey": "mine"}).splitlines()
+
+
+def test_a_time_limit_without_time_for_a_step_is_refused() -> None:
+    with pytest.raises(
+        ValidationError, match="time_limit: expected at least signal_lead_s and 60 s to start"
+    ):
+        ClusterProfile(time_limit="0:03:30", signal_lead_s=180)
+    assert ClusterProfile(time_limit="0:04:00", signal_lead_s=180).time_limit_s == 240
 
 
 # -- profiles ---------------------------------------------------------------------------------------------
