@@ -13,11 +13,9 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -26,18 +24,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mtl_dist.data.content_hashes import HASH_SIZE, content_hash
-from mtl_dist.data.images import ImageFacts, UnreadableImage, open_map
 from mtl_dist.data.manifest import FORMAT_VERSION, ShardInfo
 from mtl_dist.data.shards import TarShard, scan_shard, shard_name
 from mtl_dist.errors import UserError
-from mtl_dist.importers.conversion import AS_IT_IS, Conversion, pixels_of, stored_image
-from mtl_dist.importers.made_masks import MadeMask
-from mtl_dist.importers.orientation import DISPLAYED, STORED, check_size, turned
-from mtl_dist.importers.pixel_counts import MOST_PIXELS, PixelCounts
+from mtl_dist.importers.conversion import AS_IT_IS, Conversion
+from mtl_dist.importers.shard_counts import ImageCounts, MapCounts, Unreadable
 from mtl_dist.importers.sources import Readable
-from mtl_dist.kinds.kind import Label, UnreadableMap
+from mtl_dist.kinds.kind import Label
 from mtl_dist.kinds.registry import kind_of, map_kind
-from mtl_dist.kinds.vocabulary import LabelError
 from mtl_dist.plural import plural
 from mtl_dist.specs import TaskInfo
 
@@ -46,10 +40,6 @@ Result = TypeVar("Result")
 
 FINISHED = ".finished"
 """The folder, beside the shards being written, that holds the results of the finished ones."""
-
-
-_MEASURED_FIRST, _EVERY, _EVERY_UNVERIFIED = 16, 16, 64
-"""Of large 8-bit pictures these are measured: to decode one in colour costs twice its verification."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +105,13 @@ class ShardJob:
         """The kind of each task, as the shard's writer wants it."""
         return {name: task.kind for name, task in self.tasks.items()}
 
+    def map_counts(self) -> MapCounts:
+        """What is found of the shard's maps, before the first."""
+        kinds = {name: map_kind(kind) for name, kind in self.kinds.items() if kind_of(kind).is_map}
+        infos = {name: self.tasks[name].info for name in kinds}
+        values = {name: self.tasks[name].mask_values for name in kinds}
+        return MapCounts(kinds, infos, values, self.masks_as)
+
     @property
     def shard(self) -> Path:
         """The tar that the job writes."""
@@ -151,11 +148,6 @@ class ShardResult:
     pixels: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_bytes(source: Readable | bytes) -> bytes:
-    """The bytes of an image or a mask, which a record holds or points to."""
-    return source if isinstance(source, bytes) else source.read()
-
-
 def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
     """Write the shard of `job`, calling `tick` after each record.
 
@@ -165,97 +157,44 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
         OSError: the shard could not be written.
     """
     shard = TarShard(job.shard, job.kinds)
+    images = ImageCounts(job.verify, job.measured, job.conversion)
+    maps = job.map_counts()
     hashes: list[str] = []
     skipped: dict[int, str] = {}
-    image_kinds: dict[str, tuple[str, int]] = {}
-    oddities: Counter[str] = Counter()
-    maps = {name: map_kind(task.kind) for name, task in job.tasks.items() if kind_of(task.kind).is_map}
-    tallies = {name: kind.tally(job.tasks[name].info) for name, kind in maps.items()}
-    conventions: dict[str, dict[str, str]] = {name: {} for name in maps}
-    unlabelled: dict[str, list[int]] = {}
-    fits: dict[str, dict[str, tuple[str, int]]] = {}
-    pixels: dict[str, PixelCounts] = {}
     try:
         for position, record in enumerate(job.records):
             where = record.key if isinstance(record.image, bytes) else str(record.image)
-            image = read_bytes(record.image)
             try:
-                measured = job.measured and _is_measured(position, job.verify)
-                image, facts = stored_image(image, job.verify and not measured, job.conversion)
-                if job.measured and (measured or _is_always_measured(facts)):
-                    kind = f"{facts.channels} {facts.dtype}"
-                    counts = pixels.setdefault(kind, PixelCounts(facts.channels, facts.dtype))
-                    with nullcontext() if job.verify else suppress(UnreadableImage):
-                        counts.add(pixels_of(image, facts))
-                masks: dict[str, bytes] = {}
-                for name, source in record.masks.items():
-                    where = f"{name} of {record.key}" if isinstance(source, bytes) else str(source)
-                    task = job.tasks[name]
-                    data = read_bytes(source)
-                    with open_map(data) as opened:
-                        masks_as = DISPLAYED if isinstance(source, MadeMask) else job.masks_as
-                        if masks_as == STORED and facts.orientation > 1:
-                            if maps[name].channels:
-                                raise UserError(
-                                    f"{where}: expected a map of single values with --masks-as stored, "
-                                    f"found {task.kind}. Turn the vectors and the picture yourself."
-                                )
-                            opened = turned(opened, facts.orientation)
-                        mask = maps[name].store(data, opened, task.info, task.mask_values)
-                    fit = check_size(where, mask, facts, masks_as)
-                    if fit and not isinstance(source, MadeMask):
-                        example, number = fits.setdefault(name, {}).get(fit, (where, 0))
-                        fits[name][fit] = (example, number + 1)
-                    if not maps[name].is_labelled(mask):
-                        unlabelled.setdefault(name, []).append(position)
-                        continue
-                    masks[name] = mask.data
-                    tallies[name] = maps[name].add(tallies[name], mask.tally)
-                    conventions[name].setdefault(mask.convention, where)
-            except LabelError as error:
-                raise UserError(f"{where}: task {name!r}: {error}") from None
-            except (UnreadableImage, UnreadableMap) as error:
-                skipped[position] = f"{where}: expected a readable image, found {error}."
+                image, facts = images.read(position, where, record.image)
+                masks = maps.read(position, record.key, record.masks, facts)
+            except Unreadable as error:
+                skipped[position] = str(error)
                 check_skipped(list(skipped.values()), job.max_skipped)
                 tick()
                 continue
             shard.write(record.key, image, facts.extension, record.labels, masks)
             hashes.append(content_hash(image).hex())
-            kind = f"{facts.channels} {facts.dtype}"
-            example, number = image_kinds.get(kind, (str(record.place), 0))
-            image_kinds[kind] = (example, number + 1)
-            oddities.update(facts.oddities)
+            images.add(str(record.place), facts)
             tick()
         info, rows = shard.close()
     except BaseException:
         shard.discard()
         raise
     result = ShardResult(
-        info,
-        rows,
-        "".join(hashes),
-        skipped,
-        image_kinds,
-        dict(oddities),
-        {name: tally.tolist() for name, tally in tallies.items()},
-        conventions,
-        unlabelled,
-        fits,
-        [counts.state() for counts in pixels.values()],
+        info=info,
+        rows=rows,
+        content_hashes="".join(hashes),
+        skipped=skipped,
+        image_kinds=images.kinds,
+        oddities=dict(images.oddities),
+        tallies=maps.tallies(),
+        conventions=maps.conventions,
+        unlabelled=maps.unlabelled,
+        fits=maps.fits,
+        pixels=images.pixels(),
     )
     _save_result(job, result)
     return result
-
-
-def _is_measured(position: int, verify: bool) -> bool:
-    """Whether an image of any kind is measured: the first of a shard, then every n-th."""
-    return position < _MEASURED_FIRST or position % (_EVERY if verify else _EVERY_UNVERIFIED) == 0
-
-
-def _is_always_measured(facts: ImageFacts) -> bool:
-    """Whether the image is small, or of those that are normalised by what is measured."""
-    small = facts.width * facts.height <= MOST_PIXELS
-    return small or facts.dtype != "uint8" or facts.channels not in (1, 3)
 
 
 def check_skipped(reasons: Sequence[str], max_skipped: int) -> None:

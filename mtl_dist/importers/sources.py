@@ -40,6 +40,11 @@ class Readable(Protocol):
         """
 
 
+def read_bytes(source: Readable | bytes) -> bytes:
+    """The bytes of an image or a mask, which a record holds or points to."""
+    return source if isinstance(source, bytes) else source.read()
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """The bytes of one file, read when they are needed; `stamp` changes when the file does."""
