@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from mtl_dist.config.loading import to_yaml
+from mtl_dist.config.trust import parts_of
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.launch.local import Launch, plan_launch, supervise_all
 from mtl_dist.lazy import torch
-from mtl_dist.recipe import Recipe, load_recipe_of
+from mtl_dist.recipe import Recipe, load_recipe
 from mtl_dist.status import read_status
 
 T = TypeVar("T", bound="Training")
@@ -64,7 +65,8 @@ class Training:
             self.recipe_path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.recipe_path, to_yaml(recipe))
             return
-        before = load_recipe_of(self.recipe_path.parent)
+        with parts_of(self.recipe_path.parent, self.recipe_path.name):
+            before = load_recipe(self.recipe_path)
         for section in type(before).model_fields:
             if getattr(before, section) != getattr(recipe, section):
                 raise UserError(
