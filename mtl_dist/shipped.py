@@ -59,13 +59,22 @@ def copy_of(name: str, out: Path) -> Path:
             f"{suggest(name, files, 'Files')}"
         )
     place = out / f"{name}.yaml" if out.is_dir() else out
+    write_new(place, files[name].read_text(encoding="utf-8"))
+    return place
+
+
+def write_new(place: Path, text: str) -> None:
+    """Write a file that does not exist yet.
+
+    Raises:
+        UserError: the place is taken, or cannot be written.
+    """
     try:
         with open(place, "x", encoding="utf-8") as file:
-            file.write(files[name].read_text(encoding="utf-8"))
+            file.write(text)
     except FileExistsError:
         raise UserError(
             f"{place}: expected a new file, found one. Name another place as second argument."
         ) from None
     except OSError as error:
         raise UserError(f"{place}: expected a place that can be written, found: {error.strerror}.") from None
-    return place

@@ -15,23 +15,32 @@ def add_to(app: typer.Typer) -> None:
 def init(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", show_default=False, help="A recipe, preset or profile to copy."),
+        typer.Argument(
+            metavar="[NAME|DATASET]",
+            show_default=False,
+            help="A recipe, preset or profile to copy, or a prepared dataset to write a recipe for.",
+        ),
     ] = None,
     out: Annotated[
-        Path, typer.Argument(metavar="[OUT]", show_default=False, help="Where to: a new file, or a folder.")
-    ] = Path(),
+        Path | None,
+        typer.Argument(metavar="[OUT]", show_default=False, help="Where to: a new file, or a folder."),
+    ] = None,
 ) -> None:
-    """List the recipes, presets and profiles that come with the package, or copy one.
+    """List the recipes, presets and profiles that come with the package, copy one, or write a recipe.
 
     \b
       mtl init                        the list
       mtl init skin                   writes skin.yaml here, to be changed
       mtl init general slurm/         a cluster profile
+      mtl init data/cats > mine.yaml  a recipe for this dataset, every choice with its reason
     """
     from mtl_dist.shipped import SHELVES, copy_of, headline
 
+    if name is not None and (Path(name) / "dataset.json").is_file():
+        _write_recipe(Path(name), out)
+        return
     if name is not None:
-        print(f"{copy_of(name, out)}: written; its first lines say how to run it")
+        print(f"{copy_of(name, out or Path())}: written; its first lines say how to run it")
         return
     for shelf in SHELVES:
         print(f"{shelf.title}:")
@@ -40,4 +49,21 @@ def init(
         for file, path in files.items():
             print(f"  {file:<{width}}  {headline(path)}")
         print()
-    print("mtl init NAME copies one.")
+    print("mtl init NAME copies one; mtl init DATASET writes one for your data.")
+
+
+def _write_recipe(dataset: Path, out: Path | None) -> None:
+    """Write a recipe for a dataset to a new file, or to standard output."""
+    import torch
+
+    from mtl_dist.data.inspect import inspect_dataset
+    from mtl_dist.report.first_recipe import first_recipe
+    from mtl_dist.shipped import write_new
+
+    text = first_recipe(inspect_dataset(dataset), "gpu" if torch.cuda.is_available() else "cpu")
+    if out is None:
+        print(text, end="")
+        return
+    place = out / f"{dataset.resolve().name}.yaml" if out.is_dir() else out
+    write_new(place, text)
+    print(f"{place}: written; mtl train {place} trains by it")

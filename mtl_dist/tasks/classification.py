@@ -67,6 +67,10 @@ ClassificationLoss: TypeAlias = Annotated[
 ]
 
 
+MUCH_LARGER = 3
+"""A class with so many times the labels of another is one that a model learns first."""
+
+
 class ClassificationSettings(CommonTaskSettings):
     """A task with one class per sample; number and names of the classes are the dataset's."""
 
@@ -96,6 +100,16 @@ class ClassificationSettings(CommonTaskSettings):
     second."""
     threshold: Threshold = DEFAULT
     """Of two classes the probability above which it is the positive one; best_f1 or youden: chosen on val."""
+
+    @classmethod
+    def suited_to(cls, info: TaskInfo) -> tuple[dict[str, Any], str]:
+        counts = [count for count in info.class_counts if count]
+        if not counts or max(counts) < MUCH_LARGER * min(counts):
+            return {}, ""
+        largest = info.classes[info.class_counts.index(max(counts))]
+        smallest = info.classes[info.class_counts.index(min(counts))]
+        why = f"every class weighs the same: {largest} has {max(counts):,} labels, {smallest} {min(counts):,}"
+        return {"loss": {"kind": "cross_entropy", "class_weights": "balanced"}}, why
 
     def build(self, name: str, info: TaskInfo) -> Task:
         require_fit(name, self.kind, info, min_classes=2)

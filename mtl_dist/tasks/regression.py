@@ -62,6 +62,10 @@ RegressionLoss: TypeAlias = Annotated[
 ]
 
 
+FAR = 4
+"""Deviations from the mean, beyond which a few labels would lead a squared error."""
+
+
 class RegressionSettings(CommonTaskSettings):
     """A task with one number per sample."""
 
@@ -77,6 +81,14 @@ class RegressionSettings(CommonTaskSettings):
 
     A target that is always the same (std 0) is shifted by its mean and not scaled.
     """
+
+    @classmethod
+    def suited_to(cls, info: TaskInfo) -> tuple[dict[str, Any], str]:
+        farthest = max(info.maximum - info.mean, info.mean - info.minimum) / info.std
+        if farthest < FAR:
+            return {}, ""
+        why = f"errors of outliers count less: the farthest label is {farthest:.1f} deviations from the mean"
+        return {"loss": {"kind": "smooth_l1"}}, why
 
     def build(self, name: str, info: TaskInfo) -> Task:
         require_fit(name, self.kind, info)

@@ -44,6 +44,14 @@ class SegmentationSettings(CommonTaskSettings):
     kind: Literal["segmentation"] = "segmentation"
     loss: SegmentationLoss = MapCrossEntropySettings()
 
+    @classmethod
+    def suited_to(cls, info: TaskInfo) -> tuple[dict[str, Any], str]:
+        if len(info.classes) != 2 or not sum(info.class_counts):
+            return {}, ""
+        share = info.class_counts[1] / sum(info.class_counts)
+        why = f"Dice counts the overlap: {info.classes[1]} is {share:.1%} of the pixels"
+        return {"loss": {"kind": "bce_dice"}}, why
+
     def build(self, name: str, info: TaskInfo) -> Task:
         require_fit(name, self.kind, info, min_classes=2)
         return SegmentationTask(name, info, self, self.loss.build(info, f"tasks.{name}.loss"))

@@ -112,6 +112,11 @@ class CommonTaskSettings(Settings, ABC):
         metric, goal = cls.learnt_by_heart
         return value >= goal if cls.modes[metric] == "max" else value <= goal
 
+    @classmethod
+    def suited_to(cls, info: TaskInfo) -> tuple[dict[str, Any], str]:
+        """Settings that such labels ask for beside the defaults, and why: for a first recipe."""
+        return {}, ""
+
     @abstractmethod
     def build(self, name: str, info: TaskInfo) -> Task:
         """The task called `name` for a dataset that knows `info` of it.

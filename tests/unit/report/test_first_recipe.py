@@ -1,0 +1,93 @@
+"""`mtl init DATASET`: a recipe for a dataset, every choice with its reason."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mtl_dist.cli import main
+from mtl_dist.data.inspect import inspect_dataset
+from mtl_dist.recipe import load_recipe
+from mtl_dist.report.first_recipe import Device, first_recipe
+from mtl_dist.specs import TaskInfo
+from mtl_dist.tasks.registry import TASKS
+from tests.tiny_datasets import write_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data") / "tiny data"
+    write_dataset(directory, {"train": 16, "val": 4})
+    return directory
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_it_is_a_recipe_that_learns_every_task_of_the_dataset(dataset: Path, device: Device) -> None:
+    inspection = inspect_dataset(dataset)
+    text = first_recipe(inspection, device)
+    recipe = load_recipe(yaml.safe_load(text))
+    assert {name: task.kind for name, task in recipe.tasks.items()} == {
+        name: info.kind for name, info in inspection.manifest.tasks.items()
+    }
+    assert (recipe.train.precision == "bf16") == (device == "gpu")
+    assert recipe.data.train[0].path == dataset
+    for setting in ("image_size", "augment", "backbone", "global_batch", "epochs"):
+        (line,) = [line for line in text.splitlines() if line.strip().startswith(f"{setting}:")]
+        assert "  # " in line, line
+
+
+def test_a_dataset_without_val_is_told_what_is_missing(dataset: Path) -> None:
+    inspection = inspect_dataset(dataset)
+    manifest = inspection.manifest
+    alone = replace(manifest, splits={"fit": manifest.splits["train"]})
+    text = first_recipe(replace(inspection, manifest=alone), "cpu")
+    assert "--val 0.2" in text
+    assert yaml.safe_load(text)["data"]["train"][0]["split"] == "fit"
+    assert "--val 0.2" not in first_recipe(inspection, "cpu")
+
+
+def test_labels_choose_the_loss() -> None:
+    def loss(info: TaskInfo) -> object:
+        return TASKS[info.kind].suited_to(info)[0].get("loss")
+
+    rare = TaskInfo("classification", ("a", "b"), 100, (90, 10))
+    assert loss(rare) == {"kind": "cross_entropy", "class_weights": "balanced"}
+    assert loss(replace(rare, class_counts=(60, 40))) is None
+    assert loss(replace(rare, class_counts=(100, 0))) is None  # nothing can be balanced
+    mask = TaskInfo("segmentation", ("background", "m"), 9, (900, 100))
+    assert loss(mask) == {"kind": "bce_dice"}
+    assert loss(replace(mask, class_counts=())) is None
+    number = TaskInfo("regression", num_labelled=9, mean=1.0, std=1.0, minimum=0.0, maximum=9.0)
+    assert loss(number) == {"kind": "smooth_l1"}
+    assert loss(replace(number, maximum=3.0)) is None
+
+
+def test_the_command_prints_it_or_writes_a_new_file(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["mtl", "init", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
+    assert init(str(dataset)) == 0
+    shown = capsys.readouterr().out
+    assert init(str(dataset), str(tmp_path)) == 0
+    assert (tmp_path / "tiny data.yaml").read_text() == shown
+    assert init(str(dataset), str(tmp_path)) == 2
+    assert "expected a new file, found one" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_by_it_trains(dataset: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(first_recipe(inspect_dataset(dataset), "cpu"), encoding="utf-8")
+    command = [sys.executable, "-m", "mtl_dist", "train", str(recipe), "train.max_steps=2", "data.workers=0"]
+    subprocess.run([*command, "--run-dir", str(tmp_path / "run")], check=True, capture_output=True)
+    assert (tmp_path / "run" / "history.json").is_file()
