@@ -37,7 +37,8 @@ class MonitorSettings(Settings):
 
     @model_validator(mode="after")
     def _one_figure(self) -> MonitorSettings:
-        if self.mean is not None and "metric" in self.model_fields_set:
+        # A run's own recipe states the default beside the mean.
+        if self.mean is not None and self.metric != "val/loss":
             raise ValueError("expected metric or mean, found both. Remove one of them.")
         return self
 

@@ -66,4 +66,6 @@ def test_a_mean_is_of_metrics_that_all_grow_or_all_fall() -> None:
     ):
         recipe_that_follows(mean={"val/digit/acuracy": 1})
     with pytest.raises(ValueError, match=r"expected metric or mean, found both"):
-        recipe_that_follows(metric="val/loss", mean={"val/loss": 1})
+        recipe_that_follows(metric="val/digit/accuracy", mean={"val/loss": 1})
+    again = Recipe.model_validate(recipe.model_dump(mode="json"), strict=False)
+    assert again.monitor == recipe.monitor
