@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A module's tests share their runs, so they stay on one worker; the long ones come first.
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-oldest test-slurm lint install clean
+.PHONY: demo test test-all fuzz test-oldest test-slurm lint install clean
 
 # What a user needs; the tests' own tools come on top of it.
 install: $(VENV)/installed
@@ -34,6 +34,10 @@ test: $(VENV)/installed-dev
 # Also every method under every engine in every way (docs/support.md), of which `make test` tries every two.
 test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slurm"
+
+# A hundred times as many damaged files as `make test` tries.
+fuzz: $(VENV)/installed-dev
+	FUZZ_CASES=15000 $(BIN)/python -m pytest tests/faults/test_fuzz.py --timeout 0
 
 # On a real Slurm of two nodes on this machine, as root, with nothing else running: the tests end jobs by their
 # clocks. 7 to 15 minutes.

@@ -11,9 +11,11 @@ Format version 2. A reader takes version 1 as well, and refuses a newer one.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mtl_dist.config.trust import mark, parts_of, refusal
 from mtl_dist.data.remote import Location
@@ -176,7 +178,8 @@ def read_manifest(directory: Location) -> Manifest:
         )
     try:
         manifest = _parse(raw)
-    except (KeyError, TypeError) as error:
+        _check(manifest, Manifest, "")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a complete manifest ({error!r}). Prepare the dataset again.") from None
     with parts_of(Path(str(directory)), MANIFEST_NAME):
         for name, info in manifest.tasks.items():
@@ -184,6 +187,45 @@ def read_manifest(directory: Location) -> Manifest:
             if refused:
                 raise UserError(f"{path}: tasks.{name}.kind: {refused}")
     return manifest
+
+
+def _check(value: Any, hint: Any, where: str) -> None:
+    """Refuse what JSON holds in place of a value of the annotated type.
+
+    Raises:
+        TypeError: naming it.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, hint):
+        hints = get_type_hints(hint)
+        for one in fields(hint):
+            _check(getattr(value, one.name), hints[one.name], f"{where}.{one.name}".lstrip("."))
+        return
+    if origin is Literal:
+        fits = value in arguments
+    elif origin in (Union, UnionType):
+        fits = any(_fits(value, argument, where) for argument in arguments)
+    elif origin in (dict, Mapping):
+        fits = isinstance(value, dict)
+        for key, item in value.items() if fits else ():
+            _check(item, arguments[1], f"{where}.{key}")
+    elif origin is tuple:
+        fits = isinstance(value, list | tuple)
+        for number, item in enumerate(value if fits else ()):
+            _check(item, arguments[0], f"{where}.{number}")
+    else:
+        wanted = (int, float) if hint is float else hint
+        fits = hint is Any or (isinstance(value, wanted) and isinstance(value, bool) == (hint is bool))
+    if not fits:
+        raise TypeError(f"{where}: {value!r}")
+
+
+def _fits(value: Any, hint: Any, where: str) -> bool:
+    try:
+        _check(value, hint, where)
+    except TypeError:
+        return False
+    return True
 
 
 def _parse(raw: dict[str, Any]) -> Manifest:
