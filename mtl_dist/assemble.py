@@ -28,7 +28,7 @@ from mtl_dist.data.loader import Data
 from mtl_dist.engine.connect import EngineChoice
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
-from mtl_dist.models.multitask import build_model
+from mtl_dist.models.whole import model_of
 from mtl_dist.monitor import Monitor
 from mtl_dist.recipe import Recipe
 from mtl_dist.run_folder import DataFacts, RunFolder
@@ -50,7 +50,7 @@ def build_root(recipe: Recipe, facts: DataFacts, world: World) -> RootModule:
     heads = [task.head for task in tasks.values()]
     measured = None if facts.pixels is None else (facts.pixels.mean, facts.pixels.std)
     is_picture = facts.image_dtype == "uint8" and facts.channels == 3
-    model = build_model(
+    model = model_of(
         recipe.model, heads, facts.channels, facts.image_size, measured=measured, is_picture=is_picture
     )
     model.use_memory_format(torch.channels_last if recipe.train.channels_last else torch.contiguous_format)

@@ -181,7 +181,7 @@ def build_model(
     if not heads:
         raise UserError("tasks: expected at least one task, found none. Give the model something to learn.")
     check_heads(settings, heads)
-    mean, std = _normalisation(settings, in_channels, measured, is_picture)
+    mean, std = normalisation(settings, in_channels, measured, is_picture)
     modules: dict[str, Head] = {}
     if settings.shared:
         shared = _build_part(settings, heads, build_network(settings, in_channels, image_size), modules)
@@ -211,9 +211,14 @@ def _build_part(
     return Backbone(network, strides, has_vector_head and vector_name == VECTOR, settings)
 
 
-def _normalisation(
+def normalisation(
     settings: ModelSettings, in_channels: int, measured: Measured | None, is_picture: bool
 ) -> tuple[list[float], list[float]]:
+    """Mean and deviation per channel, as `model.normalise` and what stands beside it say.
+
+    Raises:
+        UserError: they want what was not measured, or do not fit the channels.
+    """
     mean, std = published_normalisation(settings.backbone_name, in_channels)
     if settings.normalise == "data" and measured is None:
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mtl_dist.config.settings import Settings
 from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
@@ -84,6 +84,17 @@ class UserBackboneSettings(UserDefinedSettings):
     provides = ("in_channels", "image_size")
 
 
+class UserNetworkSettings(UserDefinedSettings):
+    """A whole model of the user's, from images to an output per task; its constructor may ask for
+    `in_channels`, `image_size` (H, W), and `outputs`, by task the channels of its output."""
+
+    part_base = "torch.nn.Module"
+    provides = ("in_channels", "image_size", "outputs")
+
+
+UserNetwork: TypeAlias = Annotated[UserNetworkSettings, UserDefined((UserNetworkSettings,), only=True)]
+
+
 class ModelSettings(Settings):
     """The model: a backbone, shared by all tasks or one per task, and a head per task.
 
@@ -106,6 +117,7 @@ class ModelSettings(Settings):
     decoder        for all map tasks: `unet`, another one by its short name, or one of the user's by its
                    import path
     heads          by task: what it changes in them, or a head or decoder of its own
+    network        in place of backbone, head, decoder and heads: a whole model of the user's
     """
 
     backbone: Annotated[str, UserDefined((UserBackboneSettings,))] = "resnet18"
@@ -120,6 +132,20 @@ class ModelSettings(Settings):
     head: HeadSettings = HeadSettings()
     decoder: Decoder = DecoderSettings()
     heads: dict[str, Annotated[TaskHeadSettings, USER_HEAD]] = Field(default_factory=dict)
+    network: UserNetwork | None = None
+
+    @model_validator(mode="after")
+    def _network_is_whole(self) -> ModelSettings:
+        if self.network is None:
+            return self
+        defaults = type(self).model_construct()
+        for name in type(self).model_fields:
+            kept = name in ("network", "normalise", "mean", "std")
+            if not kept and getattr(self, name) != getattr(defaults, name):
+                raise ValueError(
+                    f"{name}: expected none with model.network, which is the whole model. Remove it."
+                )
+        return self
 
     @property
     def user_backbone(self) -> UserBackboneSettings | None:
@@ -129,5 +155,7 @@ class ModelSettings(Settings):
 
     @property
     def backbone_name(self) -> str:
-        """What the backbone is called."""
+        """What the backbone, or the whole model, is called."""
+        if self.network is not None:
+            return self.network.path
         return self.backbone if self.user_backbone is None else self.user_backbone.path

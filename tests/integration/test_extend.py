@@ -55,7 +55,17 @@ def blocks(language: str) -> list[str]:
 
 def fragments() -> list[dict[str, Any]]:
     """The pieces of a recipe that the page shows, besides the two lines of its beginning."""
-    return [parse(text)[0] for text in blocks("yaml")[1:]]
+    return [piece for piece in map(first_of, blocks("yaml")[1:]) if piece != network()]
+
+
+def first_of(text: str) -> dict[str, Any]:
+    piece: dict[str, Any] = parse(text)[0]
+    return piece
+
+
+def network() -> dict[str, Any]:
+    """The piece with a whole model, which has no room for a backbone and heads."""
+    return next(first_of(text) for text in blocks("yaml") if "network:" in text)
 
 
 def scan(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +128,7 @@ def run(project: Path, recipe: Recipe) -> Path:
 
 
 def test_every_example_is_at_most_20_lines_and_a_whole_kind_of_task_at_most_60() -> None:
-    assert len(blocks("python")) == 11
+    assert len(blocks("python")) == 12
     for text in blocks("python"):
         lines = [line for line in text.splitlines()[1:] if line.strip()]
         most = 60 if "CommonTaskSettings" in text else 20
@@ -186,6 +196,20 @@ def test_an_optimizer_and_a_schedule_of_ones_own_train_and_are_kept(recipe: Reci
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     rates = [row["lr/backbone"] for row in rows if row["kind"] == "step"]
     assert rates[:8] == pytest.approx([0.1 * (1 - 0.9 * step / 8) for step in range(8)])
+
+
+def test_a_whole_model_of_ones_own_is_balanced_resumed_and_predicts(project: Path) -> None:
+    from mtl_dist.runs.train import train
+
+    stated = {**BASE, **network(), "balance": {"method": "cagrad", "level": "parameters"}}
+    stated["train"] = {**BASE["train"], "epochs": 1}
+    train(load_recipe(stated), project / "whole")
+    outcome = train(load_recipe(project / "whole" / "recipe.yaml", ["train.epochs=2"]), project / "whole")
+    assert (outcome.state, outcome.step) == ("done", 8)
+    train(load_recipe({**stated, "train": BASE["train"]}), project / "at-once")
+    assert logged_losses(project / "whole")[:4] == logged_losses(project / "at-once")[:4]
+    answer = mtl_dist.load(project / "whole").predict(project / "scans" / "3_3.png")
+    assert answer["ink"]["mask"].shape == (SIZE, SIZE)
 
 
 def test_a_tracker_of_ones_own_has_every_epoch(run: Path) -> None:
