@@ -119,6 +119,11 @@ def check_labels(data: Data, recipe: Recipe) -> None:
 
 def check_balancing(recipe: Recipe, root: RootModule, data: Data, choice: EngineChoice) -> None:
     """Refuse a method of balancing that does not fit the engine, the model or the labels."""
+    if root.balancer.level is not None and root.balancer.every > 1 and not root.model.heads_follow_features:
+        raise UserError(
+            "balance.every: expected 1 with model.network, whose gradients are weighted as they are found, "
+            f"found {root.balancer.every}."
+        )
     check_balance(
         root.balancer,
         recipe.balance.method,

@@ -24,6 +24,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -145,7 +146,11 @@ class Balancing:
             if self._diagnoses_at(totals.step):
                 gramian_TT = products(jacobian_TP)
                 self._gramian = gramian_TT, torch.ones_like(gramian_TT, dtype=torch.bool)
-        return self._applied(weights_T, present_T, gradient_P)
+        applied = self._applied(weights_T, present_T, gradient_P)
+        if gradient_P is not None and not self.root.model.heads_follow_features:
+            # No place keeps the losses' own gradients from the shared parameters: they are taken out here.
+            return replace(applied, gradient_P=gradient_P - applied.loss_T @ record.local_jacobian)
+        return applied
 
     def _applied(self, weights_T: Tensor, present_T: Tensor, gradient_P: Tensor | None = None) -> Weights:
         if self.balancer.scale_heads:

@@ -148,7 +148,8 @@ class RootModule(nn.Module):
         Where `weights` are still to be found, they are from this very forward, which is the only one of its
         window.
         """
-        gradient_scale = GradientScale() if self.balancer.level is not None else None
+        has_scale = self.balancer.level is not None and self.model.heads_follow_features
+        gradient_scale = GradientScale() if has_scale else None
         features = self.features(batch, gradient_scale)
         outputs = self.outputs(features, batch)
         losses_T, sums_T = self.losses(outputs, batch, totals)

@@ -27,8 +27,9 @@ from mtl_dist.engine.connect import Connection, connect
 from mtl_dist.engine.settings import EngineSettings, Precision
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
-from mtl_dist.models.multitask import build_model
+from mtl_dist.models.multitask import MultitaskModel, build_model
 from mtl_dist.models.settings import Checkpointing, ModelSettings
+from mtl_dist.models.whole import WholeModel
 from mtl_dist.optim import OptimSettings, build_optimizer
 from mtl_dist.specs import TaskInfo
 from mtl_dist.step import RootModule, WindowTotals, count_labels
@@ -109,6 +110,8 @@ class Case:
     diagnose_every: int = 0
     frozen: bool = False
     shared: bool = True
+    network: bool = False
+    """Whether the model is a whole one of the user's, which has the same parts."""
 
     def with_(self, **changes: object) -> Case:
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -171,6 +174,23 @@ def connection_of(engine: EngineName, precision: Precision) -> Connection:
     return connect(settings, precision)
 
 
+class Parts(torch.nn.Module):
+    """The parts of a model of the package, as a network from normalised images to outputs."""
+
+    def __init__(self, model: MultitaskModel) -> None:
+        super().__init__()
+        assert model.backbone is not None
+        self.backbone, self.heads = model.backbone, model.heads
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.backbone(images)
+        size = (images.shape[2], images.shape[3])
+        return {
+            task: head({name: features[name] for name in head.reads}, size)
+            for task, head in self.heads.items()
+        }
+
+
 def build_root(case: Case, world: World) -> RootModule:
     torch.manual_seed(7)
     tasks = build_tasks(SETTINGS, INFOS)
@@ -183,6 +203,9 @@ def build_root(case: Case, world: World) -> RootModule:
     )
     heads = [task.head for task in tasks.values()]
     model = build_model(model_settings, heads, 1, (SIZE, SIZE))
+    if case.network:
+        mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
+        model = WholeModel(Parts(model), heads, (SIZE, SIZE), mean, std)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

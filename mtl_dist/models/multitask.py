@@ -13,7 +13,7 @@ Shape legend: batch.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,8 @@ class MultitaskModel(nn.Module):
 
     mean: Tensor
     std: Tensor
+    heads_follow_features: ClassVar[bool] = True
+    """Whether the parameters of one task alone lie behind the features, and the shared ones before them."""
 
     def __init__(
         self,

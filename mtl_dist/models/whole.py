@@ -28,6 +28,8 @@ class WholeModel(MultitaskModel):
         UserError: it returns something else than an output per task, or has parameters that no task reaches.
     """
 
+    heads_follow_features = False
+
     def __init__(
         self,
         network: nn.Module,

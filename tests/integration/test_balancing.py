@@ -138,3 +138,24 @@ def test_diagnosis_changes_nothing_and_is_the_same_on_any_number_of_ranks(engine
         expected = train("single", case.with_(accumulation=1, diagnose_every=2)).diagnoses
         for found, wanted in zip(ours.diagnoses, expected, strict=True):
             assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["single", "ddp", "zero2"])
+def test_a_whole_model_of_the_users_is_balanced_as_one_of_the_package(engine: EngineName) -> None:
+    cases = [
+        Case(Balance(method, level), labels="partial", accumulation=accumulation, num_steps=2)
+        for method, level in (("fixed", None), ("cagrad", "parameters"), ("graddrop", None))
+        for accumulation in (1, 2)
+        if engine != "zero2" or method != "graddrop"
+    ]
+    parts = run(engine, cases)
+    whole = run(engine, [case.with_(network=True) for case in cases])
+    for case, ours, theirs in zip(cases, whole, parts, strict=True):
+        assert not ours.refusal and not theirs.refusal, (case, ours.refusal, theirs.refusal)
+        for name, tensor in theirs.model.items():
+            own = ours.model[
+                name.replace("model.backbone.", "model.network.backbone.").replace(
+                    "model.heads.", "model.network.heads."
+                )
+            ]
+            torch.testing.assert_close(own, tensor, rtol=1e-4, atol=2e-6, msg=f"{case}: {name}")
