@@ -63,7 +63,10 @@ LINES = sorted(
 
 
 def words_of(line: str) -> list[str]:
-    return shlex.split(re.sub(r"\$\(.*?\)", "RUN", line), comments=True)[1:]
+    """Its words, without what the shell does with its output."""
+    words = shlex.split(re.sub(r"\$\(.*?\)", "RUN", line), comments=True)[1:]
+    ends = [at for at, word in enumerate(words) if word in (">", ">>", "|", "<")]
+    return words[: min(ends, default=len(words))]
 
 
 def parsed(words: list[str]) -> dict[str, Any]:
