@@ -159,5 +159,6 @@ def build_trainer(
         figures=RunFigures(None),
         stop=StopSignal(),
         recipe_text="",
+        data_text="",
         max_bad_steps=0,
     )

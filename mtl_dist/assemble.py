@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from mtl_dist.balance.checks import check_balance
 from mtl_dist.balance.methods import build_balancer
 from mtl_dist.checkpoint import (
+    RECIPE,
     Checkpoint,
     best_checkpoint,
     known_bests,
@@ -23,15 +25,17 @@ from mtl_dist.checkpoint import (
     task_bests_as_of,
 )
 from mtl_dist.config.errors import suggest
+from mtl_dist.config.trust import parts_of
 from mtl_dist.data.disjoint_tasks import disjoint_tasks
+from mtl_dist.data.facts import DataFacts, identities
 from mtl_dist.data.loader import Data
 from mtl_dist.engine.connect import EngineChoice
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 from mtl_dist.models.whole import model_of
 from mtl_dist.monitor import Monitor
-from mtl_dist.recipe import Recipe
-from mtl_dist.run_folder import DataFacts, RunFolder
+from mtl_dist.recipe import Recipe, load_recipe, load_recipe_of
+from mtl_dist.run_folder import RunFolder
 from mtl_dist.step import RootModule
 from mtl_dist.tasks.registry import build_tasks
 from mtl_dist.training.plan import Plan
@@ -43,6 +47,11 @@ WhichCheckpoint: TypeAlias = str | int
 
 def facts_of(data: Data) -> DataFacts:
     return DataFacts(data.task_infos, data.channels, data.image_dtype, data.image_size, data.pixels)
+
+
+def identified(data: Data) -> DataFacts:
+    """The facts with by what the data is known again."""
+    return replace(facts_of(data), sources=identities(data))
 
 
 def build_root(recipe: Recipe, facts: DataFacts, world: World) -> RootModule:
@@ -216,16 +225,69 @@ def chosen_checkpoint(folder: RunFolder, which: WhichCheckpoint, say: Callable[[
     return path
 
 
-def load_root(
-    folder: RunFolder,
-    recipe: Recipe,
-    world: World,
-    say: Callable[[str], None],
-    which: WhichCheckpoint = "best",
-) -> RootModule:
-    """The trained root module of a run with its best weights, or others, in evaluation mode."""
-    without_weights = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
-    root = build_root(without_weights, folder.read_data(), world)
-    root.load_state_dict(inference_weights(read_checkpoint(chosen_checkpoint(folder, which, say))))
-    root.decide_by(folder.read_thresholds())
-    return root.to(world.device).eval()
+@dataclass(frozen=True)
+class Trained:
+    """What a run has learnt, as one whole checkpoint holds it: of the folder it needs the thresholds."""
+
+    path: Path
+    recipe: Recipe
+    facts: DataFacts
+    weights: dict[str, Tensor]
+    thresholds: Mapping[str, Mapping[str, float]]
+    """By which it decides, where they were chosen on val."""
+
+    def root(self, world: World) -> RootModule:
+        """The root module with these weights, in evaluation mode."""
+        model = self.recipe.model.model_copy(update={"weights": None})
+        root = build_root(self.recipe.model_copy(update={"model": model}), self.facts, world)
+        root.load_state_dict(self.weights)
+        root.decide_by(self.thresholds)
+        return root.to(world.device).eval()
+
+
+def read_trained(folder: RunFolder, say: Callable[[str], None], which: WhichCheckpoint = "best") -> Trained:
+    """The best weights of a run, or others, and what they were trained for.
+
+    Raises:
+        UserError: the run has no such checkpoint that is whole.
+    """
+    load_recipe_of(folder.directory)  # a stranger's is refused before anything else of it is read
+    path = chosen_checkpoint(folder, which, say)
+    checkpoint = read_checkpoint(path)
+    with parts_of(folder.directory, folder.recipe_path.name):
+        recipe = load_recipe(path / RECIPE)
+    return Trained(
+        path,
+        recipe,
+        folder.checked(DataFacts.parse(checkpoint.data)),
+        inference_weights(checkpoint),
+        folder.read_thresholds(),
+    )
+
+
+def begin_with(root: RootModule, run: Path, say: Callable[[str], None]) -> None:
+    """Give `root` the best weights of a run, as far as they fit; what begins anew is said.
+
+    Images are normalised as the recipe and its data want it.
+
+    Raises:
+        UserError: not a run with a checkpoint, or nothing of it fits.
+    """
+    trained = read_trained(RunFolder.open(run), say)
+    state = root.model.state_dict()
+    prefix = "model."
+    found = {name.removeprefix(prefix): t for name, t in trained.weights.items() if name.startswith(prefix)}
+    fitting = {
+        name: tensor
+        for name, tensor in found.items()
+        if name in state and state[name].shape == tensor.shape and name not in ("mean", "std")
+    }
+    if not any(name in fitting for name, _ in root.model.named_parameters()):
+        raise UserError(
+            f"start_from: expected a run whose weights fit this model, found none in {trained.path} that do. "
+            "Choose its model, or another run."
+        )
+    root.model.load_state_dict(fitting, strict=False)
+    missing = [name for name, _ in root.model.named_parameters() if name not in fitting]
+    anew = dict.fromkeys(".".join(name.split(".")[:2]) for name in missing)
+    say(f"begins with the weights of {trained.path}" + (f"; anew: {', '.join(anew)}" if anew else ""))

@@ -8,6 +8,8 @@
         metrics.safetensors     what the running epoch's training metrics have counted, within an epoch
             state.json              step, position, monitor, the best one so far, sums of the running epoch
             recipe.yaml
+            metrics.jsonl           the run's record up to here
+            data.json               what the tasks and images are, and by what the data is known again
             manifest.json           size and SHA-256 of every other file; written last
         best.json                   the step of the best one so far, as the newest state.json has it
 
@@ -34,9 +36,10 @@ from torch import Tensor
 from mtl_dist.durable import sha256_of, sync_directory, sync_file, write_text
 from mtl_dist.errors import UserError
 
-MANIFEST, STATE, RECIPE, BEST = "manifest.json", "state.json", "recipe.yaml", "best.json"
+MANIFEST, STATE, BEST = "manifest.json", "state.json", "best.json"
+RECIPE, DATA, RECORD = "recipe.yaml", "data.json", "metrics.jsonl"
 FORMAT = "mtl_dist checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
@@ -46,13 +49,16 @@ class Checkpoint:
     """The state of a run after `step` optimizer steps, on the host.
 
     `tensors` maps a file's stem ("model", "optimizer", "ema", "metrics") to its named tensors; `state` is
-    plain JSON.
+    plain JSON; `recipe`, `data` and `record` are the texts of the run's recipe.yaml, data.json and
+    metrics.jsonl.
     """
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
     recipe: str = field(default="", repr=False)
+    data: str = field(default="", repr=False)
+    record: str = field(default="", repr=False)
 
 
 def step_directory(directory: Path, step: int) -> Path:
@@ -76,6 +82,8 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
         save_file(tensors, temporary / f"{name}.safetensors")
     (temporary / STATE).write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
     (temporary / RECIPE).write_text(checkpoint.recipe, encoding="utf-8")
+    (temporary / DATA).write_text(checkpoint.data, encoding="utf-8")
+    (temporary / RECORD).write_text(checkpoint.record, encoding="utf-8")
     files = {}
     for path in sorted(temporary.iterdir()):
         sync_file(path)
@@ -122,12 +130,14 @@ def _files_of(manifest: object, path: Path) -> dict[str, tuple[int, str]]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError("it does not say what it is")
     version, files = manifest.get("version"), manifest.get("files")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(f"format version {version!r}, expected <= {FORMAT_VERSION}. Upgrade mtl_dist")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        is_newer = isinstance(version, int) and version > FORMAT_VERSION
+        advice = "Upgrade mtl_dist" if is_newer else "Use the mtl_dist that wrote it"
+        raise ValueError(f"format version {version!r}, expected {FORMAT_VERSION}. {advice}")
     step = manifest.get("step")
     if not isinstance(step, int) or path.name != step_directory(path.parent, step).name:
         raise ValueError(f"it is that of step {step!r}")
-    if not isinstance(files, dict) or not {"model.safetensors", STATE, RECIPE} <= files.keys():
+    if not isinstance(files, dict) or not {"model.safetensors", STATE, RECIPE, DATA, RECORD} <= files.keys():
         raise ValueError("files are missing in it")
     found = {}
     for name, facts in files.items():
@@ -157,7 +167,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tensors={file.stem: load_file(file) for file in tensors},
         state=json.loads((path / STATE).read_text(encoding="utf-8")),
         recipe=(path / RECIPE).read_text(encoding="utf-8"),
+        data=(path / DATA).read_text(encoding="utf-8"),
+        record=(path / RECORD).read_text(encoding="utf-8"),
     )
+
+
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the model's weights and buffers in the checkpoint at `path`, by name."""
+    from safetensors import safe_open
+
+    with safe_open(path / "model.safetensors", framework="numpy") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def steps_in(directory: Path) -> list[int]:

@@ -117,6 +117,10 @@ class Monitor:
             state.plateau_waited = 0
         return False
 
+    def restart(self) -> None:
+        """Forget the best value and the evaluations since, but not how far the rate was lowered."""
+        self.state = MonitorState(plateau_factor=self.state.plateau_factor)
+
     @property
     def exhausted(self) -> bool:
         """Whether patience has run out."""

@@ -114,6 +114,8 @@ class Recipe(Settings):
 
     name: str | None = None
     """The folder below `runs/`; null: the recipe file's name."""
+    start_from: Path | None = None
+    """A run whose best weights this one begins with, as far as they fit; `--from RUN` on the command line."""
     tasks: dict[str, TaskSettings] = Field(default_factory=dict)
     """What to learn. `"*"` stands for all tasks of the training data that are not named, each with these
     settings; without `tasks`, or with null, it is all of them. A kind that is not stated is the data's."""
@@ -149,8 +151,11 @@ class Recipe(Settings):
         return "tasks" in self.model_fields_set
 
     def with_absolute_paths(self) -> Recipe:
-        """The recipe with absolute data paths, so that the run folder's copy works from anywhere."""
-        return self.model_copy(update={"data": self.data.with_absolute_paths(Path.cwd())})
+        """The recipe with absolute paths, so that the run folder's copy works from anywhere."""
+        start = None if self.start_from is None else self.start_from.absolute()
+        return self.model_copy(
+            update={"data": self.data.with_absolute_paths(Path.cwd()), "start_from": start}
+        )
 
     def problems(self) -> list[str]:
         """What does not fit together, one line each."""
@@ -342,43 +347,6 @@ def validated(kind: type[Any], part: Any, changes: Mapping[str, Any]) -> Any:
         name = ".".join(str(place) for place in first["loc"])
         raise UserError(f"{name}: {first['msg']}, found {first['input']!r} in the launcher's.") from None
     return part.model_copy(update=dict(changes))
-
-
-ORDER_AND_STATE = (
-    "tasks",
-    "data.train",
-    "data.derive",
-    "data.boxes",
-    "data.mixing",
-    "data.sampling",
-    "data.shuffle_window",
-    "model",
-    "balance",
-    "optim.kind",
-    "optim.ema",
-    "train.global_batch",
-    "train.seed",
-)
-"""What a run can't change half-way: its state or its order of samples would mean something else."""
-
-
-def refuse_other_run(kept: Recipe, given: Recipe, directory: Path) -> None:
-    """Refuse to go on in `directory` with a recipe whose weights or sample order would not fit the run there.
-
-    Raises:
-        UserError: one line per difference.
-    """
-    before, after = flat(kept.model_dump(mode="json")), flat(given.model_dump(mode="json"))
-    problems = [
-        f"{key}: expected {before.get(key)!r} as in {directory / 'recipe.yaml'}, found {after.get(key)!r}. "
-        "Choose another --run-dir for another run."
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key)
-        and any(key == prefix or key.startswith(prefix + ".") for prefix in ORDER_AND_STATE)
-        and key not in ("model.checkpointing", "balance.diagnose_every")
-    ]
-    if problems:
-        raise UserError("\n".join(problems))
 
 
 def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:

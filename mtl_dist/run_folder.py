@@ -3,7 +3,7 @@
 runs/<name>/<run id>/
     recipe.yaml             resolved; reproduces the run
     environment.json        one entry per start: versions, git commit, devices, ranks
-    data.json               what the tasks and images are, so that the run can be used without its data
+    data.json               what the tasks and images are, and by what the data is known again
     class_names.json        class names by index, per task
     log.txt  metrics.jsonl  history.json  skipped_steps.jsonl  learning_curves.png  tensorboard/
     tracking.json           the run's id in dashboards, kept by resumes
@@ -24,16 +24,17 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mtl_dist.config.trust import parts_of, refusal
-from mtl_dist.data.manifest import ImageDtype, PixelScale
+from mtl_dist.data.facts import DataFacts
 from mtl_dist.durable import Locked, locked, write_text
 from mtl_dist.errors import UserError
-from mtl_dist.specs import TaskInfo
+from mtl_dist.json_files import DamagedFile, read_json
+
+DATA, ENVIRONMENT = "data.json", "environment.json"
 
 RECORDED_PACKAGES = (
     "mtl-dist",
@@ -49,20 +50,6 @@ RECORDED_PACKAGES = (
 def new_run_directory(name: str, root: Path = Path("runs")) -> Path:
     """A run folder nobody has: sorted by time, and unique when two start in one second."""
     return root / name / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """What a trained model must know of its data: the tasks, and the images' channels, dtype and (H, W).
-
-    `pixels` is what its training images were like, where that was measured.
-    """
-
-    task_infos: dict[str, TaskInfo]
-    channels: int
-    image_dtype: ImageDtype
-    image_size: tuple[int, int]
-    pixels: PixelScale | None = None
 
 
 class RunFolder:
@@ -110,14 +97,21 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Only one process trains in this folder at a time.
+        """Only one process trains in this folder at a time. A start that is refused leaves no lock file.
 
         Raises:
-            UserError: another one does.
+            UserError: another one does, or the folder cannot be written.
         """
+        path = self.directory / ".lock"
+        is_new = not path.exists()
         try:
-            with locked(self.directory / ".lock", wait=False):
-                yield
+            with locked(path, wait=False):
+                try:
+                    yield
+                except UserError:
+                    if is_new:
+                        path.unlink(missing_ok=True)
+                    raise
         except Locked:
             raise UserError(
                 f"{self.directory}: another process trains in this folder. "
@@ -126,10 +120,14 @@ class RunFolder:
 
     def read_tags(self) -> list[str]:
         """The run's tags, in the order of the alphabet."""
+        path = self.directory / "tags.json"
         try:
-            return list(json.loads((self.directory / "tags.json").read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return []
+            return read_json(list[str], path) or []
+        except DamagedFile as error:
+            raise UserError(
+                f"{path}: expected a list of tags, found a damaged file ({error}). Remove it and tag the "
+                "run again."
+            ) from None
 
     def change_tags(self, added: Sequence[str], removed: Sequence[str] = ()) -> list[str]:
         """Add tags and take some away; returns those that the run has then.
@@ -143,75 +141,108 @@ class RunFolder:
             write_text(self.directory / "tags.json", json.dumps(tags, ensure_ascii=False))
         return tags
 
-    def write_data(self, facts: DataFacts) -> None:
-        task_infos = facts.task_infos
-        write_text(self.directory / "data.json", json.dumps(asdict(facts), indent=1))
-        names = {task: list(info.classes) for task, info in task_infos.items() if info.classes}
-        write_text(self.directory / "class_names.json", json.dumps(names, indent=1, ensure_ascii=False))
+    def write_start(
+        self, recipe: str, facts: DataFacts, world_size: int, device: str, decoder: str
+    ) -> list[str]:
+        """Begin or go on: the resolved recipe, what the data is, and this start in environment.json.
 
-    def read_data(self) -> DataFacts:
-        facts = json.loads((self.directory / "data.json").read_text(encoding="utf-8"))
-        for info in facts["task_infos"].values():
-            with parts_of(self.directory, "data.json"):
-                refused = refusal(info["kind"]) if "." in info["kind"] else ""
-            if refused:
-                raise UserError(f"{self.directory / 'data.json'}: {refused}")
-        task_infos: dict[str, TaskInfo] = {}
-        for name, raw in facts["task_infos"].items():
-            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-            task_infos[name] = TaskInfo(**values)
-        height, width = facts["image_size"]
-        pixels = facts["pixels"] and PixelScale(*(tuple(facts["pixels"][name]) for name in ("mean", "std")))
-        return DataFacts(task_infos, facts["channels"], facts["image_dtype"], (height, width), pixels)
-
-    def write_environment(self, world_size: int, device: str, decoder: str) -> str | None:
-        """Add this start to environment.json; the decoder of the start before, if it was another one.
-
-        Decoders differ by a few grey levels, so pictures are part of what a run may depend on.
+        Returns a line for all that is another than at the start before and may show in the numbers.
         """
-        path = self.directory / "environment.json"
-        starts: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
-        before = starts[-1]["decoder"] if starts else decoder
-        packages = {name: version(name) for name in RECORDED_PACKAGES}
-        starts.append(
-            {
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "command": sys.argv,
-                "host": platform.node(),
-                "python": platform.python_version(),
-                "packages": packages,
-                "git_commit": git_commit(),
-                "ranks": world_size,
-                "device": device,
-                "cpus": len(os.sched_getaffinity(0)),
-                "decoder": decoder,
-            }
-        )
-        write_text(path, json.dumps(starts, indent=1))
-        return before if before != decoder else None
+        write_text(self.recipe_path, recipe)
+        write_text(self.directory / DATA, facts.to_json())
+        names = {task: list(info.classes) for task, info in facts.task_infos.items() if info.classes}
+        write_text(self.directory / "class_names.json", json.dumps(names, indent=1, ensure_ascii=False))
+        starts, lines = self._starts()
+        now = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": sys.argv,
+            "host": platform.node(),
+            "python": platform.python_version(),
+            "packages": {name: version(name) for name in RECORDED_PACKAGES},
+            "git_commit": git_commit(),
+            "ranks": world_size,
+            "device": device,
+            "cpus": len(os.sched_getaffinity(0)),
+            "decoder": decoder,
+        }
+        if starts:
+            lines += _other_environment(starts[-1], now)
+        write_text(self.directory / ENVIRONMENT, json.dumps([*starts, now], indent=1))
+        return lines
+
+    def read_data(self) -> DataFacts | None:
+        """What the data of the run is; None before its first start.
+
+        Raises:
+            UserError: data.json is damaged, or names code of a stranger.
+        """
+        path = self.directory / DATA
+        try:
+            facts = read_json(DataFacts, path)
+            return facts if facts is None else self.checked(facts)
+        except DamagedFile as error:
+            raise UserError(
+                f"{path}: expected what the run wrote, found a damaged file ({error}). Copy the one of "
+                "a checkpoint of the run."
+            ) from None
+
+    def checked(self, facts: DataFacts) -> DataFacts:
+        """The facts of this run, whose kinds of tasks may be imported.
+
+        Raises:
+            UserError: one is code of somebody else, whom the user does not trust.
+        """
+        with parts_of(self.directory, self.recipe_path.name):
+            for info in facts.task_infos.values():
+                refused = refusal(info.kind) if "." in info.kind else ""
+                if refused:
+                    raise UserError(f"{self.directory / DATA}: {refused}")
+        return facts
+
+    def starts(self) -> list[dict[str, Any]]:
+        """The starts in environment.json; none where it is damaged or missing."""
+        return self._starts()[0]
+
+    def _starts(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The starts in environment.json, and a line if it is damaged: then it begins anew."""
+        path = self.directory / ENVIRONMENT
+        try:
+            return read_json(list[dict[str, Any]], path) or [], []
+        except DamagedFile as error:
+            return [], [f"{path}: it was damaged ({error}) and begins anew"]
 
     def write_peak_memory(self, num_bytes: int) -> None:
         """Add to the newest start in environment.json the most memory that one of its processes held."""
-        path = self.directory / "environment.json"
-        starts: list[dict[str, Any]] = json.loads(path.read_text())
-        starts[-1]["peak_memory_bytes"] = num_bytes
-        write_text(path, json.dumps(starts, indent=1))
+        starts = self.starts()
+        if starts:
+            starts[-1]["peak_memory_bytes"] = num_bytes
+            write_text(self.directory / ENVIRONMENT, json.dumps(starts, indent=1))
 
     def read_metrics(self) -> dict[str, dict[str, dict[str, float | None]]]:
-        """evaluation/metrics.json; empty where nothing was evaluated."""
+        """evaluation/metrics.json; empty where nothing was evaluated.
+
+        Raises:
+            UserError: it is damaged.
+        """
         path = self.evaluation / "metrics.json"
-        found: dict[str, dict[str, dict[str, float | None]]] = {}
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        try:
+            return read_json(dict[str, dict[str, dict[str, float | None]]], path) or {}
+        except DamagedFile as error:
+            raise UserError(
+                f"{path}: expected metrics by split and task, found a damaged file ({error}). Remove it and "
+                "evaluate again: mtl evaluate RUN --split SPLIT."
+            ) from None
 
     def read_thresholds(self) -> dict[str, dict[str, float]]:
         """The thresholds that were chosen on the validation split, by task and label; empty before that."""
         path = self.evaluation / "thresholds.json"
-        found: dict[str, dict[str, float]] = {}
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        try:
+            return read_json(dict[str, dict[str, float]], path) or {}
+        except DamagedFile as error:
+            raise UserError(
+                f"{path}: expected thresholds by task and label, found a damaged file ({error}). Remove it "
+                "and choose them again: mtl evaluate RUN --split val."
+            ) from None
 
     def write_thresholds(self, thresholds: Mapping[str, Mapping[str, float]]) -> None:
         """Keep the chosen thresholds, by which the run's weights decide from now on."""
@@ -239,6 +270,23 @@ def checked_tags(tags: Sequence[str]) -> list[str]:
         if not tag or re.search(r"[\s,]", tag):
             raise UserError(f"--tag: expected one word, found {tag!r}. Give --tag once for each.")
     return list(tags)
+
+
+def _other_environment(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of the environment changes numbers: by ranks, devices, decoders and packages, one line each.
+
+    Decoders differ by a few grey levels; BatchNorm and dropout see other micro-batches on other ranks.
+    """
+    lines = []
+    for name, what in (("ranks", "ranks"), ("device", "device"), ("decoder", "decoder of images")):
+        if before.get(name) not in (None, now[name]):
+            lines.append(f"{what}: {before[name]} before, {now[name]} from here on")
+    packages = before.get("packages")
+    numbers: Mapping[str, Any] = packages if isinstance(packages, Mapping) else {}
+    for name, number in now["packages"].items():
+        if numbers.get(name) not in (None, number):
+            lines.append(f"{name}: {numbers[name]} before, {number} from here on")
+    return lines
 
 
 def git_commit() -> str | None:

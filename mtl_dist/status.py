@@ -10,11 +10,12 @@ import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from mtl_dist.durable import write_text
+from mtl_dist.json_files import DamagedFile, read_json
 
 State = Literal["running", "done", "failed", "stopped"]
 
@@ -64,10 +65,8 @@ def write_status(run: Path, status: Status) -> None:
 
 
 def read_status(run: Path) -> Status | None:
-    """The run's last status; None if it never wrote one."""
+    """The run's last status; None if it never wrote one. One that is damaged says so, as its reason."""
     try:
-        values = json.loads((run / "status.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    known = {entry.name for entry in fields(Status)}
-    return Status(**{key: value for key, value in values.items() if key in known})
+        return read_json(Status, run / "status.json")
+    except DamagedFile as error:
+        return Status("failed", reason=f"status.json is damaged ({error}); the next start writes it anew")

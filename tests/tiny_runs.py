@@ -31,7 +31,13 @@ def write_recipe(directory: Path, data: Path) -> Path:
     return path
 
 
-def train_run(recipe: Path, run_dir: Path, overrides: Sequence[str] = (), dropout: bool = True) -> str:
+def train_run(
+    recipe: Path,
+    run_dir: Path,
+    overrides: Sequence[str] = (),
+    dropout: bool = True,
+    data_moved: bool = False,
+) -> str:
     """Train as `mtl train` does, on this rank; how it ended. Without `dropout` ranks can be compared."""
     from mtl_dist.recipe import load_recipe
     from mtl_dist.runs.train import train
@@ -39,7 +45,7 @@ def train_run(recipe: Path, run_dir: Path, overrides: Sequence[str] = (), dropou
     with pytest.MonkeyPatch.context() as patch:
         if not dropout:
             patch.setattr(torch.nn.functional, "dropout", lambda input, *args, **kwargs: input)
-        return train(load_recipe(recipe, overrides), run_dir).state
+        return train(load_recipe(recipe, overrides), run_dir, data_moved=data_moved).state
 
 
 def rows(run: Path, kind: str) -> list[dict[str, Any]]:

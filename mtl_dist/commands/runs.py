@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -51,6 +51,23 @@ Tags = Annotated[
     ),
 ]
 
+StartFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        metavar="RUN",
+        show_default=False,
+        help="Begin a new run with the best weights of this one, as far as they fit.",
+    ),
+]
+DataMoved = Annotated[
+    bool,
+    typer.Option(
+        "--data-moved",
+        help="With --run-dir: the run's data lies in another place now, and is checked to be the same.",
+    ),
+]
+
 
 def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel="Train")(train)
@@ -65,6 +82,8 @@ def train(
     overrides: Overrides = None,
     run_dir: RunDir = None,
     tag: Tags = None,
+    start_from: StartFrom = None,
+    data_moved: DataMoved = False,
     debug: Annotated[
         bool,
         typer.Option("--debug", help="One process, no workers, one small batch that must be overfitted."),
@@ -81,6 +100,7 @@ def train(
       mtl train configs/digits.yaml --print-config
       mtl train configs/digits.yaml --debug                       find what is wrong
       mtl train configs/digits.yaml --run-dir runs/digits/ID      go on where it stopped
+      mtl train configs/mine.yaml --from runs/digits/ID           a new run with the weights of that one
 
     Several processes, on GPUs or CPUs (see also mtl launch):
 
@@ -90,7 +110,7 @@ def train(
     """
     from mtl_dist.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, _with_start(overrides, start_from))
     if print_config:
         from mtl_dist.config.loading import to_yaml
 
@@ -100,7 +120,7 @@ def train(
 
         raise typer.Exit(0 if overfit_one_batch(loaded) else 1)
     else:
-        _train(loaded, run_dir, tag or [])
+        _train(loaded, run_dir, tag or [], data_moved)
 
 
 def launch(
@@ -143,6 +163,8 @@ def launch(
     ] = None,
     run_dir: RunDir = None,
     tag: Tags = None,
+    start_from: StartFrom = None,
+    data_moved: DataMoved = False,
 ) -> None:
     """Train a recipe in several processes, on this machine or on several.
 
@@ -164,13 +186,15 @@ def launch(
     from mtl_dist.run_folder import checked_tags
 
     # Read here first, so that a mistake is said once and nothing starts.
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, _with_start(overrides, start_from))
     arguments = ["train", str(recipe), *(overrides or []), *(["--run-dir", str(run_dir)] if run_dir else [])]
     arguments += [f"--tag={word}" for word in checked_tags(tag or [])]
+    arguments += ["--from", str(start_from)] if start_from else []
+    arguments += ["--data-moved"] if data_moved else []
     machines = machines_of(nodes, node_rank, rendezvous)
     plan = plan_launch(arguments, nproc, config_file, torch.cuda.device_count(), machines)
     if plan is None:
-        _train(loaded, run_dir, tag or [])
+        _train(loaded, run_dir, tag or [], data_moved)
         return
     loaded.train.accumulation_on(plan.num_processes)
     if machines is not None:
@@ -178,11 +202,17 @@ def launch(
     raise typer.Exit(supervise(plan))
 
 
-def _train(recipe: Recipe, run_dir: Path | None, tags: Sequence[str]) -> None:
+def _with_start(overrides: list[str] | None, start_from: Path | None) -> list[str | Mapping[str, Any]]:
+    """The overrides with `--from RUN`, which is one too."""
+    start = [] if start_from is None else [{"start_from": str(start_from)}]
+    return [*(overrides or []), *start]
+
+
+def _train(recipe: Recipe, run_dir: Path | None, tags: Sequence[str], data_moved: bool) -> None:
     from mtl_dist.run_folder import checked_tags
     from mtl_dist.runs.train import train
 
-    outcome = train(recipe, run_dir, tags=checked_tags(tags))
+    outcome = train(recipe, run_dir, tags=checked_tags(tags), data_moved=data_moved)
     # Under a launcher a rank that left early with an error would have the others killed while they finish.
     if outcome.state == "stopped" and "RANK" not in os.environ:
         raise typer.Exit(INTERRUPTED)
@@ -197,17 +227,28 @@ def evaluate(
             help="train, val or test; without it test, or val where the data has no test.",
         ),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATASET",
+            show_default=False,
+            help="Measure on the split of this dataset: another one, or the run's own in another place.",
+        ),
+    ] = None,
 ) -> None:
     """Measure a run's best weights on a split: test, or val where there is none.
 
-    Prints a table; writes evaluation/metrics.json and the confusion matrices into the run folder.
+    Prints a table; writes evaluation/metrics.json and the confusion matrices into the run folder. Classes and
+    statistics are the run's. Data that is another than in training is refused, unless --data names it.
 
     \b
       mtl evaluate runs/digits/ID --split test
+      mtl evaluate runs/digits/ID --split val --data data/other-digits
     """
+    from mtl_dist.data.remote import location
     from mtl_dist.runs.evaluation import evaluate_run
 
-    evaluate_run(run, split)
+    evaluate_run(run, split, None if data is None else location(data))
 
 
 def predict(

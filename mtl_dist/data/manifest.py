@@ -11,20 +11,25 @@ Format version 2. A reader takes version 1 as well, and refuses a newer one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
 
 from mtl_dist.config.trust import mark, parts_of, refusal
 from mtl_dist.data.remote import Location
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
+from mtl_dist.json_files import DamagedFile, parsed
 from mtl_dist.specs import TaskInfo
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "dataset.json"
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 ImageDtype = Literal["uint8", "uint16", "float32"]
 """The values of a dataset's images."""
@@ -93,22 +98,6 @@ class PixelFacts:
     percentiles: tuple[tuple[float, ...], ...]
     num_images: int
 
-    @staticmethod
-    def parse(raw: dict[str, Any]) -> PixelFacts:
-        """From JSON, which has lists.
-
-        Raises:
-            TypeError: it is something else.
-        """
-        return PixelFacts(
-            mean=tuple(raw["mean"]),
-            std=tuple(raw["std"]),
-            minimum=tuple(raw["minimum"]),
-            maximum=tuple(raw["maximum"]),
-            percentiles=tuple(tuple(row) for row in raw["percentiles"]),
-            num_images=raw["num_images"],
-        )
-
 
 @dataclass(frozen=True)
 class Manifest:
@@ -123,6 +112,8 @@ class Manifest:
     `account` is, by unit (files, rows, pages), how many things of the source had each fate. `pixels` was
     measured while packing; None in version 1, and where images were only indexed.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     channels: int
     image_dtype: ImageDtype
@@ -164,7 +155,7 @@ def read_manifest(directory: Location) -> Manifest:
         raw: dict[str, Any] = json.loads(
             (path.read_bytes() if isinstance(path, Path) else path.read_all()).decode("utf-8")
         )
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON, found: {error}. Prepare the dataset again.") from None
     version = raw.get("version") if isinstance(raw, dict) else None
     if not isinstance(version, int):
@@ -178,9 +169,13 @@ def read_manifest(directory: Location) -> Manifest:
         )
     try:
         manifest = _parse(raw)
-        _check(manifest, Manifest, "")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a complete manifest ({error!r}). Prepare the dataset again.") from None
+    except DamagedFile as error:
+        raise UserError(
+            f"{path}: expected a whole manifest, found {error}. Prepare the dataset again."
+        ) from None
+    problem = next(_inconsistencies(manifest), None)
+    if problem is not None:
+        raise UserError(f"{path}: {problem}. Prepare the dataset again.")
     with parts_of(Path(str(directory)), MANIFEST_NAME):
         for name, info in manifest.tasks.items():
             refused = refusal(info.kind) if "." in info.kind else ""
@@ -189,73 +184,39 @@ def read_manifest(directory: Location) -> Manifest:
     return manifest
 
 
-def _check(value: Any, hint: Any, where: str) -> None:
-    """Refuse what JSON holds in place of a value of the annotated type.
-
-    Raises:
-        TypeError: naming it.
-    """
-    origin, arguments = get_origin(hint), get_args(hint)
-    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, hint):
-        hints = get_type_hints(hint)
-        for one in fields(hint):
-            _check(getattr(value, one.name), hints[one.name], f"{where}.{one.name}".lstrip("."))
-        return
-    if origin is Literal:
-        fits = value in arguments
-    elif origin in (Union, UnionType):
-        fits = any(_fits(value, argument, where) for argument in arguments)
-    elif origin in (dict, Mapping):
-        fits = isinstance(value, dict)
-        for key, item in value.items() if fits else ():
-            _check(item, arguments[1], f"{where}.{key}")
-    elif origin is tuple:
-        fits = isinstance(value, list | tuple)
-        for number, item in enumerate(value if fits else ()):
-            _check(item, arguments[0], f"{where}.{number}")
-    else:
-        wanted = (int, float) if hint is float else hint
-        fits = hint is Any or (isinstance(value, wanted) and isinstance(value, bool) == (hint is bool))
-    if not fits:
-        raise TypeError(f"{where}: {value!r}")
+def _parse(raw: Mapping[str, Any]) -> Manifest:
+    content = {key: value for key, value in raw.items() if key not in ("format", "version", "digests")}
+    if raw.get("digests"):  # of version 1
+        content["content_hashes"] = "digests"
+    return parsed(Manifest, json.dumps(content))
 
 
-def _fits(value: Any, hint: Any, where: str) -> bool:
-    try:
-        _check(value, hint, where)
-    except TypeError:
-        return False
-    return True
+def _inconsistencies(manifest: Manifest) -> Iterator[str]:
+    """Where numbers that are in the manifest twice disagree, or cannot be."""
+    if manifest.channels < 1:
+        yield f"expected channels >= 1, found {manifest.channels}"
+    for task, info in manifest.tasks.items():
+        if len(set(info.classes)) < len(info.classes):
+            yield f"expected classes of different names for the task {task}, found one twice"
+    for name, split in manifest.splits.items():
+        yield from _split_inconsistencies(name, split, manifest.tasks)
 
 
-def _parse(raw: dict[str, Any]) -> Manifest:
-    if raw["image_dtype"] not in get_args(ImageDtype):
-        raise TypeError(f"image_dtype {raw['image_dtype']!r}")
-    if raw.get("labels", "json") not in get_args(LabelPlace):
-        raise TypeError(f"labels {raw['labels']!r}")
-    content_hashes = raw.get("content_hashes", "digests" if raw.get("digests") else "")  # else: version 1
-    if content_hashes not in get_args(HashFiles):
-        raise TypeError(f"content_hashes {content_hashes!r}")
-
-    def tuples(values: dict[str, Any]) -> dict[str, Any]:
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-    return Manifest(
-        name=raw["name"],
-        channels=raw["channels"],
-        image_dtype=raw["image_dtype"],
-        tasks={name: TaskInfo(**tuples(info)) for name, info in raw["tasks"].items()},
-        splits={
-            name: SplitInfo(
-                num_samples=split["num_samples"],
-                shards=tuple(ShardInfo(**shard) for shard in split["shards"]),
-                labels={task: LabelCounts(**tuples(counts)) for task, counts in split["labels"].items()},
+def _split_inconsistencies(name: str, split: SplitInfo, tasks: Mapping[str, TaskInfo]) -> Iterator[str]:
+    in_shards = sum(shard.num_samples for shard in split.shards)
+    if in_shards != split.num_samples:
+        yield f"expected {split.num_samples} samples in the shards of {name}, found {in_shards}"
+    for shard in split.shards:
+        if shard.num_samples < 0 or shard.num_bytes < 0:
+            yield f"expected a shard {shard.path} of samples and bytes, found negative numbers"
+        if _SHA256.fullmatch(shard.sha256) is None:
+            yield f"expected the SHA-256 of the shard {shard.path}, found {shard.sha256!r}"
+    if split.labels.keys() != tasks.keys():
+        found = ", ".join(split.labels)
+        yield f"expected labels of the tasks {', '.join(tasks)} in {name}, found those of {found}"
+    for task, counts in split.labels.items():
+        if counts.present + counts.missing != split.num_samples or min(counts.present, counts.missing) < 0:
+            yield (
+                f"expected {split.num_samples} samples with or without a label of {task} in {name}, found "
+                f"{counts.present} and {counts.missing}"
             )
-            for name, split in raw["splits"].items()
-        },
-        notes=tuple(raw["notes"]),
-        labels=raw.get("labels", "json"),
-        content_hashes=content_hashes,
-        account=raw.get("account", {}),
-        pixels=PixelFacts.parse(raw["pixels"]) if raw.get("pixels") else None,
-    )

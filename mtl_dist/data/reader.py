@@ -171,6 +171,22 @@ class SplitReader:
         """
         return None if self._hashes_path is None else self._table(self._hashes_path, HASH_DTYPE)
 
+    def index_rows(self) -> np.ndarray:
+        """The offset index, one packed row per sample."""
+        return self._rows()
+
+    def label_columns(self) -> np.ndarray | None:
+        """The label columns; None where the labels are read from the shards and no columns lie beside them.
+
+        Raises:
+            UserError: they are of other samples or tasks.
+        """
+        if self._labels_in_json and not (
+            isinstance(self._columns_path, Path) and self._columns_path.is_file()
+        ):
+            return None
+        return self._column_rows()
+
     def read(self, row: int, masks: tuple[str, ...] = ()) -> Sample:
         """The sample at `row`, with its masks of the tasks named.
 
@@ -184,8 +200,12 @@ class SplitReader:
                 raise UnreadableSample(f"it has no mask {task}, which the index says it has")
         begin, end, wanted = _extent(spans)
         shard = self.shard_of(row)
+        if begin < 0 or end > self._shards[shard].num_bytes:
+            raise UnreadableSample("the index places it outside of its shard")
         if end - begin <= wanted + _MAX_GAP:
             block = self._pread(shard, begin, end - begin)
+            if self._labels_in_json:  # a shard of ours: others' tars have headers of any form
+                _check_headers(block, begin, spans)
             parts = {name: block[at - begin : at - begin + size] for name, (at, size) in spans.items()}
             key = read_key(block, spans["image"][0] - begin)
         else:
@@ -332,9 +352,10 @@ class SplitReader:
             ) from None
         except UserError:
             raise
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:  # whatever numpy raises of a damaged header
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{location}: expected an index, found: {error}. Prepare the dataset again."
+                f"{location}: expected an index, found: {reason}. Prepare the dataset again."
             ) from None
         if rows.dtype != dtype or rows.shape != (self.num_samples,):
             raise UserError(
@@ -405,6 +426,19 @@ def _extent(spans: Mapping[str, tuple[int, int]]) -> tuple[int, int, int]:
     for offset, size in spans.values():  # for every sample that is read: generators would take four times it
         begin, end, wanted = min(begin, offset), max(end, offset + size), wanted + size
     return begin, end, wanted
+
+
+def _check_headers(block: memoryview, begin: int, spans: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse an index that does not fit its shard: before each part stands a header with its size, where the
+    block has it; that of the image it always has.
+
+    Raises:
+        UnreadableSample: there is none, or one of another member.
+    """
+    for at, size in spans.values():
+        start = at - begin - _HEADER
+        if start >= 0 and block[start + 124 : start + 136] != b"%011o\0" % size:
+            raise UnreadableSample("the index does not fit its shard: no member of that size is there")
 
 
 def _mapped(descriptor: int) -> np.ndarray:

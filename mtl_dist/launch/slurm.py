@@ -206,7 +206,8 @@ def write_submission(folder: Path, runs: Sequence[Path], profile: ClusterProfile
 
 def refuse_if_other(run: Path, recipe: Recipe) -> None:
     """Refuses a folder that holds a run which this recipe cannot go on with: its recipe would be lost."""
-    from mtl_dist.recipe import load_recipe_of, refuse_other_run
+    from mtl_dist.recipe import load_recipe_of
+    from mtl_dist.resuming import refuse_other_run
 
     if (run / "recipe.yaml").is_file():
         refuse_other_run(load_recipe_of(run), recipe, run)

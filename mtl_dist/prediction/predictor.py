@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mtl_dist.assemble import WhichCheckpoint, load_root
+from mtl_dist.assemble import WhichCheckpoint, read_trained
 from mtl_dist.checkpoint import MANIFEST, step_of
 from mtl_dist.config.trust import trusted
 from mtl_dist.data.decode import decode_image
@@ -35,7 +35,6 @@ from mtl_dist.importers.sources import Source
 from mtl_dist.prediction.inputs import Input, pages
 from mtl_dist.prediction.records import plain
 from mtl_dist.randomness import Draws
-from mtl_dist.recipe import load_recipe_of
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.tasks.task import Task
 
@@ -75,12 +74,11 @@ class Predictor:
                 )
             run, checkpoint = run.resolve().parents[1], step_of(run.resolve())
         folder = RunFolder.open(run)
-        recipe = load_recipe_of(folder.directory)
+        trained = read_trained(folder, lambda line: print(line, file=sys.stderr), checkpoint)
+        recipe = trained.recipe
         self._world = connect_without_engine(recipe.engine, device)
-        self._root = load_root(
-            folder, recipe, self._world, lambda line: print(line, file=sys.stderr), checkpoint
-        )
-        self._facts = folder.read_data()
+        self._root = trained.root(self._world)
+        self._facts = trained.facts
         own = recipe.data.user_transforms(training=False)
         self._transform = Transform(recipe.data.size, recipe.data.resize, PRESETS["none"], own)
         self._boxes = tuple(recipe.data.boxes.values())

@@ -11,7 +11,6 @@ the second, so that mistakes show early. The same command goes on where it was i
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -77,7 +76,7 @@ class Run(Training):
 
     @property
     def peak_memory(self) -> float:
-        starts = json.loads((self.directory / "environment.json").read_text(encoding="utf-8"))
+        starts = RunFolder(self.directory).starts()
         return max(
             (start["peak_memory_bytes"] for start in starts if "peak_memory_bytes" in start), default=math.nan
         )

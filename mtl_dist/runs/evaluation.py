@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
-from mtl_dist.assemble import best_or_newest, inference_weights, load_root
+from mtl_dist.assemble import best_or_newest, inference_weights, read_trained
 from mtl_dist.checkpoint import read_checkpoint
+from mtl_dist.data.facts import DataFacts, identities, meaning_differences, source_differences
 from mtl_dist.data.loader import Data, eval_loader, open_data
 from mtl_dist.data.partition import micro_batch_size
+from mtl_dist.data.remote import Location
+from mtl_dist.data.settings import DataSettings, ProportionalMixing, SourceSettings, UniformSampling
+from mtl_dist.data.task_infos import source_facts
 from mtl_dist.engine.connect import connect_without_engine
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
@@ -23,31 +29,30 @@ from mtl_dist.stopping import StopAsked, StopSignal, until_stopped
 from mtl_dist.training.trainer import Trainer
 
 
-def evaluate_run(run: Path, split: str | None = None) -> str:
+def evaluate_run(run: Path, split: str | None = None, dataset: Location | None = None) -> str:
     """Evaluate the best weights of a run on one split; metrics go to its evaluation/ folder.
 
-    Without a `split` it is test or, where the data has none, val; that is said. Returns the split.
+    Without a `split` it is test or, where the data has none, val; that is said. The classes and statistics
+    are those of the run. With `dataset` the split is one of that dataset, which may be another one, or the
+    run's own in another place. Returns the metrics' name: the split, or `NAME-SPLIT` of another dataset.
 
     Raises:
-        UserError: not a run folder, no good checkpoint, or no such split.
+        UserError: not a run folder, no good checkpoint, no such split, or its labels mean something else than
+            in training; without `dataset` also, if the split holds other samples than it did.
     """
     folder = RunFolder.open(run)
+    trained = read_trained(folder, warn)
     recipe = load_recipe_of(folder.directory)
     world = connect_without_engine(recipe.engine)
-    data = open_data(with_indexes(recipe.data), recipe.tasks)
-    if split is None:
-        split = next((one for one in ("test", "val") if one in data.splits), None)
-        if split is None:
-            raise UserError("--split: the data has neither a test nor a val split. State --split train.")
-        if world.is_main:
-            why = "" if split == "test" else ": the data has no test split"
-            warn(f"split    {split}{why}")
-    if split not in data.splits:
-        raise UserError(f"--split: expected one of {', '.join(data.splits)}, found {split!r}.")
-    root = load_root(folder, recipe, world, warn)
+    named = split
+    data, split = _opened(recipe.data, trained.facts, split, dataset)
+    label = world.on_main(lambda: _label_of(folder, trained.facts, data, split, dataset is not None))
+    if named is None and world.is_main:
+        warn(f"split    {split}" + ("" if split == "test" else ": the data has no test split"))
+    root = trained.root(world)
     accumulation = recipe.train.accumulation_on(world.size)
     batch_size = micro_batch_size(recipe.train.global_batch, world.size, accumulation)
-    choosing = split == "val" and not folder.read_thresholds()
+    choosing = label == "val" and not folder.read_thresholds()
     if not choosing:
         for name, task in root.tasks.items():
             if task.rule is not None and not task.chosen and world.is_main:
@@ -59,9 +64,87 @@ def evaluate_run(run: Path, split: str | None = None) -> str:
     if world.is_main:
         if evaluation.thresholds:
             folder.write_thresholds(evaluation.thresholds)
-        write_evaluation(folder, split, evaluation, data.task_infos)
-        print_results({split: evaluation})
-    return split
+        write_evaluation(folder, label, evaluation, trained.facts.task_infos)
+        print_results({label: evaluation})
+    return label
+
+
+def _opened(
+    settings: DataSettings, facts: DataFacts, split: str | None, dataset: Location | None
+) -> tuple[Data, str]:
+    """The run's data, or the split of `dataset` alone, with the tasks and images as the run knows them; and
+    the split: where none is named test, or val where the run's data has no test.
+
+    Raises:
+        UserError: no such split, or labels or images that the run has not learnt.
+    """
+    tasks = list(facts.task_infos)
+    if dataset is not None:
+        split = split or "test"
+        known = source_facts(dataset, split, settings.derive).tasks
+        having = [task for task in tasks if task in known]
+        if not having:
+            raise UserError(
+                f"{dataset}: expected labels of a task of the run ({', '.join(tasks)}), found none "
+                f"({', '.join(known)})."
+            )
+        settings, tasks = _of_one_dataset(settings, dataset, split, having), having
+    data = open_data(with_indexes(settings), tasks)
+    if dataset is not None and split is not None:
+        data = replace(data, sources={split: data.sources["train"]})
+    if split is None:
+        split = next((one for one in ("test", "val") if one in data.splits), None)
+        if split is None:
+            raise UserError("--split: the data has neither a test nor a val split. State --split train.")
+    if split not in data.splits:
+        raise UserError(f"--split: expected one of {', '.join(data.splits)}, found {split!r}.")
+    problems = meaning_differences(facts.task_infos, data.task_infos)
+    if data.image_dtype != facts.image_dtype or data.channels not in (1, facts.channels):
+        problems.append(
+            f"images: expected {facts.channels} channels of {facts.image_dtype}, found {data.channels} of "
+            f"{data.image_dtype}."
+        )
+    if problems:
+        raise UserError("\n".join([*problems, "The run has learnt others: prepare the data to match it."]))
+    return replace(data, task_infos=facts.task_infos, channels=facts.channels), split
+
+
+def _of_one_dataset(
+    settings: DataSettings, dataset: Location, split: str, tasks: Collection[str]
+) -> DataSettings:
+    """The same images and labels, of the split of one dataset alone."""
+    return settings.model_copy(
+        update={
+            "train": (SourceSettings(path=dataset, split=split),),
+            "val": (),
+            "test": (),
+            "mixing": ProportionalMixing(),
+            "sampling": UniformSampling(),
+            "blend": None,
+            "boxes": {name: box for name, box in settings.boxes.items() if set(box) <= set(tasks)},
+        }
+    )
+
+
+def _label_of(folder: RunFolder, facts: DataFacts, data: Data, split: str, named: bool) -> str:
+    """The name of what is evaluated in the run's metrics: of the run's own split its name alone.
+
+    Raises:
+        UserError: the data was not named, and is another than it was in training.
+    """
+    before = (folder.read_data() or facts).sources
+    now = {split: identities(data)[split]}
+    differences = list(source_differences(before, now, split))
+    if not differences:
+        return split
+    if named:
+        return f"{data.sources[split][0].facts.path.name}-{split}"
+    raise UserError(
+        "\n".join(differences)
+        + f"\n{folder.directory}: expected the {split} split as it was in training, found another. Bring it "
+        f"back, or name the dataset to measure on this one: mtl evaluate {folder.directory} --split {split} "
+        "--data DATASET."
+    )
 
 
 def evaluate_split(

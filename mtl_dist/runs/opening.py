@@ -1,50 +1,128 @@
-"""Opening a run folder to train in: made, or taken up again, and locked."""
+"""Opening a run folder to train in: made, or taken up again, and locked.
+
+Whether the run there may go on is known before the first byte is written: a start that is refused leaves the
+folder as it was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from mtl_dist.checkpoint import newest_good
+from mtl_dist.checkpoint import DATA, RECIPE, newest_good, shapes_in
 from mtl_dist.config.loading import to_yaml
-from mtl_dist.config.trust import mark
+from mtl_dist.config.trust import mark, parts_of
 from mtl_dist.data.decode import decoder_name
-from mtl_dist.durable import write_text
+from mtl_dist.data.facts import DataFacts
 from mtl_dist.engine.world import World
-from mtl_dist.recipe import Recipe, load_recipe_of, refuse_other_run
+from mtl_dist.errors import UserError
+from mtl_dist.recipe import Recipe, load_recipe
+from mtl_dist.resuming import refuse_other_data, refuse_other_run
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.runs.announcements import warn
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of the model's weights and buffers, by name."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run folder to train in.
+
+    saved          its newest good checkpoint; None at the beginning
+    facts          what the data is
+    changes        one line for everything that is another than at that checkpoint
+    restarts_best  whether later evaluations cannot be compared with the best one so far
+    """
+
+    folder: RunFolder
+    saved: Path | None
+    facts: DataFacts
+    changes: tuple[str, ...] = ()
+    restarts_best: bool = False
+
 
 @contextmanager
-def training_folder(directory: Path, recipe: Recipe, world: World) -> Iterator[tuple[RunFolder, Path | None]]:
-    """The run folder, made or taken up again by rank 0 and locked while training; its newest good checkpoint.
+def training_folder(
+    directory: Path,
+    recipe: Recipe,
+    facts: Callable[[], DataFacts],
+    shapes: Shapes,
+    world: World,
+    data_moved: bool = False,
+) -> Iterator[Opened]:
+    """The run folder, made or taken up again by rank 0 and locked while training.
+
+    `facts` are those of the data, asked for on rank 0 alone. With `data_moved` the data may lie in another
+    place.
 
     Raises:
-        UserError: another process trains in it, or it holds another run, or none of its checkpoints is whole.
-            Then it is left as it was.
+        UserError: another process trains in it, it holds a run that cannot go on so, or none of its
+            checkpoints is whole. Then it is left as it was.
     """
-    folder = RunFolder(directory)
+    with ExitStack() as held:
+        folder = RunFolder(directory)
+        yield world.on_main(lambda: _open(folder, recipe, facts(), shapes, world, data_moved, held))
 
-    def enter() -> Path | None:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock.__enter__()
-        if folder.recipe_path.is_file():
-            refuse_other_run(load_recipe_of(directory), recipe, directory)
-        saved = newest_good(folder.checkpoints, warn)
-        write_text(folder.recipe_path, to_yaml(recipe))
-        mark(directory, folder.recipe_path.name)
-        before = folder.write_environment(world.size, str(world.device), decoder_name())
-        if before is not None:
-            now = decoder_name()
-            warn(f"{directory}: images were decoded by {before} so far, and are by {now} from here on.")
-        return saved
 
-    lock = folder.locked()
-    saved = world.on_main(enter)
+def _open(
+    folder: RunFolder,
+    recipe: Recipe,
+    facts: DataFacts,
+    shapes: Shapes,
+    world: World,
+    data_moved: bool,
+    held: ExitStack,
+) -> Opened:
+    folder.directory.mkdir(parents=True, exist_ok=True)
+    held.enter_context(folder.locked())
+    saved = newest_good(folder.checkpoints, warn)
+    changes: list[str] = []
+    restarts_best = False
+    kept = saved / RECIPE if saved is not None else folder.recipe_path
+    if kept.is_file():
+        with parts_of(folder.directory, folder.recipe_path.name):
+            kept_recipe = load_recipe(kept)
+        for change in refuse_other_run(kept_recipe, recipe, folder.directory, data_moved):
+            changes.append(change.describe())
+            restarts_best = restarts_best or change.verdict == "the best restarts"
+    before = _facts_before(folder, saved)
+    if before is not None:
+        continuation = refuse_other_data(before, facts, folder.directory)
+        changes += continuation.lines
+        restarts_best = restarts_best or continuation.restarts_best
+    if saved is not None:
+        _check_fits(saved, shapes)
+    changes += folder.write_start(to_yaml(recipe), facts, world.size, str(world.device), decoder_name())
+    mark(folder.directory, folder.recipe_path.name)
+    return Opened(folder, saved, facts, tuple(changes), restarts_best)
+
+
+def _facts_before(folder: RunFolder, saved: Path | None) -> DataFacts | None:
+    """What the data was at the checkpoint, or when the run began; None where that is not known."""
+    if saved is not None:
+        return DataFacts.parse((saved / DATA).read_bytes())
     try:
-        yield folder, saved
-    finally:
-        if world.is_main:
-            lock.__exit__(None, None, None)
+        return folder.read_data()
+    except UserError:
+        return None  # nothing was trained on it
+
+
+def _check_fits(saved: Path, shapes: Shapes) -> None:
+    """Refuse a checkpoint of another network: user-defined code may have changed under the same recipe."""
+    found = shapes_in(saved)
+    for name, shape in shapes.items():
+        if found.get(name) != shape:
+            has = f"the shape {found[name]}" if name in found else "none"
+            raise UserError(
+                f"{saved}: expected {name} of the shape {shape}, as the model has it now, found {has}. "
+                "Bring the model's code back to what it was, or choose another --run-dir."
+            )
+    odd = next((name for name in found if name not in shapes), None)
+    if odd is not None:
+        raise UserError(
+            f"{saved}: expected the weights of the model as it is now, found {odd} beside them. "
+            "Bring the model's code back to what it was, or choose another --run-dir."
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from mtl_dist.assemble import (
+    begin_with,
     build_monitor,
     build_root,
     check_balancing,
@@ -19,11 +20,12 @@ from mtl_dist.assemble import (
     check_labels,
     check_metrics,
     facts_of,
+    identified,
     plan_of,
 )
 from mtl_dist.balancing import Balancing
 from mtl_dist.caveats import check_monitor, check_norms
-from mtl_dist.checkpoint import CheckpointWriter, read_checkpoint
+from mtl_dist.checkpoint import CheckpointWriter, read_checkpoint, steps_in
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.data.loader import Data, open_data, train_loader
 from mtl_dist.data.partition import micro_batch_size
@@ -40,9 +42,9 @@ from mtl_dist.models.describe import parameters_in_words
 from mtl_dist.optim import build_optimizer
 from mtl_dist.recipe import Recipe, with_launcher
 from mtl_dist.run_folder import RunFolder, new_run_directory
-from mtl_dist.runs.announcements import farewell, introduce, progress_bar
+from mtl_dist.runs.announcements import farewell, introduce, progress_bar, warn
 from mtl_dist.runs.evaluation import evaluate_at_end, evaluate_split
-from mtl_dist.runs.opening import training_folder
+from mtl_dist.runs.opening import Opened, training_folder
 from mtl_dist.status import write_status
 from mtl_dist.step import RootModule
 from mtl_dist.stopping import StopSignal, agreed_stop
@@ -55,12 +57,16 @@ from mtl_dist.training.trainer import Trainer
 
 
 def train(
-    recipe: Recipe, run_dir: Path | None = None, stop: StopSignal | None = None, tags: Sequence[str] = ()
+    recipe: Recipe,
+    run_dir: Path | None = None,
+    stop: StopSignal | None = None,
+    tags: Sequence[str] = (),
+    data_moved: bool = False,
 ) -> Outcome:
     """Train `recipe` in `run_dir`, from its newest good checkpoint if the folder has one.
 
     Called by every rank of the group that the launcher started. `stop` knows a deadline besides the signals;
-    `tags` are added to the run's.
+    `tags` are added to the run's. With `data_moved` the run's data may lie in another place than before.
 
     Raises:
         UserError: the recipe does not fit its data, the number of ranks, or the run that the folder holds.
@@ -70,7 +76,9 @@ def train(
     stop = stop or StopSignal()
     timeout_s = None if recipe.train.hang_timeout is None else 60 * recipe.train.hang_timeout
     with HangWatch(connection.world, timeout_s, stop, compiling=recipe.train.compile) as watch:
-        return train_connected(recipe.with_absolute_paths(), run_dir, stop, tags, connection, watch, notes)
+        return train_connected(
+            recipe.with_absolute_paths(), run_dir, stop, tags, data_moved, connection, watch, notes
+        )
 
 
 def train_connected(
@@ -78,6 +86,7 @@ def train_connected(
     run_dir: Path | None,
     stop: StopSignal,
     tags: Sequence[str],
+    data_moved: bool,
     connection: Connection,
     watch: HangWatch,
     notes: Sequence[str],
@@ -102,6 +111,9 @@ def train_connected(
     few = check_norms(
         root, data, micro_batch_size(recipe.train.global_batch, world.size, accumulation), world
     )
+    if recipe.start_from is not None and world.on_main(lambda: run_dir is None or not is_begun(run_dir)):
+        begin_with(root, recipe.start_from, warn if world.is_main else lambda line: None)
+    shapes = {name: tuple(tensor.shape) for name, tensor in root.state_dict().items()}
     parameters = parameters_in_words(root)
     if recipe.train.compile:
         compile_parts(root.model, world.device, recomputing=recipe.model.checkpointing != "off")
@@ -114,18 +126,24 @@ def train_connected(
 
     # ---- run folder, trainer
     directory = world.broadcast(run_dir or new_run_directory(recipe.name or "run"))
-    with training_folder(directory, recipe, world) as (folder, saved):
+    with training_folder(directory, recipe, lambda: identified(data), shapes, world, data_moved) as opened:
         watch.directory = directory
         if world.is_main:
-            folder.write_data(facts_of(data))
-            folder.change_tags(tags)
-        trainer = build_trainer(recipe, data, engine, root, balancing, folder, saved, accumulation, stop)
-        introduce(trainer, recipe, data, folder, connection.describe(), parameters)
+            opened.folder.change_tags(tags)
+        trainer = build_trainer(recipe, data, engine, root, balancing, opened, accumulation, stop)
+        introduce(trainer, recipe, data, opened.folder, connection.describe(), parameters)
         for note in notes:
             trainer.tracker.say(note)
         if few:
             trainer.tracker.say(f"warning  {few}")
-        return replace(run_to_the_end(trainer, recipe, data, folder, watch), directory=directory)
+        for line in opened.changes:
+            trainer.tracker.say(f"changed  {line}")
+        return replace(run_to_the_end(trainer, recipe, data, opened.folder, watch), directory=directory)
+
+
+def is_begun(directory: Path) -> bool:
+    """Whether the run in `directory` has saved a checkpoint."""
+    return bool(steps_in(RunFolder(directory).checkpoints))
 
 
 def build_trainer(
@@ -134,14 +152,13 @@ def build_trainer(
     engine: Engine,
     root: RootModule,
     balancing: Balancing,
-    folder: RunFolder,
-    saved: Path | None,
+    opened: Opened,
     accumulation: int,
     stop: StopSignal,
 ) -> Trainer:
-    """The trainer, in the state of the checkpoint at `saved`, or at the beginning."""
-    world = engine.world
-    resumed = read_checkpoint(saved) if saved is not None else None
+    """The trainer, in the state of the folder's newest good checkpoint, or at the beginning."""
+    world, folder = engine.world, opened.folder
+    resumed = read_checkpoint(opened.saved) if opened.saved is not None else None
     plan = plan_of(recipe, data, accumulation)
 
     metrics = RunningMetrics(root.tasks, world) if recipe.train.metrics else None
@@ -156,6 +173,7 @@ def build_trainer(
         open_tracker(
             folder.directory,
             resumed_step=resumed.step if resumed else 0,
+            record=resumed.record if resumed else None,
             tracking=recipe.tracking,
             name=recipe.name or "run",
             recipe=recipe.model_dump(mode="json"),
@@ -177,11 +195,12 @@ def build_trainer(
         figures=RunFigures(tracker.directory, recipe.monitor.name, tracker.say),
         stop=stop,
         recipe_text=to_yaml(recipe),
+        data_text=opened.facts.to_json(),
         max_bad_steps=recipe.train.max_bad_steps,
         metrics=metrics,
     )
     if resumed is not None:
-        trainer.load(resumed)
+        trainer.load(resumed, opened.restarts_best)
     return trainer
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,29 @@ SKIPPED = "skipped_steps.jsonl"
 class FilesSink(Sink):
     """Writes the files in `directory`, from `resumed_step` on.
 
-    `rewritten` holds (kind, step) of the rows that were cut off.
+    `record` is what metrics.jsonl held at that step, as the checkpoint has it; None where nobody knows.
+    `rewritten` holds (kind, step) of the rows that were cut off, `notes` what was damaged, `lines` those of
+    metrics.jsonl.
     """
 
-    def __init__(self, directory: Path, resumed_step: int = 0) -> None:
+    def __init__(self, directory: Path, resumed_step: int = 0, record: str | None = None) -> None:
         self._directory = directory
+        self.notes: list[str] = []
         rows = read_rows(directory)
-        self._rows = [row for row in rows if row["step"] <= resumed_step]
         self.rewritten = frozenset((row["kind"], row["step"]) for row in rows if row["step"] > resumed_step)
-        write_text(directory / METRICS, "".join(json.dumps(row) + "\n" for row in self._rows))
+        self._rows = [row for row in rows if row["step"] <= resumed_step]
+        if record is not None:
+            kept = [json.loads(line) for line in record.splitlines()]
+            if kept != self._rows:
+                self.notes.append(
+                    f"warning  {directory / METRICS} was damaged or cut: it is rebuilt from the checkpoint, "
+                    f"up to step {resumed_step}."
+                )
+            self._rows = kept
+        self.lines = [json.dumps(row) + "\n" for row in self._rows]
+        write_text(directory / METRICS, "".join(self.lines))
+        if self._rows:
+            write_text(directory / HISTORY, json.dumps(history_of(self._rows), indent=1))
         self._metrics = open(directory / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
         self._log = open(directory / LOG, "a", encoding="utf-8")  # noqa: SIM115
         skipped = _rows_in(directory / SKIPPED)
@@ -47,7 +62,8 @@ class FilesSink(Sink):
         entry = {"kind": row.kind, "step": row.step, "epoch": round(row.epoch, 6), "time": round(row.time, 3)}
         entry |= {name: value if math.isfinite(value) else None for name, value in row.metrics.items()}
         self._rows.append(entry)
-        self._metrics.write(json.dumps(entry) + "\n")
+        self.lines.append(json.dumps(entry) + "\n")
+        self._metrics.write(self.lines[-1])
         self._metrics.flush()
         if row.kind == "epoch":
             os.fsync(self._metrics.fileno())
@@ -70,20 +86,42 @@ class FilesSink(Sink):
 
 
 def read_rows(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, up to the first line that is cut off; none without the file."""
-    return _rows_in(directory / METRICS)
+    """The rows of a run's metrics.jsonl; none without the file.
+
+    In the place of a line that is damaged stands a row of the kind "damaged" with its number; the last line
+    of a run that was killed while writing it is left out.
+    """
+    return _rows_in(directory / METRICS, ("kind",))
 
 
-def _rows_in(path: Path) -> list[dict[str, Any]]:
+def _rows_in(path: Path, needed: Sequence[str] = ()) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # The last line of a run that was killed while writing it.
+    rows: list[dict[str, Any]] = []
+    content = path.read_bytes()
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        row = _row_in(line, needed)
+        if row is not None:
+            rows.append(row)
+        elif line.endswith(b"\n"):
+            step = rows[-1]["step"] if rows else 0
+            rows.append({"kind": "damaged", "step": step, "epoch": 0.0, "line": number})
     return rows
+
+
+def _row_in(line: bytes, needed: Sequence[str]) -> dict[str, Any] | None:
+    """The row in a line; None where it is damaged, or has not what every row has."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    if row.get("kind") == "epoch":
+        needed = (*needed, "epoch")
+    if not row.keys() >= set(needed):
+        return None
+    return row
 
 
 def history_of(rows: list[dict[str, Any]]) -> dict[str, Any]:

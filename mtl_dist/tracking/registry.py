@@ -21,6 +21,7 @@ from mtl_dist.config.settings import Settings
 from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
+from mtl_dist.json_files import DamagedFile, read_json
 from mtl_dist.tracking.external import (
     MlflowSettings,
     MlflowSink,
@@ -83,26 +84,28 @@ def open_tracker(
     directory: Path,
     *,
     resumed_step: int = 0,
+    record: str | None = None,
     tracking: TrackingSettings = DEFAULT,
     name: str = "run",
     recipe: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> Tracker:
-    """The tracker of rank 0 for the run in `directory`, from `resumed_step` on.
+    """The tracker of rank 0 for the run in `directory`, from `resumed_step` on, where the rows were `record`.
 
     A sink that cannot be opened is reported, and the run goes on without it; the files must be.
     """
-    files = FilesSink(directory, resumed_step)
+    files = FilesSink(directory, resumed_step, record)
+    run_id, lines = _identity(directory)
     run = RunFacts(
         directory=directory,
         name=name,
-        run_id=_identity(directory),
+        run_id=run_id,
         recipe=recipe or {},
         resumed_step=resumed_step,
         rewritten=files.rewritten,
     )
     sinks: dict[str, Sink] = {"files": files}
-    failures = []
+    failures = [*files.notes, *lines]
     for settings in tracking:
         kind = getattr(settings, "kind", type(settings).__name__)
         label = kind if kind not in sinks else f"{kind} ({len(sinks)})"
@@ -110,7 +113,7 @@ def open_tracker(
             sinks[label] = _opened(settings, run)
         except Exception as error:  # whatever a library, a disk or a network raises
             failures.append(switched_off(label, error))
-    tracker = Tracker(directory, sinks, console)
+    tracker = Tracker(directory, sinks, console, files.lines)
     for line in failures:
         tracker.say(line)
     return tracker
@@ -123,9 +126,19 @@ def _opened(settings: Settings, run: RunFacts) -> Sink:
     return OPENERS[type(settings)](settings, run)
 
 
-def _identity(directory: Path) -> str:
+def _identity(directory: Path) -> tuple[str, list[str]]:
+    """The run's id, and a line if it had to be made anew."""
     path = directory / IDENTITY
-    if not path.is_file():
-        write_text(path, json.dumps({"run_id": uuid.uuid4().hex}))
-    run_id: str = json.loads(path.read_text(encoding="utf-8"))["run_id"]
-    return run_id
+    lines = []
+    try:
+        kept = read_json(dict[str, str], path)
+        if kept is not None and "run_id" in kept:
+            return kept["run_id"], []
+        found = "no run_id"
+    except DamagedFile as error:
+        found = str(error)
+    if path.exists():
+        lines = [f"warning  {path} was damaged ({found}): in dashboards the run goes on as a new one."]
+    run_id = uuid.uuid4().hex
+    write_text(path, json.dumps({"run_id": run_id}))
+    return run_id, lines

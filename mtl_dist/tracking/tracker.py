@@ -23,9 +23,15 @@ class Tracker:
     """
 
     def __init__(
-        self, directory: Path | None, sinks: Mapping[str, Sink] | None = None, console: Console | None = None
+        self,
+        directory: Path | None,
+        sinks: Mapping[str, Sink] | None = None,
+        console: Console | None = None,
+        lines: Sequence[str] = (),
     ) -> None:
         self.directory = directory
+        self.lines = lines
+        """Those of metrics.jsonl so far, also where the disk no longer takes them."""
         self.console = console or plain_console()
         self._sinks = dict(sinks or {})
         self._status_failed = False

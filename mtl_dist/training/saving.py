@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtl_dist.batch_statistics import BatchStatistics
@@ -29,7 +30,7 @@ class Progress:
 class Saving:
     """Saves the parts of a training, and loads them; every rank calls it alike.
 
-    `writer` is rank 0's.
+    `writer` is rank 0's, `record` the lines of metrics.jsonl, which grow.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Saving:
         plan: Plan,
         writer: CheckpointWriter | None,
         recipe_text: str,
+        data_text: str,
+        record: Sequence[str],
     ) -> None:
         self._engine = engine
         self._statistics = statistics
@@ -54,6 +57,8 @@ class Saving:
         self._plan = plan
         self._writer = writer
         self._recipe_text = recipe_text
+        self._data_text = data_text
+        self._record = record
         self._saved_step = -1
 
     def save(self, progress: Progress) -> None:
@@ -85,7 +90,8 @@ class Saving:
             "unfinished_epoch": progress.unfinished_epoch,
             **losses,
         }
-        self._writer.submit(Checkpoint(progress.step, tensors, state, self._recipe_text), progress.best)
+        texts = self._recipe_text, self._data_text, "".join(self._record)
+        self._writer.submit(Checkpoint(progress.step, tensors, state, *texts), progress.best)
 
     def load(self, checkpoint: Checkpoint) -> Progress:
         """Collective: take over `checkpoint`, which every rank has read; where it stands."""

@@ -53,6 +53,7 @@ class Trainer:
         figures: RunFigures,
         stop: StopSignal,
         recipe_text: str,
+        data_text: str,
         max_bad_steps: int,
         metrics: RunningMetrics | None = None,
     ) -> None:
@@ -81,14 +82,22 @@ class Trainer:
             plan=plan,
             writer=writer,
             recipe_text=recipe_text,
+            data_text=data_text,
+            record=tracker.lines,
         )
         self.progress = Progress()
         self._evaluate = evaluate
         self._buffers = KeptBuffers(root)
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Collective: go on from `checkpoint`, which every rank has read."""
+    def load(self, checkpoint: Checkpoint, restart_best: bool = False) -> None:
+        """Collective: go on from `checkpoint`, which every rank has read.
+
+        With `restart_best` the next evaluation is the best one so far: those before cannot be compared.
+        """
         self.progress = self.saving.load(checkpoint)
+        if restart_best:
+            self.progress.best = None
+            self.monitor.restart()
 
     @property
     def epoch(self) -> float:

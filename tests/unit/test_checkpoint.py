@@ -22,7 +22,7 @@ def make(step: int, fill: float = 1.0) -> Checkpoint:
         "model": {"weight": torch.full((3, 4), fill), "counter": torch.tensor(step)},
         "optimizer": {"exp_avg/weight": torch.randn(3, 4)},
     }
-    return Checkpoint(step, tensors, {"step": step, "position": step * 8}, "tasks: {}\n")
+    return Checkpoint(step, tensors, {"step": step, "position": step * 8}, "tasks: {}\n", "{}", "{}\n")
 
 
 def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
@@ -31,6 +31,7 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     read = ckpt.read_checkpoint(path)
     assert path.name == "step_00000012"
     assert (read.step, read.state, read.recipe) == (12, written.state, written.recipe)
+    assert (read.data, read.record) == (written.data, written.record)
     for name, tensors in written.tensors.items():
         assert read.tensors[name].keys() == tensors.keys()
         assert all(torch.equal(read.tensors[name][key], tensors[key]) for key in tensors)

@@ -16,7 +16,7 @@ import yaml
 from mtl_dist.cli import app
 from mtl_dist.commands.prepare import command_of
 from mtl_dist.config.loading import load_settings
-from mtl_dist.data.manifest import LabelCounts, Manifest, SplitInfo, write_manifest
+from mtl_dist.data.manifest import LabelCounts, Manifest, ShardInfo, SplitInfo, write_manifest
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.launch.profile import ClusterProfile
 from mtl_dist.recipe import Recipe, load_recipe
@@ -160,8 +160,8 @@ def test_a_recipe_of_the_docs_is_read_on_a_made_dataset(
         return
     counts = {name: LabelCounts(1, 0, (1,) * len(info.classes)) for name, info in TASKS.items()}
     tmp_path.joinpath("made").mkdir()
-    write_manifest(
-        tmp_path / "made", Manifest(3, "uint8", TASKS, {"train": SplitInfo(1, (), counts)}, "made")
-    )
+    shard = ShardInfo("train-000000.tar", 1, 0, "0" * 64)
+    manifest = Manifest(3, "uint8", TASKS, {"train": SplitInfo(1, (shard,), counts)}, "made")
+    write_manifest(tmp_path / "made", manifest)
     recipe = load_recipe({**stated, "data": {**data, "train": [{"path": str(tmp_path / "made")}]}})
     assert recipe.tasks

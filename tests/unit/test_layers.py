@@ -19,13 +19,13 @@ import mtl_dist
 PACKAGE = Path(mtl_dist.__file__).parent
 
 LAYERS: dict[int, str] = {
-    0: "errors specs batch plural durable lazy randomness status heartbeat printable config kinds",
+    0: "errors specs batch plural durable json_files lazy randomness status heartbeat printable config kinds",
     1: "tasks models balance data",
     2: "importers engine gradients checkpoint optim user_optimizer ema batch_statistics monitor "
     "tracking figures stopping",
     3: "step balancing skipping hangs",
     4: "training evaluator",
-    5: "recipe recipe_tasks shipped run_folder results assemble caveats runs debug prediction",
+    5: "recipe recipe_tasks resuming shipped run_folder results assemble caveats runs debug prediction",
     6: "launch report face prepare",
     7: "cli commands __main__",
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from mtl_dist.errors import UserError
-from mtl_dist.recipe import Recipe, load_recipe, refuse_other_run
+from mtl_dist.recipe import Recipe, load_recipe
+from mtl_dist.resuming import RULES, changes, refuse_other_run, verdict_on
 
 RECIPE = """
 tasks: {digit: {kind: classification}, x0: {kind: regression}}
@@ -49,3 +51,35 @@ def test_another_order_or_meaning_of_the_samples_is_refused(
 )
 def test_what_changes_neither_may_change(kept: Recipe, tmp_path: Path, override: str) -> None:
     refuse_other_run(kept, recipe(tmp_path, override), tmp_path)
+
+
+def test_the_docs_have_the_table_of_what_may_change() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
+    table = dict(re.findall(r"^\| `([a-z_.]+)` \| (.+?) \|$", text, re.MULTILINE))
+    assert table == RULES
+
+
+def test_every_section_of_a_recipe_is_in_the_table() -> None:
+    assert {name.partition(".")[0] for name in RULES} == set(Recipe.model_fields)
+
+
+def test_what_the_table_does_not_know_is_refused() -> None:
+    assert verdict_on("moon.phase") == "refused"
+    assert verdict_on("model.checkpointing") == "accepted"
+
+
+def test_each_accepted_change_is_one_line_with_both_values(kept: Recipe, tmp_path: Path) -> None:
+    given = recipe(tmp_path, "optim.lr=0.5", "monitor.metric=val/digit/accuracy", "train.epochs=3")
+    assert [change.describe() for change in changes(kept, given)] == [
+        'monitor.metric: "val/loss" before, "val/digit/accuracy" from here on; the best evaluation restarts',
+        "optim.lr: 0.001 before, 0.5 from here on",
+        "train.epochs: 10 before, 3 from here on",
+    ]
+
+
+def test_another_place_of_the_data_is_accepted_where_it_is_said(kept: Recipe, tmp_path: Path) -> None:
+    moved = recipe(tmp_path, "data.train.0.path=elsewhere/digits")
+    with pytest.raises(UserError, match="say --data-moved") as refusal:
+        refuse_other_run(kept, moved, tmp_path)
+    assert "{" not in str(refusal.value)
+    assert [change.key for change in refuse_other_run(kept, moved, tmp_path, True)] == ["data.train.0.path"]
