@@ -46,7 +46,7 @@ def train_stopped(recipe: Path, run: Path, overrides: list[str], evaluation: int
     asked: list[None] = []
     kept = run_evaluation.evaluate
 
-    def evaluate(root: object, loader: Iterator[object], world: object) -> object:
+    def evaluate(root: object, loader: Iterator[object], *args: object, **kwargs: object) -> object:
         begun.append(None)
 
         def batches() -> Iterator[object]:
@@ -55,7 +55,7 @@ def train_stopped(recipe: Path, run: Path, overrides: list[str], evaluation: int
                     asked.append(None)
                 yield own
 
-        return kept(root, batches(), world)  # type: ignore[arg-type]
+        return kept(root, batches(), *args, **kwargs)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stopping.StopSignal, "requested", property(lambda self: bool(asked)))
