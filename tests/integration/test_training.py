@@ -216,10 +216,10 @@ def test_another_decoder_is_said_at_a_resume(
     monkeypatch.setattr(opening, "decoder_name", lambda: "decoder A")
     train_run(recipe, tmp_path / "run", ["train.max_steps=1"])
     train_run(recipe, tmp_path / "run", ["train.max_steps=2"])
-    assert "decoder" not in capsys.readouterr().err
+    assert "decoder of images" not in capsys.readouterr().out
     monkeypatch.setattr(opening, "decoder_name", lambda: "decoder B")
     train_run(recipe, tmp_path / "run", ["train.max_steps=3"])
-    assert "decoder A so far, and are by decoder B" in capsys.readouterr().err
+    assert "changed  decoder of images: decoder A before, decoder B from here on" in capsys.readouterr().out
 
 
 def test_fp16_writes_down_its_loss_scale_and_the_steps_it_skipped(recipe: Path, tmp_path: Path) -> None:
