@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mtl_dist import balance, prepare
+    from mtl_dist.data.as_webdataset import webdataset
     from mtl_dist.errors import ImageError, UserError
     from mtl_dist.face import Run, train
     from mtl_dist.prediction.predictor import Predictor, load
 
 __version__ = "0.1.0"
 
-__all__ = ["ImageError", "Predictor", "Run", "UserError", "balance", "load", "prepare", "train"]
+__all__ = [
+    "ImageError",
+    "Predictor",
+    "Run",
+    "UserError",
+    "balance",
+    "load",
+    "prepare",
+    "train",
+    "webdataset",
+]
 
 _HOMES = {
     "ImageError": "errors",
@@ -22,6 +33,7 @@ _HOMES = {
     "UserError": "errors",
     "load": "prediction.predictor",
     "train": "face",
+    "webdataset": "data.as_webdataset",
 }
 
 
