@@ -26,6 +26,7 @@ import numpy as np
 from mtl_dist.data.content_hashes import HASH_SIZE, content_hash
 from mtl_dist.data.manifest import FORMAT_VERSION, ShardInfo
 from mtl_dist.data.shards import TarShard, scan_shard, shard_name
+from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.importers.conversion import AS_IT_IS, Conversion
 from mtl_dist.importers.shard_counts import ImageCounts, MapCounts, Unreadable
@@ -235,25 +236,25 @@ def _fingerprint(job: ShardJob) -> str:
 
 def _save_result(job: ShardJob, result: ShardResult) -> None:
     fields = {name: value for name, value in vars(result).items() if name != "rows"}
-    text = json.dumps({"fingerprint": _fingerprint(job), **fields, "info": asdict(result.info)})
-    temporary = job.result.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, job.result)
+    write_text(
+        job.result, json.dumps({"fingerprint": _fingerprint(job), **fields, "info": asdict(result.info)})
+    )
 
 
 def finished_result(job: ShardJob) -> ShardResult | None:
-    """The result of a job that an earlier, interrupted preparation finished; None where there is none."""
+    """The result of a job that an earlier, interrupted preparation finished; None where none is whole."""
     if not job.result.is_file() or not job.shard.is_file():
         return None
-    fields = json.loads(job.result.read_text(encoding="utf-8"))
-    info = ShardInfo(**fields.pop("info"))
-    if fields.pop("fingerprint") != _fingerprint(job) or job.shard.stat().st_size != info.num_bytes:
+    try:
+        fields = json.loads(job.result.read_text(encoding="utf-8"))
+        info = ShardInfo(**fields.pop("info"))
+        skipped = {int(position): reason for position, reason in fields.pop("skipped").items()}
+        is_of_this_job = fields.pop("fingerprint") == _fingerprint(job)
+        if not is_of_this_job or job.shard.stat().st_size != info.num_bytes:
+            return None
+        return ShardResult(info=info, rows=scan_shard(job.shard, job.kinds), skipped=skipped, **fields)
+    except (ValueError, KeyError, TypeError, AttributeError):  # a damaged file: the shard is written again
         return None
-    skipped = {int(position): reason for position, reason in fields.pop("skipped").items()}
-    return ShardResult(info=info, rows=scan_shard(job.shard, job.kinds), skipped=skipped, **fields)
 
 
 _ticks: Synchronized[int] | None = None

@@ -11,12 +11,11 @@ bytes depend on the records alone, not on the number of workers or on interrupti
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from mtl_dist.data.shards import (
     index_path,
     save_index,
 )
+from mtl_dist.durable import Locked, locked, sync_directory
 from mtl_dist.errors import UserError
 from mtl_dist.importers.account import SAMPLE, UNREADABLE, Account
 from mtl_dist.importers.jobs import (
@@ -125,9 +125,9 @@ def pack_into(
     )
     shutil.rmtree(partial.directory / FINISHED)
     (partial.directory / SPOOL).unlink(missing_ok=True)
-    _fsync_directory(partial.directory)
+    sync_directory(partial.directory)
     os.rename(partial.directory, partial.out)  # also over an empty directory
-    _fsync_directory(partial.out.parent)
+    sync_directory(partial.out.parent)
     return manifest
 
 
@@ -160,16 +160,16 @@ def partial_directory(out: Path) -> Iterator[Partial]:
     An input that is bad before packing began leaves the shards that an interrupted preparation finished.
     """
     partial = out.parent / f".{out.name}.partial"
-    try:
-        (partial / FINISHED).mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise UserError(f"{out}: expected a place that can be written, found: {error.strerror}.") from None
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            (partial / FINISHED).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(partial, wait=False))
+        except Locked:
             raise UserError(f"{out}: another `mtl prepare` is writing it. Wait for it to end.") from None
+        except OSError as error:
+            raise UserError(
+                f"{out}: expected a place that can be written, found: {error.strerror}."
+            ) from None
         held = Partial(out, partial)
         try:
             yield held
@@ -185,8 +185,6 @@ def partial_directory(out: Path) -> Iterator[Partial]:
             raise UserError(
                 f"{out}: a worker process was killed, perhaps for want of memory. {_to_go_on(partial)}"
             ) from None
-    finally:
-        os.close(lock)
 
 
 def _to_go_on(partial: Path) -> str:
@@ -382,11 +380,3 @@ def _without_maps(record: Record, tasks: Sequence[str]) -> Record:
     if not tasks:
         return record
     return replace(record, masks={name: mask for name, mask in record.masks.items() if name not in tasks})
-
-
-def _fsync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

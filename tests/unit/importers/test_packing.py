@@ -63,6 +63,23 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
     assert not partial.exists()
 
 
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"info": 3}', '{"info": {"path": "x"}}', "\0" * 50])
+def test_a_damaged_record_of_a_finished_shard_means_that_it_is_written_again(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = fill(tmp_path / "src", cats())
+    options = PackOptions(workers=1, shard_samples=5)
+    prepare_folders(src, tmp_path / "whole", "breed", options=options)
+    with monkeypatch.context() as patched:
+        full_disk_after(50_000, patched)
+        with pytest.raises(UserError, match="disk is full"):
+            prepare_folders(src, tmp_path / "out", "breed", options=options)
+    for record in (tmp_path / ".out.partial" / ".finished").iterdir():
+        record.write_text(damage)
+    prepare_folders(src, tmp_path / "out", "breed", options=options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_shard_of_other_sources_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = cats()
     src = fill(tmp_path / "src", files)
