@@ -324,9 +324,9 @@ def predict(
 
 
 def verify(run: RunFolder) -> None:
-    """Check that a run's checkpoints are whole, byte by byte.
+    """Check that a run's checkpoints are whole, byte by byte, and that no weight in them is NaN or infinite.
 
-    Exit code 1 if one is not. Training and evaluation pass over damaged ones by themselves.
+    Exit code 1 if one is not so. Training and evaluation pass over damaged ones by themselves.
 
     \b
       mtl verify runs/digits/ID

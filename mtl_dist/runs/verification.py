@@ -1,10 +1,14 @@
-"""Whether a run's checkpoints are whole."""
+"""Whether a run's checkpoints are whole, and every number in them finite."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from mtl_dist.checkpoint import problems_of, step_directory, steps_in
+from mtl_dist.config.describe import listed
+from mtl_dist.lazy import torch
+from mtl_dist.printable import printable
 from mtl_dist.run_folder import RunFolder
 
 
@@ -15,8 +19,46 @@ def verify(run: Path) -> tuple[list[str], list[str]]:
     problems: list[str] = []
     for step in steps_in(folder.checkpoints):
         path = step_directory(folder.checkpoints, step)
-        found = problems_of(path)
+        found = problems_of(path) or not_finite_in(path)
         problems += found
         if not found:
             good.append(path.name)
     return good, problems
+
+
+def not_finite_in(path: Path) -> list[str]:
+    """The line about weights, averages and optimizer state with NaN or infinity; none where all are finite.
+
+    What is so on purpose is no damage: NaN in a balancing method's memory (of a task not seen yet), and a
+    buffer whose only infinity is the negative one (a mask of attention). What the running epoch's metrics have
+    counted is not looked at: a minimum begins at infinity.
+    """
+    named = list(_not_finite(path))
+    if not named:
+        return []
+    return [
+        f"{path}: expected finite numbers, found NaN or infinity in {printable(listed(named))}. "
+        "Go on from an older checkpoint: remove this one."
+    ]
+
+
+def _not_finite(path: Path) -> Iterator[str]:
+    """The names of these tensors, as `model/NAME`."""
+    from safetensors import safe_open
+
+    learnt: set[str] = set()
+    for file in ("optimizer", "model", "ema"):
+        if not (path / f"{file}.safetensors").is_file():
+            continue
+        with safe_open(path / f"{file}.safetensors", framework="pt") as tensors:
+            names = sorted(tensors.keys())
+            if file == "optimizer":
+                learnt = {name.partition("/")[2] for name in names}
+            for name in names:
+                tensor = tensors.get_tensor(name)
+                if torch.isfinite(tensor).all():
+                    continue
+                is_memory = name.startswith("balancer.") and not name.startswith("balancer.scales.")
+                is_mask = name not in learnt and torch.isfinite(tensor).logical_or(tensor == -torch.inf).all()
+                if file == "optimizer" or not (is_memory or is_mask):
+                    yield f"{file}/{name}"
