@@ -30,8 +30,8 @@ def not_finite_in(path: Path) -> list[str]:
     """The line about weights, averages and optimizer state with NaN or infinity; none where all are finite.
 
     What is so on purpose is no damage: NaN in a balancing method's memory (of a task not seen yet), and a
-    buffer whose only infinity is the negative one (a mask of attention). What the running epoch's metrics have
-    counted is not looked at: a minimum begins at infinity.
+    buffer whose only infinity is the negative one (a mask of attention). What the running epoch's metrics
+    have counted is not looked at: a minimum begins at infinity.
     """
     named = list(_not_finite(path))
     if not named:
