@@ -29,6 +29,7 @@ from mtl_dist.tasks.registry import TaskSettings
 from mtl_dist.tasks.task import Mode
 from mtl_dist.tracking.registry import DEFAULT as DEFAULT_TRACKING
 from mtl_dist.tracking.registry import TrackingSettings
+from mtl_dist.training.callbacks import CallbacksSettings
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -130,6 +131,8 @@ class Recipe(Settings):
     monitor: MonitorSettings = MonitorSettings()
     tracking: TrackingSettings = DEFAULT_TRACKING
     """Where the run's rows go besides its folder: tensorboard, wandb, mlflow, trackio or your own."""
+    callbacks: CallbacksSettings = ()
+    """Code of yours that is called at the start, after evaluations and epochs, and at the end."""
 
     @field_validator("name")
     @classmethod

@@ -49,6 +49,7 @@ RULES: dict[str, Verdict] = {
     "monitor.metric": "the best restarts",
     "monitor.mode": "the best restarts",
     "tracking": "accepted",
+    "callbacks": "accepted",
 }
 """What becomes of a setting that differs from the run's: the longest name that it begins with decides.
 

@@ -7,6 +7,7 @@ runs/<name>/<run id>/
     class_names.json        class names by index, per task
     log.txt  metrics.jsonl  history.json  skipped_steps.jsonl  learning_curves.png  tensorboard/
     tracking.json           the run's id in dashboards, kept by resumes
+    callbacks.json          up to which step callbacks were called
     tags.json               words by which `mtl status` and `mtl runs` find it
     checkpoints/            see checkpoint.py
     evaluation/             metrics.json, thresholds.json, confusion matrices, conflicts.png
@@ -68,6 +69,7 @@ class RunFolder:
         "class_names.json": "class names by index",
         "environment.json": "versions, git commit, devices and peak memory of every start",
         "tracking.json": "the run's id in dashboards",
+        "callbacks.json": "up to which step callbacks were called",
         "tags.json": "words by which mtl status and mtl runs find it",
         "log.txt": "what the terminal said",
     }

@@ -226,7 +226,7 @@ def _module(name: str) -> ModuleType:
         ) from None
     except Exception as error:  # whatever a module of the user's raises while it is imported
         raise PartError(
-            f"{name} cannot be imported: {type(error).__name__}: {error}{_line(error)}."
+            f"{name} cannot be imported: {type(error).__name__}: {error}{line_of(error)}."
         ) from error
 
 
@@ -236,7 +236,7 @@ def _modules_in(directory: Path) -> Iterator[str]:
             yield entry.stem
 
 
-def _line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
     """Where the user's own code failed."""
     if isinstance(error, SyntaxError):
         return ""

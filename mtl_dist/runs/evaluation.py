@@ -175,11 +175,11 @@ def evaluate_split(
         return evaluate(root, until_then, world, choosing)
 
 
-def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> str:
+def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> tuple[str, dict[str, float]]:
     """Evaluate the best weights on every split but the training one; write and print the metrics.
 
     Returns the reason to stop, if any rank was asked to before all was evaluated: then nothing is written,
-    and the next start of the run evaluates.
+    and the next start of the run evaluates. Beside it the metrics, as `best/val/loss`.
     """
     engine, root, tracker, world = trainer.engine, trainer.root, trainer.tracker, trainer.world
     batch_size = trainer.plan.micro_batch_on(world.size)
@@ -195,7 +195,10 @@ def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> str:
                     )
                     root.decide_by(evaluations[split].thresholds)
     except StopAsked as asked:
-        return asked.reason
+        return asked.reason, {}
+    metrics: dict[str, float] = {}
+    for split, evaluation in evaluations.items():
+        metrics |= evaluation.flat(f"best/{split}")
     if world.is_main and evaluations:
         for split, evaluation in evaluations.items():
             write_evaluation(folder, split, evaluation, data.task_infos)
@@ -204,4 +207,4 @@ def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> str:
             tracker.results(evaluation.flat(f"best/{split}"), trainer.progress.step)
         tracker.say(f"Results of {path.name}:")
         print_results(evaluations, tracker.console)
-    return ""
+    return "", metrics

@@ -51,6 +51,7 @@ from mtl_dist.stopping import StopSignal, agreed_stop
 from mtl_dist.tasks.trying import try_parts
 from mtl_dist.tracking.registry import check_tracking, open_tracker
 from mtl_dist.tracking.tracker import Tracker
+from mtl_dist.training.callbacks import Callbacks
 from mtl_dist.training.plan import Outcome
 from mtl_dist.training.running_metrics import RunningMetrics
 from mtl_dist.training.trainer import Trainer
@@ -198,6 +199,7 @@ def build_trainer(
         data_text=opened.facts.to_json(),
         max_bad_steps=recipe.train.max_bad_steps,
         metrics=metrics,
+        callbacks=Callbacks(recipe.callbacks, world, folder.directory, tracker.say),
     )
     if resumed is not None:
         trainer.load(resumed, opened.restarts_best)
@@ -221,17 +223,25 @@ def run_to_the_end(
         workers=recipe.data.workers,
         pin_memory=world.device.type == "cuda",
     )
+    metrics: dict[str, float] = {}
     trainer.stop.install()
     try:
         with progress_bar(tracker, plan.end_position, trainer.progress.position) as advance:
+            trainer.call("start", {})
             outcome = trainer.run(batches, advance)
         beat("the end", slow=True)
         trainer.saving.finish()
         world.barrier()
         if outcome.state == "done" and recipe.train.evaluate_at_end:
-            reason = agreed_stop(trainer.stop, world) or evaluate_at_end(trainer, data, folder)
+            reason = agreed_stop(trainer.stop, world)
+            if not reason:
+                reason, metrics = evaluate_at_end(trainer, data, folder)
             if reason:
                 outcome = Outcome("stopped", outcome.step, reason)
+        trainer.figures.draw_curves()
+        trainer.figures.draw_conflicts()
+        if outcome.state == "done":
+            trainer.call("end", metrics)
     except BaseException as error:
         cause = watch.first_cause(error)
         if world.is_main or cause.rank == 0:  # who may not be there any more
@@ -242,8 +252,6 @@ def run_to_the_end(
     finally:
         trainer.stop.restore()
     tracker.status(trainer.status(outcome.state, outcome.reason))
-    trainer.figures.draw_curves()
-    trainer.figures.draw_conflicts()
     peaks = world.gather(peak_memory(world.device))
     if world.is_main:
         folder.write_peak_memory(max(peaks))

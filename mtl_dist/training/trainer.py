@@ -27,6 +27,7 @@ from mtl_dist.status import State, Status
 from mtl_dist.step import RootModule, WindowTotals, count_labels
 from mtl_dist.stopping import StopAsked, StopSignal
 from mtl_dist.tracking.tracker import Tracker
+from mtl_dist.training.callbacks import Callbacks, Moment
 from mtl_dist.training.clock import StepClock
 from mtl_dist.training.plan import Outcome, Plan, windows
 from mtl_dist.training.running_losses import RunningLosses
@@ -56,6 +57,7 @@ class Trainer:
         data_text: str,
         max_bad_steps: int,
         metrics: RunningMetrics | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self.engine = engine
         self.root = root
@@ -68,6 +70,7 @@ class Trainer:
         self.ema = ema
         self.tracker = tracker
         self.figures = figures
+        self.callbacks = callbacks
         self.stop = stop
         self.skipped = SkippedSteps(list(root.tasks), self.world, tracker, max_bad_steps)
         self.losses = RunningLosses(root.task_weights, self.world, self.skipped)
@@ -269,7 +272,16 @@ class Trainer:
         self.tracker.say(self._epoch_line(metrics, is_best))
         self.figures.refresh()
         self.saving.save(at)
+        if due and self._evaluate is not None:
+            self.call("evaluation_end", metrics)
+        if int(epoch) > before:
+            self.call("epoch_end", metrics)
         return ""
+
+    def call(self, moment: Moment, metrics: Mapping[str, float]) -> None:
+        """Collective: the user's callbacks, at a moment of the run."""
+        if self.callbacks is not None:
+            self.callbacks(moment, self.progress.step, self.plan.total_steps, self.epoch, metrics)
 
     def _epoch_line(self, metrics: Mapping[str, float], is_best: bool) -> str:
         at = self.progress

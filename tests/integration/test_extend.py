@@ -128,7 +128,7 @@ def run(project: Path, recipe: Recipe) -> Path:
 
 
 def test_every_example_is_at_most_20_lines_and_a_whole_kind_of_task_at_most_60() -> None:
-    assert len(blocks("python")) == 12
+    assert len(blocks("python")) == 13
     for text in blocks("python"):
         lines = [line for line in text.splitlines()[1:] if line.strip()]
         most = 60 if "CommonTaskSettings" in text else 20
@@ -217,6 +217,11 @@ def test_a_tracker_of_ones_own_has_every_epoch(run: Path) -> None:
     assert [int(line.split(",")[0]) for line in lines] == [4, 8]
 
 
+def test_a_callback_of_ones_own_is_called_after_evaluations_and_at_the_end(run: Path) -> None:
+    scores = [line.partition(":")[0] for line in (run / "scores.txt").read_text().splitlines()]
+    assert scores[:3] == ["4 of 8", "8 of 8", "the best"]
+
+
 def test_the_monitored_metric_may_be_an_own_one(recipe: Recipe, run: Path) -> None:
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     history = json.loads((run / "history.json").read_text())["val"]["digit/top3"]
@@ -288,6 +293,7 @@ def test_two_ranks_with_all_own_parts_learn_what_one_process_learns(
     assert called in done.stdout
     assert "warning  the same image in train of mixed and val of scans: " in done.stdout
     assert logged_losses(project / run) == pytest.approx(one_process, rel=1e-4)
+    assert (project / run / "scores.txt").read_text().count("\n") == 2
     answer = mtl_dist.load(project / run).predict(project / "scans" / "3_3.png")
     assert answer["ink"]["mask"].shape == (SIZE, SIZE)
 
