@@ -206,9 +206,13 @@ def _end_workers() -> None:
     """Kill the workers of a loader that was not read to its end.
 
     At its exit a process asks them to end with the SIGTERM that they ignore, and would wait for ever. This
-    runs before: the module was imported after multiprocessing.
+    runs before: the module was imported after multiprocessing. torch's handler would take a killed worker for
+    a failure and raise it from wherever the exit is.
     """
-    for process in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in workers:
         process.kill()
 
 

@@ -408,6 +408,7 @@ class BatchBuilder:
     def _labelled(self, samples: Samples) -> dict[str, np.ndarray]:
         labelled = {name: np.zeros(len(samples.rows), dtype=bool) for name in self.task_infos}
         for source, reader in enumerate(self.readers):
+            reader.check_tables()
             mine = samples.sources == source
             for name, mask in labelled.items():
                 mask[mine] = reader.labelled(name, samples.rows[mine])

@@ -1,7 +1,8 @@
 """Reads the samples of one split from its tars, by row, in one system call each.
 
-The index is memory-mapped and the tars are read by `preadv`, which takes its offset as an argument: a forked
-worker may use the descriptors that it inherits, and nothing here has a position that could be shared.
+A large index is memory-mapped. The tars never are: one that is shortened while it is read would end the
+process by a bus error. They are read by `preadv`, which takes its offset as an argument: a forked worker may
+use the descriptors that it inherits, and nothing here has a position that could be shared.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from mtl_dist.specs import NO_CLASS
 _HEADER = 512
 _MAX_OPEN = 128  # more than a window of shards has, far fewer than a process may open
 _MAX_OPEN_CACHED = 16  # a file that is open takes disk space although the cache has removed it
-_MAX_MAPPED = 32  # shards; two windows of them
+_MAX_COPIED = 1 << 26  # bytes of a table; beyond, the processes of a machine share one in memory
 _MAX_GAP = 1 << 16  # unwanted bytes between two members that are cheaper to read than to skip
 
 
@@ -97,10 +98,11 @@ class SplitReader:
             for at, name in enumerate(names)
             if name.endswith("_offset")
         }
+        self._mapped_tables: dict[Path, int] = {}
+        """Tables that are memory-mapped, and their sizes."""
         self._index: np.ndarray | None = None
         self._columns: np.ndarray | None = None
         self._prefetched: dict[tuple[int, int, int], bytes] = {}
-        self._maps: dict[int, mmap.mmap | None] = {}
         for path, shard in zip(self._paths, shards, strict=True):
             if isinstance(path, Path):  # of a URL it would be a request each; reading will show it
                 _check_size(path, shard.num_bytes)
@@ -117,7 +119,7 @@ class SplitReader:
             "_index": None,
             "_columns": None,
             "_files": OrderedDict(),
-            "_maps": {},
+            "_mapped_tables": {},
             "_prefetched": {},
         }
 
@@ -276,30 +278,27 @@ class SplitReader:
         index = self._rows()[rows]
         return index[f"{part}_offset"], index[f"{part}_size"]
 
-    def content(self, shard: int) -> mmap.mmap | None:
-        """All of a shard, memory-mapped; nothing where it is not a whole local file with labels of ours.
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the samples are in local files, with labels of ours beside the images."""
+        return self._labels_in_json and (
+            self._cache is not None or not any(isinstance(path, Url) for path in self._paths)
+        )
 
-        For small samples: a system call for each would cost more than decoding it does. The file is read
-        ahead, because samples of it are going to be asked for in any order.
+    def block(self, shard: int, begin: int, size: int) -> bytes:
+        """Bytes of a shard in one system call; fewer where it ends too early or cannot be read.
+
+        For small samples, where `read` would cost more than decoding does. The file is read ahead, because
+        samples of it are going to be asked for in any order.
         """
-        if shard not in self._maps:
-            if len(self._maps) >= _MAX_MAPPED:
-                del self._maps[next(iter(self._maps))]
-            self._maps[shard] = self._mapped_shard(shard)
-        return self._maps[shard]
-
-    def _mapped_shard(self, shard: int) -> mmap.mmap | None:
-        if not self._labels_in_json or (self._cache is None and isinstance(self._paths[shard], Url)):
-            return None
+        is_new = shard not in self._files
         try:
-            content = mmap.mmap(self._descriptor(shard), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError):
-            return None  # `read` says what is wrong
-        if len(content) != self._shards[shard].num_bytes:
-            return None
-        if hasattr(mmap, "MADV_WILLNEED"):
-            content.madvise(mmap.MADV_WILLNEED)
-        return content
+            descriptor = self._descriptor(shard)
+            if is_new and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            return os.pread(descriptor, size, begin)
+        except (OSError, UserError):
+            return b""  # `read` says what is wrong
 
     def key(self, row: int) -> str:
         """The sample's key, from its tar header."""
@@ -337,11 +336,16 @@ class SplitReader:
         )
 
     def _table(self, location: Location, dtype: np.dtype[Any]) -> np.ndarray:
-        """The rows of an index, of label columns or of content hashes, memory-mapped."""
+        """The rows of an index, of label columns or of content hashes; large ones are memory-mapped."""
         try:
             if isinstance(location, Path):
+                num_bytes = location.stat().st_size
+                if num_bytes > _MAX_COPIED:
+                    self._mapped_tables[location] = num_bytes
                 # As a plain array: every access to a `memmap` object costs what reading a sample costs.
-                rows = np.asarray(np.load(location, mmap_mode="r"))
+                rows = np.asarray(
+                    np.load(location, mmap_mode="r" if location in self._mapped_tables else None)
+                )
             elif self._cache is None:
                 rows = np.load(io.BytesIO(location.read_all()))
             else:
@@ -364,6 +368,23 @@ class SplitReader:
                 "Prepare the dataset again."
             )
         return rows
+
+    def check_tables(self) -> None:
+        """Refuse tables that were shortened since they were opened: to read on would be a bus error.
+
+        Raises:
+            UserError: one was.
+        """
+        for path, expected in self._mapped_tables.items():
+            try:
+                found = path.stat().st_size
+            except FileNotFoundError:
+                continue  # what is open stays whole
+            if found < expected:
+                raise UserError(
+                    f"{path}: expected {expected:,} bytes as at the start, found {found:,}: it was shortened "
+                    "while it was read. Copy it again, or prepare the dataset again."
+                )
 
     def _pread(self, shard: int, offset: int, size: int) -> memoryview:
         """Bytes of a shard, writable because torch wants to wrap them without a copy."""
@@ -400,7 +421,6 @@ class SplitReader:
 
     def close(self) -> None:
         """Close the tars; they open again when they are read."""
-        self._maps.clear()
         while self._files:
             os.close(self._files.popitem()[1])
 

@@ -1,8 +1,8 @@
 """Small images, such as 28x28, read and decoded a batch at a time.
 
 One by one, the calls that read, decode and convert a small image cost ten times what its bytes do. Here the
-bytes are sliced out of memory-mapped shards, PNGs go straight to libpng, .npy files are copied, and labels
-that were seen before are not parsed again.
+bytes of a sample, its labels among them, come by one system call, PNGs go straight to libpng, .npy files are
+copied, and labels that were seen before are not parsed again.
 
 This module is a short cut and decides nothing: a file that is not plain and whole is read as any sample is.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,6 +24,9 @@ from mtl_dist.data.shards import read_key
 
 LARGEST = 1 << 14
 """Bytes of an image file beyond which there is nothing to win."""
+
+_LONGEST = 1 << 16
+"""Bytes that hold an image, its header and its labels; masks may lie between them."""
 
 _HEADER = 512
 _NPY = b"\x93NUMPY\x01"
@@ -45,7 +47,7 @@ def read_small_images(
 ) -> SmallImages | None:
     """Those rows that are small 8-bit images of this shape (H, W, C); nothing if they are not small."""
     offsets, sizes = reader.spans("image", rows)
-    if sizes.max(initial=0) > LARGEST:
+    if not reader.has_blocks or sizes.max(initial=0) > LARGEST:
         return None
     json_offsets, json_sizes = reader.spans("json", rows)
     images_BHWC = np.empty((len(rows), *shape), np.uint8)
@@ -53,30 +55,35 @@ def read_small_images(
     address, stride = images_BHWC.__array_interface__["data"][0], flat.shape[1]
     keys, labels, read = [""] * len(rows), [dict[str, Any]()] * len(rows), np.zeros(len(rows), dtype=bool)
     libpng = find_libpng()
-    contents = [reader.content(shard) for shard in map(reader.shard_of, rows.tolist())]
+    shards = map(reader.shard_of, rows.tolist())
     spans = zip(offsets.tolist(), sizes.tolist(), json_offsets.tolist(), json_sizes.tolist(), strict=True)
-    for i, (content, (at, size, json_at, json_size)) in enumerate(zip(contents, spans, strict=True)):
-        if content is None:
+    for i, (shard, (at, size, json_at, json_size)) in enumerate(zip(shards, spans, strict=True)):
+        header = at - _HEADER
+        begin, end = min(header, json_at), max(at + size, json_at + json_size)
+        if begin < 0 or end - begin > _LONGEST:
             continue
-        parsed = _parsed(content[json_at : json_at + json_size])
-        data = content[at : at + size]
+        block = reader.block(shard, begin, end - begin)
+        if len(block) < end - begin:
+            continue
+        parsed = _parsed(block[json_at - begin : json_at - begin + json_size])
+        data = block[at - begin : at - begin + size]
         if data.startswith(_NPY):
-            begin = _begin_of_pixels(data[: 10 + data[8] + 256 * data[9]], shape)
-            done = begin + stride == size
+            pixels = _begin_of_pixels(data[: 10 + data[8] + 256 * data[9]], shape)
+            done = pixels + stride == size
             if done:
-                flat[i] = np.frombuffer(data, np.uint8, stride, begin)
+                flat[i] = np.frombuffer(data, np.uint8, stride, pixels)
         else:
             done = libpng is not None and libpng.decode(data, *shape, address + i * stride)
         if done and parsed is not None:
-            keys[i], labels[i], read[i] = _key(content, at), reader.with_derived(parsed), True
+            keys[i], labels[i], read[i] = _key(block, header - begin), reader.with_derived(parsed), True
     return SmallImages(images_BHWC, keys, labels, read)
 
 
-def _key(content: mmap.mmap, at: int) -> str:
-    """`read_key`, with a short way for the names that are usual."""
-    name = content[at - _HEADER : at - _HEADER + 100]
-    if b"/" in name or content[at - _HEADER + 345]:
-        return read_key(content, at)
+def _key(block: bytes, header: int) -> str:
+    """`read_key` of the member whose header begins there, with a short way for the names that are usual."""
+    name = block[header : header + 100]
+    if b"/" in name or block[header + 345]:
+        return read_key(block, header + _HEADER)
     return name.partition(b"\0")[0].partition(b".")[0].decode("utf-8", "replace")
 
 
