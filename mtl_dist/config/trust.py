@@ -89,7 +89,7 @@ def trusted(trust: bool = True) -> Iterator[None]:
 
 
 def refusal(path: str) -> str:
-    """Why the import path may not be imported now; nothing if it may."""
+    """Why the import path may not be imported, or the stream be opened, now; nothing if it may."""
     origin = _origin.get()
     if origin is None or _trusting.get() or os.environ.get(VARIABLE) == "1":
         return ""
@@ -98,7 +98,7 @@ def refusal(path: str) -> str:
     if is_own(origin.folder, origin.file) or _asked(origin.folder, path):
         return ""
     return (
-        f"expected built-in parts alone in {origin.folder}, which you did not make, found {path}. Importing "
+        f"expected built-in parts alone in {origin.folder}, which you did not make, found {path}. Opening "
         "it runs its code: look at it, then add --trust."
     )
 
@@ -109,7 +109,7 @@ def _asked(folder: Path, path: str) -> bool:
         if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()) or "RANK" in os.environ:
             return False
         print(
-            f"{printable(str(folder))} was not made by you, and names {printable(path)}. Importing it runs "
+            f"{printable(str(folder))} was not made by you, and names {printable(path)}. Opening it runs "
             "its code. Trust this folder? [y/N] ",
             end="",
             file=sys.stderr,

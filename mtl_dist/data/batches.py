@@ -26,7 +26,7 @@ from mtl_dist.data.decode import decode_map, open_picture
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.mixing import Samples
-from mtl_dist.data.reader import SplitReader, UnreadableSample
+from mtl_dist.data.reader import SampleReader, UnreadableSample
 from mtl_dist.data.small_images import read_small_images
 from mtl_dist.data.transforms import Transform
 from mtl_dist.errors import UserError
@@ -156,7 +156,7 @@ class BatchBuilder:
     along in it.
     """
 
-    readers: Sequence[SplitReader]
+    readers: Sequence[SampleReader]
     task_infos: Mapping[str, TaskInfo]
     channels: int
     image_dtype: ImageDtype

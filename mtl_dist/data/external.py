@@ -1,15 +1,22 @@
-"""The `fields` of a recipe: which tasks stand where in WebDataset tars that someone else wrote."""
+"""The `fields` of a recipe: which tasks stand where in WebDataset tars that someone else wrote.
+
+Also how tars, images and labels in them are named."""
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import AfterValidator, Field, create_model
 
 from mtl_dist.config.settings import Settings
+from mtl_dist.data.images import IMAGE_EXTENSIONS
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.registry import kind_of
-from mtl_dist.kinds.vocabulary import MISSING
+from mtl_dist.kinds.vocabulary import MISSING, Cell
 
 
 def _known(kind: str) -> str:
@@ -61,3 +68,67 @@ class Indexing(Settings):
 
 
 Fields: TypeAlias = Annotated[dict[str, FieldSettings], Field(min_length=1)]
+
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class LabelField:
+    """Where a label stands in a sample: the member with an extension, or a value inside its JSON.
+
+    Written `cls`, `txt`, `json:age` or `meta.json:person.age`.
+    """
+
+    extension: str
+    path: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ":".join((self.extension, ".".join(self.path))) if self.path else self.extension
+
+    @staticmethod
+    def parse(text: str) -> LabelField:
+        """The field of a text; extensions are compared in lower case, as WebDataset does."""
+        extension, _, path = text.partition(":")
+        return LabelField(extension.lower().lstrip("."), tuple(path.split(".")) if path else ())
+
+    def cell(self, members: Mapping[str, bytes]) -> Cell:
+        """The value in a sample as text, "" where it has none; a list where JSON has one.
+
+        Raises:
+            ValueError: the member is no text, no JSON, or its value is an object.
+        """
+        data = members.get(self.extension)
+        if data is None:
+            return ""
+        if not self.path and not self.extension.endswith("json"):
+            return data.decode("utf-8-sig").strip()
+        value = json.loads(data, parse_float=str, parse_constant=str)
+        for name in self.path:
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, list):
+            return [_text(item) for item in value]
+        return _text(value)
+
+
+def image_extensions(stated: Sequence[str]) -> tuple[str, ...]:
+    """The extensions that an image may have: those that are stated, else all usual ones."""
+    return tuple(part.strip().lower().lstrip(".") for part in stated) or tuple(sorted(IMAGE_EXTENSIONS))
+
+
+def expanded(name: str) -> list[str]:
+    """The names that a name with {000..099} stands for."""
+    match = _BRACES.search(name)
+    if match is None:
+        return [name]
+    first, last = match.groups()
+    numbers = range(int(first), int(last) + 1)
+    names = [f"{name[: match.start()]}{n:0{len(first)}d}{name[match.end() :]}" for n in numbers]
+    return [full for name in names for full in expanded(name)]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict | list):
+        raise ValueError(f"found {type(value).__name__} where one value is expected")
+    return value.strip() if isinstance(value, str) else json.dumps(value)

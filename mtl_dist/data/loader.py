@@ -27,8 +27,10 @@ from mtl_dist.data.settings import (
     DataSettings,
     EvaluationSourceSettings,
     SamplingSettings,
+    SourceSettings,
 )
 from mtl_dist.data.shard_prefetch import ShardPrefetch
+from mtl_dist.data.streams import StreamOrder, StreamReader
 from mtl_dist.data.task_infos import (
     SourceFacts,
     disagreements,
@@ -93,6 +95,9 @@ class Data:
     @property
     def num_train_samples(self) -> int:
         """The length of an epoch."""
+        stream = self.settings.stream
+        if stream is not None and stream.epoch_samples is not None:
+            return stream.epoch_samples
         return self.num_samples("train")
 
     def num_samples(self, split: str) -> int:
@@ -102,6 +107,8 @@ class Data:
     def describe(self) -> str:
         """The data in one line: samples per split, and how several training sources are mixed."""
         parts = [f"{split} {self.num_samples(split):,}" for split in self.splits]
+        if self.settings.stream is not None:
+            parts[0] = f"train a stream, {self.num_train_samples:,} to the epoch"
         val, test = (
             [(s.facts.path, s.facts.split) for s in self.sources.get(name, ())] for name in ("val", "test")
         )
@@ -279,9 +286,35 @@ def train_loader(
     transform = Transform(settings.size, settings.resize, settings.augmentation, user_defined, data.fills)
     key = derive_key(seed, _AUGMENT)
     builder = _builder(data, "train", transform, key, blender, pin_memory)
-    shard_prefetch = None if settings.cache is None else ShardPrefetch(builder.readers, settings.cache)
+    if settings.stream is not None:
+        reader = _stream_reader(
+            data, settings.stream, rank, world_size, workers, derive_key(seed, _ORDER, start_position)
+        )
+        builder = replace(builder, readers=[reader])
+        stream = Batches(partition, StreamOrder(data.num_train_samples), builder)
+        return BatchLoader(stream, workers, pin_memory, settings.on_bad_sample)
+    readers = [source.reader for source in data.sources["train"]]
+    shard_prefetch = None if settings.cache is None else ShardPrefetch(readers, settings.cache)
     batches = Batches(partition, _stream(data, seed), builder, shard_prefetch)
     return BatchLoader(batches, workers, pin_memory, settings.on_bad_sample)
+
+
+def _stream_reader(
+    data: Data, stream: SourceSettings, rank: int, world_size: int, workers: int, seed: int
+) -> StreamReader:
+    """What stands in place of the reader of the stream's first samples, which are its source."""
+    (source,) = data.sources["train"]
+    assert isinstance(source.facts.path, Path), "the head of a stream is a local dataset"
+    return StreamReader(
+        source.reader,
+        source.facts.path,
+        source.facts.manifest.tasks,
+        stream,
+        rank=rank,
+        world_size=world_size,
+        workers=workers,
+        seed=seed,
+    )
 
 
 def _stream(data: Data, seed: int) -> Stream | BalancedStream:
@@ -315,6 +348,10 @@ def eval_loader(
     Raises:
         UserError: the data has no such split.
     """
+    if split == "train" and data.settings.stream is not None:
+        raise UserError(
+            "--split: expected val or test of data whose training samples are a stream, found train."
+        )
     if split not in data.sources:
         raise UserError(f"expected a split of the data ({', '.join(data.splits)}), found {split!r}.")
     own = data.settings.user_transforms(training=False)

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,6 +51,29 @@ class Sample:
 
 class UnreadableSample(Exception):
     """The bytes of a sample cannot be read; the message says why, without naming the sample."""
+
+
+class SampleReader(Protocol):
+    """What batches are built from: samples by their rows."""
+
+    @property
+    def is_remote(self) -> bool: ...
+
+    def labelled(self, task: str, rows: np.ndarray) -> np.ndarray: ...
+
+    def spans(self, part: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def read(self, row: int, masks: tuple[str, ...] = ()) -> Sample: ...
+
+    def with_derived(self, labels: dict[str, Any]) -> dict[str, Any]: ...
+
+    def prefetch(self, rows: Sequence[int], masks: Sequence[tuple[str, ...]]) -> None: ...
+
+    def content(self, shard: int) -> mmap.mmap | None: ...
+
+    def shard_of(self, row: int) -> int: ...
+
+    def where(self, row: int) -> str: ...
 
 
 class SplitReader:

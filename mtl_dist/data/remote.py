@@ -27,6 +27,8 @@ from mtl_dist.randomness import Draws, derive_key
 log = logging.getLogger(__name__)
 
 PART = 16 * 2**20  # bytes of one request
+PIPE = "pipe:"
+"""What the address of a stream begins with that is a command's output."""
 _ATTEMPTS = 7
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 16.0  # seconds; doubled each time
 _TIMEOUT = 60.0  # seconds for a part: a link slower than 270 kB/s cannot feed a training
@@ -205,7 +207,7 @@ Place = TypeVar("Place", Path, Url, Path | Url)
 def location(text: str | Path | Url) -> Location:
     """The URL or the path that a text is."""
     if isinstance(text, str):
-        return Url(text) if "://" in text else Path(text)
+        return Url(text) if "://" in text or text.startswith(PIPE) else Path(text)
     return text
 
 

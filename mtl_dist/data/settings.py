@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mtl_dist.config.settings import Settings
+from mtl_dist.config.trust import refusal
 from mtl_dist.data.blend import BlendSettings
 from mtl_dist.data.boxes import BoxTasks
 from mtl_dist.data.cache import CacheSettings
@@ -17,7 +18,7 @@ from mtl_dist.data.derived import DeriveSettings
 from mtl_dist.data.external import Fields, Indexing
 from mtl_dist.data.mixing import integer_weights
 from mtl_dist.data.order import ShuffleWindow
-from mtl_dist.data.remote import LocationSetting
+from mtl_dist.data.remote import PIPE, LocationSetting
 from mtl_dist.data.transforms import (
     PRESETS,
     AugmentSettings,
@@ -46,12 +47,45 @@ class SourceSettings(Settings):
     """With `fields`: the directory for the index; by default in `.mtl` beside the tars."""
     indexing: Indexing | None = None
     """With `fields`: how samples are split, and what is a label, as `mtl index` takes it."""
+    stream: bool = False
+    """With `fields`: read the tars from their beginning to their end, by the package webdataset, because they
+    cannot be indexed: `pipe:COMMAND`, or a server that sends whole files only. docs/data-format.md says what
+    that costs."""
+    epoch_samples: Annotated[int, Field(ge=1)] | None = None
+    """With `stream`: the samples of an epoch."""
+    shuffle_buffer: Annotated[int, Field(ge=1)] | None = None
+    """With `stream`: the samples that are shuffled together in each worker; 1000 where nothing is said."""
 
     @model_validator(mode="after")
     def _only_with_fields(self) -> SourceSettings:
         for name in ("image", "index", "indexing"):
             if self.fields is None and getattr(self, name) is not None:
                 raise ValueError(f"{name}: expected none without `fields`, found {getattr(self, name)}.")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_are_whole(self) -> SourceSettings:
+        if not self.stream:
+            for name in ("epoch_samples", "shuffle_buffer"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: expected none without `stream`, found {getattr(self, name)}.")
+            if str(self.path).startswith(PIPE):
+                raise ValueError(f"path: expected `stream: true` with a command's output, found {self.path}.")
+            return self
+        problem = refusal(f"the stream {self.path}")
+        if problem:
+            raise ValueError(f"path: {problem}")
+        for name in ("fields", "epoch_samples"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}: expected it with `stream: true`, found none. State it.")
+        if self.split != "train":
+            raise ValueError(f"split: expected none with `stream: true`, found {self.split}.")
+        for name in ("split", "val", "group", "stratify"):
+            if self.indexing is not None and (stated := getattr(self.indexing, name)):
+                raise ValueError(
+                    f"indexing.{name}: expected none with `stream: true`, found {stated}. State data.val and "
+                    "data.test: what is evaluated must be indexed."
+                )
         return self
 
 
@@ -216,11 +250,28 @@ class DataSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _streams_are_alone(self) -> DataSettings:
+        if any(source.stream for source in self.train):
+            if len(self.train) > 1:
+                raise ValueError(f"train: expected a stream alone, found it among {len(self.train)} sources.")
+            if self.sampling.kind == "class_balanced":
+                raise ValueError(
+                    "sampling: expected uniform with `stream: true`, whose classes are not known beforehand, "
+                    "found class_balanced."
+                )
+        return self
+
+    @model_validator(mode="after")
     def _crop_fits(self) -> DataSettings:
         problem = self.resize.problem(self.size) if isinstance(self.resize, CentreCrop) else ""
         if problem:
             raise ValueError(problem)
         return self
+
+    @property
+    def stream(self) -> SourceSettings | None:
+        """The training source, where it is a stream."""
+        return self.train[0] if self.train[0].stream else None
 
     @property
     def size(self) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from mtl_dist.data.decode import npy_header
 from mtl_dist.data.libpng import find_libpng
-from mtl_dist.data.reader import SplitReader
+from mtl_dist.data.reader import SampleReader
 from mtl_dist.data.shards import read_key
 
 LARGEST = 1 << 14
@@ -43,7 +43,7 @@ class SmallImages:
 
 
 def read_small_images(
-    reader: SplitReader, rows: np.ndarray, shape: tuple[int, int, int]
+    reader: SampleReader, rows: np.ndarray, shape: tuple[int, int, int]
 ) -> SmallImages | None:
     """Those rows that are small 8-bit images of this shape (H, W, C); nothing if they are not small."""
     offsets, sizes = reader.spans("image", rows)

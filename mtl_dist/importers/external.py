@@ -13,18 +13,21 @@ it: other fields, or other tars in the same place, are refused and not passed ov
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from mtl_dist.data.external import FieldSettings, Indexing
+from mtl_dist.data.external import FieldSettings, Indexing, expanded
 from mtl_dist.data.remote import Location, Url
 from mtl_dist.data.settings import DataSettings, SourceSettings
+from mtl_dist.data.streams import REQUEST, first_samples
 from mtl_dist.durable import locked, write_text
 from mtl_dist.errors import UserError
 from mtl_dist.importers.options import PackOptions
@@ -32,8 +35,9 @@ from mtl_dist.importers.tars import Tars, index
 
 log = logging.getLogger(__name__)
 
-_REQUEST = "request.json"
 _WILD = "*?["
+_HEAD = 1024
+"""The samples of a stream that are looked at beforehand."""
 
 
 def with_indexes(data: DataSettings, root: Path | None = None) -> DataSettings:
@@ -53,7 +57,9 @@ def with_indexes(data: DataSettings, root: Path | None = None) -> DataSettings:
 def _with_index(source: SourceSettings) -> SourceSettings:
     if source.fields is None:
         return source
-    path = indexed(source.path, source.fields, source.image, source.index, source.indexing or Indexing())
+    how = source.indexing or Indexing()
+    head = min(source.epoch_samples or _HEAD, _HEAD) if source.stream else 0
+    path = indexed(source.path, source.fields, source.image, source.index, how, head)
     made = {"path": path, "fields": None, "image": None, "index": None, "indexing": None}
     return source.model_copy(update=made)
 
@@ -64,6 +70,7 @@ def indexed(
     image: str | None,
     place: Path | None,
     indexing: Indexing,
+    head: int = 0,
 ) -> Path:
     """The dataset over the tars that `path` names, which is made if it is not there.
 
@@ -72,23 +79,24 @@ def indexed(
         image: the image's extension, where there are several.
         place: where the dataset is to be; by default in `.mtl` beside the tars.
         indexing: how samples are split, and what is a label.
+        head: of a stream: its first samples, so many, become the dataset.
 
     Raises:
         UserError: tars or fields that are not there or not understood, an index that was made of other tars,
             or a place that cannot be written.
     """
     tars = _names(path)
-    request = {
+    request: dict[str, Any] = {
         "tars": [_described(tar) for tar in tars],
         "image": image,
         "fields": {name: settings.model_dump(mode="json") for name, settings in fields.items()},
         "indexing": indexing.model_dump(mode="json"),
-    }
+    } | ({"head": head} if head else {})
     place = place if place is not None else _beside(path, request)
     if not _is_made(place, request):
         with _locked(place):
             if not _is_made(place, request):
-                _make(place, tars, request, fields, image, indexing)
+                _make(place, tars, request, fields, image, indexing, head)
     return place
 
 
@@ -141,13 +149,13 @@ def _is_made(place: Path, request: Mapping[str, Any]) -> bool:
     if not place.exists():
         return False
     try:
-        made_of = json.loads((place / _REQUEST).read_text(encoding="utf-8"))
+        made_of = json.loads((place / REQUEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(
             f"{place}: expected an index that a recipe made, found something else. Name another `index`."
         ) from None
-    for what in ("fields", "image", "indexing", "tars"):
-        if made_of.get(what) != request[what]:
+    for what in ("fields", "image", "indexing", "tars", "head"):
+        if made_of.get(what) != request.get(what):
             raise UserError(
                 f"{place}: expected an index of the {what} in the recipe, found one of others. "
                 "Remove it to index them again, or name another `index`."
@@ -177,11 +185,17 @@ def _make(
     fields: Mapping[str, FieldSettings],
     image: str | None,
     indexing: Indexing,
+    head: int,
 ) -> None:
     """Write the index under another name, and rename it when it is whole."""
-    log.warning("%s: indexing the tars, once", place)
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that died
+    if head:
+        log.warning("%s: reading the first %s samples of the stream, once", place, f"{head:,}")
+        names = [name for tar in tars for name in expanded(tar)]
+        tars = [str(_head_of(names, head, partial / place.name))]
+    else:
+        log.warning("%s: indexing the tars, once", place)
     found = Tars(
         tuple(tars),
         tuple(image.split(",")) if image else (),
@@ -193,7 +207,7 @@ def _make(
         indexing.strict,
     )
     options = PackOptions(
-        indexing.split,
+        "train" if head else indexing.split,
         indexing.val,
         indexing.group,
         indexing.stratify,
@@ -202,6 +216,19 @@ def _make(
         verify=indexing.verify,
     )
     index(found, partial / place.name, options)
-    write_text(partial / place.name / _REQUEST, json.dumps(request, indent=1))
+    write_text(partial / place.name / REQUEST, json.dumps(request, indent=1))
     os.rename(partial / place.name, place)
     partial.rmdir()
+
+
+def _head_of(tars: Sequence[str], number: int, folder: Path) -> Path:
+    """The first samples of a stream as a tar in `folder`."""
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "head.tar", "w") as tar:
+        for sample in first_samples(tars, number):
+            for extension, data in sample.items():
+                if not extension.startswith("__"):
+                    member = tarfile.TarInfo(f"{sample['__key__']}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return folder / "head.tar"

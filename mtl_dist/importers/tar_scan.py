@@ -8,20 +8,20 @@ dot of the file name ("a/b.1/0001.left.jpg": key "a/b.1/0001", extension "left.j
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from mtl_dist.data.content_hashes import content_hash
-from mtl_dist.data.images import IMAGE_EXTENSIONS, ImageFacts, UnreadableImage, examine_image, open_map
+from mtl_dist.data.external import LabelField
+from mtl_dist.data.images import ImageFacts, UnreadableImage, examine_image, open_map
 from mtl_dist.data.manifest import ShardInfo
 from mtl_dist.data.remote import Location, Url, UrlReader
 from mtl_dist.data.shards import index_dtype
@@ -42,44 +42,6 @@ _NO_FILE = "left out: a link or no file"
 _NAME = re.compile(r"^((?:.*/)?[^.]+)\.([^/]*)$")
 _CHUNK = 1 << 20
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
-
-
-@dataclass(frozen=True)
-class LabelField:
-    """Where a label stands in a sample: the member with an extension, or a value inside its JSON.
-
-    Written `cls`, `txt`, `json:age` or `meta.json:person.age`.
-    """
-
-    extension: str
-    path: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return ":".join((self.extension, ".".join(self.path))) if self.path else self.extension
-
-    @staticmethod
-    def parse(text: str) -> LabelField:
-        """The field of a text; extensions are compared in lower case, as WebDataset does."""
-        extension, _, path = text.partition(":")
-        return LabelField(extension.lower().lstrip("."), tuple(path.split(".")) if path else ())
-
-    def cell(self, members: Mapping[str, bytes]) -> Cell:
-        """The value in a sample as text, "" where it has none; a list where JSON has one.
-
-        Raises:
-            ValueError: the member is no text, no JSON, or its value is an object.
-        """
-        data = members.get(self.extension)
-        if data is None:
-            return ""
-        if not self.path and not self.extension.endswith("json"):
-            return data.decode("utf-8-sig").strip()
-        value = json.loads(data, parse_float=str, parse_constant=str)
-        for name in self.path:
-            value = value.get(name) if isinstance(value, dict) else None
-        if isinstance(value, list):
-            return [_text(item) for item in value]
-        return _text(value)
 
 
 @dataclass(frozen=True)
@@ -362,19 +324,6 @@ class _HashingReader:
                 )
 
 
-def image_extensions(stated: Sequence[str]) -> tuple[str, ...]:
-    """The extensions that an image may have: those that are stated, else all usual ones."""
-    return tuple(part.strip().lower().lstrip(".") for part in stated) or tuple(sorted(IMAGE_EXTENSIONS))
-
-
 def _printable(name: str) -> str:
     """A name whose bytes are no UTF-8 in a form that can be written."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, dict | list):
-        raise ValueError(f"found {type(value).__name__} where one value is expected")
-    return value.strip() if isinstance(value, str) else json.dumps(value)

@@ -21,6 +21,7 @@ import numpy as np
 
 from mtl_dist.data.columns import label_columns, labels_path
 from mtl_dist.data.content_hashes import HASH_DTYPE, content_hashes_path
+from mtl_dist.data.external import LabelField, expanded, image_extensions
 from mtl_dist.data.images import UnreadableImage, examine_image
 from mtl_dist.data.manifest import (
     MANIFEST_NAME,
@@ -53,7 +54,7 @@ from mtl_dist.importers.summary import (
     with_facts,
 )
 from mtl_dist.importers.tables import Row
-from mtl_dist.importers.tar_scan import LabelField, TarFacts, TarScan, image_extensions, scan_tar
+from mtl_dist.importers.tar_scan import TarFacts, TarScan, scan_tar
 from mtl_dist.importers.wanted import Classes, Missing, Separator, Strict, Units, wanted_tasks
 from mtl_dist.kinds.kind import Label, MapKind, ScalarKind
 from mtl_dist.kinds.registry import kind_of
@@ -62,7 +63,6 @@ from mtl_dist.plural import plural
 from mtl_dist.specs import IGNORE, TaskInfo
 
 _SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)(?![a-z])", re.I)
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MEASURED = 1024
 """Of the training images at most so many are measured: they are read a second time."""
 
@@ -254,13 +254,13 @@ def _tars(arguments: Sequence[str]) -> list[Location]:
     for argument in arguments:
         place = location(argument)
         if isinstance(place, Url):
-            names = _expanded(argument)
+            names = expanded(argument)
             is_folder = names == [argument] and not argument.endswith(".tar")
             places += _inside(place, place.matching("*.tar")) if is_folder else map(Url, names)
         elif place.is_dir():
             places += _inside(place, sorted(place.glob("*.tar")) or sorted(place.glob("*/*.tar")))
         else:
-            places += [Path(name) for name in _expanded(argument)]
+            places += [Path(name) for name in expanded(argument)]
     places = [place.absolute() if isinstance(place, Path) else place for place in places]
     for place in places:
         if isinstance(place, Path) and not place.is_file():
@@ -275,17 +275,6 @@ def _inside(folder: Location, tars: Sequence[Place]) -> Sequence[Place]:
     if not tars:
         raise UserError(f"{folder}: expected tars in the directory, found none.")
     return tars
-
-
-def _expanded(name: str) -> list[str]:
-    """The names that a name with {000..099} stands for."""
-    match = _BRACES.search(name)
-    if match is None:
-        return [name]
-    first, last = match.groups()
-    numbers = range(int(first), int(last) + 1)
-    names = [f"{name[: match.start()]}{n:0{len(first)}d}{name[match.end() :]}" for n in numbers]
-    return [full for name in names for full in _expanded(name)]
 
 
 def _split_of(path: Location) -> str | None:

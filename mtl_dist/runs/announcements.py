@@ -29,6 +29,12 @@ def introduce(
     micro_batch = plan.micro_batch_on(world.size)
     tracker.say(f"run      {folder.directory}")
     tracker.say(f"data     {data.describe()}")
+    if data.settings.stream is not None:
+        tracker.say(
+            f"stream   its first {data.num_samples('train'):,} samples say what its labels and pixels are; "
+            "which samples a step sees depends on ranks and workers, an epoch is not each sample once, and a "
+            "resumed run begins the tars again, in another order."
+        )
     for name, info in data.task_infos.items():
         tracker.say(f"task     {name}: {described(info, num_labels(data, name, 'val'))}")
     if data.not_learnt:
