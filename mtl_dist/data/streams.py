@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import get_worker_info
 
 from mtl_dist.data.external import FieldSettings, Indexing, LabelField, expanded, image_extensions
 from mtl_dist.data.mixing import Samples
@@ -225,6 +224,8 @@ class StreamReader:
 
     def _samples(self) -> Iterator[_Taken]:
         """What this process reads, again and again."""
+        from torch.utils.data import get_worker_info  # settings are read without torch
+
         worker = get_worker_info()
         part = self._first + (0 if worker is None else worker.id)
         tars, again = self.tars[part :: self._parts], 0
