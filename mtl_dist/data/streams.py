@@ -113,6 +113,7 @@ class StreamReader:
     """
 
     is_remote = False
+    has_blocks = False
 
     def __init__(
         self,
@@ -193,8 +194,12 @@ class StreamReader:
         """The labels: those of derived tasks are among them already."""
         return labels
 
-    def content(self, shard: int) -> None:
+    def check_tables(self) -> None:
+        """Nothing: a stream has no index."""
+
+    def block(self, shard: int, begin: int, size: int) -> bytes:
         """Nothing: no tar of a stream is there as a whole."""
+        return b""
 
     def shard_of(self, row: int) -> int:
         """All are one."""
