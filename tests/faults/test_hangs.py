@@ -49,6 +49,16 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield codes
 
 
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Signals are heard though the tests were started by nohup or in a shell's background."""
+    defaults = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def wait_for(true: Callable[[], object]) -> None:
     deadline = time.monotonic() + 20
     while not true():
