@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mtl_dist.data.balanced import BalancedStream
 from mtl_dist.data.batch_loader import Batches, BatchLoader
@@ -39,6 +40,7 @@ from mtl_dist.data.task_infos import (
     source_facts,
     training_facts,
 )
+from mtl_dist.data.transform_steps import LibraryTransformSettings
 from mtl_dist.data.transforms import PRESETS, Transform, size_after
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.kind import MapKind
@@ -208,14 +210,49 @@ def _check_sizes(settings: DataSettings, task_infos: Mapping[str, TaskInfo]) -> 
             f"{trained[1]} and {evaluated[0]} x {evaluated[1]}. Set training_only = False in a step that "
             "makes this size, or add one."
         )
-    moving = [name for name, info in task_infos.items() if isinstance(kind_of(info.kind), MapKind)]
-    moving += list(settings.boxes)
-    if trained != settings.size and moving:
+    placed = [name for name, info in task_infos.items() if isinstance(kind_of(info.kind), MapKind)]
+    placed += list(settings.boxes)
+    if trained != settings.size and placed:
         raise UserError(
             f"data.transforms: expected steps that keep {settings.size[0]} x {settings.size[1]}, because "
-            f"{', '.join(moving)} has a place in the image's own pixels, found {trained[0]} x {trained[1]}. "
+            f"{', '.join(placed)} has a place in the image's own pixels, found {trained[0]} x {trained[1]}. "
             "Use data.image_size and data.resize."
         )
+    _check_library_steps(settings, task_infos, placed)
+
+
+def _check_library_steps(
+    settings: DataSettings, task_infos: Mapping[str, TaskInfo], placed: Sequence[str]
+) -> None:
+    """Refuse transforms of torchvision that move pixels where somebody who must hear of it does not: boxes,
+    labels that change with the view, and the masks that are predicted."""
+    if not any(isinstance(step, LibraryTransformSettings) for step in settings.transforms):
+        return
+    maps = [name for name, info in task_infos.items() if kind_of(info.kind).is_map]
+    deaf = [*settings.boxes]
+    deaf += [name for name, info in task_infos.items() if kind_of(info.kind).moves]
+    size = settings.size
+    for stated in settings.transforms:
+        step: Any = stated.make()
+        found = f"found {stated.path.rpartition('.')[2]}"
+        if isinstance(stated, LibraryTransformSettings) and step.effect(size).moves:
+            if deaf:
+                raise UserError(
+                    "data.transforms: expected no step of torchvision that moves pixels, because the labels "
+                    f"of {', '.join(deaf)} change with the view, {found}. Use data.augment."
+                )
+            if maps and not step.effect(size).takes_maps:
+                raise UserError(
+                    "data.transforms: expected steps that take maps along, because there is "
+                    f"{', '.join(maps)}, {found}, which does not. Use data.augment."
+                )
+            if placed and not stated.only_trains:
+                raise UserError(
+                    "data.transforms: expected steps of evaluation that leave pixels where they are, because "
+                    f"{', '.join(placed)} has a place in the image's own, {found} with training_only: false. "
+                    "Remove that."
+                )
+        size = step.size_after(size)
 
 
 def _evaluation_facts(

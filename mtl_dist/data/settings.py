@@ -19,6 +19,7 @@ from mtl_dist.data.external import Fields, Indexing
 from mtl_dist.data.mixing import integer_weights
 from mtl_dist.data.order import ShuffleWindow
 from mtl_dist.data.remote import PIPE, LocationSetting
+from mtl_dist.data.transform_steps import UserTransform
 from mtl_dist.data.transforms import (
     PRESETS,
     AugmentSettings,
@@ -26,7 +27,6 @@ from mtl_dist.data.transforms import (
     ImageTransform,
     Preset,
     Resize,
-    UserTransform,
 )
 
 
@@ -285,11 +285,11 @@ class DataSettings(Settings):
 
     def user_transforms(self, training: bool) -> tuple[ImageTransform, ...]:
         """The user's steps, those for training or those of evaluation and prediction."""
-        return tuple(step.make() for step in self.transforms if training or not step.part_class.training_only)
+        return tuple(step.make() for step in self.transforms if training or not step.only_trains)
 
     def without_augmentation(self) -> DataSettings:
         """The same data, with training images as they are evaluated."""
-        kept = tuple(step for step in self.transforms if not step.part_class.training_only)
+        kept = tuple(step for step in self.transforms if not step.only_trains)
         return self.model_copy(update={"augment": "none", "blend": None, "transforms": kept})
 
     def with_absolute_paths(self, base: Path) -> DataSettings:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from mtl_dist.config.settings import Settings
-from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
 from mtl_dist.data.boxes import box_of, edges_in, shown_box
 from mtl_dist.data.moving import Affine, Moving
 from mtl_dist.data.pictures import Box, DecodedPicture, Picture, Resizing, resized
@@ -168,15 +167,6 @@ class ImageTransform(ABC):
         Labels whose values change with the view (normals, metric depth) do not hear of what it does.
         Everything random must come from `draws`, so that a sample's view is the same on every machine.
         """
-
-
-class UserTransformSettings(UserDefinedSettings):
-    """A step of the user's."""
-
-    part_base = "mtl_dist.data.transforms.ImageTransform"
-
-
-UserTransform: TypeAlias = Annotated[UserTransformSettings, UserDefined((UserTransformSettings,), only=True)]
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,10 @@ def test_every_own_part_is_used(recipe: Recipe, run: Path) -> None:
     assert type(root.balancer.method).__name__ == "InverseNorm"
     assert type(root.model.heads["digit"].module).__name__ == "Gated"  # type: ignore[union-attr]
     assert root.model.shared_parameters()[0].shape == (8, 1, 3, 3)
-    assert [type(step).__name__ for step in recipe.data.user_transforms(training=True)] == ["Fog"]
+    assert [type(step).__name__ for step in recipe.data.user_transforms(training=True)] == [
+        "Fog",
+        "LibraryTransform",
+    ]
     assert recipe.data.user_transforms(training=False) == ()
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())["val"]["digit"]
     assert 0 <= metrics["top3"] <= 1
