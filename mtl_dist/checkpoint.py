@@ -20,6 +20,7 @@ Nothing is unpickled.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -33,7 +34,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtl_dist.durable import sha256_of, sync_directory, sync_file, write_text
+from mtl_dist.durable import sha256_of, sync_directory, sync_file, unwritable, write_text
 from mtl_dist.errors import UserError
 
 MANIFEST, STATE, BEST = "manifest.json", "state.json", "best.json"
@@ -66,9 +67,11 @@ def step_directory(directory: Path, step: int) -> Path:
 
 
 def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint` below `directory` and return its folder, which appears complete or not at all."""
-    from safetensors.torch import save_file
+    """Write `checkpoint` below `directory` and return its folder, which appears complete or not at all.
 
+    Raises:
+        OSError: it cannot be written; then nothing of it is left.
+    """
     final = step_directory(directory, checkpoint.step)
     if final.exists():
         if not problems_of(final):
@@ -78,8 +81,20 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     temporary = directory / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    try:
+        _write_files(temporary, checkpoint)
+        os.rename(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # what is left of it would fill the disk further
+        raise
+    sync_directory(directory)
+    return final
+
+
+def _write_files(temporary: Path, checkpoint: Checkpoint) -> None:
+    """All files of a checkpoint, the manifest last."""
     for name, tensors in checkpoint.tensors.items():
-        save_file(tensors, temporary / f"{name}.safetensors")
+        _save_tensors(tensors, temporary / f"{name}.safetensors")
     (temporary / STATE).write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
     (temporary / RECIPE).write_text(checkpoint.recipe, encoding="utf-8")
     (temporary / DATA).write_text(checkpoint.data, encoding="utf-8")
@@ -95,9 +110,20 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
         "files": files,
     }
     write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
-    os.rename(temporary, final)
-    sync_directory(directory)
-    return final
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors tells what the disk says in an error of its own, in words."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def problems_of(path: Path) -> list[str]:
@@ -360,6 +386,8 @@ class CheckpointWriter:
         self._pending = self._pool.submit(self._write, checkpoint, best)
 
     def _write(self, checkpoint: Checkpoint, best: Best | None) -> None:
+        if not self.directory.parent.is_dir():  # not made again: what was in it would be lost unnoticed
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.directory.parent))
         state = checkpoint.state | {"best": None if best is None else asdict(best)}
         self._whole.add(write_checkpoint(self.directory, replace(checkpoint, state=state)))
         if best is not None:
@@ -375,7 +403,7 @@ class CheckpointWriter:
         """Wait until the queued checkpoint is on disk.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full, or the run folder cannot be written or is gone.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -383,7 +411,4 @@ class CheckpointWriter:
         try:
             pending.result()
         except OSError as error:
-            raise UserError(
-                f"{self.directory}: could not write a checkpoint ({error.strerror}). "
-                "The older checkpoints are whole; free some space and start the run again."
-            ) from error
+            raise UserError(unwritable(self.directory.parent, error)) from error

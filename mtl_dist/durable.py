@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -63,6 +64,32 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def unwritable(directory: Path, error: OSError) -> str:
+    """Why nothing can be written below a run folder, and what to do, in one line."""
+    if not directory.is_dir():
+        found = f"found none ({error.strerror}). It was renamed or deleted: bring it back"
+        return f"{directory}: expected the run folder, {found}, and start the run again."
+    advice = "Free some space" if error.errno in _FULL else "Make it writable"
+    return (
+        f"{directory}: expected to write to it, found: {error.strerror or error}. {advice}, and start the "
+        "run again; the checkpoints in it are whole."
+    )
+
+
+def is_about(error: OSError, directory: Path) -> bool:
+    """Whether an error is that something below `directory`, or the way to it, cannot be written.
+
+    Of a write that fails because the disk is full, nobody knows the name.
+    """
+    if error.filename is None:
+        return error.errno in _FULL or error.errno == errno.EROFS
+    named, own = os.path.abspath(os.fsdecode(error.filename)), os.path.abspath(directory)
+    return os.path.commonpath([named, own]) in (named, own)
 
 
 @contextmanager

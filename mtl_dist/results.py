@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -19,9 +19,16 @@ from mtl_dist.tracking.tracker import plain_console
 
 
 def write_evaluation(
-    folder: RunFolder, split: str, evaluation: Evaluation, task_infos: Mapping[str, TaskInfo]
+    folder: RunFolder,
+    split: str,
+    evaluation: Evaluation,
+    task_infos: Mapping[str, TaskInfo],
+    say: Callable[[str], None],
 ) -> None:
-    """Write evaluation/metrics.json and, per classification task, the confusion matrix as CSV and picture."""
+    """Write evaluation/metrics.json and, per classification task, the confusion matrix as CSV and picture.
+
+    A picture is not worth an evaluation: one that cannot be drawn is reported to `say`.
+    """
     folder.write_metrics(split, evaluation.tasks)
     for task, matrix in evaluation.confusion.items():
         stem = folder.evaluation / f"{split}_{task}_confusion"
@@ -31,7 +38,10 @@ def write_evaluation(
         writer.writerow(["true \\ predicted", *classes])
         writer.writerows([name, *row] for name, row in zip(classes, matrix.astype(int).tolist(), strict=True))
         write_text(stem.with_suffix(".csv"), text.getvalue())
-        draw_confusion(matrix, classes, f"{task} ({split})", stem.with_suffix(".png"))
+        try:
+            draw_confusion(matrix, classes, f"{task} ({split})", stem.with_suffix(".png"))
+        except Exception as error:  # whatever the disk or matplotlib raises
+            say(f"warning  {stem.name}.png cannot be drawn: {type(error).__name__}: {error}")
 
 
 def results_table(evaluations: Mapping[str, Evaluation]) -> Table:

@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 
 from mtl_dist.config.trust import parts_of, refusal
 from mtl_dist.data.facts import DataFacts
-from mtl_dist.durable import Locked, locked, write_text
+from mtl_dist.durable import Locked, is_about, locked, unwritable, write_text
 from mtl_dist.errors import UserError
 from mtl_dist.json_files import DamagedFile, read_json
 
@@ -260,6 +260,21 @@ class RunFolder:
             for task, values in tasks.items()
         }
         write_text(self.evaluation / "metrics.json", json.dumps(metrics, indent=1))
+
+
+@contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """Around all that writes to the run folder `directory`.
+
+    Raises:
+        UserError: it cannot be written, or is gone.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_about(error, directory):
+            raise
+        raise UserError(unwritable(directory, error)) from error
 
 
 def checked_tags(tags: Sequence[str]) -> list[str]:

@@ -64,6 +64,19 @@ def write_status(run: Path, status: Status) -> None:
     write_text(run / "status.json", json.dumps(asdict(status)), sync=False, shared=True)
 
 
+def write_last_status(run: Path, status: Status) -> None:
+    """The same; on a full disk over the old one, which has its place there already.
+
+    A reader may see half of it for a moment, but a run that has failed never looks as if it were running.
+    """
+    try:
+        write_status(run, status)
+    except OSError:
+        with open(run / "status.json", "r+b", buffering=0) as file:
+            file.write(json.dumps(asdict(status)).encode())
+            file.truncate()
+
+
 def read_status(run: Path) -> Status | None:
     """The run's last status; None if it never wrote one. One that is damaged says so, as its reason."""
     try:

@@ -168,7 +168,7 @@ class HangWatch:
                     if pulses[guilty].stack:
                         print(f"{pulses[guilty].name(guilty)}:\n{pulses[guilty].stack}", file=sys.stderr)
                 print(reason, file=sys.stderr, flush=True)
-            if self.directory is not None:
+            if self.directory is not None and self.directory.is_dir():
                 write_down(self.directory, rank, reason if speaks else "")
 
         teller = threading.Thread(target=last_words, daemon=True)

@@ -22,7 +22,7 @@ from mtl_dist.heartbeat import during
 from mtl_dist.importers.external import with_indexes
 from mtl_dist.recipe import load_recipe_of
 from mtl_dist.results import print_results, write_evaluation
-from mtl_dist.run_folder import RunFolder
+from mtl_dist.run_folder import RunFolder, writing_to
 from mtl_dist.runs.announcements import warn
 from mtl_dist.step import RootModule
 from mtl_dist.stopping import StopAsked, StopSignal, until_stopped
@@ -62,10 +62,11 @@ def evaluate_run(run: Path, split: str | None = None, dataset: Location | None =
                 )
     evaluation = evaluate_split(root, data, split, batch_size, world, choosing=choosing)
     if world.is_main:
-        if evaluation.thresholds:
-            folder.write_thresholds(evaluation.thresholds)
-        write_evaluation(folder, label, evaluation, trained.facts.task_infos)
         print_results({label: evaluation})
+        with writing_to(run):
+            if evaluation.thresholds:
+                folder.write_thresholds(evaluation.thresholds)
+            write_evaluation(folder, label, evaluation, trained.facts.task_infos, warn)
     return label
 
 
@@ -201,7 +202,7 @@ def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> tuple[st
         metrics |= evaluation.flat(f"best/{split}")
     if world.is_main and evaluations:
         for split, evaluation in evaluations.items():
-            write_evaluation(folder, split, evaluation, data.task_infos)
+            write_evaluation(folder, split, evaluation, data.task_infos, tracker.say)
             if evaluation.thresholds:
                 folder.write_thresholds(evaluation.thresholds)
             tracker.results(evaluation.flat(f"best/{split}"), trainer.progress.step)

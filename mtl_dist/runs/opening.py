@@ -20,7 +20,7 @@ from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 from mtl_dist.recipe import Recipe, load_recipe
 from mtl_dist.resuming import refuse_other_data, refuse_other_run
-from mtl_dist.run_folder import RunFolder
+from mtl_dist.run_folder import RunFolder, writing_to
 from mtl_dist.runs.announcements import warn
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -64,7 +64,13 @@ def training_folder(
     """
     with ExitStack() as held:
         folder = RunFolder(directory)
-        yield world.on_main(lambda: _open(folder, recipe, facts(), shapes, world, data_moved, held))
+
+        def opened() -> Opened:
+            found = facts()
+            with writing_to(directory):
+                return _open(folder, recipe, found, shapes, world, data_moved, held)
+
+        yield world.on_main(opened)
 
 
 def _open(

@@ -41,11 +41,11 @@ from mtl_dist.models.compiling import compile_parts
 from mtl_dist.models.describe import parameters_in_words
 from mtl_dist.optim import build_optimizer
 from mtl_dist.recipe import Recipe, with_launcher
-from mtl_dist.run_folder import RunFolder, new_run_directory
+from mtl_dist.run_folder import RunFolder, new_run_directory, writing_to
 from mtl_dist.runs.announcements import farewell, introduce, progress_bar, warn
 from mtl_dist.runs.evaluation import evaluate_at_end, evaluate_split
 from mtl_dist.runs.opening import Opened, training_folder
-from mtl_dist.status import write_status
+from mtl_dist.status import write_last_status
 from mtl_dist.step import RootModule
 from mtl_dist.stopping import StopSignal, agreed_stop
 from mtl_dist.tasks.trying import try_parts
@@ -129,9 +129,10 @@ def train_connected(
     directory = world.broadcast(run_dir or new_run_directory(recipe.name or "run"))
     with training_folder(directory, recipe, lambda: identified(data), shapes, world, data_moved) as opened:
         watch.directory = directory
-        if world.is_main:
-            opened.folder.change_tags(tags)
-        trainer = build_trainer(recipe, data, engine, root, balancing, opened, accumulation, stop)
+        with writing_to(directory):
+            if world.is_main:
+                opened.folder.change_tags(tags)
+            trainer = build_trainer(recipe, data, engine, root, balancing, opened, accumulation, stop)
         introduce(trainer, recipe, data, opened.folder, connection.describe(), parameters)
         for note in notes:
             trainer.tracker.say(note)
@@ -226,35 +227,39 @@ def run_to_the_end(
     metrics: dict[str, float] = {}
     trainer.stop.install()
     try:
-        with progress_bar(tracker, plan.end_position, trainer.progress.position) as advance:
-            trainer.call("start", {})
-            outcome = trainer.run(batches, advance)
-        beat("the end", slow=True)
-        trainer.saving.finish()
-        world.barrier()
-        if outcome.state == "done" and recipe.train.evaluate_at_end:
-            reason = agreed_stop(trainer.stop, world)
-            if not reason:
-                reason, metrics = evaluate_at_end(trainer, data, folder)
-            if reason:
-                outcome = Outcome("stopped", outcome.step, reason)
-        trainer.figures.draw_curves()
-        trainer.figures.draw_conflicts()
-        if outcome.state == "done":
-            trainer.call("end", metrics)
+        with writing_to(folder.directory):
+            with progress_bar(tracker, plan.end_position, trainer.progress.position) as advance:
+                trainer.call("start", {})
+                outcome = trainer.run(batches, advance)
+            beat("the end", slow=True)
+            trainer.saving.finish()
+            world.barrier()
+            if outcome.state == "done" and recipe.train.evaluate_at_end:
+                reason = agreed_stop(trainer.stop, world)
+                if not reason:
+                    reason, metrics = evaluate_at_end(trainer, data, folder)
+                if reason:
+                    outcome = Outcome("stopped", outcome.step, reason)
+            trainer.figures.draw_curves()
+            trainer.figures.draw_conflicts()
+            if outcome.state == "done":
+                trainer.call("end", metrics)
     except BaseException as error:
         cause = watch.first_cause(error)
         if world.is_main or cause.rank == 0:  # who may not be there any more
             failed = replace(trainer.status("failed", cause.reason), retry=not cause.mistake)
             with suppress(OSError):  # the disk is what failed
-                write_status(folder.directory, failed)
+                write_last_status(folder.directory, failed)
         raise
     finally:
         trainer.stop.restore()
     tracker.status(trainer.status(outcome.state, outcome.reason))
     peaks = world.gather(peak_memory(world.device))
     if world.is_main:
-        folder.write_peak_memory(max(peaks))
+        try:
+            folder.write_peak_memory(max(peaks))
+        except OSError as error:
+            tracker.say(f"warning  environment.json cannot be written, the run is done without it: {error}")
         if outcome.state == "done":
             tracker.pictures(folder.pictures(), outcome.step)
     farewell(tracker, outcome, folder)

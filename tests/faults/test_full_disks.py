@@ -1,0 +1,171 @@
+"""A full disk, a run folder that is read-only, renamed or deleted: on, or one line and `failed`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtl_dist import durable, results, status
+from mtl_dist.checkpoint import CheckpointWriter, newest_good, steps_in
+from mtl_dist.errors import UserError
+from mtl_dist.figures import curves
+from mtl_dist.run_folder import RunFolder, writing_to
+from mtl_dist.runs.evaluation import evaluate_run
+from mtl_dist.training.trainer import Trainer
+from tests.tiny_runs import rows, train_run
+from tests.unit.test_checkpoint import make
+
+FEW = ["train.epochs=2", "train.log_every=1"]
+
+
+def refused(number: int) -> Callable[..., Any]:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def read_status_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "status.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("limit", [100, 400])
+def test_a_checkpoint_on_a_full_disk_is_one_line_and_leaves_nothing_behind(
+    tmp_path: Path, limit: int
+) -> None:
+    """For real: no file may grow further than that, whoever writes it."""
+    writer = CheckpointWriter(tmp_path / "checkpoints", keep_last=2)
+    writer.submit(make(1))
+    writer.finish()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        writer.submit(make(2))
+        with pytest.raises(UserError) as refusal:
+            writer.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (line,) = str(refusal.value).splitlines()
+    assert "File too large" in line and "Free some space" in line
+    assert [path.name for path in writer.directory.iterdir()] == ["step_00000001"]
+    writer.submit(make(2))  # there is space again
+    writer.finish()
+    assert steps_in(writer.directory) == [1, 2]
+
+
+def train_until(
+    recipe: Path, run: Path, overrides: list[str], step: int, then: Callable[[], None]
+) -> tuple[str, str]:
+    """Train, with something happening after a step; how it ended, and the line."""
+    count = 0
+    log_step = Trainer._log_step
+
+    def logged(trainer: Trainer, *args: Any) -> None:
+        nonlocal count
+        count += 1
+        log_step(trainer, *args)
+        if count == step:
+            then()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_log_step", logged)
+        try:
+            return train_run(recipe, run, overrides), ""
+        except UserError as error:
+            (line,) = str(error).splitlines()
+            return "failed", line
+
+
+def test_a_run_whose_disk_is_full_fails_with_one_line_and_its_status_says_so(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    def fill() -> None:
+        monkeypatch.setattr(os, "fsync", refused(errno.ENOSPC))
+        monkeypatch.setattr(status, "write_text", refused(errno.ENOSPC))
+
+    state, line = train_until(recipe, run, [*FEW, "train.checkpoint_every=2"], 3, fill)
+    monkeypatch.undo()
+    assert state == "failed"
+    assert line.startswith(f"{run}: ") and "No space left on device" in line
+    found = read_status_of(run)  # written over the old one, which has its place on the disk
+    assert (found["state"], found["retry"]) == ("failed", False) and line in found["reason"]
+    assert newest_good(run / "checkpoints", print) == run / "checkpoints" / "step_00000002"
+    assert train_run(recipe, run, FEW) == "done"
+
+
+@pytest.mark.parametrize("away", [shutil.rmtree, lambda run: run.rename(run.with_name("renamed"))])
+def test_a_run_folder_that_is_renamed_or_deleted_is_not_made_again(
+    recipe: Path, tmp_path: Path, away: Callable[[Path], object]
+) -> None:
+    run = tmp_path / "run"
+
+    def vanish() -> None:
+        away(run)
+
+    state, line = train_until(recipe, run, [*FEW, "tracking=[]"], 2, vanish)
+    assert state == "failed" and not run.exists()
+    assert line.startswith(f"{run}: expected the run folder, found none")
+    assert "renamed or deleted" in line
+
+
+def test_what_is_only_looked_at_does_not_end_a_run(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures, the log's rows, the status and the peak memory; each is said once."""
+    full = refused(errno.ENOSPC)
+    monkeypatch.setattr(results, "draw_confusion", full)
+    monkeypatch.setattr(curves, "save_png", full)
+    monkeypatch.setattr(status, "write_text", full)
+    monkeypatch.setattr(RunFolder, "write_peak_memory", full)
+    run = tmp_path / "run"
+    assert train_run(recipe, run, [*FEW, "train.evaluate_at_end=true"]) == "done"
+    said = capfd.readouterr().out
+    assert said.count("status.json cannot be written") == 1
+    assert said.count("learning_curves.png cannot be drawn") == 1
+    assert said.count("environment.json cannot be written") == 1
+    assert len(rows(run, "epoch")) == 2
+
+
+def test_an_evaluation_that_cannot_be_kept_is_printed_and_one_line(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    train_run(recipe, run, ["train.max_steps=1"])
+    monkeypatch.setattr(RunFolder, "write_metrics", refused(errno.EROFS))
+    with pytest.raises(UserError) as refusal:
+        evaluate_run(run, "val")
+    (line,) = str(refusal.value).splitlines()
+    assert line.startswith(f"{run}: expected to write to it, found: {os.strerror(errno.EROFS)}.")
+    assert "accuracy" in capfd.readouterr().out
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as refusal:
+        train_run(recipe, tmp_path / "file" / "run", ["train.max_steps=1"])
+    (line,) = str(refusal.value).splitlines()
+    assert "Not a directory" in line
+
+
+def test_errors_about_other_files_keep_their_own_words(tmp_path: Path) -> None:
+    for error in (
+        FileNotFoundError(errno.ENOENT, "No such file or directory", str(tmp_path / "data" / "x.tar")),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    ):
+        assert not durable.is_about(error, tmp_path / "run")
+        with pytest.raises(type(error)), writing_to(tmp_path / "run"):
+            raise error
