@@ -263,7 +263,7 @@ def reference(setup: Setup) -> Result:
     for step in range(setup.first_step, setup.last_step):
         batch = global_batch(step, setup.labels)
         counts = label_counts(batch)
-        loss, _ = root(batch, counts, 1, 1.0)
+        loss, *_ = root(batch, counts, 1, 1.0)
         loss.backward()
         for t, name in enumerate(TASKS):
             if counts[t] == 0:
