@@ -12,12 +12,12 @@ import traceback
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from mtl_dist.assemble import build_root, facts_of
 from mtl_dist.balancing import Balancing
 from mtl_dist.batch import Batch
+from mtl_dist.cell_table import CellTable
 from mtl_dist.data.loader import open_data, train_loader
 from mtl_dist.engine.accelerated import AccelerateEngine, connect_accelerate
 from mtl_dist.engine.world import World, launched_size
@@ -122,8 +122,8 @@ def _measure(root: RootModule, batch: Batch) -> dict[str, float]:
     return reached
 
 
-def _verdict(root: RootModule, reached: dict[str, float]) -> Table:
-    table = Table(box=None, pad_edge=False)
+def _verdict(root: RootModule, reached: dict[str, float]) -> CellTable:
+    table = CellTable(box=None, pad_edge=False)
     for column in ("task", "metric on the batch", "reached", "wanted", ""):
         table.add_column(column)
     for name, task in root.tasks.items():

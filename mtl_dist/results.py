@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 
 from rich.console import Console
-from rich.table import Table
 
+from mtl_dist.cell_table import CellTable
 from mtl_dist.durable import write_text
 from mtl_dist.evaluator import Evaluation
 from mtl_dist.figures.confusion import draw_confusion
@@ -44,9 +44,9 @@ def write_evaluation(
             say(f"warning  {stem.name}.png cannot be drawn: {type(error).__name__}: {error}")
 
 
-def results_table(evaluations: Mapping[str, Evaluation]) -> Table:
+def results_table(evaluations: Mapping[str, Evaluation]) -> CellTable:
     """One row per task and metric, one column per split."""
-    table = Table(box=None, pad_edge=False)
+    table = CellTable(box=None, pad_edge=False)
     table.add_column("task")
     table.add_column("metric")
     for split in evaluations:

@@ -11,10 +11,10 @@ import typer
 
 from mtl_dist.commands.runs import Overrides, RunDir, RunFolder, Tags
 from mtl_dist.errors import UserError
+from mtl_dist.printable import printable
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from mtl_dist.cell_table import CellTable
     from mtl_dist.launch.jobs import RunView
 
 RUNS = Path("runs")
@@ -123,7 +123,9 @@ def status(
     console.print(status_table(views, run))
     for view in views:
         if note := _note(view):
-            console.print(f"{_name(view, run)}: {note}", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                printable(f"{_name(view, run)}: {note}"), markup=False, highlight=False, soft_wrap=True
+            )
 
 
 def some_runs(folder: Path) -> list[Path]:
@@ -157,11 +159,11 @@ def with_tags(runs: Sequence[Path], tags: Sequence[str]) -> list[Path]:
     return found
 
 
-def status_table(views: Sequence[RunView], below: Path) -> Table:
+def status_table(views: Sequence[RunView], below: Path) -> CellTable:
     """One row per run; names are relative to `below`."""
-    from rich.table import Table
+    from mtl_dist.cell_table import CellTable
 
-    table = Table(box=None, pad_edge=False)
+    table = CellTable(box=None, pad_edge=False)
     for column in ("run", "job", "state"):
         table.add_column(column, overflow="fold")
     for column in ("step", "epoch", "images/s", "left"):

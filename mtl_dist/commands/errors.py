@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from mtl_dist.config.trust import VARIABLE
 from mtl_dist.durable import locked
-from mtl_dist.engine.launched import own_rank
+from mtl_dist.engine.launched import own_rank, own_size
 from mtl_dist.errors import UserError
 from mtl_dist.printable import printable
 
@@ -85,7 +85,7 @@ def report(error: UserError) -> None:
                 _print(lines)
             after = [*before, digest]
             said.write_text("\n".join(after))
-            if len(after) == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
+            if len(after) == own_size(os.environ):
                 said.unlink()
     except OSError:  # nowhere to agree: twice is better than never
         _print(lines)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from mtl_dist.cell_table import CellTable
 from mtl_dist.data.columns import columns_dtype, counted, labels_path
 from mtl_dist.data.content_hashes import HASH_DTYPE, content_hash, content_hashes_path
 from mtl_dist.data.images import UnreadableImage, examine_image
@@ -29,6 +29,7 @@ from mtl_dist.data.shards import index_path, scan_shard
 from mtl_dist.durable import sha256_of
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.registry import kind_of
+from mtl_dist.printable import printable
 from mtl_dist.specs import TaskInfo
 
 _LOOKED_AT = 200
@@ -182,10 +183,10 @@ def render(inspection: Inspection) -> RenderableType:
     parts: list[RenderableType] = [_headline(manifest)]
     for table in tables:
         parts += [table, Text("")]
-    parts += [Text(f"found: {line}") for line in account_lines(manifest.account)]
-    parts += [Text(f"note: {note}", style="yellow") for note in manifest.notes]
+    parts += [Text(printable(f"found: {line}")) for line in account_lines(manifest.account)]
+    parts += [Text(printable(f"note: {note}"), style="yellow") for note in manifest.notes]
     if inspection.problems is not None:
-        parts += [Text(problem, style="bold red") for problem in inspection.problems]
+        parts += [Text(printable(problem), style="bold red") for problem in inspection.problems]
         if not inspection.problems:
             parts.append(Text("every shard matches its hash, every index its shards", style="green"))
     return Group(*parts)
@@ -204,19 +205,19 @@ def account_lines(account: Mapping[str, Mapping[str, int]]) -> list[str]:
 def _headline(manifest: Manifest) -> Text:
     channels = {1: "grey", 3: "colour"}.get(manifest.channels, f"{manifest.channels}-channel")
     samples = sum(split.num_samples for split in manifest.splits.values())
-    text = Text(manifest.name or "dataset", style="bold")
+    text = Text(printable(manifest.name or "dataset"), style="bold")
     return text.append(f"  {samples:,} {channels} images of {manifest.image_dtype} values", style="not bold")
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def _table(title: str, columns: Iterable[str]) -> CellTable:
+    table = CellTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(title)
     for column in columns:
         table.add_column(column, justify="right")
     return table
 
 
-def _split_table(inspection: Inspection) -> Table:
+def _split_table(inspection: Inspection) -> CellTable:
     table = _table("split", ("samples", "shards", "size", "width x height"))
     for name, split in inspection.manifest.splits.items():
         sizes = _range(inspection.image_sizes.get(name, []))
@@ -224,7 +225,7 @@ def _split_table(inspection: Inspection) -> Table:
     return table
 
 
-def _label_table(manifest: Manifest) -> Table:
+def _label_table(manifest: Manifest) -> CellTable:
     """One line per task: its labels in each split."""
     table = _table("labels", manifest.splits)
     for name, info in manifest.tasks.items():
@@ -237,7 +238,7 @@ def _label_table(manifest: Manifest) -> Table:
     return table
 
 
-def _pixel_table(pixels: PixelFacts, channels: int) -> Table:
+def _pixel_table(pixels: PixelFacts, channels: int) -> CellTable:
     """One line per channel: what its values are in training."""
     shares = [f"{share}%" for share in PERCENTILES]
     table = _table(f"pixels of {pixels.num_images:,} images", ("mean", "std", "min", *shares, "max"))
@@ -267,7 +268,7 @@ def _range(sizes: list[tuple[int, int]]) -> str:
     return f"{smallest[0]}..{largest[0]} x {smallest[1]}..{largest[1]}"
 
 
-def _value_table(tasks: dict[str, TaskInfo]) -> Table:
+def _value_table(tasks: dict[str, TaskInfo]) -> CellTable:
     """One line per task of numbers: its values in training."""
     table = _table("values in training", ("mean", "std", "min", "max", "unit"))
     for name, info in tasks.items():
@@ -276,7 +277,7 @@ def _value_table(tasks: dict[str, TaskInfo]) -> Table:
     return table
 
 
-def _class_table(name: str, info: TaskInfo, manifest: Manifest) -> Table:
+def _class_table(name: str, info: TaskInfo, manifest: Manifest) -> CellTable:
     """One line per class: its count in each split, of pixels the share."""
     pixels = kind_of(info.kind).is_map
     table = _table(f"{name}, {'share of pixels' if pixels else 'samples'}", manifest.splits)

@@ -68,6 +68,11 @@ def own_rank(environment: Mapping[str, str]) -> int:
     return _whole_number(environment, "RANK", 0) or 0
 
 
+def own_size(environment: Mapping[str, str]) -> int:
+    """The processes that the launcher started on this machine, 0 without one or where it is no number."""
+    return _whole_number(environment, "LOCAL_WORLD_SIZE", 0) or 0
+
+
 def _whole_number(environment: Mapping[str, str], name: str, default: int) -> int | None:
     text = environment.get(name, "").strip()
     if not text:

@@ -135,11 +135,11 @@ def _region(shape: ElementTree.Element, where: str, names: list[str], size: tupl
             corners[0],
             corners[3],
         )
-        outline = Polygons((_turned(ring, float(shape.get("rotation", 0))),))
+        outline = Polygons((_turned(ring, _number(shape, "rotation", where, "0")),))
         return Region(where, label, outline.box, outline)
     if shape.tag == "ellipse":
         at = [_number(shape, side, where) for side in ("cx", "cy", "rx", "ry")]
-        outline = Ellipse(at[0], at[1], at[2], at[3], float(shape.get("rotation", 0)))
+        outline = Ellipse(at[0], at[1], at[2], at[3], _number(shape, "rotation", where, "0"))
         return Region(where, label, outline.box, outline)
     if shape.tag == "mask":
         left, top, width, height = (
@@ -180,8 +180,8 @@ def _turned(ring: tuple[float, ...], degrees: float) -> tuple[float, ...]:
     return tuple(np.stack([turned_x, turned_y], axis=1).ravel().tolist())
 
 
-def _number(element: ElementTree.Element, name: str, where: str) -> float:
-    text = element.get(name, "")
+def _number(element: ElementTree.Element, name: str, where: str, default: str = "") -> float:
+    text = element.get(name, default)
     try:
         value = float(text)
     except ValueError:

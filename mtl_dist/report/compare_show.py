@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from mtl_dist.cell_table import CellTable
 from mtl_dist.durable import write_text
 from mtl_dist.figures.conflicts import draw_conflicts
 from mtl_dist.figures.seeds import draw_seeds
+from mtl_dist.printable import printable
 from mtl_dist.report.compare_metrics import CONVENTIONS, Comparison, Row, Spread
 
 WIDTH_OF_LABELS, WIDTH_OF_A_COLUMN = 60, 22
@@ -35,14 +36,16 @@ def show(comparison: Comparison, console: Console) -> None:
     )
     for name, conflicts in comparison.conflicts.items():
         for sentence in conflicts.sentences():
-            console.print(f"{name}: {sentence}", markup=False, highlight=False)
+            console.print(printable(f"{name}: {sentence}"), markup=False, highlight=False)
     for run, reason in comparison.failures.items():
-        console.print(f"{run} has no result: {reason}", markup=False, highlight=False)
+        console.print(printable(f"{run} has no result: {reason}"), markup=False, highlight=False)
 
 
-def table_of(comparison: Comparison) -> Table:
+def table_of(comparison: Comparison) -> CellTable:
     seeds = len(comparison.seeds)
-    table = Table(title=f"{comparison.split} split, {seeds} seed{'s' if seeds > 1 else ''}", pad_edge=False)
+    table = CellTable(
+        title=f"{comparison.split} split, {seeds} seed{'s' if seeds > 1 else ''}", pad_edge=False
+    )
     table.add_column("task")
     table.add_column("metric")
     for row in comparison.rows:

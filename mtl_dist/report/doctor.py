@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtl_dist.errors import UserError
+from mtl_dist.printable import printable
 from mtl_dist.report.doctor_checks import Check, local_checks
 
 MOST_LOCAL_RANKS = 8
@@ -60,8 +61,8 @@ def table_of(findings: Sequence[tuple[str, Check]]) -> Table:
     colours = {"ok": "green", "warning": "yellow", "failure": "red"}
     for node, check in findings:
         name = f"{node}: {check.name}" if node else check.name
-        text = Text("\n-> ".join(filter(None, [check.found, check.advice])))
-        table.add_row(f"[{colours[check.level]}]{check.level}[/]", Text(name), text)
+        text = Text("\n-> ".join(map(printable, filter(None, [check.found, check.advice]))))
+        table.add_row(f"[{colours[check.level]}]{check.level}[/]", Text(printable(name)), text)
     return table
 
 

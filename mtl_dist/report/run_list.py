@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
+from mtl_dist.cell_table import CellTable
 from mtl_dist.config.errors import suggest
 from mtl_dist.config.yaml_text import parse
 from mtl_dist.errors import UserError
@@ -102,7 +102,7 @@ def sorted_by(metric: str, runs: Sequence[ListedRun]) -> list[ListedRun]:
     return sorted(runs, key=key)
 
 
-def table_of(runs: Sequence[ListedRun], below: Path, metric: str | None, columns: Sequence[str]) -> Table:
+def table_of(runs: Sequence[ListedRun], below: Path, metric: str | None, columns: Sequence[str]) -> CellTable:
     """One row per run.
 
     Raises:
@@ -114,7 +114,7 @@ def table_of(runs: Sequence[ListedRun], below: Path, metric: str | None, columns
             raise UserError(
                 f"--columns: expected settings or metrics, found {column!r}. {suggest(column, known)}"
             )
-    table = Table(box=None, pad_edge=False)
+    table = CellTable(box=None, pad_edge=False)
     for heading in ("run", "state"):
         table.add_column(heading, overflow="fold")
     table.add_column("epoch", justify="right", no_wrap=True)
@@ -144,9 +144,9 @@ def table_of(runs: Sequence[ListedRun], below: Path, metric: str | None, columns
     return table
 
 
-def comparison_of(runs: Sequence[ListedRun]) -> Table:
+def comparison_of(runs: Sequence[ListedRun]) -> CellTable:
     """The runs side by side: the settings in which they differ, then every metric that two of them have."""
-    table = Table(box=None, pad_edge=False)
+    table = CellTable(box=None, pad_edge=False)
     table.add_column("", overflow="fold")
     for run in runs:
         table.add_column(f"{run.path.parent.name}/{run.path.name}", justify="right", overflow="fold")

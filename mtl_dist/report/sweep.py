@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
+from mtl_dist.cell_table import CellTable
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.figures.sweep import draw_sweep
 from mtl_dist.launch.series import Training, train_all
 from mtl_dist.launch.sweep import point_labels, short_keys, split_values, sweep_points
 from mtl_dist.plural import plural
+from mtl_dist.printable import printable
 from mtl_dist.recipe import Recipe, load_recipe
 from mtl_dist.report.run_list import ListedRun, list_runs, mode_of, number_text, wide
 from mtl_dist.tasks.task import Mode
@@ -127,7 +128,7 @@ def run_sweep(
     numbers = {point: number for number, point in enumerate(sweep.points, start=1)}
 
     def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def started(point: Point) -> None:
         say(f"{numbers[point]}/{len(numbers)}  {point.directory}")
@@ -170,7 +171,7 @@ def results_of(sweep: Sweep, metric: str) -> Results:
 def show(results: Results, console: Console) -> None:
     """Print the points, best first; the means over seeds, where seeds are swept; and the best."""
     sweep = results.sweep
-    table = Table(box=None, pad_edge=False)
+    table = CellTable(box=None, pad_edge=False)
     for name in short_keys(sweep.keys):
         table.add_column(name, justify="right", overflow="fold")
     others = [name for name in _shown_metrics(results) if name != results.metric]
@@ -191,11 +192,13 @@ def show(results: Results, console: Console) -> None:
         said = ", ".join(f"{name}={value}" for name, value in zip(names, values.values(), strict=True))
         spread = f" ±{statistics.stdev(seeds):.4f}" if len(seeds) > 1 else ""
         console.print(
-            f"{said}: {number_text(_mean(seeds))}{spread} over {plural(len(seeds), 'seed')}", highlight=False
+            printable(f"{said}: {number_text(_mean(seeds))}{spread} over {plural(len(seeds), 'seed')}"),
+            markup=False,
+            highlight=False,
         )
     best = results.ranked[0]
     console.print(
-        f"best: {results.metric} {number_text(results.values[best])} in {best.directory}",
+        printable(f"best: {results.metric} {number_text(results.values[best])} in {best.directory}"),
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -13,8 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
+import mtl_dist
+from mtl_dist.cell_table import CellTable
 from mtl_dist.cli import app
 from mtl_dist.config import trust
 from mtl_dist.config.yaml_text import YamlError, parse
@@ -27,6 +30,7 @@ from mtl_dist.prediction.records import open_records, to_json
 from mtl_dist.printable import cell, printable
 from mtl_dist.recipe import load_recipe_of
 from mtl_dist.specs import TaskInfo
+from tests.tiny_datasets import write_dataset
 
 RECIPE = """
 tasks: {digit: {kind: classification, loss: evil_part.Evil}}
@@ -258,3 +262,35 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_yaml_has_a_budget_of_size_depth_and_aliases(text: str, problem: str) -> None:
     with pytest.raises(YamlError, match=problem):
         parse(text)
+
+
+# ---------------------------------------------------------------- tables
+EVIL = "\x1b]0;mine\x07[red]x"
+
+
+def test_every_table_of_the_terminal_makes_its_cells_in_one_place() -> None:
+    package = Path(mtl_dist.__file__).parent
+    makers = {path.name for path in package.rglob("*.py") if "rich.table" in path.read_text(encoding="utf-8")}
+    assert makers == {"cell_table.py", "doctor.py"}  # the doctor's levels are ours, its cells are escaped
+    table = CellTable(EVIL)
+    table.add_column(EVIL)
+    table.add_row(EVIL, EVIL)
+    text = io.StringIO()
+    Console(file=text, width=200, force_terminal=True, color_system=None).print(table)
+    assert "\x1b]" not in text.getvalue() and "\x07" not in text.getvalue()
+    assert text.getvalue().count(r"\x1b]0;mine\x07[red]x") == 4
+
+
+@pytest.mark.parametrize("command", ["inspect", "status", "runs"])
+def test_names_of_a_stranger_do_not_reach_the_terminal_through_a_command(
+    tmp_path: Path, command: str
+) -> None:
+    info = TaskInfo(kind="classification", classes=(EVIL, "b"), num_labelled=0, class_counts=(0, 0))
+    write_dataset(tmp_path / "theirs", {"train": 3}, tasks={"digit": info})
+    run = tmp_path / "runs" / EVIL
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("tasks: {digit: {}}\ndata: {train: [{path: data}], image_size: 8}\n")
+    place = tmp_path / ("theirs" if command == "inspect" else "runs")
+    result = CliRunner().invoke(app, [command, str(place)])
+    assert result.exit_code == 0, result.output
+    assert r"\x1b]0;mine" in result.stdout and "\x1b]" not in result.output and "\x07" not in result.output

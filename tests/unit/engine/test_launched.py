@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from mtl_dist.engine.launched import check_slurm_step, launched_size, own_rank, unused_slurm_tasks
+from mtl_dist.engine.launched import check_slurm_step, launched_size, own_rank, own_size, unused_slurm_tasks
 from mtl_dist.errors import UserError
 
 TORCHRUN = {
@@ -69,3 +69,5 @@ def test_tasks_that_nobody_starts_are_named() -> None:
 def test_a_rank_that_is_no_number_does_not_hide_the_message() -> None:
     assert own_rank({"RANK": "x"}) == 0
     assert own_rank({"RANK": "3"}) == 3
+    assert own_size({"LOCAL_WORLD_SIZE": "two"}) == own_size({}) == 0
+    assert own_size({"LOCAL_WORLD_SIZE": "2"}) == 2

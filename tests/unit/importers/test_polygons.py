@@ -219,6 +219,14 @@ def test_cvats_shapes_become_masks_boxes_and_categories(tmp_path: Path) -> None:
         made("cvat", src, tmp_path / "no")
 
 
+def test_a_turn_of_cvat_that_is_no_number_is_one_line(tmp_path: Path) -> None:
+    for number, turn in enumerate(("ninety", "nan", "")):
+        turned = CVAT.replace('ybr="8" z_order="0"', f'ybr="8" rotation="{turn}" z_order="0"')
+        src = fill(tmp_path / str(number), {"annotations.xml": turned})
+        with pytest.raises(UserError, match=f"expected a number as 'rotation', found '{turn}'"):
+            made("cvat", src, tmp_path / "no")
+
+
 def test_a_turned_box_of_cvat_is_turned(tmp_path: Path) -> None:
     turned = CVAT.replace('ybr="8" z_order="0"', 'ybr="8" rotation="90" z_order="0"')
     photos = {

@@ -281,7 +281,9 @@ def test_following_a_log_misses_nothing_that_was_written_before_the_end(tmp_path
 def test_the_table_shows_the_speed_only_of_what_runs(local: Path, sleeper: subprocess.Popen[bytes]) -> None:
     going = Status("running", step=5, total_steps=10, position=50, end_position=100, images_per_s=25.0)
     write_status(local, replace(going, pid=sleeper.pid, host=platform.node(), metric="val/loss", best=0.25))
-    cells = [list(column.cells) for column in status_table(view_runs([local]), local.parent).columns]
+    cells = [
+        list(map(str, column.cells)) for column in status_table(view_runs([local]), local.parent).columns
+    ]
     assert [cell for (cell,) in cells] == [
         "b",
         "",
@@ -293,5 +295,7 @@ def test_the_table_shows_the_speed_only_of_what_runs(local: Path, sleeper: subpr
         "val/loss 0.2500",
     ]
     write_status(local, replace(going, state="stopped"))
-    cells = [list(column.cells) for column in status_table(view_runs([local]), local.parent).columns]
+    cells = [
+        list(map(str, column.cells)) for column in status_table(view_runs([local]), local.parent).columns
+    ]
     assert [cell for (cell,) in cells] == ["b", "", "stopped", "5/10", "0.00", "", "", ""]
