@@ -19,7 +19,8 @@ import mtl_dist
 PACKAGE = Path(mtl_dist.__file__).parent
 
 LAYERS: dict[int, str] = {
-    0: "errors specs batch plural durable json_files lazy randomness status heartbeat printable config kinds",
+    0: "errors specs batch plural durable json_files lazy randomness status heartbeat printable "
+    "cell_table config kinds",
     1: "tasks models balance data",
     2: "importers engine gradients checkpoint optim user_optimizer ema batch_statistics monitor "
     "tracking figures stopping",
