@@ -120,7 +120,8 @@ def _check_fits(saved: Path, shapes: Shapes) -> None:
     """Refuse a checkpoint of another network: user-defined code may have changed under the same recipe."""
     found = shapes_in(saved)
     for name, shape in shapes.items():
-        if found.get(name) != shape:
+        grows = name in found and 0 in shape  # a balancer's memory that has its size from the first step on
+        if found.get(name) != shape and not grows:
             has = f"the shape {found[name]}" if name in found else "none"
             raise UserError(
                 f"{saved}: expected {name} of the shape {shape}, as the model has it now, found {has}. "
