@@ -57,15 +57,16 @@ def mtl(
     \b
       mtl prepare digits data/digits                  pack images and labels
       mtl inspect data/digits                         look at what is in them
-      mtl train configs/digits.yaml                   train in this process
-      mtl launch configs/digits.yaml --nproc 2        train in two
+      mtl init digits                                 copy their recipe: digits.yaml
+      mtl train digits.yaml                           train in this process
+      mtl launch digits.yaml --nproc 2                train in two
       mtl evaluate runs/digits/RUN --split test       metrics of the best weights
       mtl predict runs/digits/RUN photo.png           answers for your own images
 
     Any value of a recipe can be given on the command line, and null takes a task out:
 
     \b
-      mtl train configs/digits.yaml optim.lr=3e-4 train.epochs=5 tasks.ink=null
+      mtl train digits.yaml optim.lr=3e-4 train.epochs=5 tasks.ink=null
 
     mtl COMMAND --help says more about each. A mistake in what you gave is one line each and exit code 2.
     """

@@ -23,6 +23,7 @@ from mtl_dist.models.settings import ModelSettings
 from mtl_dist.monitor import MonitorSettings
 from mtl_dist.optim import OptimSettings
 from mtl_dist.recipe_tasks import with_tasks_of_the_data
+from mtl_dist.shipped import shipped_files
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import MEAN_ACCURACY
 from mtl_dist.tasks.registry import TaskSettings
@@ -247,8 +248,15 @@ def load_recipe_of(run: Path, overrides: Sequence[str | Mapping[str, Any]] = ())
     Raises:
         UserError: one line per mistake.
     """
-    with parts_of(run, "recipe.yaml"):
-        return load_recipe(run / "recipe.yaml", overrides)
+    path = run / "recipe.yaml"
+    with parts_of(run, path.name):
+        try:
+            return load_recipe(path, overrides)
+        except UserError as error:
+            if overrides or str(error).startswith(str(path)):
+                raise
+            lines = "\n".join(f"{path}: {line}" for line in str(error).splitlines())
+            raise UserError(lines) from None
 
 
 def load_recipe(
@@ -259,6 +267,11 @@ def load_recipe(
     Raises:
         UserError: one line per mistake.
     """
+    if isinstance(source, Path) and not source.exists() and source.stem in shipped_files():
+        raise UserError(
+            f"{source}: expected a recipe, found no such file. `mtl init {source.stem}` writes "
+            f"{source.stem}.yaml, the one that comes with the package."
+        )
     recipe = load_settings(Recipe, source, overrides, _filled)
     if recipe.name or not isinstance(source, Path):
         return recipe

@@ -57,9 +57,15 @@ def _write_recipe(dataset: Path, out: Path | None) -> None:
     import torch
 
     from mtl_dist.data.inspect import inspect_dataset
+    from mtl_dist.errors import UserError
     from mtl_dist.report.first_recipe import first_recipe
     from mtl_dist.shipped import write_new
 
+    if out is not None and (out / "dataset.json").is_file():
+        raise UserError(
+            f"init: expected a new file or a folder as second argument, found the dataset {out}. A recipe is "
+            "written for one dataset; add others to its data.train."
+        )
     text = first_recipe(inspect_dataset(dataset), "gpu" if torch.cuda.is_available() else "cpu")
     if out is None:
         print(text, end="")

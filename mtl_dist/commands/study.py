@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from mtl_dist.commands.cluster import RUNS, some_runs, with_tags
 from mtl_dist.commands.runs import Overrides, RecipeFile, RunFolder, Tags
 from mtl_dist.errors import UserError
+from mtl_dist.printable import printable
 
 
 def add_to(app: typer.Typer) -> None:
@@ -127,6 +129,9 @@ def runs(
     given = folders or [RUNS]
     found = list(dict.fromkeys(run for folder in given for run in some_runs(folder)))
     listed = list_runs(with_tags(found, tag or []))
+    for run in listed:
+        if run.problem:
+            print(f"warning: {printable(run.problem)}", file=sys.stderr)
     if best is not None:
         print(sorted_by(best, listed)[0].path)
         return

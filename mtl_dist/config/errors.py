@@ -8,6 +8,7 @@ A field's `description` is added to the lines about it, so that a settings class
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -227,7 +228,6 @@ def _advice(kind: str, node: SchemaNode, value: Any) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True

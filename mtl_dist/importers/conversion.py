@@ -90,7 +90,10 @@ def stored_image(data: bytes, decode: bool, conversion: Conversion = AS_IT_IS) -
 
         pixels, orientation = read_picture(data)
         oddities = ("array",) if orientation == 1 else ("array", "rotated")
-    stored = encoded_picture(conversion.of(upright(pixels, orientation)))
+    converted = conversion.of(upright(pixels, orientation))
+    if converted.dtype != pixels.dtype:
+        oddities = (*oddities, "converted")
+    stored = encoded_picture(converted)
     return stored, replace(
         examine_image(stored, decode=False), oddities=tuple(oddities), orientation=orientation
     )

@@ -26,6 +26,7 @@ _ODDITIES = {
     "palette": "with a palette, read as RGB",
     "cmyk": "in CMYK, read as RGB",
     "array": "in TIFFs of channels or values that decoders of pictures do not read whole, stored as arrays",
+    "converted": "of another depth, brought to that of --bits by the factor 257 of full scale",
 }
 
 

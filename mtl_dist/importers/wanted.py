@@ -38,7 +38,10 @@ Units: TypeAlias = Annotated[
     dict[str, str], Help("The unit of a number, such as years.", "TASK=UNIT", "unit")
 ]
 Separator: TypeAlias = Annotated[str, Help("What stands between a cell's classes.", "TEXT")]
-Missing: TypeAlias = Annotated[tuple[str, ...], Help("The words that mean no label.", "WORD,...")]
+Missing: TypeAlias = Annotated[
+    tuple[str, ...],
+    Help("The words that mean no label, in place of NA, N/A, NaN, null and the like.", "WORD,..."),
+]
 Strict: TypeAlias = Annotated[bool, Help("Refuse two texts for one class, such as 1 and 1.0.")]
 
 

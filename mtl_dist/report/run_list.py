@@ -31,11 +31,13 @@ class ListedRun:
 
     metrics   `val/digit/accuracy` and the like: of the best weights, where they were evaluated; of a run
               that is not that far the monitored metric's best value
+    problem   what of it cannot be read, or nothing
     """
 
     view: RunView
     tags: Sequence[str]
     metrics: Mapping[str, float]
+    problem: str = ""
 
     @property
     def path(self) -> Path:
@@ -52,9 +54,15 @@ class ListedRun:
 
 def list_runs(runs: Sequence[Path]) -> list[ListedRun]:
     """The runs as they are now."""
-    return [
-        ListedRun(view, RunFolder(view.run).read_tags(), metrics_of(view)) for view in view_runs(list(runs))
-    ]
+    return [_listed(view) for view in view_runs(list(runs))]
+
+
+def _listed(view: RunView) -> ListedRun:
+    tags = RunFolder(view.run).read_tags()
+    try:
+        return ListedRun(view, tags, metrics_of(view))
+    except UserError as error:  # one damaged file does not take away the list
+        return ListedRun(view, tags, {}, str(error))
 
 
 def metrics_of(view: RunView) -> dict[str, float]:
@@ -135,7 +143,7 @@ def table_of(runs: Sequence[ListedRun], below: Path, metric: str | None, columns
         ]
         table.add_row(
             str(run.path.relative_to(below)) if run.path != below else run.path.name,
-            run.view.state,
+            f"{run.view.state}, damaged" if run.problem else run.view.state,
             f"{status.epoch:.2f}" if status is not None else "",
             reached,
             *cells,

@@ -32,6 +32,7 @@ def _try_loss(task: Task) -> None:
     if not isinstance(settings, UserDefinedSettings) or example is None:
         return
     output, target = example
+    output.requires_grad_()
     labelled_B = torch.ones(len(target), dtype=torch.bool)
     try:
         total = task.loss_sum(output, target, labelled_B) / task.count(target, labelled_B)
@@ -43,9 +44,14 @@ def _try_loss(task: Task) -> None:
             f"{tuple(target.shape)}, found {type(error).__name__} in {settings.path}: "
             f"{' '.join(str(error).split())}."
         ) from error
+    if not total.requires_grad:
+        raise UserError(
+            f"tasks.{task.name}.loss: expected a loss with a gradient, found none in {settings.path}. "
+            "Compute it of the outputs themselves: argmax, rounding, comparing and detach() have none."
+        )
     if not total.isfinite():
         raise UserError(
-            f"tasks.{task.name}.loss: expected a finite loss of made samples, found {float(total):g} from "
+            f"tasks.{task.name}.loss: expected a finite loss of made samples, found {total.item():g} from "
             f"{settings.path}."
         )
 

@@ -11,6 +11,7 @@ import pytest
 
 from mtl_dist.cli import main
 from mtl_dist.errors import UserError
+from mtl_dist.recipe import load_recipe
 from mtl_dist.shipped import SHELVES, copy_of, headline, shipped_files
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -53,6 +54,11 @@ def test_a_copy_is_the_file_and_never_overwrites_one(tmp_path: Path) -> None:
         copy_of("skin", tmp_path)
     assert place.read_text() == "mine"
     assert copy_of("skin", tmp_path / "other.yaml") == tmp_path / "other.yaml"
+
+
+def test_a_recipe_that_is_not_here_but_comes_with_the_package_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"digits\.yaml: expected a recipe, .*`mtl init digits`"):
+        load_recipe(tmp_path / "configs" / "digits.yaml")
 
 
 def test_a_misspelt_name_is_one_line(

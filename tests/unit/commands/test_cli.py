@@ -166,7 +166,8 @@ def test_a_stopped_run_is_130_and_0_for_a_rank_whose_launcher_would_end_the_othe
     from mtl_dist.training.plan import Outcome
 
     fields = dict.fromkeys(Outcome.__dataclass_fields__, 0) | {"state": "stopped", "reason": "signal SIGINT"}
-    monkeypatch.setattr("mtl_dist.runs.train.train", lambda recipe, run_dir, tags: Outcome(**fields))  # type: ignore[arg-type]
+    stopped = Outcome(**fields)  # type: ignore[arg-type]
+    monkeypatch.setattr("mtl_dist.runs.train.train", lambda *given, **named: stopped)
     monkeypatch.delenv("RANK", raising=False)
     assert mtl("train", DIGITS).exit_code == 130
     monkeypatch.setenv("RANK", "0")

@@ -197,6 +197,7 @@ def test_a_number_in_the_path_of_an_override_is_an_index(tmp_path: Path) -> None
         ("train.epochs=1e3", "train.epochs: expected an integer >= 1, found 1000.0. Write 1000."),
         ("train.epochs=true", "train.epochs: expected an integer >= 1, found true. Leave it out for the default, 10."),
         ("optim.lr='1e-3'", 'optim.lr: expected a number > 0, found "1e-3". Remove the quotes.'),
+        ("optim.lr=nan", 'optim.lr: expected a number > 0, found "nan". Leave it out for the default, 0.001.'),
         ("optim.lr=.nan", "optim.lr: expected a number > 0, found NaN. Leave it out for the default, 0.001."),
         ("optim.lr=null", "optim.lr: expected a number > 0, found null. Leave it out for the default, 0.001."),
         ("tasks.age.clip=0", "tasks.age.clip: expected a number > 0 or null, found 0."),

@@ -146,7 +146,8 @@ def test_mixed_depths_are_refused_with_counts_and_converted(tmp_path: Path) -> N
         UserError, match=r"one type.*2 with 1 channel.*uint8.*1 with 1 channel.*uint16.*--bits"
     ):
         packed(tmp_path / "d", images)
-    packed(tmp_path / "e", images, PackOptions(bits=8))
+    manifest = packed(tmp_path / "e", images, PackOptions(bits=8))
+    assert [note for note in manifest.notes if "of another depth" in note and note.endswith(": 1")]
     np.testing.assert_array_equal(stored_of(tmp_path / "e")[2][:, :, 0], np.rint(deep / 257))
     packed(tmp_path / "f", images, PackOptions(bits=16))
     np.testing.assert_array_equal(stored_of(tmp_path / "f")[0][:, :, 0], flat.astype(np.uint16) * 257)

@@ -82,6 +82,8 @@ def test_the_command_prints_it_or_writes_a_new_file(
     assert (tmp_path / "tiny data.yaml").read_text() == shown
     assert init(str(dataset), str(tmp_path)) == 2
     assert "expected a new file, found one" in capsys.readouterr().err
+    assert init(str(dataset), str(dataset)) == 2
+    assert "found the dataset" in capsys.readouterr().err
 
 
 @pytest.mark.slow

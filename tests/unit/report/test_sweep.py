@@ -177,6 +177,16 @@ def test_runs_are_listed_with_what_they_reached_best_first_if_asked(study: Path)
     assert mtl("runs", "--best", "val/digit/accuracy") == "runs/tiny/b\n"
 
 
+def test_a_damaged_file_of_one_run_takes_away_nothing_of_the_others(study: Path) -> None:
+    (study / "runs" / "tiny" / "c" / "evaluation" / "metrics.json").write_text('{"a":')
+    lines = [line.split() for line in mtl("runs").splitlines()]
+    assert [line[:2] for line in lines if line[0].startswith("tiny/")] == [
+        ["tiny/a", "done"],
+        ["tiny/b", "done"],
+        ["tiny/c", "done,"],
+    ]
+
+
 def test_runs_side_by_side_show_the_settings_that_differ_and_every_metric(study: Path) -> None:
     lines = [line.split() for line in mtl("runs", "runs/tiny/a", "runs/tiny/b", "--compare").splitlines()]
     assert ["optim.lr", "0.1", "0.2"] in lines

@@ -130,6 +130,23 @@ def test_a_loss_of_the_users_that_is_none_per_sample_is_refused_at_its_first_cal
         task.loss_sum(*batch(task))
 
 
+class Counted(Loss):
+    """The share of wrong classes: finite, of the right shape, and nothing that could be learnt from."""
+
+    num_outputs = 3
+
+    def numerators(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output.argmax(1) != target).float()
+
+    def denominators(self, target: Tensor) -> Tensor:
+        return torch.ones(len(target))
+
+
+def test_a_loss_without_a_gradient_is_refused_before_training() -> None:
+    with pytest.raises(UserError, match=r"tasks\.three\.loss: expected a loss with a gradient, found none"):
+        try_parts({"three": build("three", loss={"kind": f"{__name__}.Counted"})})
+
+
 def measured(name: str, path: str, settings: dict[str, Any] | None = None, **arguments: Any) -> float:
     task = build(name, metrics={"m": {"kind": path, **arguments}}, **(settings or {}))
     try_parts({name: task})
