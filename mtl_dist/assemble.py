@@ -266,7 +266,7 @@ def read_trained(folder: RunFolder, say: Callable[[str], None], which: WhichChec
 
 
 def begin_with(root: RootModule, run: Path, say: Callable[[str], None]) -> None:
-    """Give `root` the best weights of a run, as far as they fit; what begins anew is said.
+    """Give `root` the best weights of a run, as far as they fit; what begins untrained is said.
 
     Images are normalised as the recipe and its data want it.
 
@@ -289,5 +289,6 @@ def begin_with(root: RootModule, run: Path, say: Callable[[str], None]) -> None:
         )
     root.model.load_state_dict(fitting, strict=False)
     missing = [name for name, _ in root.model.named_parameters() if name not in fitting]
-    anew = dict.fromkeys(".".join(name.split(".")[:2]) for name in missing)
-    say(f"begins with the weights of {trained.path}" + (f"; anew: {', '.join(anew)}" if anew else ""))
+    untrained = dict.fromkeys(".".join(name.split(".")[:2]) for name in missing)
+    rest = f"; untrained: {', '.join(untrained)}" if untrained else ""
+    say(f"begins with the weights of {trained.path}{rest}")

@@ -66,7 +66,7 @@ class Balancing:
         self._gramian: tuple[Tensor, Tensor] | None = None
         """The last solve's Gramian, and which tasks it compares."""
         self.conflicts = ConflictWatch()
-        """Of this process: it begins anew when a run is taken up again."""
+        """Of this process: it starts at zero when a run is resumed."""
         self._warned = False
 
     @property

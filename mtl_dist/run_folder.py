@@ -206,12 +206,12 @@ class RunFolder:
         return self._starts()[0]
 
     def _starts(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """The starts in environment.json, and a line if it is damaged: then it begins anew."""
+        """The starts in environment.json, and a line if it is damaged: then it starts empty."""
         path = self.directory / ENVIRONMENT
         try:
             return read_json(list[dict[str, Any]], path) or [], []
         except DamagedFile as error:
-            return [], [f"{path}: it was damaged ({error}) and begins anew"]
+            return [], [f"{path}: it was damaged ({error}) and starts empty"]
 
     def write_peak_memory(self, num_bytes: int) -> None:
         """Add to the newest start in environment.json the most memory that one of its processes held."""

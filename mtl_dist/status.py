@@ -82,4 +82,4 @@ def read_status(run: Path) -> Status | None:
     try:
         return read_json(Status, run / "status.json")
     except DamagedFile as error:
-        return Status("failed", reason=f"status.json is damaged ({error}); the next start writes it anew")
+        return Status("failed", reason=f"status.json is damaged ({error}); the next start rewrites it")

@@ -44,8 +44,8 @@ def conflict_sentence(first: str, second: str, cosines: Sequence[float]) -> str:
 
 
 class ConflictWatch:
-    """Says once of each pair of tasks that it conflicts, when the last looks show it; and again if it does so
-    anew."""
+    """Says once of each pair of tasks that it conflicts, when the last looks show it; and again if it starts
+    to do so again."""
 
     def __init__(self) -> None:
         self._cosines: dict[tuple[str, str], deque[float]] = {}

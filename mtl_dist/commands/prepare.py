@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SOURCE, LABELS = "source", "labels"
 _SHARD_OPTIONS = ("shard_samples", "shard_bytes")
 _CONVERTING = ("bits", "channels", "masks_as")
-"""The options that change what is stored, of importers that store images anew."""
+"""The options that change what is stored, of importers that encode images again."""
 
 
 class ImporterGroup(TyperGroup):

@@ -41,7 +41,7 @@ class Importer(ABC):
     verify: ClassVar[bool] = True
     """Whether images may be damaged, so that they are decoded once."""
     repacks: ClassVar[bool] = True
-    """Whether images are stored anew, so that they can be converted on the way."""
+    """Whether images are encoded again, so that they can be converted on the way."""
 
     @abstractmethod
     def tasks(self) -> Mapping[str, TaskSource]:

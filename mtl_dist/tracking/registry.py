@@ -127,7 +127,7 @@ def _opened(settings: Settings, run: RunFacts) -> Sink:
 
 
 def _identity(directory: Path) -> tuple[str, list[str]]:
-    """The run's id, and a line if it had to be made anew."""
+    """The run's id, and a line if a new one had to be made."""
     path = directory / IDENTITY
     lines = []
     try:

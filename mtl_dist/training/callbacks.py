@@ -3,7 +3,7 @@
     callbacks: [{kind: my_project.calls.Mine, room: lab}]
 
 They are told where the run stands and change nothing of it: they get no part of the training, what is random
-is seeded anew for every step, and what is not None from them is refused. All ranks wait while rank 0 calls.
+is seeded again for every step, and what is not None from them is refused. All ranks wait while rank 0 calls.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Callback:
     """Called on rank 0, while the others wait. An exception ends the run with one line.
 
     `start` is called whenever the run starts or goes on. The other three are called at most once for a step
-    of the run, however often it is interrupted: never again for steps that a resume makes anew.
+    of the run, however often it is interrupted: never again for steps that a resume repeats.
     """
 
     def start(self, standing: Standing) -> None:

@@ -179,7 +179,7 @@ def test_the_refusal_says_how_to_begin_with_the_weights_and_that_works(
     with pytest.raises(UserError, match=f"--from {work / 'run'}, without --run-dir"):
         train_run(work / "recipe.yaml", work / "run", ["train.epochs=2"])
     train_run(work / "recipe.yaml", work / "new", ["train.max_steps=1", "optim.lr=1e-12", "start_from=run"])
-    assert "anew: heads.digit" in capsys.readouterr().err
+    assert "untrained: heads.digit" in capsys.readouterr().err
     old, new = (
         read_checkpoint(step_directory(work / name / "checkpoints", step)).tensors["model"]
         for name, step in (("run", 2), ("new", 1))
