@@ -83,7 +83,7 @@ def write_sparse_dataset(directory: Path, num_samples: int) -> int:
         with open(path, "wb") as file:
             file.write(content)
             file.truncate(SHARD_SAMPLES * SAMPLE_BYTES)
-        shards.append(ShardInfo(path.name, SHARD_SAMPLES, SHARD_SAMPLES * SAMPLE_BYTES, ""))
+        shards.append(ShardInfo(path.name, SHARD_SAMPLES, SHARD_SAMPLES * SAMPLE_BYTES, "0" * 64))
     length = num_shards * SHARD_SAMPLES
     row = np.load(index_path(directory, "train"))
     save_index(index_path(directory, "train"), np.repeat(row, length))
