@@ -74,18 +74,17 @@ class Cache:
         path = self._directory / hashlib.sha256(f"{url}\0{size}\0{sha256}\0{version}".encode()).hexdigest()
         try:
             while True:
-                with suppress(FileNotFoundError):
-                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                    if size in (None, os.fstat(descriptor).st_size):
-                        with suppress(PermissionError):  # fetched by another user
-                            os.utime(descriptor)
-                        return descriptor
-                    os.close(descriptor)  # cut off since, by a crash of the machine
-                    path.unlink(missing_ok=True)
+                if (descriptor := _opened(path, size)) is not None:
+                    return descriptor
                 with self._fetching(path) as partial:
-                    if partial is not None:
-                        self._fetch(url, size, sha256, partial)
-                        os.rename(f"{path}{_PARTIAL}", path)
+                    if partial is None:
+                        continue
+                    # Fetched by another process between our look and our lock.
+                    if (descriptor := _opened(path, size)) is not None:
+                        os.unlink(f"{path}{_PARTIAL}")
+                        return descriptor
+                    self._fetch(url, size, sha256, partial)
+                    os.rename(f"{path}{_PARTIAL}", path)
         except OSError as error:
             raise self._unusable(error) from None
 
@@ -164,6 +163,20 @@ class Cache:
         return UserError(
             f"data.cache.dir: expected {self._directory} to be a directory with room, found: {reason}."
         )
+
+
+def _opened(path: Path, size: int | None) -> int | None:
+    """A descriptor of a whole file, or None where there is none: not fetched, or cut off by a crash since."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    if size not in (None, os.fstat(descriptor).st_size):
+        os.close(descriptor)
+        return None
+    with suppress(PermissionError):  # fetched by another user
+        os.utime(descriptor)
+    return descriptor
 
 
 def _parts(url: Url, size: int) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,23 @@ def test_a_file_cut_off_by_a_crash_is_fetched_again(server: BadServer, tmp_path:
     assert content(cache.open(url, SIZE, HASH)) == CONTENT
 
 
+def test_a_file_that_another_fetched_between_look_and_lock_is_not_fetched_again(
+    server: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, url = cache_in(tmp_path / "cache"), Url(server.url) / "a"
+    others = [cache_in(tmp_path / "cache")]
+
+    def after_the_other(path: Path, wait: bool = True) -> AbstractContextManager[int]:
+        if others:
+            os.close(others.pop().open(url, SIZE, HASH))
+        return locked(path, wait=wait)
+
+    monkeypatch.setattr("mtl_dist.data.cache.locked", after_the_other)
+    assert content(cache.open(url, SIZE, HASH)) == CONTENT
+    assert server.requests["/a"] == -(-SIZE // 4096)
+    assert list((tmp_path / "cache").glob("*.partial")) == []
+
+
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache\.dir: expected .*/file/cache to be a directory"):
@@ -249,7 +266,7 @@ def test_several_processes_share_a_cache(
 ) -> None:
     names = ["a", "b", "c", "d"]
     orders = (names, names[::-1], [*names[2:], *names[:2]])
-    processes = [process(server, tmp_path / "cache", num_files, *(order * 5)) for order in orders]
+    processes = [process(server, tmp_path / "cache", num_files, *(order * 3)) for order in orders]
     started(processes)
     while any(each.poll() is None for each in processes):
         # Under the lock of the cache: a file that makes room for the next is not seen beside it.

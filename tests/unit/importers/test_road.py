@@ -294,11 +294,11 @@ def main(out, count):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
-    """2,000 images of 3 MB take at most 150 MB more than 20 do."""
+    """100 images of 3 MB take at most 100 MB more than 20 do: where they are kept it is 240 MB."""
     (tmp_path / "large.py").write_text(PEAK)
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     peaks = []
-    for count in ("20", "2000"):
+    for count in ("20", "100"):
         code = f"import large; large.main('out{count}', {count})"
         result = subprocess.run(
             [sys.executable, "-c", code],
@@ -310,7 +310,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
         )
         peaks.append(int(result.stdout))
         shutil.rmtree(tmp_path / f"out{count}")
-    assert peaks[1] - peaks[0] < 150
+    assert peaks[1] - peaks[0] < 100
 
 
 def test_the_same_importer_by_its_path_and_by_its_class(tmp_path: Path) -> None:
