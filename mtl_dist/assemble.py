@@ -13,6 +13,7 @@ from torch import Tensor
 from mtl_dist.balance.checks import check_balance
 from mtl_dist.balance.methods import build_balancer
 from mtl_dist.checkpoint import (
+    DATA,
     RECIPE,
     Checkpoint,
     best_checkpoint,
@@ -32,6 +33,7 @@ from mtl_dist.data.loader import Data
 from mtl_dist.engine.connect import EngineChoice
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
+from mtl_dist.json_files import DamagedFile
 from mtl_dist.models.whole import model_of
 from mtl_dist.monitor import Monitor
 from mtl_dist.recipe import Recipe, load_recipe, load_recipe_of
@@ -237,10 +239,21 @@ class Trained:
     """By which it decides, where they were chosen on val."""
 
     def root(self, world: World) -> RootModule:
-        """The root module with these weights, in evaluation mode."""
+        """The root module with these weights, in evaluation mode.
+
+        Raises:
+            UserError: no model can be made of its recipe and data that these weights fit.
+        """
         model = self.recipe.model.model_copy(update={"weights": None})
-        root = build_root(self.recipe.model_copy(update={"model": model}), self.facts, world)
-        root.load_state_dict(self.weights)
+        try:
+            root = build_root(self.recipe.model_copy(update={"model": model}), self.facts, world)
+            root.load_state_dict(self.weights)
+        except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{self.path}: expected weights that fit its own recipe.yaml and data.json, found: {reason}. "
+                "Use another copy of the run."
+            ) from error
         root.decide_by(self.thresholds)
         return root.to(world.device).eval()
 
@@ -256,10 +269,14 @@ def read_trained(folder: RunFolder, say: Callable[[str], None], which: WhichChec
     checkpoint = read_checkpoint(path)
     with parts_of(folder.directory, folder.recipe_path.name):
         recipe = load_recipe(path / RECIPE)
+    try:
+        facts = DataFacts.parse(checkpoint.data)
+    except DamagedFile as error:
+        raise UserError(f"{path / DATA}: expected what the run's data is, found: {error}.") from None
     return Trained(
         path,
         recipe,
-        folder.checked(DataFacts.parse(checkpoint.data)),
+        folder.checked(facts),
         inference_weights(checkpoint),
         folder.read_thresholds(),
     )

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from mtl_dist.durable import sha256_of, sync_directory, sync_file, unwritable, write_text
 from mtl_dist.errors import UserError
+from mtl_dist.tensor_files import read_tensors, shapes_of
 
 MANIFEST, STATE, BEST = "manifest.json", "state.json", "best.json"
 RECIPE, DATA, RECORD = "recipe.yaml", "data.json", "metrics.jsonl"
@@ -181,29 +182,30 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: it is incomplete, damaged, or of a newer format.
     """
-    from safetensors.torch import load_file
-
     problems = problems_of(path)
     if problems:
         raise UserError("\n".join(problems))
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     tensors = [path / name for name in sorted(manifest["files"]) if name.endswith(".safetensors")]
-    return Checkpoint(
-        step=manifest["step"],
-        tensors={file.stem: load_file(file) for file in tensors},
-        state=json.loads((path / STATE).read_text(encoding="utf-8")),
-        recipe=(path / RECIPE).read_text(encoding="utf-8"),
-        data=(path / DATA).read_text(encoding="utf-8"),
-        record=(path / RECORD).read_text(encoding="utf-8"),
-    )
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError(f"{STATE} holds no object")
+        return Checkpoint(
+            step=manifest["step"],
+            tensors={file.stem: read_tensors(file) for file in tensors},
+            state=state,
+            recipe=(path / RECIPE).read_text(encoding="utf-8"),
+            data=(path / DATA).read_text(encoding="utf-8"),
+            record=(path / RECORD).read_text(encoding="utf-8"),
+        )
+    except (OSError, ValueError, RecursionError) as error:  # changed since, or before it was hashed
+        raise UserError(f"{path}: expected a checkpoint, found a damaged file ({error}).") from None
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the model's weights and buffers in the checkpoint at `path`, by name."""
-    from safetensors import safe_open
-
-    with safe_open(path / "model.safetensors", framework="numpy") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes_of(path / "model.safetensors")
 
 
 def steps_in(directory: Path) -> list[int]:

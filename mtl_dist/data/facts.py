@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import ConfigDict
 
+from mtl_dist.data.consistency import check_tables
 from mtl_dist.data.manifest import ImageDtype, PixelScale
+from mtl_dist.data.table_hashes import table_hash
 from mtl_dist.json_files import parsed
 from mtl_dist.specs import TaskInfo
 
@@ -106,6 +108,9 @@ def identities(data: Data) -> dict[str, tuple[SourceIdentity, ...]]:
 
     It reads no shard: index, labels and content hashes are hashed as they are (about 1 s for 10 million
     samples), of the shards what their manifest says.
+
+    Raises:
+        UserError: they are not those that were written with the manifest.
     """
     return {split: tuple(map(_identity, sources)) for split, sources in data.sources.items()}
 
@@ -115,20 +120,22 @@ def _identity(source: Source) -> SourceIdentity:
     shards = [[shard.num_samples, shard.num_bytes, shard.sha256] for shard in info.shards]
     hashes = reader.content_hashes()
     columns = reader.label_columns()
+    found = {
+        "index": table_hash(reader.index_rows()),
+        "labels": "" if columns is None else table_hash(columns),
+        "hashes": "" if hashes is None else table_hash(hashes),
+    }
+    check_tables(source.facts, reader.index_rows(), columns, found)
     return SourceIdentity(
         name=source.facts.manifest.name,
         split=source.facts.split,
         num_samples=info.num_samples,
         shards=hashlib.sha256(json.dumps(shards).encode()).hexdigest(),
-        index=_hash_of(reader.index_rows()),
-        labels="" if columns is None else _hash_of(columns),
-        images="" if hashes is None else _hash_of(hashes),
+        index=found["index"],
+        labels=found["labels"],
+        images=found["hashes"],
         images_sum=0 if hashes is None else int(np.add.reduce(hashes, dtype=np.uint64)),
     )
-
-
-def _hash_of(rows: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(rows).view(np.uint8).data).hexdigest()
 
 
 def task_differences(before: Mapping[str, TaskInfo], now: Mapping[str, TaskInfo]) -> list[str]:

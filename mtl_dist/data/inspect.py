@@ -23,7 +23,7 @@ from mtl_dist.data.manifest import (
     SplitInfo,
     read_manifest,
 )
-from mtl_dist.data.reader import SplitReader
+from mtl_dist.data.reader import SplitReader, UnreadableSample
 from mtl_dist.data.remote import Location, beside, sha256_at
 from mtl_dist.data.shards import index_path, scan_shard
 from mtl_dist.durable import sha256_of
@@ -71,7 +71,7 @@ def _image_sizes(directory: Location, manifest: Manifest, split: str) -> list[tu
     for row in spread(reader.num_samples, _LOOKED_AT):
         try:
             facts = examine_image(bytes(reader.read(row).image), decode=False)
-        except UnreadableImage as error:
+        except (UnreadableSample, UnreadableImage) as error:
             raise UserError(f"{reader.where(row)}: expected a readable image, found {error}.") from None
         sizes.append((facts.width, facts.height))
     return sizes
@@ -167,8 +167,8 @@ def _rows_in(path: Path, what: str) -> np.ndarray | str:
         return f"{path}: missing"
     try:
         rows: np.ndarray = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        return f"{path}: no {what} ({error})"
+    except Exception as error:  # whatever numpy raises of a damaged header
+        return f"{path}: no {what} ({' '.join(str(error).split())[:200]})"
     return rows
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +21,7 @@ from pydantic import ConfigDict
 
 from mtl_dist.config.trust import mark, parts_of, refusal
 from mtl_dist.data.remote import Location
+from mtl_dist.data.table_hashes import TABLES, table_hashes
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.json_files import DamagedFile, parsed
@@ -65,11 +66,12 @@ class LabelCounts:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split: its shards in order, and its labels by task."""
+    """One split: its shards in order, its labels by task, and the SHA-256 of its tables by their names."""
 
     num_samples: int
     shards: tuple[ShardInfo, ...]
     labels: dict[str, LabelCounts]
+    tables: dict[str, str] = field(default_factory=dict)
 
 
 PERCENTILES = (1, 50, 99)
@@ -128,8 +130,11 @@ class Manifest:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write dataset.json durably."""
-    content = asdict(manifest)
+    """Write dataset.json durably, with the hashes of the tables that lie in `directory`."""
+    splits = {
+        name: replace(split, tables=table_hashes(directory, name)) for name, split in manifest.splits.items()
+    }
+    content = asdict(replace(manifest, splits=splits))
     for info in content["tasks"].values():
         if not info["facts"]:  # of most kinds
             del info["facts"]
@@ -211,6 +216,9 @@ def _split_inconsistencies(name: str, split: SplitInfo, tasks: Mapping[str, Task
             yield f"expected a shard {shard.path} of samples and bytes, found negative numbers"
         if _SHA256.fullmatch(shard.sha256) is None:
             yield f"expected the SHA-256 of the shard {shard.path}, found {shard.sha256!r}"
+    for table, sha256 in split.tables.items():
+        if table not in TABLES or _SHA256.fullmatch(sha256) is None:
+            yield f"expected the SHA-256 of {', '.join(TABLES)} of {name}, found {sha256!r} of {table!r}"
     if split.labels.keys() != tasks.keys():
         found = ", ".join(split.labels)
         yield f"expected labels of the tasks {', '.join(tasks)} in {name}, found those of {found}"

@@ -319,6 +319,8 @@ class SplitReader:
         For small samples, where `read` would cost more than decoding does. The file is read ahead, because
         samples of it are going to be asked for in any order.
         """
+        if begin < 0 or begin + size > self._shards[shard].num_bytes:
+            return b""
         is_new = shard not in self._files
         try:
             descriptor = self._descriptor(shard)
@@ -330,8 +332,10 @@ class SplitReader:
 
     def key(self, row: int) -> str:
         """The sample's key, from its tar header."""
-        offset = int(self._rows()[row]["image_offset"])
-        return read_key(self._pread(self.shard_of(row), offset - _HEADER, _HEADER), _HEADER)
+        offset, shard = int(self._rows()[row]["image_offset"]), self.shard_of(row)
+        if not _HEADER <= offset <= self._shards[shard].num_bytes:
+            raise UnreadableSample("the index places it outside of its shard")
+        return read_key(self._pread(shard, offset - _HEADER, _HEADER), _HEADER)
 
     def where(self, row: int) -> str:
         """The sample's shard and key in words, for messages."""

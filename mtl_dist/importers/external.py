@@ -150,7 +150,9 @@ def _is_made(place: Path, request: Mapping[str, Any]) -> bool:
         return False
     try:
         made_of = json.loads((place / REQUEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if not isinstance(made_of, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError, RecursionError):
         raise UserError(
             f"{place}: expected an index that a recipe made, found something else. Name another `index`."
         ) from None

@@ -8,14 +8,13 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from mtl_dist.errors import UserError
+from mtl_dist.tensor_files import read_tensors
 
 _AUXILIARY = {"AuxLogits", "aux1", "aux2"}
 """Auxiliary classifiers in published weights of inception_v3 and googlenet."""
@@ -62,9 +61,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         )
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return read_tensors(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (UserError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"model.weights: expected tensors in {path}, found a file that can't be read ({reason}). "

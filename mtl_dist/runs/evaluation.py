@@ -24,6 +24,7 @@ from mtl_dist.recipe import load_recipe_of
 from mtl_dist.results import print_results, write_evaluation
 from mtl_dist.run_folder import RunFolder, writing_to
 from mtl_dist.runs.announcements import warn
+from mtl_dist.runs.checking import checking_shards
 from mtl_dist.step import RootModule
 from mtl_dist.stopping import StopAsked, StopSignal, until_stopped
 from mtl_dist.training.trainer import Trainer
@@ -60,7 +61,10 @@ def evaluate_run(run: Path, split: str | None = None, dataset: Location | None =
                     f"tasks.{name}.threshold: {task.rule} was not chosen yet, 0.5 is used. "
                     f"mtl evaluate {run} --split val chooses it."
                 )
-    evaluation = evaluate_split(root, data, split, batch_size, world, choosing=choosing)
+    with checking_shards(data, [split], world, warn) as check:
+        evaluation = evaluate_split(root, data, split, batch_size, world, choosing=choosing)
+        check.finish()
+    world.barrier()
     if world.is_main:
         print_results({label: evaluation})
         with writing_to(run):

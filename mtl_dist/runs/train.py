@@ -43,6 +43,7 @@ from mtl_dist.optim import build_optimizer
 from mtl_dist.recipe import Recipe, with_launcher
 from mtl_dist.run_folder import RunFolder, new_run_directory, writing_to
 from mtl_dist.runs.announcements import farewell, introduce, progress_bar, warn
+from mtl_dist.runs.checking import checking_shards
 from mtl_dist.runs.evaluation import evaluate_at_end, evaluate_split
 from mtl_dist.runs.opening import Opened, training_folder
 from mtl_dist.status import write_last_status
@@ -226,13 +227,16 @@ def run_to_the_end(
     )
     metrics: dict[str, float] = {}
     trainer.stop.install()
+    say = tracker.say if world.is_main else warn
     try:
-        with writing_to(folder.directory):
+        with writing_to(folder.directory), checking_shards(data, data.splits, world, say) as check:
             with progress_bar(tracker, plan.end_position, trainer.progress.position) as advance:
                 trainer.call("start", {})
-                outcome = trainer.run(batches, advance)
+                outcome = trainer.run(check.watched(batches), advance)
             beat("the end", slow=True)
             trainer.saving.finish()
+            if outcome.state == "done":
+                check.finish()
             world.barrier()
             if outcome.state == "done" and recipe.train.evaluate_at_end:
                 reason = agreed_stop(trainer.stop, world)
