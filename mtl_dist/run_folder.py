@@ -34,6 +34,7 @@ from mtl_dist.data.facts import DataFacts
 from mtl_dist.durable import Locked, is_about, locked, unwritable, write_text
 from mtl_dist.errors import UserError
 from mtl_dist.json_files import DamagedFile, read_json
+from mtl_dist.status import read_status
 
 DATA, ENVIRONMENT = "data.json", "environment.json"
 
@@ -219,6 +220,12 @@ class RunFolder:
         if starts:
             starts[-1]["peak_memory_bytes"] = num_bytes
             write_text(self.directory / ENVIRONMENT, json.dumps(starts, indent=1))
+
+    def has_ended_at(self, step: int) -> bool:
+        """Whether a start trained to its end at this step, and measured the best weights."""
+        status = read_status(self.directory)
+        measured = (self.evaluation / "metrics.json").is_file()
+        return measured and status is not None and status.state == "done" and status.step == step
 
     def read_metrics(self) -> dict[str, dict[str, dict[str, float | None]]]:
         """evaluation/metrics.json; empty where nothing was evaluated.

@@ -180,6 +180,7 @@ def build_trainer(
             tracking=recipe.tracking,
             name=recipe.name or "run",
             recipe=recipe.model_dump(mode="json"),
+            ended=resumed is not None and folder.has_ended_at(resumed.step),
         )
         if world.is_main
         else Tracker(None)

@@ -2,12 +2,16 @@
 
 A run is one run there too, however often it is resumed: it is found again by the id in the run folder. None
 of them deletes a row, so what a resumed run writes again, with the same metrics, is passed over.
+
+An epoch's end has several rows of one step (its own, that of the step, the gradients compared): the epoch's
+number goes with the first of them, so that it has one value per step there.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +21,12 @@ from mtl_dist.tracking.sink import Row, RunFacts, Sink
 
 RUN_TAG = "mtl_dist.run_id"
 """The tag by which a run is found again in MLflow, whose ids are the server's."""
+WANDB_LOGIN_S = 30
+"""How long wandb waits for somebody to log in, before the run goes on without it."""
 MLFLOW_LONGEST = 6000
 """The characters of a parameter that MLflow takes."""
+MLFLOW_BATCH = 1000
+"""The metrics that MLflow takes in one request."""
 
 
 class WandbSettings(Settings):
@@ -53,11 +61,33 @@ class TrackioSettings(Settings):
     """A Hugging Face Space that shows the run; null: this machine alone."""
 
 
-class WandbSink(Sink):
+class ExternalSink(Sink):
+    """Rows for a service: what it has not got yet, without what is undefined."""
+
+    def __init__(self, run: RunFacts) -> None:
+        self._rewritten = run.rewritten
+        self._numbered = max((step for _, step in run.rewritten), default=run.resumed_step)
+        """The step up to which it has the epoch's number."""
+
+    def row(self, row: Row) -> None:
+        if (row.kind, row.step) in self._rewritten:
+            return
+        metrics = finite(row.metrics)
+        if row.step > self._numbered:
+            self._numbered = row.step
+            metrics["epoch"] = row.epoch
+        self.log(metrics, row.step)
+
+    @abstractmethod
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hand over the metrics of a step; a service adds them to those that it has of this step."""
+
+
+class WandbSink(ExternalSink):
     def __init__(self, settings: WandbSettings, run: RunFacts) -> None:
         import wandb
 
-        self._rewritten = run.rewritten
+        super().__init__(run)
         self._image = wandb.Image
         self._run = wandb.init(
             project=settings.project or run.name,
@@ -68,11 +98,11 @@ class WandbSink(Sink):
             dir=str(run.directory),
             config=flat(run.recipe),
             resume="allow",
+            settings=wandb.Settings(login_timeout=WANDB_LOGIN_S),
         )
 
-    def row(self, row: Row) -> None:
-        if (row.kind, row.step) not in self._rewritten:
-            self._run.log({"epoch": row.epoch, **finite(row.metrics)}, step=row.step)
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
 
     def picture(self, name: str, path: Path, step: int) -> None:
         self._run.log({name: self._image(str(path))}, step=step)
@@ -85,12 +115,12 @@ class WandbSink(Sink):
         self._run.finish()
 
 
-class MlflowSink(Sink):
+class MlflowSink(ExternalSink):
     def __init__(self, settings: MlflowSettings, run: RunFacts) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Metric
 
-        self._rewritten = run.rewritten
+        super().__init__(run)
         self._metric = Metric
         self._client = MlflowClient(settings.uri)
         name = settings.experiment or run.name
@@ -106,28 +136,29 @@ class MlflowSink(Sink):
         for key, value in flat(run.recipe).items():
             self._client.log_param(self._id, key, str(value)[:MLFLOW_LONGEST])
 
-    def row(self, row: Row) -> None:
-        if (row.kind, row.step) not in self._rewritten:
-            self.results({"epoch": row.epoch, **row.metrics}, row.step)
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        entries = [self._metric(name, value, now, step) for name, value in metrics.items()]
+        for first in range(0, len(entries), MLFLOW_BATCH):
+            self._client.log_batch(self._id, metrics=entries[first : first + MLFLOW_BATCH])
 
     def picture(self, name: str, path: Path, step: int) -> None:
         del name, step
         self._client.log_artifact(self._id, str(path))
 
     def results(self, metrics: Mapping[str, float], step: int) -> None:
-        now = int(time.time() * 1000)
-        entries = [self._metric(name, value, now, step) for name, value in finite(metrics).items()]
-        self._client.log_batch(self._id, metrics=entries)
+        self.log(finite(metrics), step)
 
     def close(self) -> None:
         self._client.set_terminated(self._id)
 
 
-class TrackioSink(Sink):
+class TrackioSink(ExternalSink):
     def __init__(self, settings: TrackioSettings, run: RunFacts) -> None:
         import trackio
 
-        self._rewritten = run.rewritten
+        super().__init__(run)
+        self._image = trackio.Image
         self._run = trackio.init(
             project=settings.project or run.name,
             name=f"{run.directory.name}-{run.run_id[:8]}",
@@ -136,12 +167,14 @@ class TrackioSink(Sink):
             resume="allow",
         )
 
-    def row(self, row: Row) -> None:
-        if (row.kind, row.step) not in self._rewritten:
-            self.results({"epoch": row.epoch, **row.metrics}, row.step)
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        self._run.log({name: self._image(str(path))}, step=step)
 
     def results(self, metrics: Mapping[str, float], step: int) -> None:
-        self._run.log(finite(metrics), step=step)
+        self.log(finite(metrics), step)
 
     def close(self) -> None:
         self._run.finish()

@@ -89,9 +89,11 @@ def open_tracker(
     name: str = "run",
     recipe: Mapping[str, Any] | None = None,
     console: Console | None = None,
+    ended: bool = False,
 ) -> Tracker:
     """The tracker of rank 0 for the run in `directory`, from `resumed_step` on, where the rows were `record`.
 
+    `ended` says that an earlier start came to its end at that step: results and pictures are not given again.
     A sink that cannot be opened is reported, and the run goes on without it; the files must be.
     """
     files = FilesSink(directory, resumed_step, record)
@@ -113,7 +115,7 @@ def open_tracker(
             sinks[label] = _opened(settings, run)
         except Exception as error:  # whatever a library, a disk or a network raises
             failures.append(switched_off(label, error))
-    tracker = Tracker(directory, sinks, console, files.lines)
+    tracker = Tracker(directory, sinks, console, files.lines, ended)
     for line in failures:
         tracker.say(line)
     return tracker

@@ -28,10 +28,13 @@ class Tracker:
         sinks: Mapping[str, Sink] | None = None,
         console: Console | None = None,
         lines: Sequence[str] = (),
+        ended: bool = False,
     ) -> None:
         self.directory = directory
         self.lines = lines
         """Those of metrics.jsonl so far, also where the disk no longer takes them."""
+        self._ended = ended
+        """Whether an earlier start came to this very end, and gave out its results and pictures."""
         self.console = console or plain_console()
         self._sinks = dict(sinks or {})
         self._status_failed = False
@@ -56,12 +59,13 @@ class Tracker:
 
     def pictures(self, paths: Sequence[Path], step: int) -> None:
         """The PNGs of the run, when it has ended, each by its file's name."""
-        for path in paths:
+        for path in paths if not self._ended else ():
             self._each(partial(_show, path, step))
 
     def results(self, metrics: Mapping[str, float], step: int) -> None:
         """The metrics of the best weights, when the run has ended."""
-        self._each(lambda sink: sink.results(metrics, step))
+        if not self._ended:
+            self._each(lambda sink: sink.results(metrics, step))
 
     def status(self, status: Status) -> None:
         """Say in status.json where the run stands."""

@@ -14,8 +14,7 @@ import pytest
 from mtl_dist.config.loading import load_settings
 from mtl_dist.config.settings import Settings
 from mtl_dist.errors import UserError
-from mtl_dist.tracking import external
-from mtl_dist.tracking.external import MlflowSettings, TrackioSettings, WandbSettings, WandbSink, flat
+from mtl_dist.tracking.external import TrackioSettings, WandbSettings, WandbSink, flat
 from mtl_dist.tracking.registry import OPENERS, TrackingSettings, check_tracking, open_tracker
 from mtl_dist.tracking.sink import Row, RunFacts, Sink
 
@@ -40,7 +39,7 @@ class FakeRun:
 def service(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A package of that name whose runs only keep what they are given."""
     module = ModuleType(request.param)
-    vars(module).update(init=FakeRun, Image=lambda path: f"image {path}")
+    vars(module).update(init=FakeRun, Image=lambda path: f"image {path}", Settings=dict)
     monkeypatch.setitem(sys.modules, request.param, module)
     return str(request.param)
 
@@ -61,12 +60,12 @@ def test_a_run_sends_its_recipe_and_every_row_without_what_is_undefined(service:
     facts = RunFacts(Path("runs/x/1"), name="x", run_id="0123456789", recipe={"train": {"seed": 3}})
     sink, fake = opened(service, facts)
     sink.row(row("step", 1, loss=0.5, auroc=math.nan))
-    sink.results({"best/test/a/accuracy": 0.9}, 4)
     sink.picture("curves", Path("curves.png"), 4)
+    sink.results({"best/test/a/accuracy": 0.9}, 4)
     sink.close()
     assert fake.init["config"] == {"train.seed": 3}
     assert fake.init["project"] == {"wandb": "x", "trackio": "mine"}[service]
-    assert fake.logged[0] == (1, {"epoch": 0.25, "loss": 0.5})
+    assert fake.logged[:2] == [(1, {"epoch": 0.25, "loss": 0.5}), (4, {"curves": "image curves.png"})]
     assert {"best/test/a/accuracy": 0.9} in (fake.summary, fake.logged[-1][1])
     assert fake.finished
 
@@ -136,28 +135,3 @@ def test_a_missing_package_and_a_misspelt_kind_are_refused_by_name(
 def test_nested_settings_go_by_their_dotted_names() -> None:
     values = {"a": {"b": 1, "c": [1, 2]}, "d": None, "e": True}
     assert flat(values) == {"a.b": 1, "a.c": "[1, 2]", "d": "None", "e": True}
-
-
-def test_mlflow_holds_one_run_with_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    # MLflow asks before it writes to plain files, which is what a test without a database wants.
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    settings = MlflowSettings(experiment="tiny", uri=f"file:{tmp_path}/store")
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "curves.png").write_bytes(b"a picture")
-    for resumed_step, steps in ((0, range(1, 7)), (4, range(5, 9))):
-        tracker = open_tracker(run, resumed_step=resumed_step, tracking=(settings,), recipe={"seed": 1})
-        for step in steps:
-            tracker.record("step", step, step / 4, {"step/loss": 1 / step})
-        tracker.pictures([run / "curves.png"], 8)
-        tracker.close()
-    assert "switched off" not in (run / "log.txt").read_text()
-    client = mlflow.MlflowClient(settings.uri)
-    experiment = client.get_experiment_by_name("tiny")
-    (found,) = client.search_runs([experiment.experiment_id])
-    logged = client.get_metric_history(found.info.run_id, "step/loss")
-    assert [metric.step for metric in logged] == list(range(1, 9))
-    assert [each.path for each in client.list_artifacts(found.info.run_id)] == ["curves.png"]
-    assert found.data.params == {"seed": "1"}
-    assert found.data.tags[external.RUN_TAG]
