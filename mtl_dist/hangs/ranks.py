@@ -82,7 +82,7 @@ class Ranks:
         self.size = size
         self._store = store
         self._name = name
-        self._alarm, self._failure = f"{name}/alarm", f"{name}/failure"
+        self._alarm, self._end, self._failure = f"{name}/alarm", f"{name}/end", f"{name}/failure"
 
     @classmethod
     def of_group(cls, rank: int, size: int) -> Ranks:
@@ -112,8 +112,18 @@ class Ranks:
     def hear_alarm(self) -> bool:
         return bool(self._store.check([self._alarm]))
 
-    def hear_failure(self) -> bool:
-        return bool(self._store.check([self._failure]))
+    def tell_end(self, code: int) -> None:
+        """That this rank ends by an error, so that no other will get further; `code` is its exit code."""
+        self._store.compare_set(self._end, "", str(code))
+
+    def hear_end(self) -> int | None:
+        """The exit code of the first rank that told its end."""
+        return int(self._store.get(self._end)) if self._store.check([self._end]) else None
+
+    def hear_failure(self) -> Failure | None:
+        if not self._store.check([self._failure]):
+            return None
+        return Failure(**json.loads(self._store.get(self._failure)))
 
     def first_failure(self, own: Failure) -> Failure:
         """The first failure that any rank has told of: `own`, if no other was before."""

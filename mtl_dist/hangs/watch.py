@@ -5,12 +5,14 @@
     share thread     tells the other ranks how far this one is, and hears their alarm (ranks.py)
 
 The ranks of a run wait for one another, so when one hangs all do. Whoever is silent, or else is behind, is
-the one that hung. Nothing is added to a step: the threads look every other second.
+the one that hung. When one ends by an error none gets further: it tells so, and those whose collectives do
+not break by themselves end as well. Nothing is added to a step: the threads look every second.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -22,6 +24,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
@@ -42,7 +45,14 @@ ABORT_PATIENCE_S = 10.0
 _TELL_S = 10.0
 """What printing and writing down may take: the terminal or the disk may be what hangs."""
 
-_TICK_S = 2.0
+_TICK_S = 1.0
+
+_LOST_AFTER = 4
+"""Ticks of silence after which a rank is held for dead, once an error has shown that something is wrong."""
+
+_LEAVE_AFTER, _SAY_WITHIN = 6, 20
+"""Ticks in which a rank's main thread must meet the error by itself once another has ended by one; and in
+which it must be gone once it has, with the cause found and written down."""
 
 
 class HangWatch:
@@ -66,6 +76,8 @@ class HangWatch:
         self._over = threading.Event()
         self._alarm = threading.Event()
         self._gathered = threading.Event()
+        self._end_code: int | None = None
+        self._failing = False
         self._pulses: dict[int, Pulse] = {}
         self._silent: set[int] = set()
         self._told = 0
@@ -81,6 +93,10 @@ class HangWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._tell_end(error)
+            if self._ranks is not None:
+                gc.freeze()  # nothing is left to collect for: a process with torch in it would for seconds
         self._over.set()
         for thread in self._threads:
             thread.join(timeout=2 * self._tick_s)
@@ -92,7 +108,7 @@ class HangWatch:
 
     # ------------------------------------------------------------------ the watch over the main thread
     def _watch(self) -> None:
-        turn, stuck_s, aborting_s = -1, 0.0, 0.0
+        turn, stuck_s, aborting_s, ending_s = -1, 0.0, 0.0, 0.0
         before = time.monotonic()
         while not self._over.wait(self._tick_s):
             now = time.monotonic()
@@ -104,6 +120,10 @@ class HangWatch:
                 aborting_s += lap
                 if aborting_s > ABORT_PATIENCE_S:
                     os._exit(128 + signal.SIGINT)
+            if self._end_code is not None:
+                ending_s += lap
+                if ending_s > self._tick_s * (_SAY_WITHIN if self._failing else _LEAVE_AFTER):
+                    self._follow(self._end_code)
             limit_s = self._limit_s(latest)
             if limit_s is not None and stuck_s > limit_s:
                 self._alarm.set()
@@ -129,12 +149,14 @@ class HangWatch:
 
     # ------------------------------------------------------------------ the other ranks
     def _share(self) -> None:
-        """Tell the others how far this rank is; after an alarm gather what they have told."""
+        """Tell the others how far this rank is, hear of their end; after an alarm gather what they told."""
         ranks = self._ranks
         assert ranks is not None
-        with suppress(RuntimeError):  # who holds the store has ended
+        try:
             while not self._alarm.is_set():
                 self._tell(ranks, stack=False)
+                if self._end_code is None:
+                    self._end_code = ranks.hear_end()
                 if ranks.hear_alarm():
                     self._alarm.set()
                 elif self._over.wait(self._tick_s):
@@ -146,6 +168,8 @@ class HangWatch:
                 time.sleep(self._tick_s)
             self._pulses = ranks.pulses()
             self._silent = silent_ranks(before, self._pulses) - {self._world.rank}
+        except RuntimeError:  # who holds the store has ended, and with it the run
+            self._end_code = self._end_code or 1
         self._gathered.set()
 
     def _tell(self, ranks: Ranks, *, stack: bool) -> None:
@@ -171,14 +195,26 @@ class HangWatch:
             if self.directory is not None and self.directory.is_dir():
                 write_down(self.directory, rank, reason if speaks else "")
 
-        teller = threading.Thread(target=last_words, daemon=True)
-        teller.start()
-        teller.join(_TELL_S)
-        for child in multiprocessing.active_children():
-            child.kill()  # data workers: one that is stopped would stay
+        within(_TELL_S, last_words)
         if not speaks:
             time.sleep(_TELL_S / 2)  # the launcher ends all ranks as soon as one has ended
-        os._exit(1)
+        self._leave(1)
+
+    def _follow(self, code: int) -> None:
+        """End as another rank has: nothing tells the main thread, which waits for it."""
+
+        def last_words() -> None:
+            failure = self._ranks.clone().hear_failure() if self._ranks is not None else None
+            if failure is not None and self._world.is_main and self.directory is not None:
+                write_failure(self.directory, failure)
+
+        within(_TELL_S / 2, last_words)
+        self._leave(code)
+
+    def _leave(self, code: int) -> NoReturn:
+        for child in multiprocessing.active_children():
+            child.kill()  # data workers: one that is stopped would stay
+        os._exit(code)
 
     # ------------------------------------------------------------------ failures
     def first_cause(self, error: BaseException) -> Failure:
@@ -187,21 +223,40 @@ class HangWatch:
         Called by every rank that fails, before it ends: the others feel it only afterwards.
         """
         own = Failure(self._world.rank, last_line(error), isinstance(error, UserError))
+        self._tell_end(error)
         if self._ranks is None or isinstance(error, KeyboardInterrupt):
             return own
         with suppress(RuntimeError):
             ranks = self._ranks.clone()
             if isinstance(error, RuntimeError) and not ranks.hear_failure():
-                own = ranks.lost_rank(4 * self._tick_s) or own
+                own = ranks.lost_rank(_LOST_AFTER * self._tick_s) or own
             return ranks.first_failure(own)
         return own
+
+    def _tell_end(self, error: BaseException) -> None:
+        self._failing = True
+        if self._ranks is not None:
+            with suppress(RuntimeError):
+                self._ranks.clone().tell_end(2 if isinstance(error, UserError) else 1)
+
+
+def within(seconds: float, function: Callable[[], None]) -> None:
+    """Calls `function`, and does not wait longer for it."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def write_failure(directory: Path, failure: Failure) -> None:
+    status = read_status(directory) or Status("failed")
+    failed = replace(status, state="failed", reason=failure.reason, retry=not failure.mistake)
+    write_status(directory, replace(failed, updated=time.time()))
 
 
 def write_down(directory: Path, rank: int, reason: str) -> None:
     """The stacks of this rank; and why the run ended, in its status and log, where this one speaks."""
     if reason:
-        status = read_status(directory) or Status("failed")
-        write_status(directory, replace(status, state="failed", reason=reason, updated=time.time()))
+        write_failure(directory, Failure(rank, reason))
         with open(directory / "log.txt", "a", encoding="utf-8") as log:
             log.write(f"{reason}\n")
     stacks = directory / "hang"

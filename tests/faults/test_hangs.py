@@ -319,6 +319,29 @@ def test_a_rank_that_says_why_it_failed_has_not_been_lost() -> None:
     assert survivor.lost_rank(0.1) is None
 
 
+def test_a_rank_that_never_meets_anothers_error_ends_as_well(
+    exits: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collective does not break by itself where its neighbours are still there."""
+    survivor, culprit = two_ranks()
+    monkeypatch.setattr(survivor, "clone", lambda: survivor)
+    monkeypatch.setattr(watching.Ranks, "of_group", lambda rank, size: survivor)
+    write_status(tmp_path, Status("running", step=7))
+    with HangWatch(replace(ALONE, size=2), 0.8, StopSignal()) as watch:
+        watch.directory = tmp_path
+        culprit.tell_end(2)
+        culprit.first_failure(Failure(1, "x: expected 1, found 2.", mistake=True))
+        for _ in range(200):
+            beat("the backward", 8)
+            time.sleep(0.1)
+            if exits:
+                break
+    assert exits == [2]
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.state, status.reason, status.retry) == ("failed", "x: expected 1, found 2.", False)
+
+
 # ---------------------------------------------------------------- data workers
 def test_the_data_worker_that_is_late_is_named_with_what_it_does() -> None:
     workers = batch_loader.Workers(2)
@@ -345,6 +368,30 @@ def train_with_a_sleeping_loss(recipe: Path, run: Path) -> None:
     if int(os.environ["RANK"]) == 1:
         Mse.numerators = lambda self, output, target: time.sleep(1000)  # type: ignore[assignment]
     train_run(recipe, run, ["train.hang_timeout=0.03", "tasks.value.loss={kind: mse}"])
+
+
+def train_with_one_asleep_and_one_failing(recipe: Path, run: Path) -> None:
+    from mtl_dist.tasks.regression import Mse
+
+    def numerators(self: Mse, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if int(os.environ["RANK"]) == 0:
+            time.sleep(1000)
+        raise ValueError("in a loss of my own")
+
+    Mse.numerators = numerators  # type: ignore[method-assign]
+    try:
+        train_run(recipe, run, ["tasks.value.loss={kind: mse}"])
+    except ValueError:
+        time.sleep(100)  # its connections stay open
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_one_that_waits_elsewhere(recipe: Path, tmp_path: Path) -> None:
+    with RankPool(2) as pool, pytest.raises(RankFailure, match="rank 0: exit code 1"):
+        pool.run(train_with_one_asleep_and_one_failing, recipe, tmp_path / "run")
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert (status.state, status.reason) == ("failed", "ValueError: in a loss of my own")
 
 
 @pytest.mark.slow
