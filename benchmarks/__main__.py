@@ -47,6 +47,29 @@ def loader(
 
 
 @app.command()
+def prepare(
+    images: Annotated[
+        Path, typer.Argument(exists=True, metavar="IMAGES", help="A folder or a .zip file of JPEGs.")
+    ],
+    num_images: Annotated[int, typer.Option(min=64, metavar="N", help="Repeat them to so many.")] = 1000,
+    beside: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Another checkout, to measure too."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Take the median of so many.")] = 5,
+) -> None:
+    """Images per second of one core that `mtl prepare folders` packs, with every JPEG verified and without.
+
+    \b
+      python -m benchmarks prepare photos/
+      git worktree add ../before v0.1 && python -m benchmarks prepare photos/ --beside ../before
+    """
+    from benchmarks.prepare import bench_prepare
+
+    bench_prepare(images, num_images, beside, repeats)
+
+
+@app.command()
 def resume(
     samples: Annotated[int, typer.Option(min=10_000, metavar="N", help="The epoch's length.")] = 10_000_000,
     workers: Annotated[list[int], typer.Option(min=0, metavar="N", help="Worker processes.")] = [0, 2],  # noqa: B006

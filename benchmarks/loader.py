@@ -59,7 +59,7 @@ def bench_loader(images: Path, num_images: int, num_small: int, workers: Sequenc
     Raises:
         UserError: there are no JPEGs.
     """
-    photos = list(_jpegs(images))
+    photos = list(jpegs_in(images))
     if not photos:
         raise UserError(f"{images}: expected JPEGs, found none.")
     torch.set_num_threads(1)
@@ -175,7 +175,8 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _jpegs(images: Path) -> Iterator[bytes]:
+def jpegs_in(images: Path) -> Iterator[bytes]:
+    """The JPEGs of a folder or a .zip file, sorted by name."""
     if images.is_dir():
         for path in sorted(images.rglob("*.jp*g")):
             yield path.read_bytes()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 
 IMAGE_EXTENSIONS = frozenset(
     {
@@ -233,6 +234,8 @@ def open_image(data: bytes | Path) -> Iterator[Image.Image]:
                 io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats()
             ) as image:
                 check_size(*image.size)
+                if isinstance(data, bytes) and isinstance(image, JpegImageFile):
+                    image.decodermaxblock = len(data)  # in pieces of 64 kB decoding takes a fifth longer
                 yield image
     except Image.UnidentifiedImageError:
         head = data[:64] if isinstance(data, bytes) else data.read_bytes()[:64]

@@ -306,7 +306,7 @@ def run_jobs(
 
     # Not plain fork, which copies the caller's threads (progress bars, torch) in the midst of their work.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "webdataset.writer"])
+    context.set_forkserver_preload([__name__])
     ticks = context.Value("Q", 0)
     with ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (ticks,)) as pool:
         futures = [pool.submit(_run_in_worker, work, job) for job in jobs]

@@ -148,6 +148,8 @@ class SplitLists:
         Raises:
             UserError: lists of several splits name it.
         """
+        if not self._by_name:
+            return ""
         found: list[tuple[tuple[str, ...], str]] = []
         for parts in dict.fromkeys((_parts(path), _parts(str(PurePosixPath(path).with_suffix(""))))):
             named = self._by_name.get(parts[-1], ())

@@ -75,7 +75,8 @@ class Source:
         try:
             if self.archive:
                 return self._unpacked()
-            return Path(self.path).read_bytes()
+            with open(self.path, "rb", buffering=0) as file:
+                return file.readall()
         except (OSError, RuntimeError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise UserError(f"{self}: expected a readable file, found: {error}.") from None
         except (zipfile.BadZipFile, KeyError) as error:
@@ -167,8 +168,9 @@ class Tree:
     def directories(self) -> list[str]:
         """All directories, empty ones too, sorted, without a slash at the end."""
         found = {name.rstrip("/") for name in self._names if name.endswith("/")}
-        for name in self.files:
-            found.update(str(parent) for parent in PurePosixPath(name).parents)
+        for folder in {name[: name.rfind("/") + 1] for name in self.files}:
+            path = PurePosixPath(folder)
+            found.update(map(str, (path, *path.parents)))
         return sorted(found - {"."})
 
     def find(self, path: str) -> Source | None:
@@ -180,10 +182,9 @@ class Tree:
                 return None
             info = _open_zip(str(self.root), os.getpid()).getinfo(name)
             return Source(name, info.file_size, info.CRC, archive=str(self.root))
-        full = self.root / path
         if "_listing" in self.__dict__:  # perhaps in another Unicode form
-            known = self._names.get(path) or self._names.get(unicodedata.normalize("NFC", path))
-            full = self.root / (known or path)
+            path = self._names.get(path) or self._names.get(unicodedata.normalize("NFC", path)) or path
+        full = self.root / path
         if not full.is_file():
             return None
         status = full.stat()

@@ -120,6 +120,18 @@ def test_plain_webdataset_reads_the_same_samples(tmp_path: Path) -> None:
             assert found[f"{task.lower()}.png"] == mask  # webdataset lowers the case of extensions
 
 
+def test_a_shard_is_what_the_writer_of_webdataset_makes_byte_for_byte(tmp_path: Path) -> None:
+    written(tmp_path / "a")
+    with webdataset.TarWriter(
+        str(tmp_path / "its.tar"), encoder=False, mtime=0, user="mtl", group="mtl"
+    ) as writer:
+        for key, image, extension, labels, masks in samples():
+            text = json.dumps(labels, separators=(",", ":"), sort_keys=True).encode()
+            members = {f"{task}.png": mask for task, mask in masks.items()}
+            writer.write({"__key__": key, extension: image, "json": text, **members})
+    assert (tmp_path / "a" / "train-000000.tar").read_bytes() == (tmp_path / "its.tar").read_bytes()
+
+
 def test_an_exception_leaves_neither_an_open_shard_nor_an_index(tmp_path: Path) -> None:
     with pytest.raises(KeyError), ShardWriter(tmp_path, "train", TASKS, max_samples=2) as writer:
         for sample in samples(3):
