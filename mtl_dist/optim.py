@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
@@ -129,6 +130,8 @@ class OptimSettings(Settings):
     lr: Positive = 1e-3
     backbone_lr: Positive | None = None
     """The shared part's own learning rate."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """What multiplies the backbone's rate once for each layer below its last one."""
     task_lr: dict[str, Positive] = Field(default_factory=dict)
     """Learning rates of single tasks' own parts (head, separate backbone)."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -208,11 +211,20 @@ def build_optimizer(
             raise UserError(f"optim.task_lr.{name}: expected one of the tasks {', '.join(tasks)}.")
     parts = [("backbone", settings.backbone_lr or settings.lr, model.shared_parameters())]
     parts += [(task, settings.task_lr.get(task, settings.lr), model.task_parameters(task)) for task in tasks]
+    if settings.layer_decay < 1:
+        layers = model.backbone_layers()
+        if not layers:
+            raise UserError(
+                "optim.layer_decay: expected a model of backbone and heads, found model.network, "
+                "whose layers nobody knows. Remove it."
+            )
+        parts = [part for whole in parts for part in _by_layer(*whole, layers, settings.layer_decay)]
+    undecayed = model.undecayed_parameters()
     groups = []
     for name, lr, parameters in parts:
         trainable = [p for p in parameters if p.requires_grad]
-        decayed = [p for p in trainable if p.ndim > 1 or settings.decay_norms]
-        plain = [p for p in trainable if p.ndim <= 1 and not settings.decay_norms]
+        plain = [p for p in trainable if not settings.decay_norms and (p.ndim <= 1 or p in undecayed)]
+        decayed = [p for p in trainable if settings.decay_norms or (p.ndim > 1 and p not in undecayed)]
         groups += [_group(name, lr, settings.weight_decay, decayed), _group(name, lr, 0.0, plain)]
     groups.append(_group("balance", settings.lr, 0.0, extra))
     groups = [group for group in groups if group["params"]]
@@ -226,6 +238,24 @@ def build_optimizer(
     # The fused kernel takes a third of the time. On a CPU it reads memory end to end: a gradient must lie
     # as its weight does (channels-last or not), which autograd and DDP see to.
     return adam(groups, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def _by_layer(
+    name: str,
+    lr: float,
+    parameters: list[nn.Parameter],
+    layers: Sequence[Sequence[Sequence[nn.Parameter]]],
+    decay: float,
+) -> list[tuple[str, float, list[nn.Parameter]]]:
+    """A part divided by the layers of its backbone, the last one with the whole rate at the end."""
+    factors = {
+        parameter: decay ** (len(backbone) - 1 - number)
+        for backbone in layers
+        for number, layer in enumerate(backbone)
+        for parameter in layer
+    }
+    rates = sorted({factors.get(parameter, 1.0) for parameter in parameters})
+    return [(name, lr * rate, [p for p in parameters if factors.get(p, 1.0) == rate]) for rate in rates]
 
 
 def _group(name: str, lr: float, weight_decay: float, parameters: list[nn.Parameter]) -> dict[str, object]:

@@ -42,6 +42,7 @@ RECORDED_PACKAGES = (
     "mtl-dist",
     "torch",
     "torchvision",
+    "timm",
     "accelerate",
     "deepspeed",
     "torchmetrics",

@@ -1,4 +1,4 @@
-"""Backbones: any torchvision classification model or `simple_cnn`, as the maps that heads read.
+"""Backbones: any classification model of torchvision or timm, or `simple_cnn`, as the maps that heads read.
 
 A backbone's map at stride s is the last one of about 1/s of the image's height and width, as (B, D, H, W); s
 is 1, 2, 4, 8, 16 or 32, as far as the network has them. Its vector is the mean over the deepest map; a ViT
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torchvision
 from torch import Tensor, is_grad_enabled, nn
@@ -22,23 +22,21 @@ from torch.fx.proxy import TraceError
 from mtl_dist.config.nearest import nearest
 from mtl_dist.errors import UserError
 from mtl_dist.models.checkpointing import Segment, cut, recomputed
+from mtl_dist.models.features import VECTOR, map_key
 from mtl_dist.models.norms import convert_norms
-from mtl_dist.models.settings import ModelSettings, UserBackboneSettings
+from mtl_dist.models.settings import TIMM, ModelSettings, UserBackboneSettings
 from mtl_dist.models.simple_cnn import SimpleCNN
+from mtl_dist.models.timm_backbone import TimmBackbone
+from mtl_dist.models.timm_library import is_timm, normalisation_of
+from mtl_dist.models.timm_network import TimmNetwork, build_timm_network
 from mtl_dist.models.tracing import Trace, Values, needed_steps, run_step, step_shapes, trace
 from mtl_dist.models.weights import input_convolution, load_weights
 
 SIMPLE_CNN = "simple_cnn"
-VECTOR = "vector"
 IMAGENET_CHANNELS = 3
 
 _PROBE_SIZE = (512, 832)
 """Large enough that borders don't blur the strides, and of a shape by which no layout is mistaken."""
-
-
-def map_key(stride: int) -> str:
-    """The name of the map at `stride` among a backbone's features."""
-    return f"stride_{stride}"
 
 
 def backbone_names() -> list[str]:
@@ -62,6 +60,11 @@ class Network:
         """The channels of the map at each stride."""
         return {stride: stage.channels for stride, stage in self.trace.stages.items()}
 
+    @property
+    def vector_size(self) -> int:
+        """The channels of the vector."""
+        return self.trace.vector_size
+
     def vector_name(self, with_maps: bool) -> str:
         """The feature that the vector comes from: the deepest map where maps are wanted too.
 
@@ -72,13 +75,15 @@ class Network:
         return map_key(self.trace.deepest.stride) if pooled_by_heads else VECTOR
 
 
-def build_network(settings: ModelSettings, in_channels: int, image_size: tuple[int, int]) -> Network:
+def build_network(settings: ModelSettings, in_channels: int, image_size: tuple[int, int]) -> AnyNetwork:
     """The network that `settings.backbone` names, with its weights loaded and its norms converted.
 
     Raises:
         UserError: no such network, weights that don't fit it, or images of a size it doesn't take.
     """
     name = settings.backbone_name
+    if is_timm(name):
+        return build_timm_network(settings, in_channels, image_size)
     if settings.user_backbone is not None:
         network = _own_network(settings.user_backbone, in_channels, image_size)
         if settings.weights == "torchvision":
@@ -117,10 +122,12 @@ def _own_network(settings: UserBackboneSettings, in_channels: int, image_size: t
 def published_normalisation(name: str, in_channels: int) -> tuple[list[float], list[float]]:
     """The mean and standard deviation, in 0 to 255, that the network's published weights expect.
 
-    Without three channels: 127.5 and 127.5. So also for googlenet and inception_v3, whose published models
-    turn ImageNet's normalisation into that one themselves.
+    timm knows its own. Without three channels: 127.5 and 127.5. So also for googlenet and inception_v3,
+    whose published models turn ImageNet's normalisation into that one themselves.
     """
     half = [127.5] * in_channels
+    if is_timm(name) and in_channels == IMAGENET_CHANNELS:
+        return normalisation_of(name)
     of_torchvision = name in torchvision.models.list_models(module=torchvision.models)
     if in_channels != IMAGENET_CHANNELS or (of_torchvision and _family(name) in ("googlenet", "inception")):
         return half, half
@@ -155,6 +162,7 @@ class Backbone(nn.Module):
         self._fixed_size = network.fixed_size
         self._recompute = settings.checkpointing != "off"
         self._segments = cut(network.module, steps, traced.stages, results, settings.checkpointing)
+        self._blocks = cut(network.module, steps, traced.stages, results, "block")
         _move_parts(network.module, self, {step.part for step in steps})
 
     @property
@@ -186,6 +194,21 @@ class Backbone(nn.Module):
             features[VECTOR] = self._pooled.to_map(values[self._pooled.step]).mean(dim=(2, 3))
         return features
 
+    def layers(self) -> list[list[nn.Parameter]]:
+        """The parameters layer by layer, from the image on: a block is one, and what lies between two."""
+        seen: set[nn.Parameter] = set()
+        layers = []
+        for segment in self._blocks:
+            names = [str(step.target) for step in segment.steps if step.part]
+            own = [p for name, p in self.named_parameters() if _lies_in(name, names) and p not in seen]
+            seen.update(own)
+            layers.append(own)
+        return [layer for layer in layers if layer]
+
+    def undecayed(self) -> set[nn.Parameter]:
+        """The parameters of several dimensions that are not decayed: none."""
+        return set()
+
     def _run(self, segment: Segment, *inputs: Any) -> tuple[Any, ...]:
         values: Values = dict(zip(segment.inputs, inputs, strict=True))
         for step in segment.steps:
@@ -198,6 +221,19 @@ class Backbone(nn.Module):
         return [self.get_submodule(str(step.target)) for step in segment.steps if step.kind == "module"]
 
 
+AnyNetwork: TypeAlias = Network | TimmNetwork
+AnyBackbone: TypeAlias = Backbone | TimmBackbone
+
+
+def make_backbone(
+    network: AnyNetwork, strides: Collection[int], vector: bool, settings: ModelSettings
+) -> AnyBackbone:
+    """The part of a network that gives the wanted features; the network's submodules move in there."""
+    if isinstance(network, TimmNetwork):
+        return TimmBackbone(network, strides, vector, settings)
+    return Backbone(network, strides, vector, settings)
+
+
 def _construct(name: str, image_size: tuple[int, int]) -> tuple[nn.Module, tuple[int, int] | None]:
     """A torchvision model and, where it takes only one, its image size."""
     names = backbone_names()
@@ -205,7 +241,8 @@ def _construct(name: str, image_size: tuple[int, int]) -> tuple[nn.Module, tuple
         near = nearest(name, names)
         hint = f"Did you mean {near}?" if near else f"Choose one of: {', '.join(names)}."
         raise UserError(
-            f"model.backbone: expected simple_cnn or a torchvision classifier, found {name!r}. {hint}"
+            f"model.backbone: expected simple_cnn, a torchvision classifier or {TIMM}NAME, "
+            f"found {name!r}. {hint}"
         )
     arguments: dict[str, Any] = {}
     fixed_size: tuple[int, int] | None = None
@@ -286,6 +323,10 @@ def _move_parts(source: nn.Module, target: nn.Module, names: Collection[str]) ->
     for name, buffer in source.named_buffers(recurse=False):
         if name in names:
             target.register_buffer(name, buffer)
+
+
+def _lies_in(parameter: str, modules: Collection[str]) -> bool:
+    return any(parameter == name or parameter.startswith(f"{name}.") for name in modules)
 
 
 def _pixels(size: tuple[int, ...]) -> str:

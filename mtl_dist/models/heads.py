@@ -12,8 +12,9 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from mtl_dist.errors import UserError
-from mtl_dist.models.backbones import Network, map_key
+from mtl_dist.models.backbones import AnyNetwork
 from mtl_dist.models.decoders.unet import UNetDecoder, plan_decoder
+from mtl_dist.models.features import map_key
 from mtl_dist.models.settings import (
     DecoderNorm,
     DecoderSettings,
@@ -148,14 +149,14 @@ def used_strides(settings: ModelSettings, spec: HeadSpec, channels: Mapping[int,
     return plan_decoder(decoder, channels, spec.task).strides
 
 
-def build_head(settings: ModelSettings, spec: HeadSpec, network: Network, vector_name: str) -> Head:
+def build_head(settings: ModelSettings, spec: HeadSpec, network: AnyNetwork, vector_name: str) -> Head:
     """The head of one task over the features of `network`, whose vector comes as `vector_name`."""
     if spec.layout == "map":
         chosen: object = chosen_decoder(settings, spec.task)
     else:
         chosen = settings.heads.get(spec.task)
     if isinstance(chosen, UserHeadSettings):
-        facts = {"num_features": network.trace.vector_size, "channels": dict(network.channels)}
+        facts = {"num_features": network.vector_size, "channels": dict(network.channels)}
         module = chosen.make(num_outputs=spec.num_outputs, **facts)
         return UserHead(module, vector_name, network.channels, spec)
     if isinstance(chosen, DecoderSettings):
@@ -163,7 +164,7 @@ def build_head(settings: ModelSettings, spec: HeadSpec, network: Network, vector
         norm: DecoderNorm = "group" if settings.norm in ("group", "frozen") else "batch"
         return UNetDecoder(plan, chosen.output_stride, chosen.norm or norm, spec.num_outputs)
     own = head_settings(settings, spec.task)
-    return VectorHead(vector_name, network.trace.vector_size, own, spec.num_outputs)
+    return VectorHead(vector_name, network.vector_size, own, spec.num_outputs)
 
 
 def _own(settings: ModelSettings, task: str) -> dict[str, object]:

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from mtl_dist.batch import Outputs
 from mtl_dist.errors import UserError
-from mtl_dist.models.backbones import VECTOR, Backbone, Network, build_network, published_normalisation
+from mtl_dist.models.backbones import (
+    AnyBackbone,
+    AnyNetwork,
+    build_network,
+    make_backbone,
+    published_normalisation,
+)
+from mtl_dist.models.features import VECTOR
 from mtl_dist.models.heads import Head, build_head, check_heads, used_strides
 from mtl_dist.models.norms import convert_norms
 from mtl_dist.models.settings import ModelSettings
@@ -64,15 +71,15 @@ class MultitaskModel(nn.Module):
 
     def __init__(
         self,
-        backbones: Backbone | Mapping[str, Backbone],
+        backbones: AnyBackbone | Mapping[str, AnyBackbone],
         heads: Mapping[str, Head],
         mean: Sequence[float],
         std: Sequence[float],
         frozen: bool,
     ) -> None:
         super().__init__()
-        self.backbone = backbones if isinstance(backbones, Backbone) else None
-        self.backbones = None if isinstance(backbones, Backbone) else TaskModules(backbones)
+        self.backbone = None if isinstance(backbones, Mapping) else backbones
+        self.backbones = TaskModules(backbones) if isinstance(backbones, Mapping) else None
         self.heads = TaskModules(heads)
         self.frozen = frozen
         self.memory_format = torch.preserve_format
@@ -133,6 +140,14 @@ class MultitaskModel(nn.Module):
         """The shared backbone's parameters, frozen ones too; none with separate backbones."""
         return [] if self.backbone is None else list(self.backbone.parameters())
 
+    def backbone_layers(self) -> list[list[list[nn.Parameter]]]:
+        """Of each backbone the parameters layer by layer, from the image on."""
+        return [backbone.layers() for backbone in self._all_backbones()]
+
+    def undecayed_parameters(self) -> set[nn.Parameter]:
+        """Parameters of several dimensions on which weight decay does not act."""
+        return {p for backbone in self._all_backbones() for p in backbone.undecayed()}
+
     def use_memory_format(self, memory_format: torch.memory_format) -> None:
         """Lay out weights, and from now on images and so all maps, in `memory_format`."""
         self.memory_format = memory_format
@@ -155,10 +170,10 @@ class MultitaskModel(nn.Module):
                 backbone.eval()
         return self
 
-    def _own_backbones(self) -> dict[str, nn.Module]:
-        return {} if self.backbones is None else dict(self.backbones.items())
+    def _own_backbones(self) -> dict[str, AnyBackbone]:
+        return {} if self.backbones is None else dict(self.backbones.items())  # type: ignore[arg-type]
 
-    def _all_backbones(self) -> list[nn.Module]:
+    def _all_backbones(self) -> list[AnyBackbone]:
         return [self.backbone] if self.backbone is not None else list(self._own_backbones().values())
 
 
@@ -202,15 +217,15 @@ def build_model(
 
 
 def _build_part(
-    settings: ModelSettings, specs: Sequence[HeadSpec], network: Network, heads: dict[str, Head]
-) -> Backbone:
+    settings: ModelSettings, specs: Sequence[HeadSpec], network: AnyNetwork, heads: dict[str, Head]
+) -> AnyBackbone:
     """Cut a backbone for `specs` from the network, and put their heads into `heads`."""
     strides = {stride for spec in specs for stride in used_strides(settings, spec, network.channels)}
     vector_name = network.vector_name(with_maps=bool(strides))
     has_vector_head = any(spec.layout == "vector" for spec in specs)
     for spec in specs:
         heads[spec.task] = build_head(settings, spec, network, vector_name)
-    return Backbone(network, strides, has_vector_head and vector_name == VECTOR, settings)
+    return make_backbone(network, strides, has_vector_head and vector_name == VECTOR, settings)
 
 
 def normalisation(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from mtl_dist.models.settings import DecoderNorm, NormKind
 
@@ -42,9 +42,23 @@ def convert_norms(module: nn.Module, kind: NormKind) -> None:
         return
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, _converted(child, kind))
+            setattr(module, name, _and_after(_converted(child, kind), child))
         else:
             convert_norms(child, kind)
+
+
+def _and_after(converted: nn.Module, norm: nn.BatchNorm2d) -> nn.Module:
+    """A converted norm with what the original did after it: timm's have an activation inside."""
+    after = [part for part in norm.children() if not isinstance(part, nn.Identity)]
+    if after:
+        converted.after = nn.Sequential(*after)
+        converted.register_forward_hook(_run_after)
+    return converted
+
+
+def _run_after(norm: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+    result: Tensor = norm.after(output)  # type: ignore[operator]
+    return result
 
 
 def _converted(norm: nn.BatchNorm2d, kind: NormKind) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from mtl_dist.config.settings import Settings
 from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
@@ -13,6 +13,9 @@ from mtl_dist.models.decoders import DECODERS
 Width: TypeAlias = Annotated[int, Field(ge=1)]
 Dropout: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0.0)]
+
+TIMM = "timm/"
+"""How the name of a network of timm begins."""
 
 NormKind: TypeAlias = Literal["batch", "group", "frozen", "sync"]
 """BatchNorm as it is; GroupNorm in its place; BatchNorm with fixed statistics and weights; SyncBatchNorm."""
@@ -95,14 +98,27 @@ class UserNetworkSettings(UserDefinedSettings):
 UserNetwork: TypeAlias = Annotated[UserNetworkSettings, UserDefined((UserNetworkSettings,), only=True)]
 
 
+class TimmSettings(Settings):
+    """A backbone of timm.
+
+    arguments   what its constructor takes besides size and channels: {drop_path_rate: 0.1}
+    blocks      of a plain ViT: the block, counted from 1, that its maps come from (None: the last), or one
+                for each of them, the finest first
+    """
+
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    blocks: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
+
+
 class ModelSettings(Settings):
     """The model: a backbone, shared by all tasks or one per task, and a head per task.
 
-    backbone       `simple_cnn`, a torchvision classification model by its name, or a network of the user's
-                   by its import path
+    backbone       `simple_cnn`, a torchvision classification model by its name, one of timm as `timm/NAME`
+                   (extra `timm`), or a network of the user's by its import path
+    timm           more about one of timm
     shared         one backbone for all tasks, or one for each
-    weights        None; "torchvision" for the default weights of its registry; or a file (.pth,
-                   .safetensors) with the names of the whole torchvision model, or that of a run with this
+    weights        None; "torchvision" or "timm" for the default weights of its registry; or a file (.pth,
+                   .safetensors) with the names of the whole model there, or that of a run with this
                    backbone: RUN/checkpoints/STEP/model.safetensors
     frozen         the backbone keeps its weights, its normalisation in evaluation mode; heads train
     norm           what becomes of the backbone's BatchNorm layers
@@ -121,6 +137,7 @@ class ModelSettings(Settings):
     """
 
     backbone: Annotated[str, UserDefined((UserBackboneSettings,))] = "resnet18"
+    timm: TimmSettings = TimmSettings()
     shared: bool = True
     weights: str | None = None
     frozen: bool = False
@@ -145,6 +162,21 @@ class ModelSettings(Settings):
                 raise ValueError(
                     f"{name}: expected none with model.network, which is the whole model. Remove it."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _timm_is_of_timm(self) -> ModelSettings:
+        of_timm = self.network is None and self.user_backbone is None and self.backbone.startswith(TIMM)
+        if not of_timm and self.timm != TimmSettings():
+            raise ValueError(f"timm: expected none with {self.backbone_name}, found some. Remove it.")
+        if not of_timm and self.weights == "timm":
+            raise ValueError(
+                f"weights: expected torchvision, a file or null with {self.backbone_name}, found timm."
+            )
+        if of_timm and self.weights == "torchvision":
+            raise ValueError(
+                f"weights: expected timm, a file or null with {self.backbone}, found torchvision."
+            )
         return self
 
     @property

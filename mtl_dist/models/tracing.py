@@ -24,7 +24,7 @@ from mtl_dist.errors import UserError
 Layout: TypeAlias = Literal["nchw", "nhwc", "tokens"]
 Values: TypeAlias = dict[str, Any]
 
-_MAX_STRIDE = 32
+MAX_STRIDE = 32
 _MAX_SKEW = 0.5
 """A map is a scaled image: the logarithms of its height's and its width's reduction differ by less."""
 
@@ -122,7 +122,7 @@ def trace(module: nn.Module, in_channels: int, probe_size: tuple[int, int], *, h
     if not stages:
         raise UserError(
             "model.backbone: expected a network over maps or patches, found no map at any stride up to "
-            f"{_MAX_STRIDE}. Choose a convolutional network or a vision transformer."
+            f"{MAX_STRIDE}. Choose a convolutional network or a vision transformer."
         )
     # A network without a classifier gives its vector itself, or a map.
     vector_step = None if has_classifier or len(shapes[steps[-1].name]) != 2 else steps[-1].name
@@ -285,7 +285,7 @@ def _map_stage(name: str, shape: tuple[int, ...], image_size: tuple[int, int]) -
     grids: dict[Layout, tuple[int, ...]] = {"nchw": shape[2:], "nhwc": shape[1:3]}
     layout = min(grids, key=skew)
     stride = 2 ** round(sum(octaves(grids[layout])) / 2)
-    if skew(layout) > _MAX_SKEW or not 1 <= stride <= _MAX_STRIDE:
+    if skew(layout) > _MAX_SKEW or not 1 <= stride <= MAX_STRIDE:
         return None
     height, width = grids[layout]
     return Stage(name, int(stride), shape[1 if layout == "nchw" else 3], (height, width), layout)

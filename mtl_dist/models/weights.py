@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import pickle
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -21,6 +21,9 @@ _AUXILIARY = {"AuxLogits", "aux1", "aux2"}
 
 _OF_A_RUN = "model.backbone."
 """How the names of a shared backbone begin in a run's checkpoints/step_N/model.safetensors."""
+
+_NETWORK, _PYRAMID = "network.", "pyramid."
+"""How those of a backbone of timm begin in there."""
 
 _OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
@@ -47,6 +50,49 @@ def load_weights(module: nn.Module, trunk: Collection[str], name: str, source: s
     module.load_state_dict(found, strict=False)
 
 
+def load_timm_weights(
+    module: nn.Module,
+    pyramid: nn.Module,
+    classifier: str | Collection[str],
+    name: str,
+    source: str | dict[str, Tensor],
+    convert: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
+) -> None:
+    """Load a file, or tensors, into a network of timm.
+
+    Args:
+        classifier: how the names of the classifier's weights begin, which are ignored
+        pyramid: takes its weights from the checkpoint of a run
+        convert: brings what was published to `module`'s names and sizes
+
+    Raises:
+        UserError: no such file, not a state dict, or one of another network.
+    """
+    state = _shared_backbone(read_state_dict(Path(source)) if isinstance(source, str) else source)
+    made = {key.removeprefix(_PYRAMID): value for key, value in state.items() if key.startswith(_PYRAMID)}
+    own = {key.removeprefix(_NETWORK): value for key, value in state.items() if key not in made}
+    own = {key: value for key, value in own.items() if not key.startswith(_PYRAMID)}
+    where = source if isinstance(source, str) else "what timm has of it"
+    try:
+        converted = convert(own, module)
+    except (KeyError, IndexError, RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise UserError(
+            f"model.weights: expected the weights of {name} in {where}, found names or sizes that timm can't "
+            f"convert ({type(error).__name__}: {error}). Give a file of this very network."
+        ) from None
+    expected = module.state_dict()
+    parts = [classifier] if isinstance(classifier, str) else classifier
+    ignored = tuple(f"{part}." for part in parts)
+    found = {key: value for key, value in converted.items() if not key.startswith(ignored)}
+    _fit_first_convolution(found, module)
+    _check(found, expected, name, where)
+    module.load_state_dict(found, strict=False)
+    if made:
+        levels = {key: value for key, value in pyramid.state_dict().items() if key in made}
+        _check(made, {**pyramid.state_dict(), **levels}, f"{name}'s pyramid", where)
+        pyramid.load_state_dict(made)
+
+
 def _shared_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The backbone's weights out of a checkpoint of a run; any other state as it is."""
     own = {key.removeprefix(_OF_A_RUN): value for key, value in state.items() if key.startswith(_OF_A_RUN)}
@@ -57,7 +103,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors in a .safetensors file or in one that `torch.save` wrote; nothing else is unpickled."""
     if not path.is_file():
         raise UserError(
-            f"model.weights: expected a file or 'torchvision', found no file {path}. Check the path."
+            f"model.weights: expected a file, 'torchvision' or 'timm', found no file {path}. Check the path."
         )
     try:
         if path.suffix == ".safetensors":
@@ -126,7 +172,7 @@ def _check(found: dict[str, Tensor], expected: dict[str, Tensor], name: str, sou
     if listed:
         raise UserError(
             f"model.weights: expected the weights of {name} in {source}, found {'; '.join(listed)}. "
-            "Give a file of this very network, named as torchvision names it."
+            "Give a file of this very network, named as its library names it."
         )
 
 

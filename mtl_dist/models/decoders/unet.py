@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtl_dist.errors import UserError
-from mtl_dist.models.backbones import map_key
+from mtl_dist.models.features import map_key
 from mtl_dist.models.norms import make_norm
 from mtl_dist.models.settings import DecoderNorm, DecoderSettings
 

@@ -1,0 +1,154 @@
+"""The part of a network of timm that gives the wanted features.
+
+Parameters keep timm's names behind `network.`; those of a plain ViT's pyramid are behind `pyramid.`.
+
+Shape legend: batch.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, is_grad_enabled, nn
+
+from mtl_dist.models.checkpointing import recomputed
+from mtl_dist.models.features import VECTOR, map_key
+from mtl_dist.models.settings import ModelSettings
+from mtl_dist.models.timm_library import timm_library
+from mtl_dist.models.timm_network import TimmNetwork, intermediates
+
+_PROBE_SIZE = 128
+"""A side, at least, of the image by which unused parameters are found."""
+
+
+class TimmBackbone(nn.Module):
+    """The features of a network of timm.
+
+    Args:
+        source: the network; its submodules move in here
+        strides: the maps wanted
+        vector: whether the vector is wanted, the mean over the deepest map
+    """
+
+    def __init__(
+        self, source: TimmNetwork, strides: Collection[int], vector: bool, settings: ModelSettings
+    ) -> None:
+        super().__init__()
+        self.network = source.module
+        self.pyramid = nn.ModuleDict(
+            {key: level for key, level in source.pyramid.items() if int(key) in strides}
+        )
+        self._sources = {stride: source.sources[stride] for stride in sorted(strides)}
+        self._pooled = source.sources[source.vector_stride] if vector else None
+        self._sizes = source.sizes
+        indices = sorted({*self._sources.values(), *([] if self._pooled is None else [self._pooled])})
+        source.module.prune_intermediate_layers(indices, prune_norm=not source.is_plain, prune_head=True)  # type: ignore[operator]
+        self._numbers, self._normalised = indices, source.is_plain
+        self._freeze_unreached(source)
+        if settings.checkpointing != "off":
+            for module in _blocks(self.network, coarse=settings.checkpointing == "stage"):
+                module.forward = _Recomputing(module)
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """The names of the features that `forward` gives."""
+        return (*(() if self._pooled is None else (VECTOR,)), *map(map_key, self._sources))
+
+    def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """The features of normalised images: `vector` (B, D) and `stride_<s>` (B, D, H, W), as wanted."""
+        found = intermediates(self.network, self._sizes.fit(images_BCHW), self._numbers, self._normalised)
+        maps = dict(zip(self._numbers, found, strict=True))
+        features = {}
+        for stride, number in self._sources.items():
+            key = str(stride)
+            # A tensor of its own in the graph: its gradient is that of the heads which read it, without what
+            # comes back from the deeper layers.
+            features[map_key(stride)] = (
+                self.pyramid[key](maps[number]) if key in self.pyramid else maps[number].view_as(maps[number])
+            )
+        if self._pooled is not None:
+            features[VECTOR] = maps[self._pooled].mean(dim=(2, 3))
+        return features
+
+    def layers(self) -> list[list[nn.Parameter]]:
+        """The parameters layer by layer, from the image on, as timm groups them; a pyramid comes last."""
+        groups = _groups(self.network, coarse=False)
+        layers = [[self.network.get_parameter(name) for name in names] for names in groups]
+        layers.append(list(self.pyramid.parameters()))
+        return [layer for layer in layers if layer]
+
+    def undecayed(self) -> set[nn.Parameter]:
+        """What timm does not decay although it has several dimensions: position embeddings, tokens."""
+        names = set(getattr(self.network, "no_weight_decay", set)())
+        return {parameter for name, parameter in self.network.named_parameters() if name in names}
+
+    def _freeze_unreached(self, source: TimmNetwork) -> None:
+        """What no feature comes from does not train: a token that only a classifier reads."""
+        size = source.sizes.fixed or source.sizes.fitted((_PROBE_SIZE, _PROBE_SIZE))
+        some = next(self.parameters())
+        modes = {part: part.training for part in self.modules()}
+        self.eval()
+        with torch.enable_grad():
+            features = self(some.new_zeros(1, source.in_channels, *size))
+        for part, mode in modes.items():
+            part.training = mode
+        reached = _leaves(features.values())
+        for parameter in self.parameters():
+            parameter.requires_grad_(parameter in reached)
+
+
+def _leaves(outputs: Iterable[Tensor]) -> set[Tensor]:
+    """The parameters that the outputs' graph begins at."""
+    found, seen = set(), set()
+    ahead = [output.grad_fn for output in outputs]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        ahead += [function for function, _ in node.next_functions]
+    return found
+
+
+class _Recomputing:
+    """In place of a module's `forward`: it is computed again for the backward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        run = partial(type(self.module).forward, self.module, **options)
+        trains = is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
+        if not trains:
+            return run(*inputs)
+        return recomputed(lambda *args: (run(*args),), inputs, [self.module])[0]
+
+
+def _groups(network: nn.Module, coarse: bool) -> list[list[str]]:
+    """The names of the parameters by layer, or by stage, in timm's order."""
+    matcher: Any = network.group_matcher(coarse=coarse)  # type: ignore[operator]
+    found: Mapping[int, list[str]] = timm_library().models.group_parameters(network, matcher)
+    return [found[number] for number in sorted(found)]
+
+
+def _blocks(network: nn.Module, coarse: bool) -> list[nn.Module]:
+    """The modules whose inside is worth computing again: those that hold a whole group of layers."""
+    blocks = []
+    for names in _groups(network, coarse):
+        parts = _common([name.split(".")[:-1] for name in names])
+        module = network.get_submodule(".".join(parts))
+        if parts and any(True for _ in module.children()) and not isinstance(module, nn.ModuleList):
+            blocks.append(module)
+    return blocks
+
+
+def _common(paths: Sequence[Sequence[str]]) -> list[str]:
+    """What all paths begin with."""
+    columns = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*paths, strict=False))
+    return [column[0] for column in columns]
