@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import IO
+
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -14,6 +17,19 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """The same for a text of several lines: line ends and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c in "\n\t\r" else printable(c) for c in text)
+
+
+def say(text: str, file: IO[str] | None = None) -> None:
+    """Print lines of unknown origin, to standard output where no `file` is named, by `printable`."""
+    for line in text.splitlines() or [""]:
+        print(printable(line), file=file or sys.stdout, flush=True)
 
 
 def cell(text: str) -> str:

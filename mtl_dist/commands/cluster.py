@@ -11,7 +11,7 @@ import typer
 
 from mtl_dist.commands.runs import Overrides, RunDir, RunFolder, Tags
 from mtl_dist.errors import UserError
-from mtl_dist.printable import printable
+from mtl_dist.printable import printable, printable_lines, say
 
 if TYPE_CHECKING:
     from mtl_dist.cell_table import CellTable
@@ -87,11 +87,11 @@ def submit(
         dry_run=dry_run,
     )
     if dry_run:
-        print(submitted.script, end="")
+        say(submitted.script)
         return
     for run, job in zip(submitted.runs, submitted.job_ids, strict=True):
-        print(f"job {job}  {run}")
-    print(f"mtl status {_common(submitted.runs)}")
+        say(f"job {job}  {run}")
+    say(f"mtl status {_common(submitted.runs)}")
 
 
 def status(
@@ -231,7 +231,7 @@ def logs(
     from mtl_dist.launch.jobs import has_ended, log_path
 
     for text in follow_file(log_path(run, rank), lambda: not follow or has_ended(run)):
-        print(text, end="", flush=True)
+        print(printable_lines(text), end="", flush=True)
 
 
 def cancel(run: RunFolder) -> None:
@@ -248,4 +248,4 @@ def cancel(run: RunFolder) -> None:
     if not active:
         raise UserError(f"{run}: expected a run that waits or runs, found none. See mtl status {run}.")
     for view in active:
-        print(f"{view.run}: {cancel_run(view.run)}")
+        say(f"{view.run}: {cancel_run(view.run)}")

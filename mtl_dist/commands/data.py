@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mtl_dist.commands import prepare
+from mtl_dist.printable import say
 
 
 def add_to(app: typer.Typer) -> None:
@@ -55,7 +56,7 @@ def inspect(
         from mtl_dist.data.contact_sheet import contact_sheet  # torch and matplotlib
 
         contact_sheet(place, split, sheet)
-        print(f"{sheet}: samples of {split}")
+        say(f"{sheet}: samples of {split}")
 
 
 def index(context: typer.Context) -> None:

@@ -23,7 +23,7 @@ from mtl_dist.config.trust import VARIABLE
 from mtl_dist.durable import locked
 from mtl_dist.engine.launched import own_rank, own_size
 from mtl_dist.errors import UserError
-from mtl_dist.printable import printable
+from mtl_dist.printable import say
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -93,8 +93,7 @@ def report(error: UserError) -> None:
 
 def _print(lines: list[str]) -> None:
     for line in lines:
-        print(printable(line), file=sys.stderr)
-    sys.stderr.flush()
+        say(line, sys.stderr)
 
 
 def _content(path: Path) -> str:

@@ -16,6 +16,7 @@ from mtl_dist.commands.options import named, words
 from mtl_dist.commands.progress import progress_bar
 from mtl_dist.errors import UserError
 from mtl_dist.importers.registry import IMPORTERS
+from mtl_dist.printable import say
 
 if TYPE_CHECKING:
     from mtl_dist.data.manifest import Manifest
@@ -293,9 +294,9 @@ def summary(out: Path, manifest: Manifest) -> None:
 
     splits = ", ".join(f"{split.num_samples:,} {name}" for name, split in manifest.splits.items())
     tasks = ", ".join(f"{name} ({info.kind})" for name, info in manifest.tasks.items())
-    print(f"{out}: {splits}; {tasks}")
+    say(f"{out}: {splits}; {tasks}")
     for line in account_lines(manifest.account):
-        print(f"found: {line}")
+        say(f"found: {line}")
     for note in manifest.notes:
-        print(f"note: {note}")
-    print(f"Look at it with: mtl inspect {out}")
+        say(f"note: {note}")
+    say(f"Look at it with: mtl inspect {out}")

@@ -14,6 +14,7 @@ from mtl_dist.commands.errors import INTERRUPTED
 from mtl_dist.commands.progress import progress_bar
 from mtl_dist.lazy import torch
 from mtl_dist.plural import plural
+from mtl_dist.printable import printable_lines, say
 
 if TYPE_CHECKING:
     from mtl_dist.recipe import Recipe
@@ -114,7 +115,7 @@ def train(
     if print_config:
         from mtl_dist.config.loading import to_yaml
 
-        print(to_yaml(loaded), end="")
+        print(printable_lines(to_yaml(loaded)), end="")
     elif debug:
         from mtl_dist.debug import overfit_one_batch
 
@@ -198,7 +199,7 @@ def launch(
         return
     loaded.train.accumulation_on(plan.num_processes)
     if machines is not None:
-        print(f"machine {machines.rank} of {machines.count}, meeting at {rendezvous}", flush=True)
+        say(f"machine {machines.rank} of {machines.count}, meeting at {rendezvous}")
     raise typer.Exit(supervise(plan))
 
 
@@ -313,13 +314,13 @@ def predict(
             threshold=threshold,
             split=split,
             stdin=sys.stdin.buffer,
-            note=lambda line: print(line, file=sys.stderr),
+            note=lambda line: say(line, sys.stderr),
             done=show if out is not None else None,
         )
     if out is not None:
-        print(f"{out}: {plural(num_images, 'image')}")
+        say(f"{out}: {plural(num_images, 'image')}")
     if num_errors:
-        print(f"{num_errors} of {plural(num_images, 'image')} could not be read.", file=sys.stderr)
+        say(f"{num_errors} of {plural(num_images, 'image')} could not be read.", sys.stderr)
         raise typer.Exit(1)
 
 
@@ -335,8 +336,8 @@ def verify(run: RunFolder) -> None:
 
     good, problems = verify(run)
     for name in good:
-        print(f"{name}: good")
+        say(f"{name}: good")
     for line in problems:
-        print(line, file=sys.stderr)
+        say(line, sys.stderr)
     if problems:
         raise typer.Exit(1)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mtl_dist.printable import say
+
 
 def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel="Start")(init)
@@ -40,16 +42,16 @@ def init(
         _write_recipe(Path(name), out)
         return
     if name is not None:
-        print(f"{copy_of(name, out or Path())}: written; its first lines say how to run it")
+        say(f"{copy_of(name, out or Path())}: written; its first lines say how to run it")
         return
     for shelf in SHELVES:
-        print(f"{shelf.title}:")
+        say(f"{shelf.title}:")
         files = shelf.files()
         width = max(map(len, files), default=0)
         for file, path in files.items():
-            print(f"  {file:<{width}}  {headline(path)}")
-        print()
-    print("mtl init NAME copies one; mtl init DATASET writes one for your data.")
+            say(f"  {file:<{width}}  {headline(path)}")
+        say("")
+    say("mtl init NAME copies one; mtl init DATASET writes one for your data.")
 
 
 def _write_recipe(dataset: Path, out: Path | None) -> None:
@@ -68,8 +70,8 @@ def _write_recipe(dataset: Path, out: Path | None) -> None:
         )
     text = first_recipe(inspect_dataset(dataset), "gpu" if torch.cuda.is_available() else "cpu")
     if out is None:
-        print(text, end="")
+        say(text)
         return
     place = out / f"{dataset.resolve().name}.yaml" if out.is_dir() else out
     write_new(place, text)
-    print(f"{place}: written; mtl train {place} trains by it")
+    say(f"{place}: written; mtl train {place} trains by it")

@@ -11,7 +11,7 @@ import typer
 from mtl_dist.commands.cluster import RUNS, some_runs, with_tags
 from mtl_dist.commands.runs import Overrides, RecipeFile, RunFolder, Tags
 from mtl_dist.errors import UserError
-from mtl_dist.printable import printable
+from mtl_dist.printable import say
 
 
 def add_to(app: typer.Typer) -> None:
@@ -75,7 +75,7 @@ def sweep(
     tags = checked_tags(tag or [])
     if dry_run:
         for point in plan.points:
-            print(point.directory)
+            say(str(point.directory))
         return
     code = run_sweep(plan, directory, Console(), nproc=nproc, parallel=parallel, by=by, tags=tags)
     if code:
@@ -131,9 +131,9 @@ def runs(
     listed = list_runs(with_tags(found, tag or []))
     for run in listed:
         if run.problem:
-            print(f"warning: {printable(run.problem)}", file=sys.stderr)
+            say(f"warning: {run.problem}", sys.stderr)
     if best is not None:
-        print(sorted_by(best, listed)[0].path)
+        say(str(sorted_by(best, listed)[0].path))
         return
     if by is not None:
         listed = sorted_by(by, listed)
@@ -166,4 +166,4 @@ def tag(
     from mtl_dist.run_folder import RunFolder
 
     for path in some_runs(run):
-        print(f"{path}: {' '.join(RunFolder(path).change_tags(tags or [], remove or [])) or '(no tags)'}")
+        say(f"{path}: {' '.join(RunFolder(path).change_tags(tags or [], remove or [])) or '(no tags)'}")

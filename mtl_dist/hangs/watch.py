@@ -30,6 +30,7 @@ from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 from mtl_dist.hangs.ranks import Failure, Pulse, Ranks, culprits, own_pulse, reason_of_hang, silent_ranks
 from mtl_dist.heartbeat import Beat, beat, last_beat
+from mtl_dist.printable import say
 from mtl_dist.status import Status, read_status, write_status
 from mtl_dist.stopping import StopSignal
 
@@ -190,8 +191,8 @@ class HangWatch:
             if speaks:
                 for guilty in culprits(pulses, self._silent):
                     if pulses[guilty].stack:
-                        print(f"{pulses[guilty].name(guilty)}:\n{pulses[guilty].stack}", file=sys.stderr)
-                print(reason, file=sys.stderr, flush=True)
+                        say(f"{pulses[guilty].name(guilty)}:\n{pulses[guilty].stack}", sys.stderr)
+                say(reason, sys.stderr)
             if self.directory is not None and self.directory.is_dir():
                 write_down(self.directory, rank, reason if speaks else "")
 

@@ -26,6 +26,7 @@ from typing import Literal
 
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
+from mtl_dist.printable import say
 from mtl_dist.status import Status, read_status, write_status
 from mtl_dist.stopping import TIME_LIMIT
 
@@ -295,7 +296,7 @@ def main() -> int:
     ending = Ending(job_id, arguments.exit_code, arguments.job_state, killed)
     again = finish_attempt(run, ending, read_budget(arguments.submission))
     last = read_attempts(run)[-1]
-    print(f"attempt ended at step {last.last_step}: {last.cause}. {last.reason}", flush=True)
+    say(f"attempt ended at step {last.last_step}: {last.cause}. {last.reason}")
     return 0 if again else 1
 
 

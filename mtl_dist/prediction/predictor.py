@@ -34,6 +34,7 @@ from mtl_dist.errors import ImageError, UserError
 from mtl_dist.importers.sources import Source
 from mtl_dist.prediction.inputs import Input, pages
 from mtl_dist.prediction.records import plain
+from mtl_dist.printable import say
 from mtl_dist.randomness import Draws
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.tasks.task import Task
@@ -74,7 +75,7 @@ class Predictor:
                 )
             run, checkpoint = run.resolve().parents[1], step_of(run.resolve())
         folder = RunFolder.open(run)
-        trained = read_trained(folder, lambda line: print(line, file=sys.stderr), checkpoint)
+        trained = read_trained(folder, lambda line: say(line, sys.stderr), checkpoint)
         recipe = trained.recipe
         self._world = connect_without_engine(recipe.engine, device)
         self._root = trained.root(self._world)

@@ -23,6 +23,7 @@ from rich.console import Console
 from mtl_dist.errors import UserError
 from mtl_dist.figures.conflicts import Conflicts, conflicts_in
 from mtl_dist.launch.series import Training, train_all
+from mtl_dist.printable import printable
 from mtl_dist.report.compare_metrics import (
     CONTROL,
     CONVENTIONS,
@@ -99,7 +100,7 @@ def compare(plan: Plan, directory: Path, nproc: int | None, console: Console) ->
             "Give the values of before, or another --out for another comparison.",
         )
     for note in plan.notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(printable(note), markup=False, highlight=False)
     code = _train(runs, nproc, console)
     if code:
         console.print("Stopped; the same command goes on from here.")
@@ -108,8 +109,8 @@ def compare(plan: Plan, directory: Path, nproc: int | None, console: Console) ->
     write(comparison, directory)
     show(comparison, console)
     for note in comparison.notes[len(plan.notes) :]:
-        console.print(note, markup=False, highlight=False)
-    console.print(f"All of it is in {directory}.", markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(note), markup=False, highlight=False)
+    console.print(printable(f"All of it is in {directory}."), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -119,12 +120,15 @@ def _train(runs: Sequence[Run], nproc: int | None, console: Console) -> int:
 
     def started(run: Run) -> None:
         what = f"{runs.index(run) + 1}/{len(runs)}  {names[run]}"
-        console.print(f"{what}: {run.directory}", markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(f"{what}: {run.directory}"), markup=False, highlight=False, soft_wrap=True)
 
     def ended(run: Run, code: int) -> None:
         if run.failure:
             console.print(
-                f"{names[run]} failed: {run.failure}", markup=False, highlight=False, soft_wrap=True
+                printable(f"{names[run]} failed: {run.failure}"),
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
             )
         elif not run.is_done and code < 128:
             raise UserError(f"{names[run]}: {run.last_words(code)}")

@@ -13,7 +13,7 @@ from mtl_dist.data.loader import Data
 from mtl_dist.data.val_labels import num_labels
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.plural import plural
-from mtl_dist.printable import printable
+from mtl_dist.printable import say
 from mtl_dist.recipe import Recipe
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.specs import TaskInfo
@@ -119,4 +119,4 @@ def farewell(tracker: Tracker, outcome: Outcome, folder: RunFolder) -> None:
 
 
 def warn(line: str) -> None:
-    print(printable(line), file=sys.stderr)
+    say(line, sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import struct
@@ -17,6 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import mtl_dist
+from mtl_dist import commands
 from mtl_dist.cell_table import CellTable
 from mtl_dist.cli import app
 from mtl_dist.config import trust
@@ -144,6 +146,35 @@ def test_no_control_character_reaches_a_terminal() -> None:
     assert result.exit_code == 2
     assert printable(HOSTILE) in result.stderr
     assert all(line.isprintable() for line in result.stderr.splitlines())
+
+
+def test_the_names_of_runs_are_printed_without_their_control_characters(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / HOSTILE
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(
+        "name: x\ntasks: {a: {kind: classification}}\ndata: {train: [{path: d}]}\n"
+    )
+    (run / "log.txt").write_text(f"line\t{HOSTILE}\n")
+    for command in ("tag", "logs", "status", "cancel"):
+        result = CliRunner().invoke(app, [command, str(run)])
+        shown = result.stdout + result.stderr
+        assert result.exit_code in (0, 2), command
+        assert "\\x1b[2J" in "".join(shown.split("\n")), command
+        assert all(line.replace("\t", "").isprintable() for line in shown.splitlines()), command
+
+
+def test_no_command_prints_by_itself() -> None:
+    """What it says goes through `say`; a recipe and a log keep their lines."""
+    printing = {
+        (path.name, ast.unparse(node.args[0]))
+        for path in Path(commands.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert printing == {
+        ("runs.py", "printable_lines(to_yaml(loaded))"),
+        ("cluster.py", "printable_lines(text)"),
+    }
 
 
 def test_no_spreadsheet_formula_is_written_into_a_table(tmp_path: Path) -> None:
