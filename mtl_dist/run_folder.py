@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mtl_dist.config.trust import parts_of, refusal
+from mtl_dist.config.user_modules import imported_hashes
 from mtl_dist.data.facts import DataFacts
 from mtl_dist.durable import Locked, is_about, locked, unwritable, write_text
 from mtl_dist.errors import UserError
@@ -103,13 +104,18 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Only one process trains in this folder at a time. A start that is refused leaves no lock file.
 
+        Within a process that holds the lock already nothing more is locked.
+
         Raises:
             UserError: another one does, or the folder cannot be written.
         """
         path = self.directory / ".lock"
+        if path.resolve() in _held:
+            yield
+            return
         is_new = not path.exists()
         try:
-            with locked(path, wait=False):
+            with locked(path, wait=False), _holding(path.resolve()):
                 try:
                     yield
                 except UserError:
@@ -168,6 +174,7 @@ class RunFolder:
             "device": device,
             "cpus": len(os.sched_getaffinity(0)),
             "decoder": decoder,
+            "modules": imported_hashes(),
         }
         if starts:
             lines += _other_environment(starts[-1], now)
@@ -270,6 +277,19 @@ class RunFolder:
         write_text(self.evaluation / "metrics.json", json.dumps(metrics, indent=1))
 
 
+_held: set[Path] = set()
+"""The locks that this process holds."""
+
+
+@contextmanager
+def _holding(path: Path) -> Iterator[None]:
+    _held.add(path)
+    try:
+        yield
+    finally:
+        _held.discard(path)
+
+
 @contextmanager
 def writing_to(directory: Path) -> Iterator[None]:
     """Around all that writes to the run folder `directory`.
@@ -298,7 +318,7 @@ def checked_tags(tags: Sequence[str]) -> list[str]:
 
 
 def _other_environment(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of the environment changes numbers: by ranks, devices, decoders and packages, one line each.
+    """What of the environment changes numbers: ranks, devices, decoders, packages, the user's modules.
 
     Decoders differ by a few grey levels; BatchNorm and dropout see other micro-batches on other ranks.
     """
@@ -311,6 +331,13 @@ def _other_environment(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     for name, number in now["packages"].items():
         if numbers.get(name) not in (None, number):
             lines.append(f"{name}: {numbers[name]} before, {number} from here on")
+    sources = before.get("modules")
+    hashes: Mapping[str, str] = sources if isinstance(sources, Mapping) else {}
+    for name, digest in now["modules"].items():
+        if hashes.get(name) not in (None, digest):
+            lines.append(
+                f"module {name}: another source from here on ({hashes[name][:8]} before, {digest[:8]})"
+            )
     return lines
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mtl_dist.commands.runs import Overrides, RunDir, RunFolder, Tags
+from mtl_dist.commands.runs import DataMoved, Overrides, RunDir, RunFolder, StartFrom, Tags
 from mtl_dist.errors import UserError
 from mtl_dist.printable import printable, printable_lines, say
 
@@ -56,6 +56,8 @@ def submit(
     ] = None,
     run_dir: RunDir = None,
     tag: Tags = None,
+    start_from: StartFrom = None,
+    data_moved: DataMoved = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the batch script and submit nothing.")
     ] = False,
@@ -84,6 +86,8 @@ def submit(
         then=then,
         run_dir=run_dir,
         tags=tag or [],
+        start_from=start_from,
+        data_moved=data_moved,
         dry_run=dry_run,
     )
     if dry_run:
@@ -105,6 +109,9 @@ def status(
 ) -> None:
     """Show where runs stand: on Slurm and on this machine.
 
+    A run whose job ended with nobody left to requeue it is named, and submitted again where its profile
+    allows that (requeue.resubmit).
+
     \b
       mtl status                  runs that are active, or ended today
       mtl status --all
@@ -114,11 +121,13 @@ def status(
     from rich.console import Console
 
     from mtl_dist.launch.jobs import ACTIVE, view_runs
+    from mtl_dist.launch.look import after_look
 
     views = view_runs(with_tags(some_runs(run), tag or []))
     if run == RUNS and not all_runs and not tag:
         recent = time.time() - RECENT_S
-        views = [v for v in views if v.state in ACTIVE or (v.status and v.status.updated > recent)]
+        views = [v for v in views if v.state in ACTIVE or v.updated > recent]
+    views = [after_look(view) for view in views]
     console = Console()
     console.print(status_table(views, run))
     for view in views:

@@ -42,6 +42,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, core_schema
 from mtl_dist.config.nearest import nearest
 from mtl_dist.config.settings import Settings
 from mtl_dist.config.trust import refusal
+from mtl_dist.config.user_modules import remember
 from mtl_dist.lazy import torch
 
 USER_DEFINED, BUILT_IN = "user-defined", "built-in"
@@ -194,7 +195,9 @@ def imported(path: str, fits: Any = None) -> Any:
     refused = refusal(path)
     if refused:
         raise PartError(refused)
+    before = set(sys.modules)
     module = _module(module_name)
+    remember({module_name} | (sys.modules.keys() - before))
     if not hasattr(module, name):
         names = [key for key, value in vars(module).items() if fits is None or fits(value)]
         near = nearest(name, names)

@@ -19,15 +19,16 @@ import logging
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from mtl_dist.data.external import FieldSettings, Indexing, expanded
-from mtl_dist.data.remote import Location, Url
-from mtl_dist.data.settings import DataSettings, SourceSettings
+from mtl_dist.data.remote import Location, Url, beside
+from mtl_dist.data.settings import DataSettings, EvaluationSourceSettings, SourceSettings
 from mtl_dist.data.streams import REQUEST, first_samples
+from mtl_dist.data.task_infos import merge_task_infos, source_facts, training_facts
 from mtl_dist.durable import locked, write_text
 from mtl_dist.errors import UserError
 from mtl_dist.importers.options import PackOptions
@@ -64,6 +65,31 @@ def _with_index(source: SourceSettings) -> SourceSettings:
     return source.model_copy(update=made)
 
 
+def check_present(data: DataSettings, tasks: Collection[str]) -> None:
+    """Refuse data that is not there, as far as names and sizes tell; what is at URLs is not asked for.
+
+    Raises:
+        UserError: a dataset, split, shard or tar is missing, or a task is in no dataset.
+    """
+    evaluated: Sequence[EvaluationSourceSettings] = [*(data.val or ()), *(data.test or ())]
+    sources: list[SourceSettings | EvaluationSourceSettings] = [*data.train, *evaluated]
+    for source in sources:
+        if isinstance(source.path, Url):
+            continue
+        if isinstance(source, SourceSettings) and source.fields is not None:
+            for tar in _tars_of(source.path):
+                if "{" not in tar and not Path(tar).exists():
+                    raise UserError(f"{tar}: expected a tar, found none. Correct data.train's path.")
+            continue
+        found = source_facts(source.path, source.split)
+        for shard in found.info.shards:
+            place = beside(source.path, shard.path)
+            if isinstance(place, Path) and not place.is_file():
+                raise UserError(f"{place}: expected a shard, found none. Copy or prepare the dataset again.")
+    if all(source.fields is None and not isinstance(source.path, Url) for source in data.train):
+        merge_task_infos(tasks, training_facts(data))
+
+
 def indexed(
     path: Location,
     fields: Mapping[str, FieldSettings],
@@ -85,7 +111,7 @@ def indexed(
         UserError: tars or fields that are not there or not understood, an index that was made of other tars,
             or a place that cannot be written.
     """
-    tars = _names(path)
+    tars = _tars_of(path)
     request: dict[str, Any] = {
         "tars": [_described(tar) for tar in tars],
         "image": image,
@@ -100,7 +126,7 @@ def indexed(
     return place
 
 
-def _names(path: Location) -> list[str]:
+def _tars_of(path: Location) -> list[str]:
     """The tars, or what `mtl index` takes for them, with every * replaced by what is there."""
     if isinstance(path, Url):
         return [str(path)]

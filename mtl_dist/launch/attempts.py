@@ -3,8 +3,8 @@
 A run on Slurm is one job that may start many times. Rank 0 opens an attempt when it starts. When the ranks
 have ended, the batch script asks here for the verdict (`python -m mtl_dist.launch.attempts`; exit code 0:
 requeue). It is the batch script that requeues because it runs once, outlives its ranks, also those killed
-with SIGKILL, and is outside of any container, where `scontrol` is. An attempt that nobody closed was lost
-with its node.
+with SIGKILL, and is outside of any container, where `scontrol` is. An attempt that nobody closed was lost:
+the next start closes it, or the next look (look.py), if there is none.
 
 Retries are counted by cause, so that a run which is preempted every hour keeps its budget for real crashes.
 """
@@ -19,14 +19,18 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from mtl_dist.durable import write_text
+from mtl_dist.durable import unwritable, write_text
 from mtl_dist.errors import UserError
+from mtl_dist.json_files import DamagedFile, read_json
+from mtl_dist.launch.records import read_submission
 from mtl_dist.printable import say
+from mtl_dist.run_folder import RunFolder
 from mtl_dist.status import Status, read_status, write_status
 from mtl_dist.stopping import TIME_LIMIT
 
@@ -37,6 +41,9 @@ Cause = Literal["running", "done", "asked", "time limit", "preemption", "node fa
 STARTED = "the ranks start"
 """The batch script prints this before it starts the ranks; its output is appended to, attempt by attempt."""
 
+_LOST = re.compile(
+    r"^srun: error: (?:Node failure on (\S+)|Task launch for \S+ failed on node ([^\s:]+))", re.MULTILINE
+)
 _SRUN_SAYS = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<ranks>\S+): (?P<how>.+)$", re.MULTILINE)
 
 
@@ -65,15 +72,21 @@ class Ending:
     """The job's state as Slurm says: anything but RUNNING means that Slurm itself is ending it."""
     killed: str = ""
     """The first rank that a signal killed, as srun says; nothing if the first one to end did so by itself."""
+    lost: str = ""
+    """A node that does not answer any more, as srun says."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How often a run is started again after a crash, after the loss of a node, and without a single step."""
+    """How often a run is started again after a crash, after the loss of a node, and without a single step.
+
+    `resubmit`: how often a run whose job is lost is submitted again by whoever looks.
+    """
 
     crashes: int
     node_failures: int
     without_step: int = 5
+    resubmit: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,24 +102,36 @@ class Failure:
 
 
 def read_attempts(run: Path) -> list[Attempt]:
-    """All attempts of a run so far, oldest first."""
+    """All attempts of a run so far, oldest first.
+
+    Raises:
+        UserError: attempts.json is damaged.
+    """
+    path = run / "attempts.json"
     try:
-        return [Attempt(**entry) for entry in json.loads((run / "attempts.json").read_text(encoding="utf-8"))]
-    except FileNotFoundError:
-        return []
+        return read_json(list[Attempt], path) or []
+    except DamagedFile as error:
+        raise UserError(
+            f"{path}: expected the run's attempts, found a damaged file ({error}). Remove it: the counts of "
+            "crashes begin again."
+        ) from None
 
 
 def begin_attempt(run: Path, attempt: Attempt, budget: Budget) -> None:
     """Opens an attempt; one that was left open is closed as lost with its node.
 
     Raises:
-        UserError: the run was lost so too often.
+        UserError: the run was lost so too often, or started too often in vain.
     """
     attempts = read_attempts(run)
     if attempts and attempts[-1].cause == "running":
         attempts[-1] = _lost(attempts[-1], read_status(run))
     _write_attempts(run, [*attempts, attempt])
     (run / "failure.json").unlink(missing_ok=True)
+    # Slurm requeues by itself what it has ended itself, without asking for a verdict.
+    in_vain = _without_step([a for a in attempts if a.job_id == attempt.job_id], budget)
+    if in_vain:
+        raise UserError(f"{run}: {in_vain} Look at the reasons in attempts.json, then submit it again.")
     lost = count_of("node failure", attempts, attempt.job_id)
     if lost > budget.node_failures:
         raise UserError(
@@ -123,8 +148,25 @@ def _lost(attempt: Attempt, status: Status | None) -> Attempt:
     return replace(attempt, cause="node failure", last_step=step, reason="the node or the job was lost")
 
 
+def close_lost(run: Path, job_id: str, cause: Cause, reason: str) -> Sequence[Attempt]:
+    """Closes the attempt of a job that is gone, whose verdict nobody gave; returns all attempts."""
+    attempts = read_attempts(run)
+    if not attempts or attempts[-1].job_id != job_id:
+        attempts.append(Attempt(job_id, 0, 0, time.time(), attempts[-1].last_step if attempts else 0))
+    if attempts[-1].cause == "running":
+        status = read_status(run)
+        step = status.step if status is not None else attempts[-1].first_step
+        attempts[-1] = replace(attempts[-1], cause=cause, reason=reason, ended=time.time(), last_step=step)
+        _write_attempts(run, attempts)
+    return attempts
+
+
 def record_failure(run: Path, rank: int, error: BaseException) -> None:
-    """Writes down a rank's error, unless another rank was first."""
+    """Writes down a rank's error, unless another rank was first, or another job trains in the folder."""
+    newest = read_attempts(run)[-1:]
+    job = job_of_task(os.environ) if "SLURM_JOB_ID" in os.environ else ""
+    if job and any(attempt.cause == "running" and attempt.job_id != job for attempt in newest):
+        return
     reason = "\n".join(traceback.format_exception_only(error)).strip()
     text = json.dumps(asdict(Failure(rank, reason, mistake=isinstance(error, UserError))))
     temporary = run / f".failure-{rank}.json"
@@ -193,6 +235,8 @@ def judge(
         return _cause_of_stop(status), status.reason
     if failure is not None and failure.mistake:
         return "mistake", failure.reason
+    if ending.lost:
+        return "node failure", f"{ending.lost} does not answer"
     if ending.job_state != "RUNNING":
         return "node failure", f"Slurm ended the job (it is {ending.job_state or 'gone'})"
     if ending.killed and "Terminated" not in ending.killed and "User defined" not in ending.killed:
@@ -225,16 +269,24 @@ def why_not_again(attempts: Sequence[Attempt], budget: Budget) -> str:
     made_no_step = [a.cause == "time limit" and a.last_step <= a.first_step for a in attempts[-2:]]
     if made_no_step == [True, True]:
         return "Two attempts reached the time limit without a single step: raise time_limit."
-    own = [a for a in attempts if a.job_id == last.job_id][-budget.without_step :]
-    if len(own) == budget.without_step and all(a.last_step <= a.first_step for a in own):
-        causes = ", ".join(dict.fromkeys(a.cause for a in own))
-        return (
-            f"{len(own)} attempts in a row ended without a single step ({causes}), which "
-            f"requeue.without_step bounds."
-        )
+    in_vain = _without_step([a for a in attempts if a.job_id == last.job_id], budget)
+    if in_vain:
+        return in_vain
     if [attempt.ranks for attempt in attempts[-3:]] == [0, 0, 0]:
         return "Three attempts ended before they had begun: look at the batch script's setup."
     return ""
+
+
+def _without_step(own: Sequence[Attempt], budget: Budget) -> str:
+    """What to say if too many of a job's attempts, the newest, ended without a single step."""
+    newest = own[-budget.without_step :]
+    if len(newest) < budget.without_step or any(a.last_step > a.first_step for a in newest):
+        return ""
+    causes = ", ".join(dict.fromkeys(a.cause for a in newest))
+    return (
+        f"{len(newest)} attempts in a row ended without a single step ({causes}), which requeue.without_step "
+        "bounds."
+    )
 
 
 def count_of(cause: Cause, attempts: Sequence[Attempt], job_id: str) -> int:
@@ -261,13 +313,22 @@ def first_killed(log: str) -> str:
     return f"rank {first['ranks']} on {first['node']}: {first['how']}"
 
 
+def lost_node(log: str) -> str:
+    """What srun says in the batch script's output of a node that it cannot reach.
+
+    >>> lost_node("srun: error: Task launch for StepId=7.1 failed on node n2: Communication failure")
+    'n2'
+    """
+    found = _LOST.search(log.rpartition(STARTED)[2])
+    return (found[1] or found[2]) if found is not None else ""
+
+
 # -- the batch script's way in ----------------------------------------------------------------------------
 
 
 def run_of_task(submission: Path, environ: Mapping[str, str]) -> Path:
     """The run folder of this job, or of this task of a job array."""
-    facts = json.loads((submission / "submission.json").read_text(encoding="utf-8"))
-    return submission / facts["runs"][int(environ.get("SLURM_ARRAY_TASK_ID", "0"))]
+    return submission / read_submission(submission).runs[int(environ.get("SLURM_ARRAY_TASK_ID", "0"))]
 
 
 def job_of_task(environ: Mapping[str, str]) -> str:
@@ -278,8 +339,7 @@ def job_of_task(environ: Mapping[str, str]) -> str:
 
 
 def read_budget(submission: Path) -> Budget:
-    facts = json.loads((submission / "submission.json").read_text(encoding="utf-8"))
-    return Budget(**facts["requeue"])
+    return Budget(**read_submission(submission).requeue)
 
 
 def main() -> int:
@@ -291,13 +351,40 @@ def main() -> int:
     arguments = parser.parse_args()
     run = run_of_task(arguments.submission, os.environ)
     job_id = job_of_task(os.environ)
-    log = arguments.submission / "jobs" / f"{job_id}_0_log.out"
-    killed = first_killed(log.read_text(encoding="utf-8", errors="replace"))
-    ending = Ending(job_id, arguments.exit_code, arguments.job_state, killed)
-    again = finish_attempt(run, ending, read_budget(arguments.submission))
-    last = read_attempts(run)[-1]
+    log = (arguments.submission / "jobs" / f"{job_id}_0_log.out").read_text(
+        encoding="utf-8", errors="replace"
+    )
+    state, code = arguments.job_state, arguments.exit_code
+    ending = Ending(job_id, code, state, first_killed(log), lost_node(log) if code else "")
+    try:
+        with training_alone(run, job_id):
+            again = finish_attempt(run, ending, read_budget(arguments.submission))
+            last = read_attempts(run)[-1]
+    except UserError as error:
+        say(f"no verdict: {error}")
+        return 1
+    except OSError as error:
+        say(f"no verdict: {unwritable(run, error)}")
+        return 1
     say(f"attempt ended at step {last.last_step}: {last.cause}. {last.reason}")
     return 0 if again else 1
+
+
+@contextmanager
+def training_alone(run: Path, job_id: str) -> Iterator[None]:
+    """Holds the run's lock; a rank of the job's own that is slow to die does not count.
+
+    Raises:
+        UserError: another process trains in the folder: its records are not touched.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(RunFolder(run).locked())
+        except UserError:
+            attempts = read_attempts(run)
+            if not attempts or attempts[-1].job_id != job_id:
+                raise
+        yield
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ class RequeueSettings(Settings):
     node_failures: Annotated[int, Field(ge=0)] = 20
     without_step: Annotated[int, Field(ge=1)] = 5
     """Attempts in a row that may end without a single step, whatever ended them: preemptions, too."""
+    resubmit: Annotated[int, Field(ge=0)] = 0
+    """How often `mtl status` submits a run again whose job ended with nobody left to requeue it: it hung at
+    the time limit, its batch script was killed, Slurm gave it up. With 0 it says the line to type."""
 
 
 class Pyxis(Settings):
@@ -85,6 +88,8 @@ class ClusterProfile(Settings):
     srun: tuple[str, ...] = ()
     """Further arguments of srun."""
     requeue: RequeueSettings = RequeueSettings()
+    check_data: bool = True
+    """Look for the data at submission; false where it is on the nodes alone, or `setup` brings it there."""
 
     @field_validator("time_limit")
     @classmethod

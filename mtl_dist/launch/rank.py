@@ -7,17 +7,23 @@ hold paths only, so that it does not matter which of its copies survives.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from submitit import JobEnvironment
 
 from mtl_dist.config.trust import VARIABLE
+from mtl_dist.errors import UserError
 from mtl_dist.launch.attempts import Attempt, begin_attempt, read_budget, record_failure
-from mtl_dist.status import Status, read_status, write_status
+from mtl_dist.launch.records import read_submission
+from mtl_dist.launch.snapshot import differences
+from mtl_dist.printable import say
+from mtl_dist.run_folder import RunFolder, writing_to
+from mtl_dist.status import Status, read_status, write_last_status
 from mtl_dist.stopping import StopSignal
 
 
@@ -36,13 +42,26 @@ class TrainingJob:
         stop.install()
         stop.ignore_afterwards()
         rank = become_rank(os.environ)
-        with failures_recorded(self.run, rank):
+        with ExitStack() as held:
             if rank == 0:
-                begin_attempt(self.run, this_attempt(self.run), read_budget(self.submission))
-            from mtl_dist.recipe import load_recipe
-            from mtl_dist.runs.train import train
+                # First of all: whoever trains here already keeps its records as they are.
+                held.enter_context(RunFolder(self.run).locked())
+            with failures_recorded(self.run, rank):
+                self._train(rank, stop)
 
-            train(load_recipe(self.run / "recipe.yaml"), self.run, stop)
+    def _train(self, rank: int, stop: StopSignal) -> None:
+        submission = read_submission(self.submission)
+        if rank == 0:
+            with writing_to(self.run):
+                begin_attempt(self.run, this_attempt(self.run), read_budget(self.submission))
+        from mtl_dist.recipe import load_recipe
+        from mtl_dist.runs.train import train
+
+        recipe = load_recipe(self.run / "recipe.yaml")
+        if rank == 0:
+            for line in differences(self.submission / "code", submission.modules):
+                say(f"warning: {line}", sys.stderr)
+        train(recipe, self.run, stop, data_moved=submission.data_moved)
 
 
 @dataclass(frozen=True)
@@ -95,14 +114,19 @@ def this_attempt(run: Path) -> Attempt:
 def failures_recorded(run: Path, rank: int) -> Iterator[None]:
     """Leaves behind why the body failed, for the batch script's verdict and for `mtl status`.
 
+    Where the disk is full, or the folder gone, the job's own log has to do.
+
     A status that the body has left itself stays: it names the first cause, which may be another rank's.
     """
     began = time.time()
     try:
         yield
     except BaseException as error:
-        record_failure(run, rank, error)
+        with suppress(OSError):
+            record_failure(run, rank, error)
         status = read_status(run) or Status("running")
         if rank == 0 and (status.state != "failed" or status.updated < began):
-            write_status(run, replace(status, state="failed", reason=str(error), updated=time.time()))
+            failed = replace(status, state="failed", reason=str(error), updated=time.time())
+            with suppress(OSError):
+                write_last_status(run, replace(failed, retry=not isinstance(error, UserError)))
         raise

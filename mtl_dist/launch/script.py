@@ -62,6 +62,12 @@ done"""
 # The verdict is given once, whatever is sent to the script now: its programs ignore what it ignores.
 DEAF = "trap '' USR1 USR2 TERM"
 
+# Ranks that die with their node look as if they had crashed: does every node start an empty task?
+PROBE = """\
+if ((code && SLURM_JOB_NUM_NODES > 1)); then
+  timeout 30 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true
+fi"""
+
 JOB_STATE = 'persist squeue --noheader --job "$JOB" --format %T'
 # `date` reads an empty text as today's midnight, and cannot read NONE, the end of a job without a limit.
 END_TIME = 'end=$(persist squeue --noheader --job "$JOB" --format %e) && date +%s -d "$end" 2>/dev/null'
@@ -184,6 +190,7 @@ def teardown_lines(folder: Path, profile: ClusterProfile) -> list[str]:
     return [
         "code=$?",
         DEAF,
+        PROBE,
         f"state=$({JOB_STATE})",
         f'{verdict} --exit-code $code --job-state "$state" && persist scontrol requeue "$JOB"',
         "exit $code",

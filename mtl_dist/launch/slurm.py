@@ -12,13 +12,13 @@ RUN/submissions/001/             one per submission; a sweep's is shared by its 
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,12 +30,27 @@ from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.launch.profile import ClusterProfile
 from mtl_dist.launch.rank import EvaluationJob, TrainingJob
-from mtl_dist.launch.records import Kind, read_jobs, record_jobs
+from mtl_dist.launch.records import (
+    JobRecord,
+    Kind,
+    Submission,
+    read_jobs,
+    read_submission,
+    record_jobs,
+    write_submission,
+)
 from mtl_dist.launch.script import Shape, build_executor, script_text
 from mtl_dist.launch.snapshot import take_snapshot
-from mtl_dist.launch.squeue import live_jobs
+from mtl_dist.launch.squeue import cluster_name, live_jobs
 from mtl_dist.launch.sweep import point_labels, sweep_points
 from mtl_dist.run_folder import RunFolder, checked_tags, new_run_directory
+from mtl_dist.status import read_status
+
+_SILENT_S = 600
+"""After this time without a word a run of another cluster is not taken to be running."""
+
+_OF_A_JOB = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_")
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SLURM_CONF_SERVER")
 
 if TYPE_CHECKING:
     from submitit.slurm.slurm import SlurmExecutor
@@ -63,22 +78,26 @@ def submit(
     then: Literal["evaluate"] | None = None,
     run_dir: Path | None = None,
     tags: Sequence[str] = (),
+    start_from: Path | None = None,
+    data_moved: bool = False,
     dry_run: bool = False,
 ) -> Submitted:
     """Submits one job, or one job array with a run per point of the sweeps.
 
     `recipe` is a recipe file, or the folder of a run that is to go on, maybe on another number of ranks. A
-    sweep is `a.b=1,2,3`; several are multiplied. `then` chains a job that starts when training is done.
-    With `dry_run` nothing is written or submitted.
+    sweep is `a.b=1,2,3`; several are multiplied. `then` chains a job that starts when training is done. A
+    new run may begin with the weights of the run `start_from`; with `data_moved` the data of one that goes on
+    may lie in another place. With `dry_run` nothing is written or submitted.
 
     Raises:
-        UserError: a mistake in recipe, profile or sweep; no Slurm here; Slurm refuses the job; the run has a
-            job already; the folder holds another run.
+        UserError: a mistake in recipe, profile or sweep; the data is not there; no Slurm here; Slurm refuses
+            the job; the run has a job already; the folder holds another run.
     """
     profile = load_profile(cluster)
     checked_tags(tags)
     points = list(sweep_points(sweeps))
-    recipes = resolved_recipes(recipe, overrides, points, shape)
+    start = [] if start_from is None else [{"start_from": str(start_from)}]
+    recipes = resolved_recipes(recipe, [*overrides, *start], points, shape)
     directory = (
         run_dir or (recipe if recipe.is_dir() else new_run_directory(recipes[0].name or "run"))
     ).resolve()
@@ -92,9 +111,12 @@ def submit(
             executor.parameters["map_count"] = len(runs)
         return Submitted(runs, [], script_text(executor))
     require_slurm()
+    if profile.check_data:
+        check_data(recipes)
+    cluster_here = cluster_name()
     for run, point in zip(runs, recipes, strict=True):
-        refuse_if_other(run, point)
-        refuse_if_active(run)
+        refuse_if_other(run, point, data_moved)
+        refuse_if_active(run, cluster_here)
     with removed_on_failure(directory):
         folder = new_submission_folder(directory)
         for run, point in zip(runs, recipes, strict=True):
@@ -102,14 +124,23 @@ def submit(
             write_text(run / "recipe.yaml", to_yaml(point))
             mark(run, "recipe.yaml")
             RunFolder(run).change_tags(tags)
-        take_snapshot(folder / "code", [point.model_dump(mode="json") for point in recipes], Path.cwd())
-        write_submission(folder, runs, profile, shape)
-        executor = build_executor(folder, job_name(recipes[0]), profile, shape, **limit(parallel))
+        asked = Submission(
+            **asdict(shape),
+            runs=[os.path.relpath(run, folder) for run in runs],
+            requeue=profile.requeue.model_dump(),
+            profile=profile.model_dump(mode="json"),
+            modules=take_snapshot(folder / "code"),
+            name=job_name(recipes[0]),
+            working_directory=os.getcwd(),
+            data_moved=data_moved,
+        )
+        write_submission(folder, asked)
+        executor = build_executor(folder, asked.name, profile, shape, **limit(parallel))
         job_ids = submit_jobs(executor, [TrainingJob(run, folder) for run in runs])
         script = script_of(folder, job_ids[0])
-    record_jobs(runs, job_ids, "train", folder)
+    record_jobs(runs, job_ids, "train", folder, cluster_here)
     if then is not None:
-        chain(then, folder, profile, recipes[0], runs, job_ids)
+        chain(then, folder, profile, recipes[0], runs, job_ids, cluster_here)
     return Submitted(runs, job_ids, script)
 
 
@@ -143,6 +174,7 @@ def chain(
     recipe: Recipe,
     runs: Sequence[Path],
     after: Sequence[str],
+    cluster: str,
 ) -> None:
     """Submits a job of one rank per run that starts when that run's training is done, or never."""
     array = after[0].split("_")[0]
@@ -150,14 +182,37 @@ def chain(
     once = profile.model_copy(update={"sbatch": {**profile.sbatch, "kill-on-invalid-dep": "yes"}})
     name = f"{job_name(recipe)}-{kind}"
     executor = build_executor(folder, name, once, Shape(1, 1), verdict=False, dependency=dependency)
-    record_jobs(runs, submit_jobs(executor, [EvaluationJob(run) for run in runs]), kind, folder)
+    record_jobs(runs, submit_jobs(executor, [EvaluationJob(run) for run in runs]), kind, folder, cluster)
+
+
+def submit_again(run: Path, profile: ClusterProfile, job: JobRecord, cluster: str) -> str:
+    """Submits the job of a run a second time, with the code that it had; returns the new job's id.
+
+    Raises:
+        UserError: Slurm refuses the job.
+    """
+    before = (run / job.submission).resolve()
+    asked = read_submission(before)
+    folder = new_submission_folder(run)
+    shutil.copytree(before / "code", folder / "code")
+    write_submission(folder, replace(asked, runs=[os.path.relpath(run, folder)]))
+    if asked.working_directory:
+        chdir = {"chdir": asked.working_directory}
+        profile = profile.model_copy(update={"sbatch": {**chdir, **profile.sbatch}})
+    shape = Shape(asked.nodes, asked.tasks_per_node)
+    (new,) = submit_jobs(build_executor(folder, asked.name, profile, shape), [TrainingJob(run, folder)])
+    record_jobs([run], [new], "train", folder, cluster, again=True)
+    return new
 
 
 # -- recipes ----------------------------------------------------------------------------------------------
 
 
 def resolved_recipes(
-    recipe: Path, overrides: Sequence[str], points: Sequence[Sequence[str]], shape: Shape
+    recipe: Path,
+    overrides: Sequence[str | Mapping[str, object]],
+    points: Sequence[Sequence[str]],
+    shape: Shape,
 ) -> list[Recipe]:
     """The recipe of every point, checked as far as it can be checked before the job starts."""
     from mtl_dist.recipe import load_recipe
@@ -169,6 +224,25 @@ def resolved_recipes(
     for point in recipes:
         point.train.accumulation_on(shape.nodes * shape.tasks_per_node)
     return recipes
+
+
+def check_data(recipes: Sequence[Recipe]) -> None:
+    """Refuses data that is not there, or is none, before anything waits in a queue for it.
+
+    Raises:
+        UserError: what is missing, and what to say if it is on the nodes alone.
+    """
+    from mtl_dist.importers.external import check_present
+
+    for recipe in recipes:
+        try:
+            check_present(recipe.data, recipe.tasks)
+            if recipe.start_from is not None:
+                RunFolder.open(recipe.start_from)
+        except UserError as error:
+            raise UserError(
+                f"{error} If it is on the nodes alone, say check_data: false in the profile."
+            ) from None
 
 
 # -- folders and records ----------------------------------------------------------------------------------
@@ -194,31 +268,29 @@ def removed_on_failure(directory: Path) -> Iterator[None]:
         raise
 
 
-def write_submission(folder: Path, runs: Sequence[Path], profile: ClusterProfile, shape: Shape) -> None:
-    facts = {
-        "runs": [os.path.relpath(run, folder) for run in runs],
-        "requeue": profile.requeue.model_dump(),
-        "profile": profile.model_dump(mode="json"),
-        **asdict(shape),
-    }
-    write_text(folder / "submission.json", json.dumps(facts, indent=1))
-
-
-def refuse_if_other(run: Path, recipe: Recipe) -> None:
+def refuse_if_other(run: Path, recipe: Recipe, data_moved: bool) -> None:
     """Refuses a folder that holds a run which this recipe cannot go on with: its recipe would be lost."""
     from mtl_dist.recipe import load_recipe_of
     from mtl_dist.resuming import refuse_other_run
 
     if (run / "recipe.yaml").is_file():
-        refuse_other_run(load_recipe_of(run), recipe, run)
+        refuse_other_run(load_recipe_of(run), recipe, run, data_moved)
 
 
-def refuse_if_active(run: Path) -> None:
-    """Refuses to submit a run a second time while a job of it waits or runs."""
+def refuse_if_active(run: Path, cluster: str) -> None:
+    """Refuses to submit a run a second time while a job of it waits or runs, here or on another cluster."""
     jobs = read_jobs(run)
     live = live_jobs() if jobs else {}
+    status = read_status(run)
     for job in jobs:
-        if job.id in live:
+        elsewhere = job.cluster not in ("", cluster)
+        if elsewhere and status is not None and status.state == "running":
+            if time.time() - status.updated < _SILENT_S:
+                raise UserError(
+                    f"{run}: job {job.id} of this run is running on cluster {job.cluster}. "
+                    "Wait for it, or end it there with `mtl cancel`."
+                )
+        elif job.id in live and not elsewhere:
             raise UserError(
                 f"{run}: job {job.id} of this run is {live[job.id].state.lower()}. "
                 "Wait for it, or end it with `mtl cancel`."
@@ -236,7 +308,7 @@ def submit_jobs(executor: SlurmExecutor, calls: Sequence[Callable[[], None]]) ->
     """
     try:
         # submitit prints what sbatch says; it is in the error too.
-        with redirect_stderr(io.StringIO()), _outside_of_arrays():
+        with redirect_stderr(io.StringIO()), _outside_of_jobs():
             if len(calls) == 1:
                 return [executor.submit(calls[0]).job_id]
             with executor.batch():
@@ -252,9 +324,13 @@ def submit_jobs(executor: SlurmExecutor, calls: Sequence[Callable[[], None]]) ->
 
 
 @contextmanager
-def _outside_of_arrays() -> Iterator[None]:
-    """sbatch hands its environment on: in an array's task, the new job would take itself for that task."""
-    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("SLURM_ARRAY_")}
+def _outside_of_jobs() -> Iterator[None]:
+    """sbatch hands its environment on: submitted from a job, the new one would take itself for that one.
+
+    It would also read that job's shape (SLURM_NTASKS_PER_NODE, SLURM_MEM_PER_NODE, ...) as its own.
+    """
+    of_job = [name for name in os.environ if name.startswith(_OF_A_JOB) and name not in _OF_THE_CLUSTER]
+    kept = {name: os.environ.pop(name) for name in of_job}
     try:
         yield
     finally:

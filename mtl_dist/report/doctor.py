@@ -165,7 +165,7 @@ def cluster_checks(
     folder, shape = new_run_directory("doctor").resolve(), Shape(nodes, tasks_per_node)
     with removed_on_failure(folder):
         submission = new_submission_folder(folder)
-        take_snapshot(submission / "code", {}, Path.cwd())
+        take_snapshot(submission / "code")
         # Nothing to save and nothing to requeue: the script ends with its ranks.
         executor = build_executor(submission, "mtl-doctor", profile, shape, verdict=False)
         (job_id,) = submit_jobs(executor, [DoctorJob(folder)])

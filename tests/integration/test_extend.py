@@ -302,7 +302,7 @@ def test_two_ranks_with_all_own_parts_learn_what_one_process_learns(
 
 
 def test_the_snapshot_for_a_cluster_takes_the_modules_along(recipe: Recipe, tmp_path: Path) -> None:
-    taken = take_snapshot(tmp_path / "code", [recipe.model_dump(mode="json")], Path.cwd())
+    taken = take_snapshot(tmp_path / "code")
     assert "my_project" in taken
     assert (tmp_path / "code" / "my_project" / "losses.py").is_file()
 

@@ -135,6 +135,18 @@ def test_the_same_crash_with_a_stop_in_between_is_another_chance(tmp_path: Path)
     assert crash()
 
 
+def test_a_rank_that_dies_with_its_node_is_no_crash(tmp_path: Path) -> None:
+    begin(tmp_path)
+    log = (
+        f"{attempts.STARTED}\nsrun: error: n2: task 2: Killed\n"
+        "srun: error: Task launch for StepId=7.1 failed on node n2: Communication connection failure\n"
+    )
+    ending = replace(CRASHED, killed=first_killed(log), lost=attempts.lost_node(log))
+    assert finish_attempt(tmp_path, ending, BUDGET)
+    (only,) = read_attempts(tmp_path)
+    assert (only.cause, only.reason) == ("node failure", "n2 does not answer")
+
+
 def test_a_mistake_of_the_user_is_not_tried_twice(tmp_path: Path) -> None:
     begin(tmp_path)
     record_failure(tmp_path, 0, UserError("train.global_batch: expected ..."))
@@ -285,7 +297,8 @@ def submission(tmp_path: Path) -> Callable[[list[str]], Path]:
         folder.mkdir()
         for run in runs:
             (folder / run).mkdir()
-        facts = {"runs": runs, "requeue": {"crashes": 2, "node_failures": 1}}
+        facts: dict[str, object] = {"nodes": 1, "tasks_per_node": 1, "runs": runs}
+        facts |= {"requeue": {"crashes": 2, "node_failures": 1}}
         (folder / "submission.json").write_text(json.dumps(facts))
         return folder
 

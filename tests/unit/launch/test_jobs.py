@@ -14,12 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from mtl_dist.cli import app
 from mtl_dist.commands.cluster import status_table
 from mtl_dist.errors import UserError
-from mtl_dist.launch.attempts import Attempt, Budget, begin_attempt
+from mtl_dist.launch.attempts import Attempt, Budget, Ending, begin_attempt, finish_attempt, read_attempts
 from mtl_dist.launch.jobs import cancel, find_runs, follow, has_ended, log_path, view_runs
-from mtl_dist.launch.records import JobRecord, read_jobs, write_jobs
+from mtl_dist.launch.look import after_look
+from mtl_dist.launch.records import JobRecord, Submission, read_jobs, write_jobs, write_submission
 from mtl_dist.status import State, Status, write_status
 
 Programs = Callable[..., None]
@@ -104,10 +107,10 @@ def test_a_run_whose_job_is_gone_is_what_it_said_last(run: Path, slurm: Programs
 @pytest.mark.parametrize(
     "programs",
     [
-        {"sacct": says("TIMEOUT"), "scontrol": says("JobId=7 JobState=COMPLETED Reason=None")},
+        {"sacct": says("7|TIMEOUT|0:0"), "scontrol": says("JobId=7 JobState=COMPLETED Reason=None")},
         {
             "sacct": "echo 'Slurm accounting storage is disabled' >&2; exit 1",
-            "scontrol": says("JobState=TIMEOUT"),
+            "scontrol": says("JobId=7 JobState=TIMEOUT"),
         },
         {"scontrol": says("JobId=7 JobName=x JobState=TIMEOUT Reason=TimeLimit")},
     ],
@@ -130,7 +133,7 @@ def test_a_vanished_run_that_slurm_has_forgotten_failed_all_the_same(run: Path, 
 
 
 def test_a_job_that_was_cancelled_by_hand_is_cancelled(run: Path, slurm: Programs) -> None:
-    slurm(squeue="true", sacct=says("CANCELLED by 1000"))
+    slurm(squeue="true", sacct=says("7|CANCELLED by 0|0:15"))
     write_status(run, Status("stopped", step=5, reason="signal SIGTERM"))
     assert state_of(run)[0] == "cancelled"
 
@@ -154,8 +157,138 @@ def test_a_stopped_run_has_not_ended_while_slurm_cannot_say_whether_it_waits(
     assert state_of(run)[0] == "unknown"
     assert "Socket timed out" in state_of(run)[1]
     assert not has_ended(run)
-    slurm(squeue="true", sacct=says("COMPLETED"))
+    slurm(squeue="true", sacct=says("7|COMPLETED|0:0"))
     assert has_ended(run)
+
+
+@pytest.mark.parametrize(
+    ("slurm_says", "cause", "words"),
+    [
+        ("TIMEOUT|0:0", "time limit", "at its time limit before the ranks had saved: did they hang?"),
+        ("FAILED|0:9", "crash", "exit code 0:9, and its batch script said nothing: was it killed?"),
+        ("NODE_FAIL|0:0", "node failure", "a node of the job was lost (NODE_FAIL)"),
+        ("OUT_OF_MEMORY|0:125", "crash", "it was out of memory"),
+        ("PREEMPTED|0:0", "preemption", "Slurm evicted the job"),
+    ],
+)
+def test_a_job_that_was_lost_is_named_and_submitted_again_where_the_profile_allows(
+    run: Path, slurm: Programs, monkeypatch: pytest.MonkeyPatch, slurm_says: str, cause: str, words: str
+) -> None:
+    (run / "submissions" / "001" / "code").mkdir()
+    asked = Submission(1, 2, requeue={"crashes": 3, "node_failures": 1, "resubmit": 0})
+    write_submission(run / "submissions" / "001", asked)
+    begin(run)
+    write_status(run, Status("running", step=5))
+    slurm(squeue="true", sacct=says(f"7|{slurm_says}"))
+    (view,) = view_runs([run])
+    assert (view.state, view.lost) == ("failed", cause) and words in view.detail
+    named = after_look(view)
+    assert f"`mtl submit {run} --cluster PROFILE` goes on" in named.detail
+    assert [attempt.cause for attempt in read_attempts(run)] == [cause]
+    assert words in view_runs([run])[0].detail
+
+    write_submission(run / "submissions" / "001", replace(asked, requeue={**asked.requeue, "resubmit": 1}))
+    slurm(sbatch=says("Submitted batch job 8"), srun="true")
+    monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", classmethod(lambda cls: 2))
+    again = after_look(view_runs([run])[0])
+    assert f"submitted again as job 8 after job 7 was lost: {view.detail}" in again.detail
+    assert [(job.id, job.submission, job.again) for job in read_jobs(run)] == [
+        ("7", "submissions/001", False),
+        ("8", "submissions/002", True),
+    ]
+    slurm(squeue=says("8|PENDING|Priority|N/A|"))
+    assert after_look(view_runs([run])[0]).detail == "Priority"
+    # What was submitted again and is lost before a step is bounded.
+    begin(run, "8")
+    slurm(squeue="true", sacct=says(f"8|{slurm_says}"))
+    assert (
+        "it was submitted again 1 time, as requeue.resubmit allows" in after_look(view_runs([run])[0]).detail
+    )
+    assert len(read_jobs(run)) == 2
+
+
+def test_a_verdict_whose_requeue_failed_leaves_a_run_that_is_lost(run: Path, slurm: Programs) -> None:
+    begin(run)
+    write_status(run, Status("stopped", step=5, reason="time limit"))
+    assert finish_attempt(run, Ending("7", 0, "RUNNING"), Budget(crashes=1, node_failures=1))
+    slurm(squeue="true", sacct=says("7|COMPLETED|0:0"))
+    (view,) = view_runs([run])
+    assert (view.state, view.lost) == ("stopped", "time limit")
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        (
+            "slurmstepd: error: execve(): python3: No such file or directory\nsrun: error: n1: exit 2",
+            "python3",
+        ),
+        ("line 9: apptainer: command not found\nno verdict", "apptainer: command not found"),
+        ("setup failed: module load cuda (exit code 1). The ranks are not started.", "module load cuda"),
+        ("something else\n\nthe last words\n", "the last words"),
+        ("", "it printed nothing"),
+    ],
+)
+def test_a_job_that_died_before_its_first_status_is_shown_with_its_cause(
+    run: Path, slurm: Programs, log: str, words: str
+) -> None:
+    (run / "submissions" / "001" / "jobs" / "7_0_log.out").write_text(log)
+    slurm(squeue="true", sacct=says("7|FAILED|127:0"))
+    state, detail = state_of(run)
+    assert state == "failed"
+    assert "ended as FAILED with exit code 127:0 before its ranks had begun: " in detail and words in detail
+    result = CliRunner().invoke(app, ["status", str(run)], env={"COLUMNS": "300"})
+    assert words in result.stdout, result.output
+
+
+def test_a_run_that_died_early_is_in_the_list_of_recent_ones(
+    run: Path, slurm: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parents[1])
+    slurm(squeue="true", sacct=says("7|FAILED|1:0"))
+    assert "it printed nothing" in CliRunner().invoke(app, ["status"], env={"COLUMNS": "300"}).stdout
+
+
+def test_what_an_earlier_job_said_is_not_the_state_of_the_newest(run: Path, slurm: Programs) -> None:
+    write_status(run, Status("failed", reason="of old", updated=time.time() - 900))
+    slurm(squeue="true", sacct=says("7|FAILED|1:0"))
+    assert "of old" not in state_of(run)[1]
+
+
+def test_a_job_that_was_cancelled_while_it_waited_says_by_whom(run: Path, slurm: Programs) -> None:
+    slurm(squeue="true", sacct=says("7|CANCELLED by 0|0:0"))
+    assert state_of(run) == ("cancelled", "by root while it waited")
+    slurm(squeue="true", sacct="true", scontrol=says("JobId=7 JobState=CANCELLED ExitCode=0:0"))
+    assert state_of(run) == ("cancelled", "while it waited")
+    slurm(squeue="true", sacct="true", scontrol="true")
+    assert state_of(run)[1] == "the job left the queue before it started, and Slurm has forgotten why"
+
+
+def test_the_job_of_another_user_is_seen_where_squeue_lists_ones_own(run: Path, slurm: Programs) -> None:
+    begin(run)
+    write_status(run, Status("running", step=5))
+    slurm(squeue="true", sacct=says("7|RUNNING|0:0"))
+    assert view_runs([run])[0].state == "running"
+
+
+def test_many_runs_ask_slurm_three_times_in_all(run: Path, slurm: Programs, tmp_path: Path) -> None:
+    for number in range(20):
+        other = run.parent / f"r{number}"
+        other.mkdir()
+        (other / "recipe.yaml").touch()
+        write_jobs(other, [JobRecord(str(100 + number), "train", "submissions/001", cluster="c")])
+    slurm(squeue="true", sacct="true", scontrol="true")
+    view_runs(find_runs(run.parent))
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 4, calls  # squeue, sacct, scontrol for the name and for the jobs
+
+
+def test_a_damaged_record_of_one_run_hides_no_other(run: Path, local: Path, slurm: Programs) -> None:
+    slurm(squeue=says("7|PENDING|Priority|N/A|"))
+    (local / "jobs.json").write_text("[{")
+    views = {view.run: view for view in view_runs([run, local])}
+    assert views[run].state == "queued"
+    assert "jobs.json: expected the run's jobs, found a damaged file" in views[local].detail
 
 
 def test_cancelling_ends_every_job_of_the_run_and_is_remembered(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from mtl_dist.config import user_modules
 from mtl_dist.config.loading import load_settings
+from mtl_dist.config.user_defined import imported
 from mtl_dist.errors import UserError
 from mtl_dist.launch.profile import ClusterProfile, Prefix, Pyxis
 from mtl_dist.launch.script import CHOOSE_PORT, Shape, build_executor, script_text, with_variables
 from mtl_dist.launch.slurm import new_submission_folder, removed_on_failure
-from mtl_dist.launch.snapshot import take_snapshot
+from mtl_dist.launch.snapshot import differences, take_snapshot
 from mtl_dist.launch.sweep import point_labels, split_values, sweep_points
 
 PROFILES = sorted((Path(__file__).parents[3] / "slurm").glob("*.yaml"))
@@ -322,25 +326,89 @@ def test_the_folders_of_a_sweep_are_distinct_short_and_those_of_a_wider_sweep_to
 # -- snapshot and folders ---------------------------------------------------------------------------------
 
 
-def test_the_snapshot_holds_the_package_and_the_modules_that_the_recipe_names(tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    (work / "my_project").mkdir(parents=True)
-    (work / "my_project" / "losses.py").write_text("a = 1")
-    (work / "single.py").write_text("b = 1")
-    (work / "unrelated.py").write_text("c = 1")
-    recipe = {"tasks": [{"loss": {"kind": "my_project.losses.Tversky"}}, {"loss": {"kind": "single.Loss"}}]}
-    assert take_snapshot(tmp_path / "code", recipe, work) == ["mtl_dist", "my_project", "single"]
-    found = sorted(path.name for path in (tmp_path / "code").iterdir())
-    assert found == ["mtl_dist", "my_project", "single.py"]
-    assert (tmp_path / "code" / "mtl_dist" / "launch" / "rank.py").is_file()
-    assert not list((tmp_path / "code").rglob("__pycache__"))
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory with a user's code, where `mtl` is started; what is imported from it is forgotten again."""
+    before, path = set(sys.modules), list(sys.path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(user_modules, "_brought_in", set())
+    yield tmp_path
+    for name in sys.modules.keys() - before:
+        del sys.modules[name]
+    sys.path[:] = path
 
 
-def test_later_edits_do_not_change_a_snapshot(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("version = 1")
-    take_snapshot(tmp_path / "code", {"kind": "mine.Loss"}, tmp_path)
-    (tmp_path / "mine.py").write_text("version = 2")
-    assert (tmp_path / "code" / "mine.py").read_text() == "version = 1"
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+PROJECT = {
+    "part.py": "import importlib, json, numpy\nimport helper\nfrom spread.inner import x\n"
+    "importlib.import_module('by_' + 'name')\nclass Part:\n    def late(self): import later.inside\n",
+    "helper.py": "import proj.deep.leaf\n",
+    "by_name.py": "",
+    "proj/__init__.py": "",
+    "proj/deep/__init__.py": "",
+    "proj/deep/leaf.py": "from . import table",
+    "proj/deep/table.py": "",
+    "proj/deep/weights.txt": "1 2 3",
+    "spread/inner.py": "x = 1",
+    "spread/runs/of/others.txt": "large",
+    "later/__init__.py": "import even_later",
+    "later/inside.py": "",
+    "even_later.py": "",
+    "data/v1/readme.py": "",
+    "unrelated.py": "",
+}
+
+
+def test_the_snapshot_holds_the_package_and_all_that_a_users_part_imports(project: Path) -> None:
+    write(project, PROJECT)
+    imported("part.Part")
+    taken = take_snapshot(project / "proj" / "runs" / "code")
+    modules = ["by_name.py", "even_later.py", "helper.py", "later", "part.py", "proj", "spread"]
+    assert sorted(taken) == modules
+    code = project / "proj" / "runs" / "code"
+    assert sorted(path.name for path in code.iterdir()) == sorted([*modules, "mtl_dist"])
+    assert (code / "mtl_dist" / "launch" / "rank.py").is_file()
+    assert (code / "proj" / "deep" / "weights.txt").is_file()
+    assert not (code / "proj" / "runs").exists()
+    assert [path.name for path in (code / "spread").rglob("*")] == ["inner.py"]
+    assert not list(code.rglob("__pycache__"))
+
+
+def test_later_edits_do_not_change_a_snapshot_and_those_of_it_are_said(project: Path) -> None:
+    write(project, {"mine.py": "import other", "other.py": "version = 1"})
+    imported("mine.__name__")
+    code = project / "code"
+    taken = take_snapshot(code)
+    (project / "other.py").write_text("version = 2")
+    assert (code / "other.py").read_text() == "version = 1"
+    assert list(differences(code, taken)) == [
+        f"module {name}: imported from {project / name}.py, not from the copy of the submission"
+        for name in ("mine", "other")
+    ]
+    (code / "other.py").write_text("version = 3")
+    assert next(differences(code, taken)) == f"{code}/other.py: another source than at submission"
+
+
+def test_a_job_imports_the_snapshot_whatever_is_edited_where_it_was_submitted(project: Path) -> None:
+    write(project, {"mine.py": "import other", "other.py": "version = 1"})
+    imported("mine.__name__")
+    taken = take_snapshot(project / "code")
+    write(project, {"mine.py": "import other", "other.py": "version = 2"})
+    code = (
+        "import sys, other; from pathlib import Path; from mtl_dist.launch.snapshot import differences;"
+        "from mtl_dist.config.user_defined import imported; imported('mine.__name__');"
+        f"print(other.version, list(differences(Path('code'), {taken})))"
+    )
+    path = f"{project / 'code'}:{project}"
+    command = [sys.executable, "-P", "-c", code]
+    environ = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout == "1 []\n"
 
 
 def test_submissions_are_numbered(tmp_path: Path) -> None:
