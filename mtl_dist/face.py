@@ -34,13 +34,17 @@ def train(
     *overrides: str | Mapping[str, Any],
     run_dir: str | Path | None = None,
     tags: Sequence[str] = (),
+    start_from: str | Path | Run | None = None,
+    data_moved: bool = False,
 ) -> Run:
     """Train a recipe in this process (under a launcher, in each of its processes), and its run.
 
     `recipe` is a file, a dictionary as the file would hold it (lists for lists, text for paths), or a
-    `Recipe`; `overrides` are `"a.b=value"` or `{"a.b": value}`. With `run_dir` that folder is the run's, and
-    one that exists is taken up again; `tags` are added to the run's. An interrupt (Ctrl-C, a notebook's stop)
-    saves, and ends with `run.status.state` "stopped": `run.resume()` goes on.
+    `Recipe`; `overrides` are `"a.b=value"` or `{"a.b": value}`. With `run_dir` that folder is the run's,
+    and one that exists is taken up again; `tags` are added to the run's. A new run begins with the best
+    weights of the run `start_from`, as far as they fit; with `data_moved` the data of one that goes on may
+    lie in another place, and is checked to be the same. An interrupt (Ctrl-C, a notebook's stop) saves, and
+    ends with `run.status.state` "stopped": `run.resume()` goes on.
 
     A process alone is left as it was: no process group, its signal handlers and environment restored.
 
@@ -50,10 +54,13 @@ def train(
     from mtl_dist.engine.world import left_as_found
     from mtl_dist.runs.train import train as train_recipe
 
+    if start_from is not None:
+        place = start_from.path if isinstance(start_from, Run) else start_from
+        overrides = (*overrides, {"start_from": str(place)})
     resolved = read_recipe(recipe, overrides)
     with left_as_found():
         directory = Path(run_dir) if run_dir is not None else None
-        outcome = train_recipe(resolved, directory, tags=checked_tags(tags))
+        outcome = train_recipe(resolved, directory, tags=checked_tags(tags), data_moved=data_moved)
     assert outcome.directory is not None
     return Run(outcome.directory)
 
@@ -168,13 +175,15 @@ class Run:
             measured = evaluate_run(self.path, split)
         return self.metrics[measured]
 
-    def resume(self, *overrides: str | Mapping[str, Any]) -> Run:
+    def resume(self, *overrides: str | Mapping[str, Any], data_moved: bool = False) -> Run:
         """Go on from the newest checkpoint, with `overrides` such as `"train.epochs=20"`.
 
+        With `data_moved` one may say where the data lies now; it is checked to be the same.
+
         Raises:
-            UserError: an override would make it another run.
+            UserError: an override would make it another run, or the data is not what it was.
         """
-        return train(self.recipe, *overrides, run_dir=self.path)
+        return train(self.recipe, *overrides, run_dir=self.path, data_moved=data_moved)
 
     @cached_property
     def _predictor(self) -> Any:

@@ -7,7 +7,13 @@ that nobody started.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+
+import psutil
 
 from mtl_dist.errors import UserError
 
@@ -37,19 +43,56 @@ def launched_size(environment: Mapping[str, str]) -> int:
     return size
 
 
-def check_slurm_step(environment: Mapping[str, str]) -> None:
+def check_slurm_step(environment: Mapping[str, str], tasks_around: Callable[[], int] | None = None) -> None:
     """Refuse several tasks of srun that know nothing of one another: each would train on its own.
+
+    Where the environment was emptied (`env -i`, `apptainer --cleanenv`) `tasks_around` looks at the processes
+    around this one.
 
     Raises:
         UserError: srun started several tasks, and nobody said which rank each is.
     """
-    tasks = _whole_number(environment, "SLURM_STEP_NUM_TASKS", 1)
-    if tasks is not None and tasks > 1 and "WORLD_SIZE" not in environment:
+    if (_whole_number(environment, "WORLD_SIZE", 1) or 1) > 1:
+        return
+    tasks = _whole_number(environment, "SLURM_STEP_NUM_TASKS", 0)
+    if not tasks:
+        tasks = (tasks_around or slurm_tasks_around)()
+    if tasks > 1:
         raise UserError(
             f"srun: expected one task, or ranks that a launcher numbers, found {tasks} tasks without "
-            "WORLD_SIZE: each would train on its own. Use `mtl submit`, or one task per node that runs "
-            "`torchrun`."
+            "WORLD_SIZE: each would train on its own. Type `mtl submit RECIPE --cluster PROFILE "
+            f"--tasks-per-node {tasks}`, or in one task (srun -n 1) `mtl launch RECIPE --nproc {tasks}`."
         )
+
+
+def slurm_tasks_around() -> int:
+    """The tasks of the srun that started this process, from the processes of this machine; 0 without one.
+
+    Tasks on other nodes are known if Slurm says so. Within a container that has process numbers of its own
+    nothing is seen.
+    """
+    try:
+        daemon = next((each for each in psutil.Process().parents() if each.name() == "slurmstepd"), None)
+        if daemon is None:
+            return 0
+        here = len(daemon.children())
+        step = re.search(r"\[(\d+\.\d+)\]", " ".join(daemon.cmdline()))
+    except psutil.Error:
+        return 0
+    return here if here > 1 or step is None else max(here, _tasks_of_step(step[1]))
+
+
+def _tasks_of_step(step: str) -> int:
+    program = shutil.which("scontrol", path=f"{os.environ.get('PATH', '')}:{os.defpath}:/usr/local/bin")
+    if program is None:
+        return 0
+    command = [program, "--oneliner", "show", "step", step]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    found = re.search(r"\bTasks=(\d+)", said)
+    return int(found[1]) if found else 0
 
 
 def unused_slurm_tasks(environment: Mapping[str, str]) -> str:

@@ -30,7 +30,6 @@ from mtl_dist.errors import UserError
 from mtl_dist.json_files import DamagedFile, read_json
 from mtl_dist.launch.records import read_submission
 from mtl_dist.printable import say
-from mtl_dist.run_folder import RunFolder
 from mtl_dist.status import Status, read_status, write_status
 from mtl_dist.stopping import TIME_LIMIT
 
@@ -377,6 +376,8 @@ def training_alone(run: Path, job_id: str) -> Iterator[None]:
     Raises:
         UserError: another process trains in the folder: its records are not touched.
     """
+    from mtl_dist.run_folder import RunFolder  # NumPy, for which `mtl status` need not wait
+
     with ExitStack() as held:
         try:
             held.enter_context(RunFolder(run).locked())

@@ -25,7 +25,6 @@ from mtl_dist.errors import UserError
 from mtl_dist.launch.attempts import Attempt, Cause, read_attempts
 from mtl_dist.launch.records import JobRecord, read_jobs, read_submission, write_jobs
 from mtl_dist.launch.squeue import LIVE_STATES, EndedJob, JobState, cluster_name, ended_jobs, live_jobs
-from mtl_dist.run_folder import RunFolder
 from mtl_dist.status import Status, read_status
 
 ACTIVE = ("queued", "starting", "running", "stopping")
@@ -309,6 +308,8 @@ def log_path(run: Path, rank: int | None) -> Path:
     Raises:
         UserError: no such run, rank or log.
     """
+    from mtl_dist.run_folder import RunFolder  # NumPy, for which `mtl status` need not wait
+
     RunFolder.open(run)
     jobs = [job for job in read_jobs(run) if job.kind == "train"]
     if not jobs:

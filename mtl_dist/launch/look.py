@@ -28,8 +28,7 @@ def after_look(view: RunView) -> RunView:
         return view
     try:
         with locked(view.run / "submissions", wait=False):
-            (now,) = view_runs([view.run])  # somebody else may have looked before
-            return now if now.lost is None else _after_look(now, now.lost)
+            return _after_look(view, view.lost)
     except UserError as error:
         return _with(view, f"not submitted again: {error}")
     except (Locked, OSError):
@@ -39,6 +38,8 @@ def after_look(view: RunView) -> RunView:
 def _after_look(view: RunView, cause: Cause) -> RunView:
     run, jobs = view.run, read_jobs(view.run)
     job = next(job for job in reversed(jobs) if job.kind == "train")
+    if job.id != view.job:
+        return view_runs([run])[0]  # somebody else has looked before
     attempts = close_lost(run, job.id, cause, view.detail)
     budget = read_budget(run / job.submission)
     again = sum(each.again for each in jobs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -103,3 +104,15 @@ def test_a_run_can_be_trained_in_a_thread_and_goes_on_where_it_ended(recipe: Pat
     resumed = found[0].resume("train.max_steps=3")
     assert resumed.path == found[0].path
     assert [row["step"] for row in resumed.rows if row["kind"] == "step"] == [1, 2, 3]
+
+
+def test_from_python_too_data_may_move_and_a_run_begin_with_another_ones_weights(
+    recipe: Path, run: mtl_dist.Run, tmp_path: Path
+) -> None:
+    moved = f"data.train=[{{path: {shutil.copytree(recipe.parent / 'tiny', tmp_path / 'moved')}}}]"
+    with pytest.raises(mtl_dist.UserError, match="--data-moved"):
+        run.resume(moved)
+    assert run.resume(moved, data_moved=True).status.step == run.status.step  # type: ignore[union-attr]
+    how = {"train.max_steps": 1, "train.evaluate_at_end": False}
+    began = mtl_dist.train(recipe, how, run_dir=tmp_path / "new", start_from=run)
+    assert began.recipe.start_from == run.path.absolute()

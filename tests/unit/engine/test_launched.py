@@ -3,11 +3,23 @@ were never started."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from mtl_dist.engine.launched import check_slurm_step, launched_size, own_rank, own_size, unused_slurm_tasks
+from mtl_dist.engine.launched import (
+    check_slurm_step,
+    launched_size,
+    own_rank,
+    own_size,
+    slurm_tasks_around,
+    unused_slurm_tasks,
+)
 from mtl_dist.errors import UserError
 
+ROOT = Path(__file__).parents[3]
 TORCHRUN = {
     "WORLD_SIZE": "2",
     "RANK": "1",
@@ -58,6 +70,29 @@ def test_tasks_of_srun_that_nobody_numbers_are_refused() -> None:
         check_slurm_step({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4"})
     check_slurm_step({"SLURM_STEP_NUM_TASKS": "1"})
     check_slurm_step({"SLURM_STEP_NUM_TASKS": "2", **TORCHRUN})
+    # One process to a launcher, and left over from a job script: each task would still train on its own.
+    with pytest.raises(UserError, match=r"srun -n 1\) `mtl launch RECIPE --nproc 2`"):
+        check_slurm_step({"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "1", "RANK": "0"})
+
+
+def test_tasks_whose_environment_was_emptied_are_found_around_the_process() -> None:
+    with pytest.raises(UserError, match="found 2 tasks"):
+        check_slurm_step({}, lambda: 2)
+    check_slurm_step({}, lambda: 0)
+    check_slurm_step({"SLURM_STEP_NUM_TASKS": "1"}, lambda: 2)
+    check_slurm_step(TORCHRUN, lambda: 2)
+    assert slurm_tasks_around() == 0
+
+
+def test_the_tasks_of_a_step_are_the_children_of_its_daemon(tmp_path: Path) -> None:
+    """A process that is called as Slurm's daemon is, with two tasks below it, whose environment is empty."""
+    daemon = tmp_path / "slurmstepd"
+    daemon.symlink_to("/bin/sh")
+    code = "from mtl_dist.engine.launched import slurm_tasks_around; print(slurm_tasks_around())"
+    task = f"env -i PYTHONPATH={ROOT} {sys.executable} -c '{code}'"
+    command = [daemon, "-c", f"{task} & (exec sleep 20) & wait %1; kill %2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "2\n", done.stderr
 
 
 def test_tasks_that_nobody_starts_are_named() -> None:
