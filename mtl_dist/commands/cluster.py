@@ -153,10 +153,10 @@ def with_tags(runs: Sequence[Path], tags: Sequence[str]) -> list[Path]:
     Raises:
         UserError: none has.
     """
-    from mtl_dist.run_folder import RunFolder
-
     if not tags:
         return list(runs)
+    from mtl_dist.run_folder import RunFolder  # NumPy, for which `mtl status` need not wait
+
     tags_of = {run: RunFolder(run).read_tags() for run in runs}
     found = [run for run, own in tags_of.items() if set(tags) <= set(own)]
     if not found:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from mtl_dist.launch.attempts import read_attempts
 from mtl_dist.launch.jobs import has_ended, view_runs
@@ -138,28 +141,61 @@ def test_a_sweep_is_one_array_of_runs_and_a_chained_job_follows_each(cluster: Cl
     assert len({step_rows(run)[-1]["step/loss"] for run in submitted.runs}) == 4
 
 
-def test_a_cancelled_run_saves_stays_away_and_can_go_on(cluster: Cluster, work: Path) -> None:
-    run = work / "cancelled"
-    submit(RECIPE, PROFILE, Shape(1, 2), overrides=LONG, run_dir=run)
+SMALLER = {"--tasks-per-node 4": "", "--tasks-per-node 8": "--tasks-per-node 2", "--rank 5": "--rank 1"}
+"""What of the docs' walk is too large for a cluster without GPUs."""
+
+
+def test_the_walk_of_the_docs_runs_as_written(
+    cluster: Cluster, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "slurm.md").read_text()
+    walk = text[text.index("## Ten minutes") : text.index("## What happens when")].replace("\\\n", " ")
+    for written, here in SMALLER.items():
+        walk = walk.replace(written, here)
+    place = work / "walk"
+    (place / "slurm").mkdir(parents=True)
+    (place / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(place)
+    profile = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", walk, re.DOTALL)[0])
+    here = {"partition": "low", "account": None, "gpus_per_task": 0, "cpus_per_task": 1}
+    here["network_interface"] = None
+    Path("slurm/mine.yaml").write_text(yaml.safe_dump(profile | here | {"time_limit": "0:30:00"}))
+    lines = [line.split() for line in re.findall(r"^\$ mtl (.*)", walk, re.MULTILINE)]
+    names = ["prepare", "doctor", "submit", "submit", "status", "logs", "logs", "cancel", "submit", "submit"]
+    assert [line[0] for line in lines] == names
+
+    def of(number: int, run: Path | None = None) -> list[str]:
+        return [str(run) if word.startswith("runs/digits/") else word for word in lines[number]]
+
+    mtl(*of(0))
+    found = mtl(*of(1))
+    assert "between 2 ranks" in found and "2 ranks differ from one process" in found and "mtl-node2" in found
+    tested = subprocess.run(
+        ["sbatch", "--test-only"], input=mtl(*of(2)), capture_output=True, text=True, check=False
+    )
+    assert tested.returncode == 0 and "on nodes mtl-node[1-2]" in tested.stderr, tested.stderr
+    assert not Path("runs/digits").exists()
+    run = place / mtl(*of(3)).split()[2]
     wait_for("steps", in_training(run))
-    assert view_runs([run])[0].state == "running"
-    assert "is running" in mistake("submit", str(run), "--cluster", "profile.yaml")
-    assert "2 ranks" in mtl("logs", str(run))
-    assert "submitit" in mtl("logs", str(run), "--rank", "1")
+    assert "running" in mtl(*of(4))
+    assert "is running" in mistake("submit", str(run), "--cluster", "slurm/mine.yaml")
+    follower = subprocess.Popen([sys.executable, "-m", "mtl_dist", *of(5, run)], stdout=subprocess.PIPE)
+    assert "submitit" in mtl(*of(6, run))
     assert "expected 0 to 1, found 2" in mistake("logs", str(run), "--rank", "2")
-    assert "cancelled job" in mtl("cancel", str(run))
+    assert "cancelled job" in mtl(*of(7, run))
     wait_for("the end", lambda: has_ended(run))
+    assert b"2 ranks" in follower.communicate(timeout=60)[0]
     assert view_runs([run])[0].state == "cancelled"
     assert "expected a run that waits or runs" in mistake("cancel", str(run))
     (attempt,) = read_attempts(run)
     assert (run / "checkpoints" / f"step_{attempt.last_step:08d}" / "manifest.json").is_file()
 
-    submit(run, PROFILE, Shape(1, 1))
+    mtl(*of(8, run))
     wait_for("steps", in_training(run))
     again = read_attempts(run)[-1]
-    assert (again.first_step, again.ranks) == (attempt.last_step, 1)
-    assert len(read_jobs(run)) == 2
+    assert (again.first_step, again.nodes, again.ranks) == (attempt.last_step, 1, 2)
     mtl("cancel", str(run))
+    assert "--array=0-3%2" in mtl(*of(9), "--dry-run")
     wait_for("the end", lambda: has_ended(run))
 
 
@@ -172,14 +208,6 @@ def test_a_run_that_waits_says_so_and_can_be_cancelled(cluster: Cluster, work: P
     mtl("cancel", str(run))
     wait_for("the end", lambda: has_ended(run))
     assert "cancelled" in mtl("status", str(run))
-
-
-def test_slurm_accepts_the_script_of_a_dry_run(cluster: Cluster, work: Path) -> None:
-    script = mtl("submit", "recipe.yaml", "--cluster", "profile.yaml", "--nodes", "2", "--dry-run")
-    command = ["sbatch", "--test-only"]
-    tested = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
-    assert tested.returncode == 0 and "on nodes mtl-node[1-2]" in tested.stderr, tested.stderr
-    assert not (work / "runs" / "slurm-test").exists()
 
 
 def test_a_mistake_is_not_tried_twice_and_a_crash_that_repeats_not_a_third_time(
@@ -206,14 +234,6 @@ def test_a_mistake_is_not_tried_twice_and_a_crash_that_repeats_not_a_third_time(
     assert "failed" in status and "rank 0: RuntimeError: the disk failed" in status
     status_file = json.loads((crashing / "status.json").read_text())
     assert "It failed twice in the same way at step 6: not started again." in status_file["reason"]
-
-
-def test_the_doctor_looks_at_every_node_of_a_cluster(cluster: Cluster, work: Path) -> None:
-    profile = str(ROOT / "slurm" / "devcluster.yaml")
-    printed = mtl("doctor", "--cluster", profile, "--nodes", "2", "--tasks-per-node", "2")
-    assert "between 4 ranks" in printed
-    assert "4 ranks differ from one process" in printed
-    assert "mtl-node2" in printed
 
 
 def test_a_kill_that_slurm_repeats_a_minute_later_does_not_meet_the_next_attempt(crashed: Path) -> None:
