@@ -147,6 +147,14 @@ def shared_pool(size: int) -> RankPool:
 def _serve(pipe: Connection, environment: dict[str, str]) -> None:
     """Run what comes through the pipe, until it closes."""
     os.environ.update(environment)
+    from tests.undrawn import undrawn
+
+    with undrawn():
+        _answer(pipe)
+
+
+def _answer(pipe: Connection) -> None:
+    """One call after the other."""
     while True:
         try:
             message = pipe.recv_bytes()

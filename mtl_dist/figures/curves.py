@@ -8,6 +8,9 @@ from typing import Any
 from mtl_dist.figures.saving import save_png
 
 _NAMED = 3
+_WIDTH, _HEIGHT = 3.6, 2.5
+"""Inches of a panel with its labels, which have `_LEFT`, `_RIGHT`, `_BOTTOM` and `_TOP` of them."""
+_LEFT, _RIGHT, _BOTTOM, _TOP = 0.62, 0.12, 0.48, 0.3
 TRAIN_COLOUR, VAL_COLOUR = "#8a8f98", "#2f6db5"
 
 
@@ -20,8 +23,18 @@ def draw_learning_curves(history: dict[str, Any], path: Path, monitored: str = "
 
     panels = panels_of(history, monitored)
     columns = max(len(row) for row in panels)
-    figure = Figure(figsize=(3.6 * columns, 2.5 * len(panels)), layout="constrained")
+    width, height = _WIDTH * columns, _HEIGHT * len(panels)
+    figure = Figure(figsize=(width, height))
     axes = figure.subplots(len(panels), columns, squeeze=False)
+    # Without a layout engine, which draws everything twice to find out how much room the labels need.
+    figure.subplots_adjust(
+        left=_LEFT / width,
+        right=1 - _RIGHT / width,
+        bottom=_BOTTOM / height,
+        top=1 - _TOP / height,
+        wspace=(_LEFT + _RIGHT) / (_WIDTH - _LEFT - _RIGHT),
+        hspace=(_BOTTOM + _TOP) / (_HEIGHT - _BOTTOM - _TOP),
+    )
     epochs = history["epoch"]
     for row, names in zip(axes, panels, strict=True):
         for axis, name in zip(row, names + [""] * (columns - len(names)), strict=True):

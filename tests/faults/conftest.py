@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.integration.conftest import ranks, recipe
+from tests.integration.conftest import ranks, recipe, without_pictures
 
-__all__ = ["ranks", "recipe"]
+__all__ = ["ranks", "recipe", "without_pictures"]

@@ -21,6 +21,7 @@ from mtl_dist.run_folder import RunFolder, writing_to
 from mtl_dist.runs.evaluation import evaluate_run
 from mtl_dist.training.trainer import Trainer
 from tests.tiny_runs import rows, train_run
+from tests.undrawn import drawn
 from tests.unit.test_checkpoint import make
 
 FEW = ["train.epochs=2", "train.log_every=1"]
@@ -129,7 +130,8 @@ def test_what_is_only_looked_at_does_not_end_a_run(
     monkeypatch.setattr(status, "write_text", full)
     monkeypatch.setattr(RunFolder, "write_peak_memory", full)
     run = tmp_path / "run"
-    assert train_run(recipe, run, [*FEW, "train.evaluate_at_end=true"]) == "done"
+    with drawn():
+        assert train_run(recipe, run, [*FEW, "train.evaluate_at_end=true"]) == "done"
     said = capfd.readouterr().out
     assert said.count("status.json cannot be written") == 1
     assert said.count("learning_curves.png cannot be drawn") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,14 @@ import pytest
 from tests.ranks import RankPool, shared_pool
 from tests.tiny_datasets import write_dataset
 from tests.tiny_runs import write_recipe
+from tests.undrawn import undrawn
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_pictures() -> Iterator[None]:
+    """A test that looks at them has its run under `drawn`."""
+    with undrawn():
+        yield
 
 
 @pytest.fixture(scope="session")

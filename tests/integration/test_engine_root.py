@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, vision_transformer
+from torchvision.models import ShuffleNetV2, VisionTransformer, shufflenetv2, vision_transformer
 
 from mtl_dist.balance.cagrad import CAGrad
 from mtl_dist.balance.famo import FAMO
@@ -113,6 +113,13 @@ def small_transformer(patch_size: int, **others: Any) -> nn.Module:
     return VisionTransformer(32, patch_size, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32)
 
 
+def small_shufflenet(
+    weights: None, progress: bool, repeats: list[int], channels: list[int], **others: Any
+) -> nn.Module:
+    """torchvision's, of fewer blocks: one stage has several."""
+    return ShuffleNetV2([1, 2, 1], channels, **others)
+
+
 @whole_up_to(0)
 def train_root(case: Case) -> Trained:
     """Run on every rank."""
@@ -124,6 +131,7 @@ def train_root(case: Case) -> Trained:
     heads = [task.head for task in tasks.values()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vision_transformer, "_vision_transformer", small_transformer)
+        patch.setattr(shufflenetv2, "_shufflenetv2", small_shufflenet)
         model = build_model(model_settings, heads, 3, (case.size, case.size))
     if case.compiled:
         with pytest.MonkeyPatch.context() as patch:

@@ -16,6 +16,7 @@ import mtl_dist
 from mtl_dist.cli import app
 from mtl_dist.errors import UserError
 from mtl_dist.recipe import Recipe, load_recipe
+from tests.undrawn import drawn
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +88,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         assert mtl(["prepare", kind, str(DATA / source), *rest, "--workers", "1"]) == 0
     from mtl_dist.runs.train import train
 
-    train(recipe_of(case), Path("run"))
+    with drawn():
+        train(recipe_of(case), Path("run"))
     yield case
     os.chdir(before)
 

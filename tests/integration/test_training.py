@@ -11,6 +11,7 @@ import torch
 
 from tests.ranks import RankPool
 from tests.tiny_runs import rows, tensors_at, train_run
+from tests.undrawn import drawn
 
 pytestmark = pytest.mark.slow
 
@@ -162,7 +163,8 @@ def test_a_sink_of_the_users_own_gets_the_rows_and_one_that_fails_hurts_nothing(
     monkeypatch.syspath_prepend(tmp_path)
     tracking = "tracking=[{kind: my_sinks.Broken}, {kind: my_sinks.Lines, file: lines.txt}]"
     how = [EVERY_STEP, "optim.ema=0.9", "train.evaluate_at_end=true", tracking]
-    assert train_run(recipe, tmp_path / "run", how) == "done"
+    with drawn():
+        assert train_run(recipe, tmp_path / "run", how) == "done"
     assert rows(tmp_path / "run", "step") == rows(whole_runs[1], "step")
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.count("tracking by my_sinks.Broken failed and is switched off") == 1

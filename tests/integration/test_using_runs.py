@@ -18,6 +18,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.recipe import load_recipe
 from tests.tiny_datasets import HEIGHT, WIDTH, image_of
 from tests.tiny_runs import train_run
+from tests.undrawn import drawn
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "run"
-    train_run(recipe, path, ["train.evaluate_at_end=true", "train.epochs=2"])
+    with drawn():
+        train_run(recipe, path, ["train.evaluate_at_end=true", "train.epochs=2"])
     return path
 
 

@@ -152,7 +152,7 @@ run("folders", sys.argv[2], {"source": sys.argv[1], "task": "breed"}, options)
 
 @pytest.mark.slow
 def test_a_killed_preparation_ends_whole_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    files = {f"{breed}/{number}.jpg": picture(number) for breed in "ab" for number in range(2000)}
+    files = {f"{breed}/{number}.jpg": picture(number) for breed in "ab" for number in range(600)}
     src, out, partial = fill(tmp_path / "src", files), tmp_path / "out", tmp_path / ".out.partial"
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(src), str(out)])
     deadline = time.monotonic() + 120

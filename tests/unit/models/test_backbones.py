@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,13 +54,16 @@ def on_meta(name: str, size: int) -> tuple[Backbone, dict[str, Tensor]]:
     return backbone, backbone(torch.empty(2, 3, size, size, device="meta"))
 
 
-FAST = ["alexnet", "resnet18", "squeezenet1_1", "swin_t", "vit_b_16"]
+FAST = ["alexnet", "resnet18", "simple_cnn", "squeezenet1_1", "swin_t", "vit_b_16"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in backbone_names()],
-)
+def marked(name: str) -> Any:
+    """One of each family in `make test`, all of them in `make test-all`."""
+    marks = [] if name in FAST else [pytest.mark.slow]
+    return pytest.param(name, marks=marks if name in {*FAST, *PYRAMIDS} else [*marks, pytest.mark.exhaustive])
+
+
+@pytest.mark.parametrize("name", map(marked, backbone_names()))
 def test_every_torchvision_classifier_gives_its_maps_and_keeps_no_unused_weights(name: str) -> None:
     """Every map has its stride's size, and a loss over all maps reaches every parameter that is left."""
     size = 224

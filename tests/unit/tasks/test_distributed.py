@@ -1,18 +1,16 @@
 """Metrics over two real ranks are those of one."""
 
 import math
-import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtl_dist.engine.connect import connect
+from mtl_dist.engine.settings import EngineSettings
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.depth import DepthSettings
@@ -21,6 +19,7 @@ from mtl_dist.tasks.normals import NormalsSettings
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
 from mtl_dist.tasks.task import Task
+from tests.ranks import shared_pool
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -89,23 +88,20 @@ def measure(task: Task, given: list[Batch]) -> tuple[dict[str, float], Any]:
     return metrics.compute(), metrics.confusion_matrix()
 
 
-def run_rank(rank: int, folder: str) -> None:
-    warnings.simplefilter("error")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    found = {
-        (case, name): measure(task, batches(task, labelled[rank], rank))
-        for case, labelled in BATCHES.items()
-        for name, task in TASKS.items()
-    }
-    torch.save(found, os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+def measured_on_a_rank() -> dict[tuple[str, str], Any]:
+    rank = connect(EngineSettings(), "fp32").world.rank
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return {
+            (case, name): measure(task, batches(task, labelled[rank], rank))
+            for case, labelled in BATCHES.items()
+            for name, task in TASKS.items()
+        }
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+def found() -> list[dict[tuple[str, str], Any]]:
+    return shared_pool(2).run(measured_on_a_rank)
 
 
 @pytest.mark.slow
