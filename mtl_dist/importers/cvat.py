@@ -11,35 +11,26 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 
 from mtl_dist.errors import UserError
 from mtl_dist.importers.finding import FileFinder
-from mtl_dist.importers.options import Help
 from mtl_dist.importers.outlines import Bitmap, Ellipse, Outline, Polygons
 from mtl_dist.importers.regions import (
     NO_AREA,
     AnnotatedImage,
-    Boxes,
-    Categories,
-    Empty,
-    Masks,
     Region,
-    RegionImporter,
+    TreeImporter,
     categories_of,
     read_xml,
-    splits_by_place,
 )
-from mtl_dist.importers.sources import Tree
 from mtl_dist.importers.splitting import is_split_word
 
 _SHAPES = ("polygon", "box", "ellipse", "mask", "tag", "polyline", "points", "cuboid", "skeleton")
 
 
-class Cvat(RegionImporter):
+class Cvat(TreeImporter):
     """CVAT's XML for images: polygons, boxes, ellipses, masks, tags.
 
     \b
@@ -51,19 +42,8 @@ class Cvat(RegionImporter):
     tag counts in --categories.
     """
 
-    def __init__(
-        self,
-        source: Annotated[Path, Help("A directory or a zip of XML files and images.", "SRC")],
-        classes: Annotated[
-            tuple[str, ...], Help("Class names by index; without it the labels of the file.", "NAME,...")
-        ] = (),
-        categories: Categories = "",
-        masks: Masks = "",
-        box: Boxes = {},  # noqa: B006 (never changed)
-        empty: Empty = "none",
-    ) -> None:
-        self.ask(categories, masks, box, empty, "ignore")
-        self._source, self._tree = source, Tree(source)
+    def read(self, classes: tuple[str, ...]) -> None:
+        source = self._source
         found = [path for path in self._tree.files if path.lower().endswith(".xml")]
         roots = {
             path: root for path in found if (root := read_xml(self._tree.source(path))).tag == "annotations"
@@ -71,8 +51,7 @@ class Cvat(RegionImporter):
         if not roots:
             raise UserError(
                 f"{source}: expected CVAT's XML for images, with <annotations>, found none of {len(found)} "
-                "XML "
-                "file(s)."
+                "XML file(s)."
             )
         stated = [
             (label.findtext("name") or "").strip()
@@ -105,16 +84,7 @@ class Cvat(RegionImporter):
                 subset = image.get("subset", "").strip().lower()
                 split = subset if is_split_word(subset) else ""
                 images.append(AnnotatedImage(place, file, size[1], size[0], regions, split, where=where))
-        images, lists = splits_by_place(self._tree, images, self._noted)
-        self.has(self._tree, names, images)
-        places = [self._tree.inside(image.source) for image in images if image.source is not None]
-        if len(set(places)) < len(places):
-            raise UserError(f"{source}: expected each image once, found one in several places.")
-        self.enter_files(places, [*roots, *lists])
-
-    @property
-    def name(self) -> str:
-        return self._source.resolve().stem
+        self.has_images(names, images, list(roots))
 
 
 def _region(shape: ElementTree.Element, where: str, names: list[str], size: tuple[int, int]) -> Region:
@@ -125,16 +95,8 @@ def _region(shape: ElementTree.Element, where: str, names: list[str], size: tupl
         return Region(where, label, outline.box, outline)
     if shape.tag == "box":
         corners = [_number(shape, side, where) for side in ("xtl", "ytl", "xbr", "ybr")]
-        ring = (
-            corners[0],
-            corners[1],
-            corners[2],
-            corners[1],
-            corners[2],
-            corners[3],
-            corners[0],
-            corners[3],
-        )
+        left, top, right, bottom = corners
+        ring = (left, top, right, top, right, bottom, left, bottom)
         outline = Polygons((_turned(ring, _number(shape, "rotation", where, "0")),))
         return Region(where, label, outline.box, outline)
     if shape.tag == "ellipse":

@@ -11,35 +11,28 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from mtl_dist.data.images import UnreadableImage, open_image
 from mtl_dist.errors import UserError
 from mtl_dist.importers.finding import FileFinder
-from mtl_dist.importers.options import Help
 from mtl_dist.importers.outlines import Bitmap, Ellipse, Outline, Polygons
 from mtl_dist.importers.regions import (
     NO_AREA,
     AnnotatedImage,
-    Boxes,
-    Categories,
-    Empty,
-    Masks,
     Region,
-    RegionImporter,
+    TreeImporter,
     categories_of,
     item,
     numbers,
     read_json,
-    splits_by_place,
 )
-from mtl_dist.importers.sources import Tree
 
 
-class LabelMe(RegionImporter):
+class LabelMe(TreeImporter):
     """LabelMe's JSON files beside their images: polygons, rectangles, circles, masks.
 
     \b
@@ -50,19 +43,8 @@ class LabelMe(RegionImporter):
     lines have no area, and are left out of masks and boxes.
     """
 
-    def __init__(
-        self,
-        source: Annotated[Path, Help("A directory or a zip of JSON files and images.", "SRC")],
-        classes: Annotated[
-            tuple[str, ...], Help("Class names by index; without it those that are found.", "NAME,...")
-        ] = (),
-        categories: Categories = "",
-        masks: Masks = "",
-        box: Boxes = {},  # noqa: B006 (never changed)
-        empty: Empty = "none",
-    ) -> None:
-        self.ask(categories, masks, box, empty, "ignore")
-        self._source, self._tree = source, Tree(source)
+    def read(self, classes: tuple[str, ...]) -> None:
+        source = self._source
         files = {path: self._content(path) for path in self._tree.files if path.lower().endswith(".json")}
         read = {path: content for path, content in files.items() if content is not None}
         if not read:
@@ -86,16 +68,7 @@ class LabelMe(RegionImporter):
                 for number, shape in enumerate(content["shapes"], 1)
             ]
             images.append(AnnotatedImage(place, found, size[1], size[0], regions, where=path))
-        images, lists = splits_by_place(self._tree, images, self._noted)
-        self.has(self._tree, names, images)
-        places = [self._tree.inside(image.source) for image in images if image.source is not None]
-        if len(set(places)) < len(places):
-            raise UserError(f"{source}: expected one JSON file for each image, found two for one.")
-        self.enter_files(places, [*read, *lists])
-
-    @property
-    def name(self) -> str:
-        return self._source.resolve().stem
+        self.has_images(names, images, list(read))
 
     def _content(self, path: str) -> dict[str, Any] | None:
         content = read_json(self._tree.source(path))

@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 import math
 import xml.etree.ElementTree as ElementTree
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeAlias
 
 from mtl_dist.config.nearest import nearest
@@ -283,6 +284,47 @@ class RegionImporter(Importer):
         for region in image.regions:
             used = _CROWD if region.crowd else _USED
             self.account.became(REGIONS, region.name, used if self._uses_all else _NOT_ASKED)
+
+
+class TreeImporter(RegionImporter):
+    """An importer whose annotations lie in a folder or a zip with their images; it writes `read`."""
+
+    def __init__(
+        self,
+        source: Annotated[Path, Help("A directory or a zip of images and their annotations.", "SRC")],
+        classes: Annotated[
+            tuple[str, ...], Help("Class names by index; without it those that the files have.", "NAME,...")
+        ] = (),
+        categories: Categories = "",
+        masks: Masks = "",
+        box: Boxes = {},  # noqa: B006 (never changed)
+        empty: Empty = "none",
+    ) -> None:
+        self.ask(categories, masks, box, empty, "ignore")
+        self._source, self._tree = source, Tree(source)
+        self.read(classes)
+
+    @property
+    def name(self) -> str:
+        return self._source.resolve().stem
+
+    @abstractmethod
+    def read(self, classes: tuple[str, ...]) -> None:
+        """Find the annotations and their images, and say by `has` and `enter_files` what was found."""
+
+    def has_images(self, names: Sequence[str], images: list[AnnotatedImage], files: Sequence[str]) -> None:
+        """What was read where every image has annotations of its own; `files` are those with annotations.
+
+        Raises:
+            UserError: two annotations for one image.
+        """
+        images, lists = splits_by_place(self._tree, images, self._noted)
+        self.has(self._tree, names, images)
+        places = [self._tree.inside(image.source) for image in images if image.source is not None]
+        if len(set(places)) < len(places):
+            twice = [place for place, number in Counter(places).items() if number > 1]
+            raise UserError(f"{self._source}: expected each image once, found {listed(twice)} several times.")
+        self.enter_files(places, [*files, *lists])
 
 
 def categories_of(named: Sequence[str], classes: Sequence[str]) -> list[str]:

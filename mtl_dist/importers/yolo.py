@@ -11,24 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from pathlib import PurePosixPath
+from typing import Any
 
 import yaml
 
 from mtl_dist.data.images import IMAGE_EXTENSIONS, UnreadableImage, examine_image, extension_of
 from mtl_dist.errors import UserError
 from mtl_dist.importers.lists import SplitLists, is_list_of_a_split, splits_in_lists, text_of
-from mtl_dist.importers.options import Help
 from mtl_dist.importers.outlines import Polygons
 from mtl_dist.importers.regions import (
     AnnotatedImage,
-    Boxes,
-    Categories,
-    Empty,
-    Masks,
     Region,
-    RegionImporter,
+    TreeImporter,
     split_folder,
 )
 from mtl_dist.importers.sources import Tree
@@ -43,7 +38,7 @@ _SLACK = 0.01
 """By how much a share of the image may lie outside of it, for tools that round."""
 
 
-class Yolo(RegionImporter):
+class Yolo(TreeImporter):
     """YOLO's text files: data.yaml, images/train/*.jpg, labels/train/*.txt; boxes or polygons.
 
     \b
@@ -54,19 +49,8 @@ class Yolo(RegionImporter):
     Splits are those of data.yaml, of folders called train and val, or of lists; else they are made.
     """
 
-    def __init__(
-        self,
-        source: Annotated[Path, Help("A directory or a zip of images and text files.", "SRC")],
-        classes: Annotated[
-            tuple[str, ...], Help("Class names by index; without it those of data.yaml.", "NAME,...")
-        ] = (),
-        categories: Categories = "",
-        masks: Masks = "",
-        box: Boxes = {},  # noqa: B006 (never changed)
-        empty: Empty = "none",
-    ) -> None:
-        self.ask(categories, masks, box, empty, "ignore")
-        self._source, self._tree = source, Tree(source)
+    def read(self, classes: tuple[str, ...]) -> None:
+        source = self._source
         stated, self._settings = self._data_yaml()
         names, files = self._names_of(stated, classes)
         images = [path for path in self._tree.files if extension_of(path) in IMAGE_EXTENSIONS]
@@ -98,10 +82,6 @@ class Yolo(RegionImporter):
                 f"{source}: expected an image for each text file of labels, found none for {len(lost)} "
                 f"({listed(lost)}). Add the images, or take the files away."
             )
-
-    @property
-    def name(self) -> str:
-        return self._source.resolve().stem
 
     def _data_yaml(self) -> tuple[dict[str, Any], list[str]]:
         """What the file of settings says, and its name."""
