@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mtl_dist.commands.runs import Overrides, RecipeFile
+from mtl_dist.commands.runs import NprocOfEach, Overrides, RecipeFile
 
 
 def add_to(app: typer.Typer) -> None:
@@ -21,15 +21,7 @@ def compare(
     methods: Annotated[
         str, typer.Option(metavar="NAME,NAME,...", help="What to compare with equal weights.")
     ] = "uncertainty,famo,cagrad",
-    nproc: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            show_default=False,
-            help="Processes of each training; without it one per GPU, or one.",
-        ),
-    ] = None,
+    nproc: NprocOfEach = None,
     out: Annotated[
         Path | None,
         typer.Option(

@@ -52,6 +52,18 @@ Tags = Annotated[
     ),
 ]
 
+NprocOfEach = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc",
+        min=1,
+        metavar="N",
+        show_default=False,
+        help="Processes of each training; without it one per GPU (of its share), or one.",
+    ),
+]
+"""Of commands that train many times."""
+
 StartFrom = Annotated[
     Path | None,
     typer.Option(

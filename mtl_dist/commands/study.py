@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mtl_dist.commands.cluster import RUNS, some_runs, with_tags
-from mtl_dist.commands.runs import Overrides, RecipeFile, RunFolder, Tags
+from mtl_dist.commands.runs import NprocOfEach, Overrides, RecipeFile, RunFolder, Tags
 from mtl_dist.errors import UserError
 from mtl_dist.printable import say
 
@@ -24,15 +24,7 @@ def sweep(
     recipe: RecipeFile,
     overrides: Overrides = None,
     parallel: Annotated[int, typer.Option(min=1, metavar="N", help="Trainings at once.")] = 1,
-    nproc: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            show_default=False,
-            help="Processes of each training; without it one per GPU of its share, or one.",
-        ),
-    ] = None,
+    nproc: NprocOfEach = None,
     by: Annotated[
         str | None,
         typer.Option(
