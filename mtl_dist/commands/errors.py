@@ -19,6 +19,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from mtl_dist.commands.help import flowing
 from mtl_dist.config.trust import VARIABLE
 from mtl_dist.durable import locked
 from mtl_dist.engine.launched import own_rank, own_size
@@ -41,6 +42,9 @@ class CommandGroup(TyperGroup):
 
     Each takes `--trust` at any place.
     """
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return flowing(super().get_command(ctx, cmd_name))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = args[: args.index("--")] if "--" in args else args

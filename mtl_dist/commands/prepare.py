@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 from typer.core import TyperGroup
 
+from mtl_dist.commands.help import flowing
 from mtl_dist.commands.options import named, words
 from mtl_dist.commands.progress import progress_bar
 from mtl_dist.errors import UserError
@@ -36,7 +37,7 @@ class ImporterGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name in IMPORTERS or "." in cmd_name:
-            return command_of(cmd_name)
+            return flowing(command_of(cmd_name))
         return None
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

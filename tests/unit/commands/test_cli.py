@@ -52,6 +52,19 @@ finally:
 """
 
 
+@pytest.mark.parametrize("command", ["sweep", "prepare folders"])
+def test_help_fills_the_width_of_the_terminal_and_keeps_commands_in_lines(command: str) -> None:
+    paragraphs: dict[str, str] = {}
+    for width in (80, 200):
+        done = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": str(width)})
+        text = re.sub(r" *\n", "\n", done.stdout).partition("╭")[0]
+        found = [" ".join(part.split()) for part in text.split("\n\n")]
+        paragraphs[str(width)] = "|".join(found)
+        prose = [line for line in text.splitlines()[4:] if line and not line.startswith("   ")]
+        assert max(map(len, prose)) > width - 20
+    assert paragraphs["80"] == paragraphs["200"]
+
+
 @pytest.mark.parametrize(
     ("command", "imported"), [("", []), ("train", []), ("prepare", []), ("prepare table", ["numpy"])]
 )
