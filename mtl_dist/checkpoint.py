@@ -36,6 +36,7 @@ from torch import Tensor
 
 from mtl_dist.durable import sha256_of, sync_directory, sync_file, unwritable, write_text
 from mtl_dist.errors import UserError
+from mtl_dist.not_finite import not_finite_in
 from mtl_dist.tensor_files import read_tensors, shapes_of
 
 MANIFEST, STATE, BEST = "manifest.json", "state.json", "best.json"
@@ -148,6 +149,16 @@ def problems_of(path: Path) -> list[str]:
     return problems
 
 
+def faults_of(path: Path) -> list[str]:
+    """Why nothing should go on from the checkpoint at `path`: what is damaged, or else not finite."""
+    try:
+        return problems_of(path) or not_finite_in(path)
+    except UserError as error:  # its hashes are right, and its tensors are none
+        return str(error).splitlines()
+    except OSError as error:
+        return [f"{path}: expected to read it, found: {error.strerror or error}."]
+
+
 def _files_of(manifest: object, path: Path) -> dict[str, tuple[int, str]]:
     """The size and SHA-256 of every file of a checkpoint, as its manifest has them.
 
@@ -229,7 +240,7 @@ def step_of(path: Path) -> int:
 
 
 def newest_good(directory: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole; every damaged one passed over on the way is reported to `say`.
+    """The newest checkpoint that is whole and finite; every other one on the way is reported to `say`.
 
     None where the run has not saved any yet.
 
@@ -239,7 +250,7 @@ def newest_good(directory: Path, say: Callable[[str], None]) -> Path | None:
     steps = steps_in(directory)
     for step in reversed(steps):
         path = step_directory(directory, step)
-        problems = problems_of(path)
+        problems = faults_of(path)
         if not problems:
             return path
         for line in problems:
@@ -333,7 +344,7 @@ def best_checkpoint(directory: Path, say: Callable[[str], None]) -> Path | None:
     """
     for best in known_bests(directory):
         path = step_directory(directory, best.step)
-        problems = problems_of(path)
+        problems = faults_of(path)
         if not problems:
             return path
         for line in problems:
@@ -397,7 +408,7 @@ class CheckpointWriter:
         prune(self.directory, self._keep_last, self._is_whole, checkpoint.step)
 
     def _is_whole(self, path: Path) -> bool:
-        if path not in self._whole and not problems_of(path):
+        if path not in self._whole and not faults_of(path):
             self._whole.add(path)
         return path in self._whole
 

@@ -9,9 +9,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mtl_dist.checkpoint import write_checkpoint
+from mtl_dist.checkpoint import (
+    Best,
+    CheckpointWriter,
+    best_checkpoint,
+    newest_good,
+    steps_in,
+    write_checkpoint,
+)
 from mtl_dist.cli import app
-from mtl_dist.runs.verification import not_finite_in
+from mtl_dist.errors import UserError
+from mtl_dist.not_finite import not_finite_in
 from tests.unit.test_checkpoint import make
 
 Tensors = dict[str, dict[str, torch.Tensor]]
@@ -63,3 +71,28 @@ def test_what_is_not_finite_on_purpose_is_no_damage(tmp_path: Path) -> None:
     assert len(not_finite_in(saved(tmp_path, 2, scales))) == 1
     positive: Tensors = {"model": {"backbone.running_var": with_one(torch.inf)}}
     assert len(not_finite_in(saved(tmp_path, 3, positive))) == 1
+
+
+def test_a_checkpoint_that_is_not_finite_is_no_good_one(tmp_path: Path) -> None:
+    """Neither to resume from, nor as the best, nor in the place of a good one when older ones are deleted."""
+    bad: Tensors = {"model": {"weight": with_one(torch.nan)}}
+    writer = CheckpointWriter(tmp_path, keep_last=1)
+    writer.submit(make(1), Best(1, "val/loss", 0.5))
+    writer.finish()
+    for step in (2, 3):
+        saved(tmp_path, step, bad)
+    said: list[str] = []
+    assert newest_good(tmp_path, said.append) == tmp_path / "step_00000001"
+    assert "NaN or infinity in model/weight" in said[0] and "passed over" in said[1]
+    (tmp_path / "best.json").write_text('{"step": 3, "metric": "val/loss", "value": 0.1}')
+    assert best_checkpoint(tmp_path, said.append) == tmp_path / "step_00000001"
+    again = CheckpointWriter(tmp_path, keep_last=2)
+    again.submit(make(4), Best(1, "val/loss", 0.5))
+    again.finish()
+    assert steps_in(tmp_path) == [1, 4]
+
+
+def test_where_every_checkpoint_is_not_finite_the_run_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, 2, {"optimizer": {"exp_avg/weight": with_one(torch.inf)}})
+    with pytest.raises(UserError, match="expected a whole checkpoint, found 1 of which none is"):
+        newest_good(tmp_path, lambda line: None)
