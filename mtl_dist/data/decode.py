@@ -201,6 +201,8 @@ def _decode_deep_png(data: Bytes, mode: ImageReadMode) -> Tensor:
 
 def _check_png(data: Bytes) -> None:
     """Refuse 16-bit PNG data on which torchvision's decoder would end the process."""
+    if len(data) <= _PNG_INTERLACED:
+        raise UnreadableImage("a damaged PNG (it ends within its header)")
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     check_size(width, height)
     stride = 1 + 2 * width * _PNG_CHANNELS.get(data[_PNG_COLOUR_TYPE], 0)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
+
 RANKS = """
 import os, pathlib, sys, time
 from mtl_dist.commands import errors
@@ -70,3 +72,60 @@ def test_a_rank_that_is_killed_while_it_speaks_has_another_speak(tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", killed], capture_output=True, text=True, env=environ)
     assert done.stdout.strip() == f"[{-signal.SIGKILL}, 2, 2]"
     assert done.stderr in ("rank 1: a\n", "rank 2: a\n")
+
+
+LATE = """
+import os, sys, time
+from mtl_dist.commands import errors
+from mtl_dist.errors import UserError
+
+errors._SECONDS_FOR_RANK_0 = 0.2
+time.sleep(100 if os.environ["RANK"] == "0" else 0)
+errors.report(UserError("a.b: expected"))
+sys.exit(2)
+"""
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"],
+    "accelerate": ["accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "ddp-cpu.yaml")],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.exhaustive)])
+def test_under_other_launchers_the_line_is_printed_before_they_end_the_rank_that_is_late(
+    tmp_path: Path, launcher: str
+) -> None:
+    """Their own exit code is 1, and a page of theirs follows it."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    known = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    environ = {key: value for key, value in os.environ.items() if key not in known}
+    done = subprocess.run(
+        [sys.executable, "-m", *LAUNCHERS[launcher], str(script)],
+        capture_output=True,
+        text=True,
+        env={**environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=200,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines().count("rank 1: a.b: expected") == 1, done.stderr
+
+
+def test_ranks_that_srun_starts_each_end_with_exit_code_2_and_one_line(tmp_path: Path) -> None:
+    """Nobody ends the others there; every rank has one parent, as under a node's slurmstepd."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "tasks: {digit: {kind: classification}}\ndata: {train: [{path: nowhere}]}\noptim: {rl: 1}\n"
+    )
+    command = f"{sys.executable} -m mtl_dist train {recipe}"
+    ranks = [
+        f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 SLURM_PROCID={rank} "
+        f"SLURM_STEP_NUM_TASKS=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=1 {command} & r{rank}=$!"
+        for rank in (1, 0)
+    ]
+    script = "; ".join(ranks).replace("& r1=$!;", "& r1=$!\n") + "\nwait $r0; a=$?; wait $r1; echo $a $?"
+    environ = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environ, timeout=200)
+    assert done.stdout.split() == ["2", "2"]
+    lines = done.stderr.splitlines()
+    assert sum("optim.rl" in line for line in lines) == 1 and len(set(lines)) == len(lines), done.stderr
