@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -28,7 +29,8 @@ from typing import Literal
 from mtl_dist.durable import unwritable, write_text
 from mtl_dist.errors import UserError
 from mtl_dist.json_files import DamagedFile, read_json
-from mtl_dist.launch.records import read_submission
+from mtl_dist.launch.profile import ClusterProfile
+from mtl_dist.launch.records import Submission, read_submission
 from mtl_dist.printable import say
 from mtl_dist.status import Status, read_status, write_status
 from mtl_dist.stopping import TIME_LIMIT
@@ -43,6 +45,10 @@ STARTED = "the ranks start"
 _LOST = re.compile(
     r"^srun: error: (?:Node failure on (\S+)|Task launch for \S+ failed on node ([^\s:]+))", re.MULTILINE
 )
+_SLURMS_SIGNAL = f"signal {signal.SIGUSR2.name}"
+_EARLY_S = 60
+"""So much earlier than asked for Slurm may send its signal."""
+
 _SRUN_SAYS = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<ranks>\S+): (?P<how>.+)$", re.MULTILINE)
 
 
@@ -73,6 +79,8 @@ class Ending:
     """The first rank that a signal killed, as srun says; nothing if the first one to end did so by itself."""
     lost: str = ""
     """A node that does not answer any more, as srun says."""
+    limit_from: float = math.inf
+    """From then on Slurm's signal (SIGUSR2) says that the time limit is near; before it was a preemption."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,8 @@ def judge(
     if status is not None and status.state == "done":
         return "done", status.reason
     if status is not None and status.state == "stopped":
+        if status.reason == _SLURMS_SIGNAL and status.updated >= ending.limit_from:
+            return "time limit", f"{status.reason}, ahead of the time limit"
         return _cause_of_stop(status), status.reason
     if failure is not None and failure.mistake:
         return "mistake", failure.reason
@@ -337,6 +347,13 @@ def job_of_task(environ: Mapping[str, str]) -> str:
     return environ["SLURM_JOB_ID"]
 
 
+def limit_from(environ: Mapping[str, str], submission: Submission) -> float:
+    """When Slurm begins to warn of the job's end; never where nobody knows the end."""
+    end = environ.get("MTL_END_TIME")
+    lead = submission.profile.get("signal_lead_s", ClusterProfile().signal_lead_s)
+    return float(end) - lead - _EARLY_S if end else math.inf
+
+
 def read_budget(submission: Path) -> Budget:
     return Budget(**read_submission(submission).requeue)
 
@@ -354,8 +371,10 @@ def main() -> int:
         encoding="utf-8", errors="replace"
     )
     state, code = arguments.job_state, arguments.exit_code
-    ending = Ending(job_id, code, state, first_killed(log), lost_node(log) if code else "")
+    lost = lost_node(log) if code else ""
     try:
+        limit = limit_from(os.environ, read_submission(arguments.submission))
+        ending = Ending(job_id, code, state, first_killed(log), lost, limit)
         with training_alone(run, job_id):
             again = finish_attempt(run, ending, read_budget(arguments.submission))
             last = read_attempts(run)[-1]

@@ -65,7 +65,8 @@ DEAF = "trap '' USR1 USR2 TERM"
 # Ranks that die with their node look as if they had crashed: does every node start an empty task?
 PROBE = """\
 if ((code && SLURM_JOB_NUM_NODES > 1)); then
-  timeout 30 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true
+  timeout 30 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \\
+    --ntasks-per-node=1 true
 fi"""
 
 JOB_STATE = 'persist squeue --noheader --job "$JOB" --format %T'

@@ -18,9 +18,11 @@ from mtl_dist.launch.attempts import (
     begin_attempt,
     finish_attempt,
     first_killed,
+    limit_from,
     read_attempts,
     record_failure,
 )
+from mtl_dist.launch.records import Submission
 from mtl_dist.status import Status, read_status, write_status
 
 BUDGET = Budget(crashes=2, node_failures=1)
@@ -133,6 +135,19 @@ def test_the_same_crash_with_a_stop_in_between_is_another_chance(tmp_path: Path)
     write_status(tmp_path, Status("stopped", step=5, reason="signal SIGUSR2"))
     assert finish_attempt(tmp_path, FINE, BUDGET)
     assert crash()
+
+
+@pytest.mark.parametrize(("left_s", "cause"), [(239, "time limit"), (241, "preemption")])
+def test_slurms_signal_is_the_time_limit_near_the_end_and_a_preemption_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_s: int, cause: str
+) -> None:
+    begin(tmp_path)
+    write_status(tmp_path, Status("stopped", step=5, reason="signal SIGUSR2", updated=1_000.0))
+    asked = Submission(1, 1, profile={"signal_lead_s": 180})
+    limit = limit_from({"MTL_END_TIME": str(1_000 + left_s)}, asked)
+    assert finish_attempt(tmp_path, replace(FINE, limit_from=limit), BUDGET)
+    assert read_attempts(tmp_path)[-1].cause == cause
+    assert limit_from({"MTL_END_TIME": ""}, asked) == float("inf")
 
 
 def test_a_rank_that_dies_with_its_node_is_no_crash(tmp_path: Path) -> None:
