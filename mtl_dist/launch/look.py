@@ -27,7 +27,7 @@ def after_look(view: RunView) -> RunView:
     if view.lost is None:
         return view
     try:
-        with locked(view.run / "submissions", wait=False):
+        with locked(view.run, wait=False):
             return _after_look(view, view.lost)
     except UserError as error:
         return _with(view, f"not submitted again: {error}")

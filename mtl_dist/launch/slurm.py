@@ -140,7 +140,7 @@ def submit(
         script = script_of(folder, job_ids[0])
     record_jobs(runs, job_ids, "train", folder, cluster_here)
     if then is not None:
-        chain(then, folder, profile, recipes[0], runs, job_ids, cluster_here)
+        chain(then, folder, profile, job_name(recipes[0]), runs, job_ids, cluster_here)
     return Submitted(runs, job_ids, script)
 
 
@@ -171,7 +171,7 @@ def chain(
     kind: Kind,
     folder: Path,
     profile: ClusterProfile,
-    recipe: Recipe,
+    name: str,
     runs: Sequence[Path],
     after: Sequence[str],
     cluster: str,
@@ -180,13 +180,14 @@ def chain(
     array = after[0].split("_")[0]
     dependency = f"aftercorr:{array}" if len(runs) > 1 else f"afterok:{array}"
     once = profile.model_copy(update={"sbatch": {**profile.sbatch, "kill-on-invalid-dep": "yes"}})
-    name = f"{job_name(recipe)}-{kind}"
-    executor = build_executor(folder, name, once, Shape(1, 1), verdict=False, dependency=dependency)
+    executor = build_executor(
+        folder, f"{name}-{kind}", once, Shape(1, 1), verdict=False, dependency=dependency
+    )
     record_jobs(runs, submit_jobs(executor, [EvaluationJob(run) for run in runs]), kind, folder, cluster)
 
 
 def submit_again(run: Path, profile: ClusterProfile, job: JobRecord, cluster: str) -> str:
-    """Submits the job of a run a second time, with the code that it had; returns the new job's id.
+    """Submits the job of a run a second time, with the code that it had and what was chained to it; its id.
 
     Raises:
         UserError: Slurm refuses the job.
@@ -201,7 +202,10 @@ def submit_again(run: Path, profile: ClusterProfile, job: JobRecord, cluster: st
         profile = profile.model_copy(update={"sbatch": {**chdir, **profile.sbatch}})
     shape = Shape(asked.nodes, asked.tasks_per_node)
     (new,) = submit_jobs(build_executor(folder, asked.name, profile, shape), [TrainingJob(run, folder)])
+    chained = {each.kind for each in read_jobs(run) if each.submission == job.submission} - {"train"}
     record_jobs([run], [new], "train", folder, cluster, again=True)
+    for kind in sorted(chained):
+        chain(kind, folder, profile, asked.name, [run], [new], cluster)
     return new
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,15 @@ from typer.testing import CliRunner
 from mtl_dist.cli import app
 from mtl_dist.commands.cluster import status_table
 from mtl_dist.errors import UserError
-from mtl_dist.launch.attempts import Attempt, Budget, Ending, begin_attempt, finish_attempt, read_attempts
+from mtl_dist.launch.attempts import (
+    Attempt,
+    Budget,
+    Ending,
+    begin_attempt,
+    finish_attempt,
+    read_attempts,
+    run_of_task,
+)
 from mtl_dist.launch.jobs import cancel, find_runs, follow, has_ended, log_path, view_runs
 from mtl_dist.launch.look import after_look
 from mtl_dist.launch.records import JobRecord, Submission, read_jobs, write_jobs, write_submission
@@ -205,6 +214,27 @@ def test_a_job_that_was_lost_is_named_and_submitted_again_where_the_profile_allo
         "it was submitted again 1 time, as requeue.resubmit allows" in after_look(view_runs([run])[0]).detail
     )
     assert len(read_jobs(run)) == 2
+
+
+def test_a_point_of_a_sweep_that_was_lost_is_submitted_again_with_its_chained_job(
+    run: Path, slurm: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = run.parent / "submissions" / "001"
+    shutil.move(run / "submissions", run.parent)
+    (shared / "code").mkdir()
+    write_submission(
+        shared, Submission(1, 2, ["../../b", "../../a"], {"crashes": 3, "node_failures": 1, "resubmit": 1})
+    )
+    of_array = [
+        JobRecord(f"{job}_1", kind, "../submissions/001") for job, kind in ((7, "train"), (8, "evaluate"))
+    ]
+    write_jobs(run, of_array)
+    begin(run, "7_1")
+    slurm(squeue="true", sacct=says("7_1|TIMEOUT|0:0"), sbatch=says("Submitted batch job 9"), srun="true")
+    monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", classmethod(lambda cls: 2))
+    after_look(view_runs([run])[0])
+    assert [(job.id, job.kind) for job in read_jobs(run)[2:]] == [("9", "train"), ("9", "evaluate")]
+    assert run_of_task(run / "submissions" / "001", {}).resolve() == run
 
 
 def test_a_verdict_whose_requeue_failed_leaves_a_run_that_is_lost(run: Path, slurm: Programs) -> None:
