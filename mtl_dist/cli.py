@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mtl_dist import __version__
-from mtl_dist.commands import cluster, compare, data, machine, runs, start, study
+from mtl_dist.commands import cluster, compare, data, machine, report, runs, start, study
 from mtl_dist.commands.errors import TRUST, CommandGroup
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 start.add_to(app)
 data.add_to(app)
 runs.add_to(app)
+report.add_to(app)
 compare.add_to(app)
 study.add_to(app)
 cluster.add_to(app)
@@ -61,6 +62,7 @@ def mtl(
       mtl train digits.yaml                           train in this process
       mtl launch digits.yaml --nproc 2                train in two
       mtl evaluate runs/digits/RUN --split test       metrics of the best weights
+      mtl report runs/digits/RUN                      a page with charts and pictures
       mtl predict runs/digits/RUN photo.png           answers for your own images
 
     Any value of a recipe can be given on the command line, and null takes a task out:

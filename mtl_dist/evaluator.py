@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mtl_dist.batch import Batch
 from mtl_dist.data.device_prefetch import device_prefetch
 from mtl_dist.engine.world import World
+from mtl_dist.sample_rows import SampleRows
 from mtl_dist.step import RootModule
-from mtl_dist.tasks.metrics import mean_accuracy
+from mtl_dist.tasks.metrics import TaskMetrics, mean_accuracy
 
 _VALUES_HELD = 1 << 25
 """Values of outputs in their maps' own size that are held at once, where one sample alone has not more."""
+
+
+@dataclass(frozen=True)
+class BaselineMetrics:
+    """What a constant answer reaches: its name ("majority", "mean"), and its metrics."""
+
+    name: str
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,8 @@ class Evaluation:
 
     `loss` is the weighted sum of the tasks' mean losses; a task without a label in the split has no entry in
     `tasks` beyond `num_samples` 0. `confusion` holds (C, C) counts, rows true, columns predicted.
-    `thresholds` are those that were chosen from this split, by task and label.
+    `thresholds` are those that were chosen from this split, by task and label. `baselines` are the metrics of
+    each task's constant answer on this split.
     """
 
     loss: float
@@ -32,6 +43,7 @@ class Evaluation:
     confusion: dict[str, np.ndarray]
     num_samples: int
     thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
+    baselines: dict[str, BaselineMetrics] = field(default_factory=dict)
 
     def flat(self, split: str) -> dict[str, float]:
         """The metrics by path, as in `val/digit/accuracy`; `val/mean_accuracy` is over the tasks with one."""
@@ -42,13 +54,21 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(root: RootModule, loader: Iterable[Batch], world: World, choosing: bool = False) -> Evaluation:
+def evaluate(
+    root: RootModule,
+    loader: Iterable[Batch],
+    world: World,
+    choosing: bool = False,
+    rows: SampleRows | None = None,
+    with_baselines: bool = False,
+) -> Evaluation:
     """Run the model over a split and compute loss and metrics of each task.
 
     `loader` yields this rank's part, padded with invalid samples to equally many batches on every rank.
     Losses are at the model's size, the metrics of maps at their own where a batch holds them so.
     The same metrics come back on every rank. With `choosing` the thresholds that a recipe leaves to the
-    validation split are chosen from this one.
+    validation split are chosen from this one. `rows` are told of every sample; `with_baselines` the constant
+    answers are measured as well.
     """
     # torchmetrics takes seconds to import.
     from mtl_dist.tasks.user_metrics import AllMetrics
@@ -59,6 +79,7 @@ def evaluate(root: RootModule, loader: Iterable[Batch], world: World, choosing: 
         name: AllMetrics(task, world.gather, choosing=choosing).to(world.device)
         for name, task in root.tasks.items()
     }
+    baselines = _Baselines(root, world) if with_baselines else None
     num_tasks = len(root.tasks)
     sums_T = torch.zeros(num_tasks, dtype=torch.float64)
     counts_T = torch.zeros(num_tasks, dtype=torch.float64)
@@ -67,15 +88,21 @@ def evaluate(root: RootModule, loader: Iterable[Batch], world: World, choosing: 
         outputs = root.predict(batch.images_BCHW)
         sums_T += root.loss_sums(outputs, batch).double().cpu()
         num_samples += host_batch.valid_B.sum()
+        if rows is not None:
+            rows.begin(host_batch)
         for t, (name, task) in enumerate(root.tasks.items()):
             target, labelled_B = batch.targets[name], batch.labelled[name]
             counts_T[t] += task.count(host_batch.targets[name], host_batch.labelled[name]).double()
-            if name in batch.whole:
-                pairs = batch.whole[name].beside(outputs[name], _VALUES_HELD)
-                for rows, output, maps in pairs:
-                    accumulators[name].update(output, maps, labelled_B[rows])
-            else:
-                accumulators[name].update(outputs[name], target, labelled_B)
+            if rows is not None:
+                rows.losses(name, task.sample_losses(outputs[name], target, labelled_B))
+            for part in _measured(batch, name, outputs[name], every_sample=rows is not None):
+                accumulators[name].update(part.output, part.target, part.labelled_B)
+                if baselines is not None:
+                    baselines.update(name, part)
+                if rows is not None:
+                    rows.answers(name, part.rows, part.output, part.target, part.labelled_B.tolist())
+        if rows is not None:
+            rows.end()
     root.train(was_training)
 
     totals = world.sum(torch.cat([sums_T, counts_T, num_samples]))
@@ -96,4 +123,56 @@ def evaluate(root: RootModule, loader: Iterable[Batch], world: World, choosing: 
         matrix = accumulators[name].confusion_matrix()
         if matrix is not None:
             confusion[name] = matrix
-    return Evaluation(loss, metrics, confusion, int(totals[-1]), thresholds)
+    constant = baselines.compute() if baselines is not None else {}
+    return Evaluation(loss, metrics, confusion, int(totals[-1]), thresholds, constant)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some samples of a batch, by their rows, as a task is measured on them."""
+
+    rows: list[int]
+    output: Tensor
+    target: Tensor
+    labelled_B: Tensor
+
+
+def _measured(batch: Batch, task: str, output: Tensor, every_sample: bool) -> Iterator[_Part]:
+    """The samples of a batch, maps in their own size where the batch holds them so; those have a label. With
+    `every_sample` the others follow, in the model's."""
+    labelled_B = batch.labelled[task]
+    if task not in batch.whole:
+        yield _Part(list(range(len(batch))), output, batch.targets[task], labelled_B)
+        return
+    left = set(range(len(batch)))
+    for rows, own, maps in batch.whole[task].beside(output, _VALUES_HELD):
+        left -= set(rows)
+        yield _Part(rows, own, maps, labelled_B[rows])
+    if every_sample and left:
+        rest = sorted(left)
+        yield _Part(rest, output[rest], batch.targets[task][rest], torch.zeros_like(labelled_B[rest]))
+
+
+class _Baselines:
+    """The metrics of the tasks' constant answers."""
+
+    def __init__(self, root: RootModule, world: World) -> None:
+        self._answers: dict[str, tuple[str, Tensor, TaskMetrics]] = {}
+        for name, task in root.tasks.items():
+            baseline = task.baseline()
+            if baseline is not None:
+                metrics = task.metrics(ranking=False).to(world.device)
+                self._answers[name] = baseline.name, baseline.output_C.to(world.device).float(), metrics
+
+    def update(self, task: str, part: _Part) -> None:
+        if task in self._answers:
+            _, output_C, metrics = self._answers[task]
+            single = output_C.view(1, -1, *[1] * (part.output.dim() - 2))
+            metrics.update(single.expand_as(part.output), part.target, part.labelled_B)
+
+    def compute(self) -> dict[str, BaselineMetrics]:
+        """Collective: over all ranks."""
+        return {
+            task: BaselineMetrics(name, metrics.compute())
+            for task, (name, _, metrics) in self._answers.items()
+        }

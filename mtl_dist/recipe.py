@@ -73,6 +73,9 @@ class TrainSettings(Settings):
     everything under `compile` may take six times as long. null: never."""
     evaluate_at_end: bool = True
     """Whether the best weights are evaluated on `val` and `test` when training is done."""
+    predictions: bool = True
+    """Whether that evaluation writes a row for each sample, evaluation/SPLIT_predictions.csv, of splits up to
+    200,000 samples."""
 
     @model_validator(mode="after")
     def _one_way_to_divide(self) -> TrainSettings:

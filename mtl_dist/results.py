@@ -25,11 +25,16 @@ def write_evaluation(
     task_infos: Mapping[str, TaskInfo],
     say: Callable[[str], None],
 ) -> None:
-    """Write evaluation/metrics.json and, per classification task, the confusion matrix as CSV and picture.
+    """Write evaluation/metrics.json, baselines.json and, per classification task, the confusion matrix as CSV
+    and picture.
 
     A picture is not worth an evaluation: one that cannot be drawn is reported to `say`.
     """
     folder.write_metrics(split, evaluation.tasks)
+    if evaluation.baselines:
+        folder.write_baselines(
+            split, {task: (found.name, found.metrics) for task, found in evaluation.baselines.items()}
+        )
     for task, matrix in evaluation.confusion.items():
         stem = folder.evaluation / f"{split}_{task}_confusion"
         classes = task_infos[task].classes

@@ -10,7 +10,8 @@ runs/<name>/<run id>/
     callbacks.json          up to which step callbacks were called
     tags.json               words by which `mtl status` and `mtl runs` find it
     checkpoints/            see checkpoint.py
-    evaluation/             metrics.json, thresholds.json, confusion matrices, conflicts.png
+    evaluation/             metrics.json, baselines.json, thresholds.json, SPLIT_predictions.csv (and
+    .parquet), confusion matrices, conflicts.png report.html             what `mtl report` makes of all that
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from mtl_dist.config.trust import parts_of, refusal
 from mtl_dist.config.user_modules import imported_hashes
@@ -36,6 +37,8 @@ from mtl_dist.durable import Locked, is_about, locked, unwritable, write_text
 from mtl_dist.errors import UserError
 from mtl_dist.json_files import DamagedFile, read_json
 from mtl_dist.status import read_status
+
+T = TypeVar("T")
 
 DATA, ENVIRONMENT = "data.json", "environment.json"
 
@@ -62,7 +65,7 @@ class RunFolder:
     FILES: ClassVar[dict[str, str]] = {
         "recipe.yaml": "the resolved recipe; reproduces the run",
         "checkpoints/": "the newest ones and the best",
-        "evaluation/": "metrics.json, thresholds.json, confusion matrices, conflicts of tasks",
+        "evaluation/": "metrics, baselines, predictions of every sample, confusion matrices",
         "hang/": "what each rank was doing when the run hung",
         "skipped_steps.jsonl": "steps that were not finite, with their samples",
         "metrics.jsonl": "every logged step and evaluation",
@@ -241,14 +244,37 @@ class RunFolder:
         Raises:
             UserError: it is damaged.
         """
-        path = self.evaluation / "metrics.json"
+        return self._read_by_split("metrics", dict[str, dict[str, dict[str, float | None]]])
+
+    def read_baselines(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """evaluation/baselines.json: `{split: {task: {"name": ..., "metrics": {...}}}}`, or empty.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return self._read_by_split("baselines", dict[str, dict[str, dict[str, Any]]])
+
+    def _read_by_split(self, what: str, form: type[T]) -> T:
+        path = self.evaluation / f"{what}.json"
         try:
-            return read_json(dict[str, dict[str, dict[str, float | None]]], path) or {}
+            return read_json(form, path) or form()
         except DamagedFile as error:
             raise UserError(
-                f"{path}: expected metrics by split and task, found a damaged file ({error}). Remove it and "
+                f"{path}: expected {what} by split and task, found a damaged file ({error}). Remove it and "
                 "evaluate again: mtl evaluate RUN --split SPLIT."
             ) from None
+
+    def write_baselines(self, split: str, tasks: Mapping[str, tuple[str, Mapping[str, float]]]) -> None:
+        """Put one split into evaluation/baselines.json: by task the answer's name and its metrics."""
+        baselines = self.read_baselines()
+        baselines[split] = {
+            task: {"name": name, "metrics": _with_null(metrics)} for task, (name, metrics) in tasks.items()
+        }
+        write_text(self.evaluation / "baselines.json", json.dumps(baselines, indent=1))
+
+    def predictions_path(self, split: str) -> Path:
+        """The table with a row per sample; the same as .parquet is beside it where pyarrow is installed."""
+        return self.evaluation / f"{split}_predictions.csv"
 
     def read_thresholds(self) -> dict[str, dict[str, float]]:
         """The thresholds that were chosen on the validation split, by task and label; empty before that."""
@@ -270,10 +296,7 @@ class RunFolder:
         """Put one split into evaluation/metrics.json: `{split: {task: {metric: value}}}`."""
         self.evaluation.mkdir(exist_ok=True)
         metrics = self.read_metrics()
-        metrics[split] = {
-            task: {name: None if value != value else value for name, value in values.items()}
-            for task, values in tasks.items()
-        }
+        metrics[split] = {task: _with_null(values) for task, values in tasks.items()}
         write_text(self.evaluation / "metrics.json", json.dumps(metrics, indent=1))
 
 
@@ -288,6 +311,11 @@ def _holding(path: Path) -> Iterator[None]:
         yield
     finally:
         _held.discard(path)
+
+
+def _with_null(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The metrics as JSON has them: null where one is undefined."""
+    return {name: None if value != value else value for name, value in metrics.items()}
 
 
 @contextmanager

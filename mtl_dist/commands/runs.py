@@ -251,6 +251,13 @@ def evaluate(
             help="Measure on the split of this dataset: another one, or the run's own in another place.",
         ),
     ] = None,
+    predictions: Annotated[
+        bool,
+        typer.Option(
+            "--predictions",
+            help="Write a row for each sample: its labels, answers and losses. docs/predict.md",
+        ),
+    ] = False,
 ) -> None:
     """Measure a run's best weights on a split: test, or val where there is none.
 
@@ -259,12 +266,13 @@ def evaluate(
 
     \b
       mtl evaluate runs/digits/ID --split test
+      mtl evaluate runs/digits/ID --split train --predictions     find labels that are wrong
       mtl evaluate runs/digits/ID --split val --data data/other-digits
     """
     from mtl_dist.data.remote import location
     from mtl_dist.runs.evaluation import evaluate_run
 
-    evaluate_run(run, split, None if data is None else location(data))
+    evaluate_run(run, split, None if data is None else location(data), predictions)
 
 
 def predict(

@@ -20,18 +20,26 @@ from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation, evaluate
 from mtl_dist.heartbeat import during
 from mtl_dist.importers.external import with_indexes
+from mtl_dist.prediction.evaluated import announce, write_predictions
 from mtl_dist.recipe import load_recipe_of
 from mtl_dist.results import print_results, write_evaluation
 from mtl_dist.run_folder import RunFolder, writing_to
 from mtl_dist.runs.announcements import warn
 from mtl_dist.runs.checking import checking_shards
+from mtl_dist.sample_rows import SampleRows, Table
 from mtl_dist.step import RootModule
 from mtl_dist.stopping import StopAsked, StopSignal, until_stopped
 from mtl_dist.training.trainer import Trainer
 
+MOST_PREDICTIONS = 200_000
+"""Samples of a split of which the end of a run still writes a row each."""
 
-def evaluate_run(run: Path, split: str | None = None, dataset: Location | None = None) -> str:
-    """Evaluate the best weights of a run on one split; metrics go to its evaluation/ folder.
+
+def evaluate_run(
+    run: Path, split: str | None = None, dataset: Location | None = None, predictions: bool = False
+) -> str:
+    """Evaluate the best weights of a run on one split; metrics go to its evaluation/ folder, with
+    `predictions` a table with a row for each sample as well.
 
     Without a `split` it is test or, where the data has none, val; that is said. The classes and statistics
     are those of the run. With `dataset` the split is one of that dataset, which may be another one, or the
@@ -62,7 +70,9 @@ def evaluate_run(run: Path, split: str | None = None, dataset: Location | None =
                     f"mtl evaluate {run} --split val chooses it."
                 )
     with checking_shards(data, [split], world, warn) as check:
-        evaluation = evaluate_split(root, data, split, batch_size, world, choosing=choosing)
+        evaluation, table = evaluate_samples(
+            root, data, split, batch_size, world, choosing=choosing, predictions=predictions
+        )
         check.finish()
     world.barrier()
     if world.is_main:
@@ -71,6 +81,8 @@ def evaluate_run(run: Path, split: str | None = None, dataset: Location | None =
             if evaluation.thresholds:
                 folder.write_thresholds(evaluation.thresholds)
             write_evaluation(folder, label, evaluation, trained.facts.task_infos, warn)
+            if table is not None:
+                announce(write_predictions(folder, label, table), len(table), print)
     return label
 
 
@@ -160,8 +172,12 @@ def evaluate_split(
     world: World,
     stop: StopSignal | None = None,
     choosing: bool = False,
+    rows: SampleRows | None = None,
+    with_baselines: bool = False,
 ) -> Evaluation:
     """Collective: the metrics of one split, by thresholds that are chosen from it where `choosing`.
+
+    `rows` and `with_baselines` are `evaluate`'s own.
 
     Raises:
         StopAsked: a rank was asked to stop before the end.
@@ -177,11 +193,40 @@ def evaluate_split(
     )
     until_then = loader if stop is None else until_stopped(loader, stop, world)
     with during(f"evaluation of {split}"):
-        return evaluate(root, until_then, world, choosing)
+        return evaluate(root, until_then, world, choosing, rows, with_baselines)
 
 
-def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> tuple[str, dict[str, float]]:
-    """Evaluate the best weights on every split but the training one; write and print the metrics.
+def evaluate_samples(
+    root: RootModule,
+    data: Data,
+    split: str,
+    batch_size: int,
+    world: World,
+    stop: StopSignal | None = None,
+    choosing: bool = False,
+    predictions: bool = True,
+) -> tuple[Evaluation, Table | None]:
+    """Collective: the metrics of one split and of constant answers, and on rank 0 with `predictions` a row
+    for each sample. From then on the root module decides by the thresholds that were chosen.
+
+    Raises:
+        StopAsked: a rank was asked to stop before the end.
+    """
+    datasets = [(source.facts.path.name, source.reader.num_samples) for source in data.sources[split]]
+    rows = SampleRows(root.tasks, world, datasets) if predictions else None
+    evaluation = evaluate_split(root, data, split, batch_size, world, stop, choosing, rows, True)
+    root.decide_by(evaluation.thresholds)
+    if rows is not None and evaluation.thresholds:  # the rows are to say what is decided by these
+        rows = SampleRows(root.tasks, world, datasets)
+        evaluate_split(root, data, split, batch_size, world, stop, rows=rows)
+    return evaluation, None if rows is None else rows.table()
+
+
+def evaluate_at_end(
+    trainer: Trainer, data: Data, folder: RunFolder, predictions: bool = True
+) -> tuple[str, dict[str, float]]:
+    """Evaluate the best weights on every split but the training one; write and print the metrics, with
+    `predictions` also a row for each sample.
 
     Returns the reason to stop, if any rank was asked to before all was evaluated: then nothing is written,
     and the next start of the run evaluates. Beside it the metrics, as `best/val/loss`.
@@ -191,14 +236,29 @@ def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> tuple[st
     path = world.on_main(lambda: best_or_newest(folder, tracker.say))
     engine.load_full_state(inference_weights(read_checkpoint(path)), {})
     evaluations: dict[str, Evaluation] = {}
+    tables: dict[str, Table] = {}
     try:
         with engine.evaluating():
             for split in ("val", "test"):
                 if split in data.splits:
-                    evaluations[split] = evaluate_split(
-                        root, data, split, batch_size, world, trainer.stop, choosing=split == "val"
+                    num_samples = data.num_samples(split)
+                    evaluations[split], table = evaluate_samples(
+                        root,
+                        data,
+                        split,
+                        batch_size,
+                        world,
+                        trainer.stop,
+                        choosing=split == "val",
+                        predictions=predictions and num_samples <= MOST_PREDICTIONS,
                     )
-                    root.decide_by(evaluations[split].thresholds)
+                    if table is not None:
+                        tables[split] = table
+                    elif predictions and num_samples > MOST_PREDICTIONS:
+                        tracker.say(
+                            f"{split} has {num_samples:,} samples: no row is written for each. "
+                            f"mtl evaluate RUN --split {split} --predictions does it."
+                        )
     except StopAsked as asked:
         return asked.reason, {}
     metrics: dict[str, float] = {}
@@ -207,6 +267,8 @@ def evaluate_at_end(trainer: Trainer, data: Data, folder: RunFolder) -> tuple[st
     if world.is_main and evaluations:
         for split, evaluation in evaluations.items():
             write_evaluation(folder, split, evaluation, data.task_infos, tracker.say)
+            if split in tables:
+                write_predictions(folder, split, tables[split])
             if evaluation.thresholds:
                 folder.write_thresholds(evaluation.thresholds)
             tracker.results(evaluation.flat(f"best/{split}"), trainer.progress.step)

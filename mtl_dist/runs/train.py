@@ -242,7 +242,7 @@ def run_to_the_end(
             if outcome.state == "done" and recipe.train.evaluate_at_end:
                 reason = agreed_stop(trainer.stop, world)
                 if not reason:
-                    reason, metrics = evaluate_at_end(trainer, data, folder)
+                    reason, metrics = evaluate_at_end(trainer, data, folder, recipe.train.predictions)
                 if reason:
                     outcome = Outcome("stopped", outcome.step, reason)
             trainer.figures.draw_curves()

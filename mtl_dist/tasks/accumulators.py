@@ -62,6 +62,11 @@ class Accumulator(Metric):
     def compute(self) -> dict[str, float]:
         """The metrics; torchmetrics has merged the ranks' states before."""
 
+    def of_one(self, output: Tensor, target: Tensor) -> dict[str, float]:
+        """The metrics of one labelled sample, without asking other ranks."""
+        self.update(output, target, torch.ones(1, dtype=torch.bool, device=output.device))
+        return type(self).compute(self)
+
     def confusion_matrix(self) -> np.ndarray | None:
         """The counts over all ranks, as `compute` saw them."""
         self.compute()

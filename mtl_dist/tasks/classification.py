@@ -13,6 +13,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
+from mtl_dist.tasks.resampling import of_classes, of_scores
 from mtl_dist.tasks.task import (
     NUM_MADE,
     USER_LOSS,
@@ -30,6 +31,7 @@ from mtl_dist.tasks.thresholds import DEFAULT, Decision, Rule, Threshold
 from mtl_dist.tasks.weights import ClassWeights, class_weights
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -250,3 +252,22 @@ class ClassificationTask(Task):
                 }
             )
         return decoded
+
+    def judged(self, answer: Mapping[str, Any], output: Tensor, target: Tensor) -> dict[str, Any]:
+        """The `label`, its `label_id`, the `label_probability`, and whether the answer is `correct`."""
+        label = int(target)
+        name = self.info.classes[label]
+        return {
+            "label_id": label,
+            "label": name,
+            "label_probability": answer["probabilities"][name],
+            "correct": answer["class_id"] == label,
+        }
+
+    def resampled(
+        self, columns: Mapping[str, np.ndarray], weights_RN: np.ndarray, ranking: bool = True
+    ) -> dict[str, np.ndarray]:
+        metrics = of_classes(columns, weights_RN, len(self.info.classes), self.positive)
+        if ranking:
+            metrics |= of_scores(columns, self.info.classes, weights_RN, self.positive)
+        return metrics

@@ -17,6 +17,7 @@ from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.depth_losses import DepthL1Settings, DepthLoss, DepthLossSettings
 from mtl_dist.tasks.maps import resized
 from mtl_dist.tasks.metrics import TaskMetrics
+from mtl_dist.tasks.resampling import of_pixels
 from mtl_dist.tasks.task import (
     MADE_SIZE,
     NUM_MADE,
@@ -127,6 +128,21 @@ class DepthTask(Task):
             }
             for values_HW in self.read(output).cpu()
         ]
+
+    def judged(self, answer: Mapping[str, Any], output: Tensor, target: Tensor) -> dict[str, Any]:
+        """The metrics of this map alone, and the `pixels` and `positive_pixels` that they are over."""
+        from mtl_dist.tasks.dense_metrics import DepthMetrics
+
+        values = DepthMetrics(self.read, self.info).to(output.device).of_one(output, target)
+        own = {name: values[name] for name in ("mae", "rmse", "abs_rel", "delta1")}
+        return own | {"pixels": int(target.isfinite().sum()), "positive_pixels": int((target > 0).sum())}
+
+    def resampled(
+        self, columns: Mapping[str, np.ndarray], weights_RN: np.ndarray, ranking: bool = True
+    ) -> dict[str, np.ndarray]:
+        return of_pixels(columns, ["mae"], "pixels", weights_RN) | of_pixels(
+            columns, ["abs_rel", "delta1"], "positive_pixels", weights_RN
+        )
 
     def map_of(self, answer: Mapping[str, Any]) -> np.ndarray | None:
         """The map, in the unit."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
+from mtl_dist.tasks.resampling import of_labels
 from mtl_dist.tasks.task import (
     NUM_MADE,
     USER_LOSS,
@@ -26,6 +27,7 @@ from mtl_dist.tasks.thresholds import DEFAULT, Rule, Threshold, log_odds
 from mtl_dist.tasks.weights import ClassWeights, positive_weights
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -135,3 +137,16 @@ class MultilabelTask(Task):
             labels = [name for name, score, limit in above if score > limit]
             decoded.append({"labels": labels, "probabilities": named})
         return decoded
+
+    def judged(self, answer: Mapping[str, Any], output: Tensor, target: Tensor) -> dict[str, Any]:
+        """The `label` as names, whether the answer has just these (`correct`), and of each class whether it
+        is true and whether it was decided (`truths`, `decided`)."""
+        truths = dict(zip(self.info.classes, (target[0] > 0.5).tolist(), strict=True))
+        label = [name for name, true in truths.items() if true]
+        decided = {name: name in answer["labels"] for name in self.info.classes}
+        return {"label": label, "correct": truths == decided, "truths": truths, "decided": decided}
+
+    def resampled(
+        self, columns: Mapping[str, np.ndarray], weights_RN: np.ndarray, ranking: bool = True
+    ) -> dict[str, np.ndarray]:
+        return of_labels(columns, self.info.classes, weights_RN, ranking)

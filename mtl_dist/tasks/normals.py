@@ -16,6 +16,7 @@ from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.maps import resized
 from mtl_dist.tasks.metrics import TaskMetrics
+from mtl_dist.tasks.resampling import of_pixels
 from mtl_dist.tasks.task import (
     MADE_SIZE,
     NUM_MADE,
@@ -166,6 +167,20 @@ class NormalsTask(Task):
             {"normals": units_3HW.numpy(), "mean": mean_3.tolist()}
             for units_3HW, mean_3 in zip(units_B3HW, means_B3, strict=True)
         ]
+
+    def judged(self, answer: Mapping[str, Any], output: Tensor, target: Tensor) -> dict[str, Any]:
+        """The metrics of this map alone, and the `pixels` that they are over."""
+        from mtl_dist.tasks.dense_metrics import NormalsMetrics
+
+        values = NormalsMetrics().to(output.device).of_one(output, target)
+        own = {name: values[name] for name in self.settings.modes}
+        return own | {"pixels": int(target.isfinite().all(dim=1).sum())}
+
+    def resampled(
+        self, columns: Mapping[str, np.ndarray], weights_RN: np.ndarray, ranking: bool = True
+    ) -> dict[str, np.ndarray]:
+        names = ["mean_angle", "within_11_25", "within_22_5", "within_30"]
+        return of_pixels(columns, names, "pixels", weights_RN)
 
     def map_of(self, answer: Mapping[str, Any]) -> np.ndarray | None:
         """The unit vectors (3, H, W)."""

@@ -14,6 +14,7 @@ from pydantic import Field
 from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
+from mtl_dist.tasks.resampling import of_grades
 from mtl_dist.tasks.task import (
     NUM_MADE,
     Baseline,
@@ -27,6 +28,7 @@ from mtl_dist.tasks.task import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 _SMALLEST = 1e-6
@@ -190,6 +192,24 @@ class OrdinalTask(Task):
                 self.grades(output).tolist(), self._probabilities(output).tolist(), strict=True
             )
         ]
+
+    def judged(self, answer: Mapping[str, Any], output: Tensor, target: Tensor) -> dict[str, Any]:
+        """The `label`, its `label_id` and `label_probability`, whether the answer is `correct`, and its
+        `error` in steps."""
+        label = int(target)
+        name = self.info.classes[label]
+        return {
+            "label_id": label,
+            "label": name,
+            "label_probability": answer["probabilities"][name],
+            "correct": answer["class_id"] == label,
+            "error": answer["class_id"] - label,
+        }
+
+    def resampled(
+        self, columns: Mapping[str, np.ndarray], weights_RN: np.ndarray, ranking: bool = True
+    ) -> dict[str, np.ndarray]:
+        return of_grades(columns, weights_RN, len(self.info.classes))
 
     def metric_inputs(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The logarithms of the grades' probabilities (B, C), and the grades."""

@@ -11,6 +11,7 @@ from pydantic import Field
 from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
+from mtl_dist.tasks.resampling import of_errors
 from mtl_dist.tasks.task import (
     NUM_MADE,
     USER_LOSS,
@@ -25,6 +26,7 @@ from mtl_dist.tasks.task import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -158,6 +160,16 @@ class RegressionTask(Task):
         """Per sample the `value` in its `unit`."""
         values_B = output.detach().double().squeeze(1) * self.scale + self.mean
         return [{"value": value, "unit": self.info.unit} for value in values_B.tolist()]
+
+    def judged(self, answer: Mapping[str, Any], output: Tensor, target: Tensor) -> dict[str, Any]:
+        """The `label` and the `error` of the answer, both in the unit."""
+        label = float(target)
+        return {"label": label, "error": answer["value"] - label}
+
+    def resampled(
+        self, columns: Mapping[str, np.ndarray], weights_RN: np.ndarray, ranking: bool = True
+    ) -> dict[str, np.ndarray]:
+        return of_errors(columns, weights_RN)
 
     def metric_inputs(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Values (B,) and targets (B,) in the target's unit."""

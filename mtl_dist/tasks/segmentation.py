@@ -15,6 +15,7 @@ from mtl_dist.lazy import torch
 from mtl_dist.specs import IGNORE, TaskInfo
 from mtl_dist.tasks.maps import foreground_logits, predicted_classes, resized
 from mtl_dist.tasks.metrics import TaskMetrics
+from mtl_dist.tasks.resampling import of_overlaps
 from mtl_dist.tasks.segmentation_losses import MapCrossEntropySettings, SegmentationLoss
 from mtl_dist.tasks.task import (
     MADE_SIZE,
@@ -98,6 +99,25 @@ class SegmentationTask(Task):
                 ratios_C = (pixels_C / mask_HW.numel()).tolist()
                 sample["area_ratios"] = dict(zip(self.info.classes, ratios_C, strict=True))
         return decoded
+
+    def judged(self, answer: Mapping[str, Any], output: Tensor, target: Tensor) -> dict[str, Any]:
+        """The `dice`, `iou` and `pixel_accuracy` of this mask alone, as the split's are defined, and by class
+        the pixels that are right (`hits`), true and predicted, from which these are."""
+        from mtl_dist.tasks.accumulators import SegmentationMetrics
+
+        metrics = SegmentationMetrics(len(self.info.classes)).to(output.device)
+        values = metrics.of_one(output, target)
+        counts_CC = metrics.confusion.cpu()
+        margins = {"hits": counts_CC.diagonal(), "true": counts_CC.sum(1), "predicted": counts_CC.sum(0)}
+        named = {
+            key: dict(zip(self.info.classes, counts.tolist(), strict=True)) for key, counts in margins.items()
+        }
+        return {name: values[name] for name in self.settings.modes} | {"pixels": named}
+
+    def resampled(
+        self, columns: Mapping[str, np.ndarray], weights_RN: np.ndarray, ranking: bool = True
+    ) -> dict[str, np.ndarray]:
+        return of_overlaps(columns, self.info.classes, weights_RN)
 
     def example(self) -> tuple[Tensor, Tensor]:
         size, num_classes = (MADE_SIZE, MADE_SIZE), len(self.info.classes)

@@ -8,6 +8,7 @@ batches hold different numbers of labels. So a loss here never divides; whoever 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -237,6 +238,36 @@ class Task(ABC):
     def baseline(self) -> Baseline | None:
         """What is best said of every image without looking at it; None where nothing is defined."""
         return None
+
+    def sample_losses(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> Tensor:
+        """Each sample's own loss, numerator over denominator, float32 (B,); NaN without a label."""
+        with torch.autocast(output.device.type, enabled=False):
+            safe_target = self._safe_target(target, labelled_B)
+            safe_output = self._safe_output(output.float(), safe_target, labelled_B)
+            losses_B = self.loss.numerators(safe_output, safe_target).detach().float()
+            counts_B = self.loss.denominators(safe_target)
+        counted_B = labelled_B & (counts_B > 0)
+        return torch.where(counted_B, losses_B / torch.where(counted_B, counts_B, 1.0), math.nan)
+
+    def judged(self, answer: Mapping[str, Any], output: Tensor, target: Tensor) -> dict[str, Any]:
+        """What the label of one sample says of it: its `label`, whether the `answer` is `correct`, its
+        `error` or the metrics of its map. `output` and `target` have a batch dimension of 1; a map is in its
+        own size.
+
+        Nothing in a kind that does not say.
+        """
+        return {}
+
+    def resampled(
+        self, columns: Mapping[str, np.ndarray], weights_RN: np.ndarray, ranking: bool = True
+    ) -> dict[str, np.ndarray]:
+        """Metrics (R,) of labelled samples that count by R rows of weights, from the `columns` that the
+        answers and `judged` make: for intervals. With weights of 1 they are the split's own metrics.
+
+        Without `ranking` those are left out that sort the samples of each class. A metric that columns do not
+        determine is not among them.
+        """
+        return {}
 
     def map_of(self, answer: Mapping[str, Any]) -> np.ndarray | None:
         """The map in a decoded answer, of the values that its kind has in a batch; None where it has none."""

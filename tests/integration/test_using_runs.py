@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import mtl_dist
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.errors import UserError
 from mtl_dist.recipe import load_recipe
+from tests.ranks import RankPool
 from tests.tiny_datasets import HEIGHT, WIDTH, image_of
 from tests.tiny_runs import train_run
 from tests.undrawn import drawn
@@ -64,6 +66,142 @@ def test_every_labelled_sample_of_a_split_is_counted_once(run: Path, recipe: Pat
             assert metrics[split][task]["num_samples"] == facts["present"], (split, task)
 
 
+def test_a_finished_run_has_a_row_for_each_evaluated_sample(run: Path, recipe: Path) -> None:
+    from pyarrow import parquet
+
+    from mtl_dist.prediction.evaluated import read_predictions
+    from mtl_dist.run_folder import RunFolder
+
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    manifest = json.loads((recipe.parent / "tiny" / "dataset.json").read_text())
+    for split in ("val", "test"):
+        table = read_predictions(RunFolder.open(run), split)
+        assert table is not None
+        assert len(set(table.columns["key"])) == len(table) == manifest["splits"][split]["num_samples"]
+        for task, facts in manifest["splits"][split]["labels"].items():
+            assert len(table.of_task(task)["loss"]) == facts["present"], (split, task)
+            mean = table.of_task(task)["loss"].mean()
+            assert mean == pytest.approx(metrics[split][task]["loss"], rel=1e-4), (split, task)
+        correct = table.of_task("digit")["correct"]
+        assert correct.mean() == pytest.approx(metrics[split]["digit"]["accuracy"])
+        rows = parquet.read_table(run / "evaluation" / f"{split}_predictions.parquet").to_pylist()
+        assert list(rows[0]) == list(table.columns)
+        assert [row["key"] for row in rows] == table.columns["key"].tolist()
+    baselines = json.loads((run / "evaluation" / "baselines.json").read_text())
+    assert baselines["val"]["digit"]["name"] == "majority"
+    assert {"accuracy", "macro_f1"} <= baselines["val"]["digit"]["metrics"].keys()
+
+
+def test_two_ranks_write_the_rows_of_one(run: Path, ranks: RankPool, tmp_path: Path) -> None:
+    from mtl_dist.prediction.evaluated import read_predictions
+    from mtl_dist.run_folder import RunFolder
+    from mtl_dist.runs.evaluation import evaluate_run
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "evaluation" / "test_predictions.csv").unlink()
+    assert ranks.run(evaluate_run, copy, "test", None, True) == ["test", "test"]
+    one, two = (read_predictions(RunFolder.open(path), "test") for path in (run, copy))
+    assert one is not None
+    assert two is not None
+    assert list(one.columns) == list(two.columns)
+    for name, values in one.columns.items():
+        if values.dtype == object:
+            assert values.tolist() == two.columns[name].tolist(), name
+        else:
+            np.testing.assert_allclose(two.columns[name], values, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+# ---------------------------------------------------------------- the page
+@pytest.fixture(scope="module")
+def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mtl_dist.report.page.write import write_report
+
+    return write_report([run], tmp_path_factory.mktemp("page") / "page.html")
+
+
+def test_a_page_is_one_file_with_every_task_and_nothing_from_elsewhere(page: Path, run: Path) -> None:
+    text = page.read_text()
+    assert len(text) < 3_000_000
+    for task in ("digit", "value", "tags", "shape"):
+        assert f"<h2>{task}</h2>" in text
+    for title in (
+        "Confusion matrix",
+        "Calibration",
+        "ROC",
+        "Predicted over label",
+        "Worst",
+        "Dice of each map",
+    ):
+        assert title in text, title
+    assert "majority: " in text
+    assert text.count("data:image/jpeg;base64,") >= 9
+    for word in ("<script", "http:", "https:", "@import", "url("):
+        assert word not in text, word
+
+
+def test_a_page_has_no_path_and_no_host_in_it(page: Path, run: Path) -> None:
+    import platform
+
+    text = page.read_text()
+    assert "…/tiny" in text
+    for folder in (run.parent, *run.parent.parents):
+        assert folder == Path("/") or str(folder) + "/" not in text
+    assert f">{platform.node()}<" not in text
+
+
+def test_what_a_class_is_called_is_text_on_a_page(run: Path, tmp_path: Path) -> None:
+    from mtl_dist.report.page.write import write_report
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    data = (copy / "data.json").read_text()
+    (copy / "data.json").write_text(data.replace('"thing"', '"<img src=x onerror=alert(1)>"'))
+    text = write_report([copy], pictures=False).read_text()
+    assert "<img" not in text
+    assert "&lt;img src=x" in text
+
+
+def test_runs_side_by_side_begin_with_what_differs(run: Path, tmp_path: Path) -> None:
+    from mtl_dist.report.page.write import write_report
+
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    recipe = (other / "recipe.yaml").read_text()
+    (other / "recipe.yaml").write_text(recipe.replace("lr: 0.003", "lr: 0.004"))
+    text = write_report([run, other], tmp_path / "two.html").read_text()
+    differs = text.split("What differs")[1].split("Results")[0]
+    assert "<td>optim.lr</td><td>0.003</td><td>0.004</td>" in differs
+    assert differs.count("<tr>") == 2
+    with pytest.raises(UserError, match="twice"):
+        write_report([run, run], tmp_path / "same.html")
+
+
+def test_a_browser_shows_a_page_without_an_error_and_a_phone_without_scrolling_sideways(page: Path) -> None:
+    browsers = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium here (apt-get install chromium)")
+    with browsers.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for width, colours in ((390, "light"), (1200, "dark")):
+            shown = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=colours)
+            said: list[Any] = []
+            shown.on("console", said.append)
+            shown.on("pageerror", said.append)
+            asked: list[Any] = []
+            shown.on("request", asked.append)
+            shown.goto(page.as_uri())
+            assert [str(one) for one in said] == []
+            assert [one.url for one in asked if not one.url.startswith(("file:", "data:"))] == []
+            assert shown.evaluate("document.documentElement.scrollWidth") <= width
+            assert shown.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+            background = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert background == ("rgb(255, 255, 255)" if colours == "light" else "rgb(17, 20, 23)")
+        browser.close()
+
+
+# ---------------------------------------------------------------- again
 def test_evaluating_again_gives_the_same_figures(run: Path) -> None:
     from mtl_dist.runs.evaluation import evaluate_run
 

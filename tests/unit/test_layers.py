@@ -25,7 +25,7 @@ LAYERS: dict[int, str] = {
     2: "importers engine gradients checkpoint optim user_optimizer ema batch_statistics monitor "
     "tracking figures stopping",
     3: "step balancing skipping hangs",
-    4: "training evaluator",
+    4: "training evaluator sample_rows intervals",
     5: "recipe recipe_tasks resuming shipped run_folder results assemble caveats runs debug prediction",
     6: "launch report face prepare",
     7: "cli commands __main__",

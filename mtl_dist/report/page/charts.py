@@ -1,0 +1,256 @@
+"""The charts of a task, from the rows of an evaluated split: what a kind has columns for is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtl_dist.figures import svg
+from mtl_dist.figures.svg import Chart, Series
+from mtl_dist.kinds.registry import kind_of
+from mtl_dist.tasks.task import Task
+
+Columns = Mapping[str, np.ndarray]
+
+_FEW_CLASSES = 6
+_MOST_CURVES = 40
+_LISTED = 12
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its title and what it says in words; `wide` ones get a row of their own."""
+
+    title: str
+    svg: str
+    caption: str = ""
+    wide: bool = False
+    legend: tuple[tuple[str, str], ...] = ()
+    """(class of the style sheet, words) of each colour."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A small table."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    caption: str = ""
+
+
+def figures_of(task: Task, columns: Columns, confusion: np.ndarray | None) -> list[Figure]:
+    """All charts that the columns of labelled samples allow."""
+    found: list[Figure] = []
+    classes = task.info.classes
+    if confusion is not None and len(classes) > 1:
+        found.append(confusion_figure(confusion, classes, kind_of(task.info.kind).is_map))
+    if not columns or not len(next(iter(columns.values()))):
+        return found
+    scores = scores_of(classes, columns)
+    if scores is not None:
+        truths_NC, scores_NC = scores
+        found += ranking_figures(task, truths_NC, scores_NC)
+        found += calibration_figures(columns, truths_NC, scores_NC)
+    if "value" in columns and "label" in columns:
+        found += regression_figures(columns, task.info.unit)
+    main = task.settings.compared[0]
+    own = "dice" if "dice" in columns else main
+    if kind_of(task.info.kind).is_map and own in columns:
+        values = columns[own].astype(np.float64)
+        values = values[np.isfinite(values)]
+        if len(values):
+            caption = (
+                f"Median {svg.short(float(np.median(values)))} over {len(values):,} maps, each on its own."
+            )
+            found.append(Figure(f"{words(own)} of each map", svg.histogram(values, own, words(own)), caption))
+    return [figure for figure in found if figure.svg]
+
+
+def scores_of(classes: Sequence[str], columns: Columns) -> tuple[np.ndarray, np.ndarray] | None:
+    """Truths and probabilities (N, C), of kinds that have both for every class."""
+    names = [f"probabilities.{name}" for name in classes]
+    if not classes or not all(name in columns for name in names):
+        return None
+    scores_NC = np.stack([columns[name] for name in names], axis=1).astype(np.float64)
+    if "label_id" in columns:
+        return (columns["label_id"].astype(int)[:, None] == np.arange(len(classes))), scores_NC
+    if all(f"truths.{name}" in columns for name in classes):
+        return np.stack([columns[f"truths.{name}"] > 0.5 for name in classes], axis=1), scores_NC
+    return None
+
+
+def confusion_figure(matrix: np.ndarray, classes: Sequence[str], is_map: bool) -> Figure:
+    """Rows are true, columns predicted; colours are shares of the true class."""
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    what = "pixels" if is_map else "samples"
+    numbers = np.round(100 * shares, 1) if is_map else matrix
+    drawn = svg.matrix(
+        shares, classes, classes, "confusion matrix", numbers=numbers, x_label="predicted", y_label="true"
+    )
+    legend = (("share-0", "0 %"), ("share-1", "50 %"), ("share-2", "100 % of the true class"))
+    caption = f"Numbers are {'per cent of the true class, in ' + what if is_map else what}."
+    if len(classes) > svg.NUMBERS_UP_TO:
+        caption = (
+            f"{len(classes)} classes; a cell names itself under the pointer. Most frequent confusions below."
+        )
+    return Figure("Confusion matrix", drawn, caption, wide=len(classes) > 8, legend=legend)
+
+
+def confusions(matrix: np.ndarray, classes: Sequence[str]) -> Listing | None:
+    """The most frequent confusions of classes, by their number."""
+    wrong = matrix.astype(np.int64).copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(wrong, axis=None, kind="stable")[::-1][:_LISTED]
+    rows = []
+    for flat in order.tolist():
+        i, j = divmod(flat, len(classes))
+        if wrong[i, j]:
+            share = wrong[i, j] / max(1, matrix[i].sum())
+            rows.append((classes[i], classes[j], f"{wrong[i, j]:,}", f"{share:.0%}"))
+    if not rows:
+        return None
+    return Listing("Most frequent confusions", ("true", "predicted", "samples", "of the class"), rows)
+
+
+def hardest_classes(matrix: np.ndarray, classes: Sequence[str]) -> Listing:
+    """Precision and recall of each class, of many the worst."""
+    hits, true, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    recall = np.where(true > 0, hits / np.maximum(true, 1), np.nan)
+    precision = np.where(predicted > 0, hits / np.maximum(predicted, 1), np.nan)
+    order = np.argsort(np.where(true > 0, recall, 2.0), kind="stable")[:_LISTED]
+    rows = [(classes[c], svg.short(recall[c]), svg.short(precision[c]), f"{int(true[c]):,}") for c in order]
+    title = "Classes, the hardest first" + (
+        f" ({_LISTED} of {len(classes)})" if len(classes) > _LISTED else ""
+    )
+    return Listing(title, ("class", "recall", "precision", "samples"), rows)
+
+
+def ranking_figures(task: Task, truths_NC: np.ndarray, scores_NC: np.ndarray) -> list[Figure]:
+    """ROC and precision-recall: of two classes the positive one; of more each against the rest, and mean."""
+    classes = list(task.info.classes)
+    shown = list(range(len(classes)))
+    positive = getattr(task, "positive", None)
+    if positive is not None:
+        shown = [positive]
+    shown = [c for c in shown if 0 < truths_NC[:, c].sum() < len(truths_NC)]
+    if not shown:
+        return []
+    grid = np.linspace(0, 1, 101)
+    roc, pr = {}, {}
+    for c in shown:
+        false_rate, true_rate, precision = _curve(truths_NC[:, c], scores_NC[:, c])
+        roc[c] = np.interp(grid, false_rate, true_rate)
+        pr[c] = np.interp(grid, true_rate, precision)
+    x = grid.tolist()
+    figures = []
+    for title, curves, across, diagonal in (
+        ("ROC", roc, "false positive rate", True),
+        ("Precision and recall", pr, "recall", False),
+    ):
+        series: list[Series] = []
+        legend: list[tuple[str, str]] = []
+        if len(shown) == 1:
+            series.append(Series(classes[shown[0]], x, curves[shown[0]].tolist(), "s0"))
+        elif len(shown) <= _FEW_CLASSES:
+            for number, c in enumerate(shown):
+                series.append(Series(classes[c], x, curves[c].tolist(), f"s{number}"))
+                legend.append((f"s{number}", classes[c]))
+        else:
+            series += [Series(classes[c], x, curves[c].tolist(), "faint") for c in shown[:_MOST_CURVES]]
+            series.append(Series("mean", x, np.mean(list(curves.values()), axis=0).tolist(), "s0"))
+            legend = [("s0", "mean of the classes"), ("faint", "each class against the rest")]
+        of = f"of {classes[shown[0]]}, " if len(shown) == 1 else ""
+        up = "true positive rate" if diagonal else "precision"
+        drawn = svg.lines(series, title, across, y=(0.0, 1.0), diagonal=diagonal)
+        figures.append(
+            Figure(title, drawn, f"{of}{up} over {across}".strip().capitalize() + ".", legend=tuple(legend))
+        )
+    return figures
+
+
+def _curve(truths_N: np.ndarray, scores_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """False positive rate, true positive rate and precision at each threshold, from none to all."""
+    order = np.argsort(-scores_N, kind="stable")
+    truths_N, scores_N = truths_N[order].astype(np.float64), scores_N[order]
+    last = np.r_[scores_N[1:] != scores_N[:-1], True]
+    hits, misses = truths_N.cumsum()[last], (1 - truths_N).cumsum()[last]
+    precision = hits / (hits + misses)
+    return (
+        np.r_[0.0, misses / misses[-1]],
+        np.r_[0.0, hits / hits[-1]],
+        np.r_[precision[0], precision],
+    )
+
+
+def calibration_figures(columns: Columns, truths_NC: np.ndarray, scores_NC: np.ndarray) -> list[Figure]:
+    """How often it is right when it says so: of single classes the confidence, of labels each probability."""
+    if "class_id" in columns:
+        says_N = columns["confidence"] if "confidence" in columns else scores_NC.max(axis=1)
+        right_N = columns["correct"].astype(np.float64)
+        what = "accuracy", "confidence of the answer"
+    else:
+        says_N, right_N = scores_NC.ravel(), truths_NC.astype(np.float64).ravel()
+        what = "share of true labels", "probability of a label"
+    says_N = says_N.astype(np.float64)
+    bins = np.clip((says_N * 10).astype(int), 0, 9)
+    counts = np.bincount(bins, minlength=10)
+    filled = counts > 0
+    mean = np.bincount(bins, says_N, minlength=10)[filled] / counts[filled]
+    rate = np.bincount(bins, right_N, minlength=10)[filled] / counts[filled]
+    error = float((counts[filled] / counts.sum() * np.abs(mean - rate)).sum())
+    chart = Chart((0.0, 1.0), (0.0, 1.0), what[1])
+    chart.bars(np.linspace(0, 1, 11).tolist(), (0.25 * counts / counts.max()).tolist(), "faint")
+    chart.segment((0.0, 0.0), (1.0, 1.0))
+    chart.line(Series("calibration", mean.tolist(), rate.tolist(), "s0", dots=True))
+    caption = (
+        f"{what[0].capitalize()} over {what[1]}; on the dashed line it knows how sure it is. Expected "
+        f"calibration error {error:.3f}; bars: how many samples."
+    )
+    return [Figure("Calibration", chart.svg("calibration"), caption)]
+
+
+def regression_figures(columns: Columns, unit: str) -> list[Figure]:
+    """Answers over labels, and the errors."""
+    labels, values = columns["label"].astype(np.float64), columns["value"].astype(np.float64)
+    low, high = svg.padded(float(min(labels.min(), values.min())), float(max(labels.max(), values.max())))
+    of = f" ({unit})" if unit else ""
+    chart = Chart((low, high), (low, high), f"label{of}", f"predicted{of}")
+    chart.segment((low, low), (high, high))
+    chart.points(labels, values)
+    errors = values - labels
+    spread = (
+        f"Mean {svg.short(float(errors.mean()))}, standard deviation {svg.short(float(errors.std()))}{of}."
+    )
+    residual = Chart(
+        (low, high), svg.padded(float(errors.min()), float(errors.max())), f"label{of}", f"error{of}"
+    )
+    if errors.min() < 0:
+        residual.y = (float(errors.min()) * 1.06, residual.y[1])
+    residual.segment((low, 0.0), (high, 0.0))
+    residual.points(labels, errors)
+    return [
+        Figure("Predicted over label", chart.svg("predicted over label"), "On the dashed line it is right."),
+        Figure("Error over label", residual.svg("error over label"), "A slope means: pulled to the mean."),
+        Figure("Errors", svg.histogram(errors, "errors", f"error{of}", zero=True), spread),
+    ]
+
+
+def words(name: str) -> str:
+    """A metric's name for people.
+
+    >>> words("balanced_accuracy"), words("auroc"), words("mae")
+    ('balanced accuracy', 'AUROC', 'MAE')
+    """
+    known = {
+        "auroc": "AUROC",
+        "mae": "MAE",
+        "rmse": "RMSE",
+        "mse": "MSE",
+        "r2": "R²",
+        "iou": "IoU",
+        "dice": "Dice",
+    }
+    return known.get(name, name.replace("_", " ").replace("f1", "F1"))

@@ -1,0 +1,230 @@
+"""The pictures of a page: samples of the run's own data, with labels and answers drawn on them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from mtl_dist.data.decode import decode_image, decode_map
+from mtl_dist.data.images import UnreadableImage
+from mtl_dist.data.loader import Data, open_data
+from mtl_dist.data.mixing import Concatenation
+from mtl_dist.data.overlays import colours_of, legend_colours, overlaid
+from mtl_dist.data.reader import UnreadableSample
+from mtl_dist.errors import UserError
+from mtl_dist.figures import svg
+from mtl_dist.importers.external import with_indexes
+from mtl_dist.kinds.kind import Colour
+from mtl_dist.kinds.registry import kind_of, map_kind
+from mtl_dist.printable import printable
+from mtl_dist.report.page.charts import words
+from mtl_dist.report.page.record import RunRecord
+from mtl_dist.tasks.task import Task
+
+if TYPE_CHECKING:
+    from mtl_dist.prediction.predictor import Predictor
+
+SIDE = 184
+_EACH, _MISTAKES = 3, 8
+_TRUE: Colour = (46, 204, 113)
+_PREDICTED: Colour = (255, 127, 14)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One sample: its data URI, and lines below it."""
+
+    uri: str
+    lines: tuple[str, ...]
+    wrong: bool = False
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures under a title; `legend` says what outlines mean, by (CSS colour, words)."""
+
+    title: str
+    pictures: list[Picture]
+    caption: str = ""
+    legend: tuple[tuple[str, str], ...] = ()
+
+
+class Samples:
+    """The samples of a split by their positions; `problem` says why there are none."""
+
+    def __init__(self, record: RunRecord, split: str) -> None:
+        self._record = record
+        self.problem = ""
+        self._data: Data | None = None
+        self._predictor: Predictor | None = None
+        try:
+            data = open_data(with_indexes(record.recipe.data), list(record.tasks))
+            self._sources = data.sources[split]
+            lengths = [source.reader.num_samples for source in self._sources]
+            if sum(lengths) <= int(record.tables[split].columns["position"].max()):
+                raise UserError("the dataset has fewer samples than it had")
+            self._order = Concatenation(lengths)
+            self._data = data
+        except (UserError, KeyError, OSError) as error:
+            self.problem = f"No pictures: the data of this run cannot be read here ({type(error).__name__})."
+
+    def galleries(self, task: Task, columns: Mapping[str, np.ndarray]) -> list[Gallery]:
+        """What a task has pictures of: maps best, median and worst; answers that are wrong and sure."""
+        if self._data is None or not len(columns.get("position", ())):
+            return []
+        try:
+            if kind_of(task.info.kind).is_map:
+                return self._maps(task, columns)
+            if "correct" in columns:
+                return self._mistakes(task, columns)
+            if "error" in columns:
+                return self._outliers(task, columns)
+        except (UnreadableSample, UnreadableImage, UserError, OSError) as error:
+            self.problem = f"Pictures are missing: a sample could not be read ({type(error).__name__})."
+        return []
+
+    # ------------------------------------------------------------------ which
+    def _mistakes(self, task: Task, columns: Mapping[str, np.ndarray]) -> list[Gallery]:
+        wrong = np.flatnonzero(columns["correct"] == 0)
+        if "confidence" in columns:
+            sure = columns["confidence"].astype(np.float64)
+        elif "label_probability" in columns:
+            sure = 1 - columns["label_probability"].astype(np.float64)
+        else:
+            sure = columns["loss"].astype(np.float64)
+        chosen = wrong[np.argsort(-sure[wrong], kind="stable")][:_MISTAKES]
+
+        def lines(n: int) -> tuple[str, ...]:
+            said = columns["class_name"][n] if "class_name" in columns else columns["labels"][n]
+            of = f" ({columns['confidence'][n]:.0%})" if "confidence" in columns else ""
+            return f"says {said or 'nothing'}{of}", f"label {columns['label'][n] or 'none'}"
+
+        if not len(chosen):
+            return []
+        total = f"{len(wrong):,} of {len(columns['correct']):,} are wrong"
+        return [
+            Gallery(
+                "Wrong and sure of it", self._plain(columns, chosen, lines), f"{total}; the surest first."
+            )
+        ]
+
+    def _outliers(self, task: Task, columns: Mapping[str, np.ndarray]) -> list[Gallery]:
+        chosen = np.argsort(-np.abs(columns["error"].astype(np.float64)), kind="stable")[:_MISTAKES]
+        unit = f" {task.info.unit}" if task.info.unit else ""
+
+        def lines(n: int) -> tuple[str, ...]:
+            return (
+                f"says {svg.short(columns['value'][n])}{unit}",
+                f"label {svg.short(columns['label'][n])}{unit}",
+            )
+
+        return [Gallery("Farthest off", self._plain(columns, chosen, lines), "The largest errors first.")]
+
+    def _maps(self, task: Task, columns: Mapping[str, np.ndarray]) -> list[Gallery]:
+        own = "dice" if "dice" in columns else task.settings.compared[0]
+        values = columns[own].astype(np.float64)
+        known = np.flatnonzero(np.isfinite(values))
+        if not len(known):
+            return []
+        mode = task.settings.modes.get(own, "max")
+        order = known[np.argsort(values[known] if mode == "min" else -values[known], kind="stable")]
+        middle = max(0, len(order) // 2 - _EACH // 2)
+        galleries = []
+        for title, some in (
+            ("Best", order[:_EACH]),
+            ("Median", order[middle : middle + _EACH]),
+            ("Worst", order[::-1][:_EACH]),
+        ):
+            pictures = [self._overlay(task, columns, int(n), own) for n in some.tolist()]
+            galleries.append(Gallery(title, pictures, legend=_outlines(task)))
+        return galleries
+
+    # ------------------------------------------------------------------ drawn
+    def _plain(
+        self, columns: Mapping[str, np.ndarray], chosen: np.ndarray, lines: Callable[[int], tuple[str, ...]]
+    ) -> list[Picture]:
+        pictures = []
+        for n in chosen.tolist():
+            key, image_CHW, _ = self._read(int(columns["position"][n]), ())
+            picture = overlaid(image_CHW, {}, {}, {}, SIDE)
+            pictures.append(Picture(_uri(picture), tuple(map(printable, (*lines(n), key)))))
+        return pictures
+
+    def _overlay(self, task: Task, columns: Mapping[str, np.ndarray], n: int, own: str) -> Picture:
+        key, image_CHW, masks = self._read(int(columns["position"][n]), (task.name,))
+        truth = map_kind(task.info.kind).values(decode_map(masks[task.name]), task.info)
+        answer = self._model.predict(image_CHW)[task.name]
+        said = task.map_of(answer)
+        if said is None:
+            said = truth
+        infos = {task.name: task.info}
+        colours = legend_colours(infos)
+        if len(task.info.classes) == 2:
+            picture = overlaid(image_CHW, {}, {}, {}, SIDE)
+            pixels = np.array(picture)
+            for values, colour in ((truth, _TRUE), (said, _PREDICTED)):
+                _outline(pixels, _in_size(values == 1, picture.size), colour)
+            picture = Image.fromarray(pixels)
+        else:
+            label, predicted = (
+                overlaid(image_CHW, {task.name: values}, infos, colours, SIDE) for values in (truth, said)
+            )
+            picture = Image.new("RGB", (label.width + predicted.width + 4, label.height), (255, 255, 255))
+            picture.paste(label, (0, 0))
+            picture.paste(predicted, (label.width + 4, 0))
+        return Picture(_uri(picture), (f"{words(own)} {svg.short(float(columns[own][n]))}", printable(key)))
+
+    @property
+    def _model(self) -> Predictor:
+        if self._predictor is None:
+            from mtl_dist.prediction.predictor import Predictor
+
+            self._predictor = Predictor(self._record.folder.directory)
+        return self._predictor
+
+    def _read(self, position: int, masks: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
+        place = self._order.samples(np.array([position]))
+        source, row = int(place.sources[0]), int(place.rows[0])
+        sample = self._sources[source].reader.read(row, tuple(masks))
+        facts = self._record.facts
+        return sample.key, decode_image(sample.image, facts.channels, facts.image_dtype), dict(sample.masks)
+
+
+def _outlines(task: Task) -> tuple[tuple[str, str], ...]:
+    if len(task.info.classes) == 2:
+        return (_css(_TRUE), "label"), (_css(_PREDICTED), "predicted")
+    colours = legend_colours({task.name: task.info})
+    lines = zip(colours_of(task.name, colours), (words for _, words in colours), strict=True)
+    return (
+        ("transparent", "left: label, right: predicted"),
+        *((_css(colour), words) for colour, words in lines),
+    )
+
+
+def _css(colour: Colour) -> str:
+    return f"rgb({colour[0]},{colour[1]},{colour[2]})"
+
+
+def _in_size(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.array(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)) > 0
+
+
+def _outline(pixels_HWC: np.ndarray, inside: np.ndarray, colour: Colour) -> None:
+    """Draw the border of a region, two pixels wide."""
+    inner = inside
+    for _ in range(2):
+        around = np.pad(inner, 1, mode="edge")
+        inner = inner & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+    pixels_HWC[inside & ~inner] = colour
+
+
+def _uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "JPEG", quality=82, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
