@@ -186,12 +186,16 @@ def assert_same(found: Trained, expected: Trained, note: Any) -> None:
         )
 
 
-@pytest.mark.parametrize("zero_stage", [None, 0, 1, 2, 3])
-def test_two_ranks_of_any_engine_train_like_one_process(zero_stage: int | None) -> None:
+STAGES = (None, 0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("turned", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_two_ranks_of_any_engine_train_like_one_process(zero_stage: int | None, turned: bool) -> None:
+    """Every method under every engine; accumulation is 1 and 2 in turn, and the other one where `turned`."""
     cases = [
-        Case(method, zero_stage, accumulation)
-        for method in METHODS
-        for accumulation in (1, 2)
+        Case(method, zero_stage, 1 + (number + STAGES.index(zero_stage) + turned) % 2)
+        for number, method in enumerate(METHODS)
         # The gradients of whole shared weights, which ZeRO 3 does not have.
         if not (zero_stage == 3 and "parameters" in method)
     ]
