@@ -211,10 +211,14 @@ class WindowGradients:
         for k, present in enumerate(present_T):
             if present:
                 found = torch.autograd.grad(
-                    losses_T[k] * self._scale, list(features[k].values()), retain_graph=True
+                    losses_T[k] * self._scale,
+                    list(features[k].values()),
+                    retain_graph=True,
+                    allow_unused=True,
                 )
                 for name, gradient in zip(features[k], found, strict=True):
-                    rows.setdefault(name, {})[k] = gradient.float().flatten()
+                    if gradient is not None:  # a head may leave a map that it is given
+                        rows.setdefault(name, {})[k] = gradient.float().flatten()
         with full_float32():
             for gradients in rows.values():
                 tasks = torch.tensor(list(gradients), device=self._world.device)

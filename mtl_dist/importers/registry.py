@@ -38,6 +38,11 @@ IMPORTERS = {
     "parquet": BuiltIn(
         "mtl_dist.importers.parquet.Parquet", "Parquet or Arrow files with a row per image (Hugging Face)."
     ),
+    "mtan": BuiltIn("mtl_dist.importers.mtan.Mtan", "NYUv2 or Cityscapes as MTAN's folders of arrays."),
+    "celeba": BuiltIn("mtl_dist.importers.celeba.Celeba", "CelebA's faces: 40 tasks, or one multilabel."),
+    "domains": BuiltIn(
+        "mtl_dist.importers.domains.Domains", "Office-31, Office-Home: a task for each domain."
+    ),
     "tars": BuiltIn(
         "mtl_dist.importers.tars.Tars",
         "WebDataset tars that others wrote, indexed where they are: mtl index.",

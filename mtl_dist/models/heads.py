@@ -145,8 +145,14 @@ def used_strides(settings: ModelSettings, spec: HeadSpec, channels: Mapping[int,
         return set()
     decoder = chosen_decoder(settings, spec.task)
     if isinstance(decoder, UserHeadSettings):
-        return set(channels)
+        return _read_by(decoder, channels)
     return plan_decoder(decoder, channels, spec.task).strides
+
+
+def _read_by(decoder: UserHeadSettings, channels: Mapping[int, int]) -> set[int]:
+    """The strides of the maps that a decoder is given: what its class says (`used_strides`), or all."""
+    used = getattr(decoder.part_class, "used_strides", None)
+    return set(channels if used is None else used(channels))
 
 
 def build_head(settings: ModelSettings, spec: HeadSpec, network: AnyNetwork, vector_name: str) -> Head:
@@ -158,7 +164,7 @@ def build_head(settings: ModelSettings, spec: HeadSpec, network: AnyNetwork, vec
     if isinstance(chosen, UserHeadSettings):
         facts = {"num_features": network.vector_size, "channels": dict(network.channels)}
         module = chosen.make(num_outputs=spec.num_outputs, **facts)
-        return UserHead(module, vector_name, network.channels, spec)
+        return UserHead(module, vector_name, _read_by(chosen, network.channels), spec)
     if isinstance(chosen, DecoderSettings):
         plan = plan_decoder(chosen, network.channels, spec.task)
         norm: DecoderNorm = "group" if settings.norm in ("group", "frozen") else "batch"

@@ -2,8 +2,8 @@
 
 Class 0 is the background. A head at another resolution than the mask is fine: its logits are upsampled.
 
-Of two classes, `bce`, `dice` and `bce_dice` ask for one output, the log-odds of the foreground;
-`cross_entropy` asks for two. Metrics and predictions read either.
+Of two classes, `cross_entropy` asks for two outputs, every other loss for one, the log-odds of the
+foreground. Metrics and predictions read either.
 """
 
 from __future__ import annotations

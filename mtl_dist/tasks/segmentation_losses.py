@@ -19,6 +19,8 @@ from mtl_dist.tasks.weights import ClassWeights, class_weights
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LEAST_LOST = 1e-6
+
 
 class MapCrossEntropySettings(LossSettings):
     """Cross entropy, averaged over all labelled pixels, as `torch.nn.CrossEntropyLoss` has it."""
@@ -57,6 +59,43 @@ class DiceSettings(LossSettings):
         return Dice(len(info.classes), self.smooth)
 
 
+class TverskySettings(LossSettings):
+    """Tversky's index, 1 - (TP + s) / (TP + `alpha` FP + `beta` FN + s), averaged as Dice is
+    (https://arxiv.org/abs/1706.05721); of each class to the power `gamma`: the focal one has 0.75
+    (https://arxiv.org/abs/1810.07842)."""
+
+    kind: Literal["tversky"] = "tversky"
+    alpha: Annotated[float, Field(ge=0)] = 0.3
+    """What a pixel that is wrongly taken for the class counts."""
+    beta: Annotated[float, Field(ge=0)] = 0.7
+    """What a missed pixel of the class counts."""
+    gamma: Annotated[float, Field(gt=0)] = 1.0
+    smooth: Annotated[float, Field(gt=0)] = 1.0
+
+    def build(self, info: TaskInfo, where: str) -> Loss:
+        return Tversky(len(info.classes), self.smooth, self.alpha, self.beta, self.gamma)
+
+
+class JaccardSettings(LossSettings):
+    """Soft IoU, 1 - (TP + s) / (TP + FP + FN + s), averaged as Dice is."""
+
+    kind: Literal["jaccard"] = "jaccard"
+    smooth: Annotated[float, Field(gt=0)] = 1.0
+
+    def build(self, info: TaskInfo, where: str) -> Loss:
+        return Tversky(len(info.classes), self.smooth, 1.0, 1.0, 1.0)
+
+
+class LovaszSettings(LossSettings):
+    """Lovasz-Softmax, or of two classes Lovasz-Hinge: the convex extension of the IoU of each sample
+    (https://arxiv.org/abs/1705.08790), averaged over the classes that are in it, then over samples."""
+
+    kind: Literal["lovasz"] = "lovasz"
+
+    def build(self, info: TaskInfo, where: str) -> Loss:
+        return Lovasz(len(info.classes))
+
+
 class BceDiceSettings(LossSettings):
     """Binary cross entropy, averaged over each sample's labelled pixels, plus its soft Dice."""
 
@@ -75,7 +114,13 @@ class BceDiceSettings(LossSettings):
 
 
 SegmentationLoss: TypeAlias = Annotated[
-    MapCrossEntropySettings | MapBceSettings | DiceSettings | BceDiceSettings,
+    MapCrossEntropySettings
+    | MapBceSettings
+    | DiceSettings
+    | BceDiceSettings
+    | TverskySettings
+    | JaccardSettings
+    | LovaszSettings,
     Field(discriminator="kind"),
     USER_LOSS,
 ]
@@ -138,15 +183,7 @@ class Dice(Loss):
 
     def numerators(self, output: Tensor, target: Tensor) -> Tensor:
         """1 - Dice per sample; 0 for a sample without a labelled pixel."""
-        valid_B1N = (target != IGNORE).flatten(1)[:, None]
-        if self.num_classes == 2:
-            p_BCN = output.flatten(2).sigmoid()
-            classes_C1 = torch.ones(1, 1, dtype=target.dtype, device=target.device)
-        else:
-            p_BCN = output.flatten(2).softmax(dim=1)
-            classes_C1 = torch.arange(self.num_classes, dtype=target.dtype, device=target.device)[:, None]
-        p_BCN = torch.where(valid_B1N, p_BCN, 0.0)
-        true_BCN = target.flatten(1)[:, None] == classes_C1
+        p_BCN, true_BCN = _shares(output, target, self.num_classes)
         overlap_BC = torch.where(true_BCN, p_BCN, 0.0).sum(dim=2)
         total_BC = p_BCN.sum(dim=2) + true_BCN.sum(dim=2)
         dice_BC = (2 * overlap_BC + self.smooth) / (total_BC + self.smooth)
@@ -155,6 +192,87 @@ class Dice(Loss):
 
     def denominators(self, target: Tensor) -> Tensor:
         return (target != IGNORE).flatten(1).any(dim=1).float()
+
+
+@dataclass(frozen=True)
+class Tversky(Loss):
+    num_classes: int
+    smooth: float
+    alpha: float
+    beta: float
+    gamma: float
+
+    @property
+    def num_outputs(self) -> int:
+        return 1 if self.num_classes == 2 else self.num_classes
+
+    def numerators(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss per sample; 0 for a sample without a labelled pixel."""
+        p_BCN, true_BCN = _shares(output, target, self.num_classes)
+        hits_BC = torch.where(true_BCN, p_BCN, 0.0).sum(dim=2)
+        wrong_BC = torch.where(true_BCN, 0.0, p_BCN).sum(dim=2)
+        missed_BC = torch.where(true_BCN, 1 - p_BCN, 0.0).sum(dim=2)
+        weighed_BC = self.alpha * wrong_BC + self.beta * missed_BC
+        lost_BC = weighed_BC / (hits_BC + weighed_BC + self.smooth)
+        # At 0 a power below 1 has no finite slope.
+        powered_BC = lost_BC if self.gamma == 1 else lost_BC.clamp(min=_LEAST_LOST) ** self.gamma
+        return torch.where(lost_BC > _LEAST_LOST, powered_BC, lost_BC).mean(dim=1)
+
+    def denominators(self, target: Tensor) -> Tensor:
+        return (target != IGNORE).flatten(1).any(dim=1).float()
+
+
+@dataclass(frozen=True)
+class Lovasz(Loss):
+    num_classes: int
+
+    @property
+    def num_outputs(self) -> int:
+        return 1 if self.num_classes == 2 else self.num_classes
+
+    def numerators(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss per sample; 0 for a sample without a labelled pixel."""
+        valid_B1N = (target != IGNORE).flatten(1)[:, None]
+        if self.num_classes == 2:
+            true_BCN = (target == 1).flatten(1)[:, None]
+            errors_BCN = 1 - output.flatten(2) * torch.where(true_BCN, 1.0, -1.0)
+            weights_BC = valid_B1N.any(dim=2).float()
+        else:
+            p_BCN, true_BCN = _shares(output, target, self.num_classes)
+            errors_BCN = torch.where(true_BCN, 1 - p_BCN, p_BCN)
+            weights_BC = true_BCN.any(dim=2).float()
+        # Pixels without a label come last: behind all others they change no step of the index.
+        ordered_BCN, order_BCN = errors_BCN.masked_fill(~valid_B1N, -torch.inf).sort(dim=2, descending=True)
+        steps_BCN = _index_steps(true_BCN.gather(2, order_BCN).float())
+        losses_BC = (torch.where(ordered_BCN > 0, ordered_BCN, 0.0) * steps_BCN).sum(dim=2)
+        return (losses_BC * weights_BC).sum(dim=1) / weights_BC.sum(dim=1).clamp(min=1)
+
+    def denominators(self, target: Tensor) -> Tensor:
+        return (target != IGNORE).flatten(1).any(dim=1).float()
+
+
+def _index_steps(true_BCN: Tensor) -> Tensor:
+    """By how much 1 - IoU grows with each further pixel, in this order, that is wrong."""
+    total_BC1 = true_BCN.sum(dim=2, keepdim=True)
+    left_BCN = total_BC1 - true_BCN.cumsum(dim=2)
+    union_BCN = total_BC1 + (1 - true_BCN).cumsum(dim=2)
+    index_BCN = 1 - left_BCN / union_BCN
+    return torch.diff(index_BCN, dim=2, prepend=torch.zeros_like(index_BCN[..., :1]))
+
+
+def _shares(output: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """By pixel the probability of each class, and whether it is of it; both nothing without a label.
+
+    Of two classes the foreground is the only one.
+    """
+    valid_B1N = (target != IGNORE).flatten(1)[:, None]
+    if num_classes == 2:
+        p_BCN = output.flatten(2).sigmoid()
+        classes_C1 = torch.ones(1, 1, dtype=target.dtype, device=target.device)
+    else:
+        p_BCN = output.flatten(2).softmax(dim=1)
+        classes_C1 = torch.arange(num_classes, dtype=target.dtype, device=target.device)[:, None]
+    return torch.where(valid_B1N, p_BCN, 0.0), target.flatten(1)[:, None] == classes_C1
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class FPNDecoder(nn.Module):
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     ) -> None:
         super().__init__()
-        self.strides = sorted(stride for stride in channels if stride >= _LEAST_STRIDE) or sorted(channels)
+        self.strides = self.used_strides(channels)
         self.pyramid = FeaturePyramidNetwork([channels[stride] for stride in self.strides], pyramid_channels)
         finest = self.strides[0]
         self.levels = nn.ModuleList(
@@ -53,6 +53,11 @@ class FPNDecoder(nn.Module):
         )
         self.dropout = nn.Dropout2d(dropout)
         self.output = nn.Conv2d(width, num_outputs, 1)
+
+    @staticmethod
+    def used_strides(channels: Mapping[int, int]) -> list[int]:
+        """The strides of the maps that it reads, of those that there are."""
+        return sorted(stride for stride in channels if stride >= _LEAST_STRIDE) or sorted(channels)
 
     def forward(self, maps: Mapping[int, Tensor], image_size: tuple[int, int]) -> Tensor:
         """The map (B, C, H, W), of the image's size."""

@@ -22,9 +22,14 @@ class LinearDecoder(nn.Module):
 
     def __init__(self, num_outputs: int, channels: Mapping[int, int], dropout: float = 0.0) -> None:
         super().__init__()
-        self.stride = max(channels)
+        self.stride = self.used_strides(channels)[0]
         self.dropout = nn.Dropout2d(dropout)
         self.output = nn.Conv2d(channels[self.stride], num_outputs, 1)
+
+    @staticmethod
+    def used_strides(channels: Mapping[int, int]) -> list[int]:
+        """The strides of the maps that it reads, of those that there are."""
+        return [max(channels)]
 
     def forward(self, maps: Mapping[int, Tensor], image_size: tuple[int, int]) -> Tensor:
         """The map (B, C, H, W), of the image's size."""

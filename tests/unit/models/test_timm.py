@@ -208,6 +208,19 @@ def test_every_parameter_that_trains_is_reached() -> None:
         assert not [key for key, p in own.named_parameters() if p.requires_grad and p.grad is None]
 
 
+@pytest.mark.parametrize("decoder", ["fpn", "linear"])
+@pytest.mark.parametrize("name", [VIT, "resnet18"])
+def test_a_decoder_is_given_the_maps_that_it_reads_and_no_other_is_made(name: str, decoder: str) -> None:
+    settings = ModelSettings.model_validate({"backbone": name, "decoder": {"kind": decoder}})
+    own = build_model(settings, [VECTOR, MAP], 3, (48, 64))
+    features = own.features(torch.randn(2, 3, 48, 64))
+    loss = own.heads_forward(features, (48, 64))["mask"].sum()
+    grads = torch.autograd.grad(loss, [features[key] for key in own.feature_names("mask")], retain_graph=True)
+    assert all(gradient.any() for gradient in grads)
+    loss.backward()
+    assert not [key for key, p in own.backbone.named_parameters() if p.requires_grad and p.grad is None]
+
+
 @pytest.mark.parametrize("name", [VIT, CNN, "resnet18"])
 def test_the_rate_falls_layer_by_layer(name: str) -> None:
     own = model(name)

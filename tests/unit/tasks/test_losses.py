@@ -203,6 +203,98 @@ def test_bce_dice_is_the_weighted_sum_of_both_per_sample():
     torch.testing.assert_close(found, 0.5 * sum(bce) / 2 + 2 * dice, rtol=1e-6, atol=0)
 
 
+def tversky_by_hand(p: Tensor, true: Tensor, alpha: float, beta: float, smooth: float) -> Tensor:
+    hits, wrong, missed = (p * true).sum(), (p * (1 - true)).sum(), ((1 - p) * true).sum()
+    return 1 - (hits + smooth) / (hits + alpha * wrong + beta * missed + smooth)
+
+
+@pytest.mark.parametrize(
+    ("loss", "alpha", "beta", "gamma"),
+    [
+        ({"kind": "tversky", "alpha": 0.2, "beta": 0.8}, 0.2, 0.8, 1.0),
+        ({"kind": "tversky", "gamma": 0.75}, 0.3, 0.7, 0.75),
+        ({"kind": "jaccard"}, 1.0, 1.0, 1.0),
+    ],
+)
+@pytest.mark.parametrize("info", [LESION, PETS])
+def test_tversky_and_jaccard_are_their_formulas_over_each_samples_labelled_pixels(
+    info: TaskInfo, loss: dict[str, Any], alpha: float, beta: float, gamma: float
+):
+    num = 1 if info is LESION else 3
+    output = logits(3, num, 5, 6)
+    target = torch.randint(len(info.classes), (3, 5, 6), generator=torch.Generator().manual_seed(1))
+    target = target.to(torch.uint8)
+    target[0, :2], target[2] = 255, 255
+    losses = []
+    for b in range(2):
+        valid = target[b] != 255
+        p = output[b].sigmoid() if num == 1 else output[b].softmax(dim=0)
+        classes = [1] if num == 1 else range(3)
+        own = [
+            tversky_by_hand(p[n][valid], (target[b][valid] == c).float(), alpha, beta, 1.0) ** gamma
+            for n, c in enumerate(classes)
+        ]
+        losses.append(sum(own) / len(own))
+    found = mean_loss(build(info, **loss), output, target)
+    torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+
+
+def lovasz_by_hand(errors: Tensor, true: Tensor) -> Tensor:
+    """The Choquet integral of 1 - IoU: pixels become wrong one after another, the largest error first."""
+    order = errors.argsort(descending=True)
+    total, before, wrong = torch.zeros(()), 0.0, torch.zeros_like(true, dtype=torch.bool)
+    for pixel in order:
+        wrong[pixel] = True
+        hits = (true & ~wrong).sum()
+        index = 1 - hits / (true.sum() + (wrong & ~true).sum())
+        total = total + errors[pixel].clamp(min=0) * (index - before)
+        before = index
+    return total
+
+
+@pytest.mark.parametrize("info", [LESION, PETS])
+def test_lovasz_is_the_convex_extension_of_the_iou_of_each_sample(info: TaskInfo):
+    num = 1 if info is LESION else 3
+    output = logits(3, num, 3, 4)
+    target = torch.randint(len(info.classes), (3, 3, 4), generator=torch.Generator().manual_seed(1))
+    target = target.to(torch.uint8)
+    target[0, :1], target[2] = 255, 255
+    losses = []
+    for b in range(2):
+        valid = target[b] != 255
+        true = target[b][valid]
+        if num == 1:
+            signs = torch.where(true == 1, 1.0, -1.0)
+            losses.append(lovasz_by_hand(1 - output[b, 0][valid] * signs, true == 1))
+            continue
+        p = output[b].softmax(dim=0)[:, valid]
+        there = [c for c in range(3) if (true == c).any()]
+        own = [lovasz_by_hand(torch.where(true == c, 1 - p[c], p[c]), true == c) for c in there]
+        losses.append(sum(own) / len(own))
+    found = mean_loss(build(info, kind="lovasz"), output, target)
+    torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["tversky", "jaccard", "lovasz"])
+@pytest.mark.parametrize("info", [LESION, PETS])
+def test_overlap_losses_have_finite_gradients_where_all_is_right_or_nothing_is_labelled(
+    info: TaskInfo, loss: str
+):
+    num = 1 if info is LESION else 3
+    target = torch.zeros(2, 4, 4, dtype=torch.uint8)
+    target[1] = 255
+    output = torch.full((2, num, 4, 4), -50.0)
+    output[:, 0] = 50.0 if num == 3 else -50.0
+    output.requires_grad_()
+    value = mean_loss(
+        build(info, kind=loss, **({"gamma": 0.75} if loss == "tversky" else {})), output, target
+    )
+    value.backward()
+    assert value.item() == pytest.approx(0, abs=1e-6)
+    assert output.grad.isfinite().all()
+    assert not output.grad[1].any()
+
+
 def test_an_empty_mask_predicted_empty_has_no_dice_loss():
     task = build(LESION, kind="dice")
     found = mean_loss(task, torch.full((1, 1, 4, 4), -50.0), torch.zeros(1, 4, 4, dtype=torch.uint8))
