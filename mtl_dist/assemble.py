@@ -38,8 +38,9 @@ from mtl_dist.models.whole import model_of
 from mtl_dist.monitor import Monitor
 from mtl_dist.recipe import Recipe, load_recipe, load_recipe_of
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.step import RootModule
+from mtl_dist.step import RootModule, decided_by
 from mtl_dist.tasks.registry import build_tasks
+from mtl_dist.tasks.task import Task
 from mtl_dist.training.plan import Plan
 
 WhichCheckpoint: TypeAlias = str | int
@@ -256,6 +257,13 @@ class Trained:
             ) from error
         root.decide_by(self.thresholds)
         return root.to(world.device).eval()
+
+
+def tasks_of(
+    recipe: Recipe, facts: DataFacts, thresholds: Mapping[str, Mapping[str, float]]
+) -> dict[str, Task]:
+    """The tasks of a trained model alone, deciding by the thresholds that its run has chosen."""
+    return decided_by(build_tasks(recipe.tasks, facts.task_infos), thresholds)
 
 
 def read_trained(folder: RunFolder, say: Callable[[str], None], which: WhichCheckpoint = "best") -> Trained:

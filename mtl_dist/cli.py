@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mtl_dist import __version__
-from mtl_dist.commands import cluster, compare, data, machine, report, runs, start, study
+from mtl_dist.commands import cluster, compare, data, machine, models, report, runs, start, study
 from mtl_dist.commands.errors import TRUST, CommandGroup
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ start.add_to(app)
 data.add_to(app)
 runs.add_to(app)
 report.add_to(app)
+models.add_to(app)
 compare.add_to(app)
 study.add_to(app)
 cluster.add_to(app)

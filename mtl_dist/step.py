@@ -91,6 +91,14 @@ Solve: TypeAlias = Callable[[Batch, Features, Tensor], Weights]
 """`solve(batch, features, losses_T)`: the weights, found within a forward from what that has computed."""
 
 
+def decided_by(tasks: Mapping[str, Task], thresholds: Mapping[str, Mapping[str, float]]) -> dict[str, Task]:
+    """The tasks, deciding by thresholds that were chosen on a split, by task and label."""
+    chosen = {name: tuple(labels.values()) for name, labels in thresholds.items()}
+    return {
+        name: replace(task, chosen=chosen[name]) if name in chosen else task for name, task in tasks.items()
+    }
+
+
 class RootModule(nn.Module):
     """The model, its losses and the method of balancing, behind one `forward`.
 
@@ -121,8 +129,7 @@ class RootModule(nn.Module):
 
     def decide_by(self, thresholds: Mapping[str, Mapping[str, float]]) -> None:
         """Let tasks decide by thresholds that were chosen on a split, by task and label."""
-        for name, chosen in thresholds.items():
-            self.tasks[name] = replace(self.tasks[name], chosen=tuple(chosen.values()))
+        self.tasks = decided_by(self.tasks, thresholds)
 
     def task_parameters(self, task: str) -> list[nn.Parameter]:
         """The parameters that no other task's loss reaches: head, own backbone, balancing state."""

@@ -88,10 +88,15 @@ def trusted(trust: bool = True) -> Iterator[None]:
         _trusting.reset(token)
 
 
+def may_unpickle() -> bool:
+    """Whether the user has said to trust whatever is opened now."""
+    return _trusting.get() or os.environ.get(VARIABLE) == "1"
+
+
 def refusal(path: str) -> str:
     """Why the import path may not be imported, or the stream be opened, now; nothing if it may."""
     origin = _origin.get()
-    if origin is None or _trusting.get() or os.environ.get(VARIABLE) == "1":
+    if origin is None or may_unpickle():
         return ""
     if path.partition(".")[0] in BUILT_IN or path.rpartition(".")[0] in sys.modules:
         return ""  # nothing new would run

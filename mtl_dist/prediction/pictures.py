@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtl_dist.data.overlays import colours_of, legend_colours, overlaid, with_legend
 from mtl_dist.errors import UserError
-from mtl_dist.kinds.kind import MapKind
+from mtl_dist.kinds.kind import Colour, MapKind
 from mtl_dist.kinds.registry import kind_of, map_kind
 from mtl_dist.tasks.task import Task
 
@@ -24,6 +24,14 @@ _SIDES = (512, 1280)
 
 _LONGEST = 80
 """Letters of a name: those at its end, where names are longer."""
+
+
+def in_colours(values: np.ndarray, palette: Mapping[int, Colour]) -> Image.Image:
+    """A mask as an image of its values, shown in the colours of the palette."""
+    indexed = Image.fromarray(values)
+    colours = [palette.get(value, (0, 0, 0)) for value in range(256)]
+    indexed.putpalette(np.array(colours, np.uint8).tobytes())
+    return indexed
 
 
 class Pictures:
@@ -68,11 +76,7 @@ class Pictures:
             palette = map_kind(info.kind).palette(info, colours)
             if palette:
                 place = self._directory / f"{stem}_{task}.png"
-                indexed = Image.fromarray(values)
-                indexed.putpalette(
-                    np.array([palette.get(value, (0, 0, 0)) for value in range(256)], np.uint8).tobytes()
-                )
-                indexed.save(place)
+                in_colours(values, palette).save(place)
                 written[task]["mask"] = str(place)
             else:
                 place = self._directory / f"{stem}_{task}.npy"

@@ -29,9 +29,16 @@ from mtl_dist.config.trust import trusted
 from mtl_dist.data.decode import decode_image
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.transforms import PRESETS, Transform
-from mtl_dist.engine.connect import connect_without_engine
 from mtl_dist.errors import ImageError, UserError
 from mtl_dist.importers.sources import Source
+from mtl_dist.prediction.exported import (
+    Network,
+    exported_in,
+    images_in_words,
+    network_of,
+    open_exported,
+    tasks_in_words,
+)
 from mtl_dist.prediction.inputs import Input, pages
 from mtl_dist.prediction.records import plain
 from mtl_dist.printable import say
@@ -66,7 +73,13 @@ class Predictor:
     def __init__(
         self, run: Path, device: torch.device | str | None = None, checkpoint: WhichCheckpoint = "best"
     ) -> None:
-        """Load a run's best weights, or those of another checkpoint; see `load`."""
+        """Load a run's best weights, those of another checkpoint, or an exported model; see `load`."""
+        exported = exported_in(run)
+        if exported is not None:
+            if checkpoint != "best":
+                raise UserError(f"checkpoint: expected none beside an exported model, found {checkpoint!r}.")
+            self._take(open_exported(exported, device))
+            return
         if (run / MANIFEST).is_file():
             if checkpoint != "best":
                 raise UserError(
@@ -76,10 +89,19 @@ class Predictor:
             run, checkpoint = run.resolve().parents[1], step_of(run.resolve())
         folder = RunFolder.open(run)
         trained = read_trained(folder, lambda line: say(line, sys.stderr), checkpoint)
-        recipe = trained.recipe
-        self._world = connect_without_engine(recipe.engine, device)
-        self._root = trained.root(self._world)
-        self._facts = trained.facts
+        self._take(network_of(trained, device))
+
+    @classmethod
+    def of(cls, network: Network) -> Predictor:
+        """A predictor by a network that is loaded already."""
+        predictor = cls.__new__(cls)
+        predictor._take(network)
+        return predictor
+
+    def _take(self, network: Network) -> None:
+        self._network = network
+        self._facts = network.facts
+        recipe = network.recipe
         own = recipe.data.user_transforms(training=False)
         self._transform = Transform(recipe.data.size, recipe.data.resize, PRESETS["none"], own)
         self._boxes = tuple(recipe.data.boxes.values())
@@ -87,19 +109,26 @@ class Predictor:
     @property
     def tasks(self) -> Mapping[str, Task]:
         """Its tasks by name."""
-        return self._root.tasks
+        return self._network.tasks
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self._world.device
+        return self._network.device
 
     @property
     def module(self) -> torch.nn.Module:
         """The model as a plain module: raw images (B, C, H, W) of the size that `preprocess` makes, on its
         device, to `{task: output}`, before softmax and the like. It normalises by itself.
+
+        Raises:
+            UserError: it is an ONNX model, which runs outside of torch.
         """
-        return self._root.model
+        if self._network.module is None:
+            raise UserError(
+                "module: expected a run, an archive of torch or safetensors, found an ONNX model."
+            )
+        return self._network.module
 
     def preprocess(self, images: Sequence[ImageLike] | np.ndarray | Tensor) -> Tensor:
         """Images as `module` takes them: (B, C, H, W), resized, of raw values, on the model's device.
@@ -107,7 +136,7 @@ class Predictor:
         Raises:
             ImageError: one is not a readable image, or of channels that the model does not take.
         """
-        return self._inputs(self._decoded_all(images))
+        return self.inputs(self._decoded_all(images))
 
     def logits(self, images: Sequence[ImageLike] | np.ndarray | Tensor) -> dict[str, Tensor]:
         """Every task's raw output for several images, on the host, under the run's precision as float32.
@@ -123,7 +152,7 @@ class Predictor:
         for start in range(0, len(images), BATCH_SIZE):
             inputs = self.preprocess(images[start : start + BATCH_SIZE])
             with torch.no_grad():
-                parts.append({task: output.cpu() for task, output in self._root.predict(inputs).items()})
+                parts.append({task: output.cpu() for task, output in self._network.predict(inputs).items()})
         return {task: torch.cat([part[task] for part in parts]) for task in self.tasks}
 
     def predict(self, image: ImageLike, threshold: float | None = None, maps: bool = True) -> Answers:
@@ -155,7 +184,7 @@ class Predictor:
         results: list[Answers] = []
         for start in range(0, len(images), BATCH_SIZE):
             originals = self._decoded_all(images[start : start + BATCH_SIZE], start)
-            results += self._answers(originals, threshold)
+            results += self.answers(originals, threshold)
         if not maps:
             return [{task: plain(answer) for task, answer in result.items()} for result in results]
         return results
@@ -174,10 +203,14 @@ class Predictor:
                 waiting, held = [], 0
         yield from self._answered(waiting, threshold)
 
+    def describe(self) -> dict[str, Any]:
+        """What is asked of an image, and what images it takes, as JSON holds it."""
+        return {"images": images_in_words(self._network), "tasks": tasks_in_words(self._network)}
+
     def example(self) -> Answers:
         """What an answer looks like: names and types of its values, which mean nothing."""
         answers = {}
-        for name, task in self._root.tasks.items():
+        for name, task in self._network.tasks.items():
             size = (1, 1) if task.head.layout == "map" else ()
             answers[name] = task.decode(torch.zeros(1, task.head.num_outputs, *size))[0]
         return answers
@@ -193,28 +226,29 @@ class Predictor:
 
     def _answered(self, opened: Sequence[Prediction], threshold: float | None) -> Iterator[Prediction]:
         originals = [one.image_CHW for one in opened if one.image_CHW is not None]
-        answers = self._answers(originals, threshold)
+        answers = self.answers(originals, threshold)
         for one in opened:
             yield one if one.error else replace(one, answers=next(answers))
 
-    def _answers(self, originals: Sequence[Tensor], threshold: float | None) -> Iterator[Answers]:
+    def answers(self, originals: Sequence[Tensor], threshold: float | None = None) -> Iterator[Answers]:
         """The answer for each image; maps in its size are made one after another."""
         if not originals:
             return
         with torch.no_grad():
-            outputs = self._root.predict(self._inputs(originals))
+            outputs = self._network.predict(self.inputs(originals))
         for row, original in enumerate(originals):
             yield self._decode_row(outputs, row, (original.shape[1], original.shape[2]), threshold)
 
-    def _inputs(self, originals: Sequence[Tensor]) -> Tensor:
+    def inputs(self, originals: Sequence[Tensor]) -> Tensor:
+        """Decoded images as the network takes them."""
         inputs = [self._transform(image, {}, Draws(0))[0] for image in originals]
-        return torch.stack(inputs).to(self._world.device)
+        return torch.stack(inputs).to(self.device)
 
     def _decode_row(
-        self, outputs: dict[str, Tensor], row: int, size: tuple[int, int], threshold: float | None
+        self, outputs: Mapping[str, Tensor], row: int, size: tuple[int, int], threshold: float | None
     ) -> Answers:
         result = {}
-        for name, task in self._root.tasks.items():
+        for name, task in self._network.tasks.items():
             output = outputs[name][row : row + 1]
             if task.head.layout == "map":
                 output = self._transform.restored(output, size)
@@ -293,7 +327,8 @@ def load(
 ) -> Predictor:
     """The predictor of a trained run.
 
-    `run` is its folder, or one of its checkpoints: runs/skin/ID/checkpoints/step_00001234. `device` is where
+    `run` is its folder, or one of its checkpoints: runs/skin/ID/checkpoints/step_00001234; or what
+    `mtl export` made of it: a folder, or the .onnx, .pt2 or .safetensors file in it. `device` is where
     the model runs: a GPU if there is one, without it. `checkpoint` is "best", "last", or a step that is kept;
     a damaged best or last one is passed over, and reported on stderr. With `trust` the code that a run of
     somebody else names is imported.
