@@ -225,6 +225,9 @@ def _with_start(overrides: list[str] | None, start_from: Path | None) -> list[st
 
 
 def _train(recipe: Recipe, run_dir: Path | None, tags: Sequence[str], data_moved: bool) -> None:
+    from mtl_dist.engine.launched import check_slurm_step
+
+    check_slurm_step(os.environ)  # before anything slow, while all tasks of a step are there
     from mtl_dist.run_folder import checked_tags
     from mtl_dist.runs.train import train
 

@@ -11,11 +11,15 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 
 import psutil
 
 from mtl_dist.errors import UserError
+
+_LINGER_S = 3
+"""So long a task that is about to be refused stays, so that the others see that they are several."""
 
 _LAUNCHERS = "`mtl launch`, `torchrun` or `accelerate launch`"
 
@@ -79,7 +83,10 @@ def slurm_tasks_around() -> int:
         step = re.search(r"\[(\d+\.\d+)\]", " ".join(daemon.cmdline()))
     except psutil.Error:
         return 0
-    return here if here > 1 or step is None else max(here, _tasks_of_step(step[1]))
+    tasks = here if step is None else max(here, _tasks_of_step(step[1]))
+    if tasks > 1:
+        time.sleep(_LINGER_S)
+    return tasks
 
 
 def _tasks_of_step(step: str) -> int:

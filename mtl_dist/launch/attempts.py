@@ -75,6 +75,8 @@ class Ending:
     exit_code: int
     job_state: str
     """The job's state as Slurm says: anything but RUNNING means that Slurm itself is ending it."""
+    at_limit: bool = False
+    """Whether Slurm is ending it at its time limit."""
     killed: str = ""
     """The first rank that a signal killed, as srun says; nothing if the first one to end did so by itself."""
     lost: str = ""
@@ -239,8 +241,9 @@ def judge(
     if status is not None and status.state == "done":
         return "done", status.reason
     if status is not None and status.state == "stopped":
-        if status.reason == _SLURMS_SIGNAL and status.updated >= ending.limit_from:
-            return "time limit", f"{status.reason}, ahead of the time limit"
+        ahead = status.reason == _SLURMS_SIGNAL and status.updated >= ending.limit_from
+        if (ahead or ending.at_limit) and _cause_of_stop(status) == "preemption":
+            return "time limit", f"{status.reason}, {'at' if ending.at_limit else 'ahead of'} the time limit"
         return _cause_of_stop(status), status.reason
     if failure is not None and failure.mistake:
         return "mistake", failure.reason
@@ -337,7 +340,8 @@ def lost_node(log: str) -> str:
 
 def run_of_task(submission: Path, environ: Mapping[str, str]) -> Path:
     """The run folder of this job, or of this task of a job array."""
-    return submission / read_submission(submission).runs[int(environ.get("SLURM_ARRAY_TASK_ID", "0"))]
+    run = read_submission(submission).runs[int(environ.get("SLURM_ARRAY_TASK_ID", "0"))]
+    return Path(os.path.normpath(submission / run))
 
 
 def job_of_task(environ: Mapping[str, str]) -> str:
@@ -370,11 +374,12 @@ def main() -> int:
     log = (arguments.submission / "jobs" / f"{job_id}_0_log.out").read_text(
         encoding="utf-8", errors="replace"
     )
-    state, code = arguments.job_state, arguments.exit_code
+    state, _, why = arguments.job_state.partition(" ")
+    code = arguments.exit_code
     lost = lost_node(log) if code else ""
     try:
         limit = limit_from(os.environ, read_submission(arguments.submission))
-        ending = Ending(job_id, code, state, first_killed(log), lost, limit)
+        ending = Ending(job_id, code, state, why == "TimeLimit", first_killed(log), lost, limit)
         with training_alone(run, job_id):
             again = finish_attempt(run, ending, read_budget(arguments.submission))
             last = read_attempts(run)[-1]

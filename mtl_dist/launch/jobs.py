@@ -225,7 +225,8 @@ def _ended_state(trace: Trace, job: JobRecord, slurm: EndedJob | None) -> tuple[
     )
     lost = cause if cause in _GOES_ON else None
     if status is not None and status.state == "stopped":
-        return "stopped", _last_line(status.reason), lost
+        said = _last_line(status.reason)
+        return "stopped", f"{said}; {reason}" if newest.cause == "running" else said, lost
     return "failed", _last_line(reason), lost
 
 
@@ -238,7 +239,7 @@ def why_lost(slurm: EndedJob | None, *, began: bool) -> tuple[Cause, str]:
     if state == "TIMEOUT":
         return (
             "time limit",
-            "Slurm ended the job at its time limit before the ranks had saved: did they hang?",
+            "Slurm ended the job at its time limit before its script had: did the ranks hang?",
         )
     if state in ("NODE_FAIL", "BOOT_FAIL"):
         return "node failure", f"a node of the job was lost ({state})"

@@ -69,7 +69,7 @@ if ((code && SLURM_JOB_NUM_NODES > 1)); then
     --ntasks-per-node=1 true
 fi"""
 
-JOB_STATE = 'persist squeue --noheader --job "$JOB" --format %T'
+JOB_STATE = 'persist squeue --noheader --job "$JOB" --format "%T %r"'
 # `date` reads an empty text as today's midnight, and cannot read NONE, the end of a job without a limit.
 END_TIME = 'end=$(persist squeue --noheader --job "$JOB" --format %e) && date +%s -d "$end" 2>/dev/null'
 

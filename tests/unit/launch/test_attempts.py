@@ -150,6 +150,16 @@ def test_slurms_signal_is_the_time_limit_near_the_end_and_a_preemption_before(
     assert limit_from({"MTL_END_TIME": ""}, asked) == float("inf")
 
 
+def test_a_run_that_saved_while_slurm_ended_its_job_at_the_limit_ended_by_the_time_limit(
+    tmp_path: Path,
+) -> None:
+    begin(tmp_path)
+    write_status(tmp_path, Status("stopped", step=5, reason="signal SIGTERM"))
+    assert not finish_attempt(tmp_path, Ending("7", 0, "COMPLETING", at_limit=True), BUDGET)
+    (only,) = read_attempts(tmp_path)
+    assert (only.cause, only.reason) == ("time limit", "signal SIGTERM, at the time limit")
+
+
 def test_a_rank_that_dies_with_its_node_is_no_crash(tmp_path: Path) -> None:
     begin(tmp_path)
     log = (
@@ -295,7 +305,7 @@ def test_the_batch_script_learns_by_exit_code_whether_to_requeue(
     monkeypatch.setenv("SLURM_JOB_ID", "9")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    arguments = ["attempts", str(folder), "--exit-code", "0", "--job-state", "RUNNING"]
+    arguments = ["attempts", str(folder), "--exit-code", "0", "--job-state", "RUNNING None"]
     monkeypatch.setattr("sys.argv", arguments)
     assert attempts.main() == 0
     assert read_attempts(tmp_path / "run-a") == []

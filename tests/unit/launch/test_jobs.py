@@ -173,7 +173,7 @@ def test_a_stopped_run_has_not_ended_while_slurm_cannot_say_whether_it_waits(
 @pytest.mark.parametrize(
     ("slurm_says", "cause", "words"),
     [
-        ("TIMEOUT|0:0", "time limit", "at its time limit before the ranks had saved: did they hang?"),
+        ("TIMEOUT|0:0", "time limit", "at its time limit before its script had: did the ranks hang?"),
         ("FAILED|0:9", "crash", "exit code 0:9, and its batch script said nothing: was it killed?"),
         ("NODE_FAIL|0:0", "node failure", "a node of the job was lost (NODE_FAIL)"),
         ("OUT_OF_MEMORY|0:125", "crash", "it was out of memory"),
