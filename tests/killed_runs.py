@@ -5,7 +5,8 @@
 
 A rank kills itself some time after a beat of its main thread (heartbeat.py), which may be in a forward, a
 save, an evaluation, the start; the others are killed soon after it, as a machine is lost. Before each step
-every rank notes which samples it is about to use. What it prints is in RUN.log.
+every rank notes which samples it is about to use. What it prints is in RUN.RANK.log;
+it works in a folder of its own, RUN.RANK, as on a machine of its own.
 """
 
 from __future__ import annotations
@@ -83,13 +84,14 @@ class Killing:
         *,
         ranks: int = 1,
         kill: Kill | None = None,
-        full: bool = False,
+        full: int | None = None,
         dropout: bool = True,
         grace_s: float = 0.0,
     ) -> Attempt:
         """One start of the run, which ends by itself, by a kill or by a full disk.
 
         Args:
+            full: The rank whose disk is full.
             grace_s: How long the other ranks live after the one that was killed.
         """
         from torch.distributed import TCPStore
@@ -102,12 +104,21 @@ class Killing:
         for rank in range(ranks):
             environment = _environment(rank, ranks, store.port)
             own = kill if kill is not None and kill.rank == rank else None
-            arguments = (environment, str(recipe), str(run), tuple(overrides), own, full, dropout, beats)
+            arguments = (
+                environment,
+                str(recipe),
+                str(run),
+                tuple(overrides),
+                own,
+                full == rank,
+                dropout,
+                beats,
+            )
             process = self._context.Process(target=_live, args=arguments, daemon=True)
             process.start()
             processes.append(process)
         _wait_for_the_first(processes)
-        deadline = time.monotonic() + (grace_s if kill is not None else _LONGEST_S)
+        deadline = time.monotonic() + (grace_s if kill is not None or full is not None else _LONGEST_S)
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
@@ -116,7 +127,7 @@ class Killing:
         found = Attempt([process.exitcode for process in processes], int(beats.value))
         if -signal.SIGKILL in found.codes:
             self.count["kills"] += 1
-        elif full and not found.done:
+        elif full is not None and not found.done:
             self.count["full disks"] += 1
         return found
 
@@ -156,11 +167,14 @@ def _live(
     from tests.tiny_runs import train_run
 
     os.environ.update(environment)
-    sys.stdout = sys.stderr = open(f"{run}.log", "a", buffering=1)  # noqa: SIM115 (of a process that ends)
     rank = int(environment.get("RANK", "0"))
+    sys.stdout = sys.stderr = open(f"{run}.{rank}.log", "a", buffering=1)  # noqa: SIM115 (of a process that ends)
+    own_folder = Path(f"{run}.{rank}")
+    own_folder.mkdir(exist_ok=True)
+    os.chdir(own_folder)
     if full:
         resource.setrlimit(resource.RLIMIT_FSIZE, (_FULL, resource.RLIM_INFINITY))
-    _note_samples(Path(run).with_name(f"{Path(run).name}.samples"), rank)
+    _note_samples(Path(f"{run}.samples.{rank}"), rank)
     threading.Thread(target=_watch, args=(kill, beats if rank == 0 else None), daemon=True).start()
     code = 1
     try:
@@ -198,7 +212,7 @@ def _note_samples(path: Path, rank: int) -> None:
         pairs = [pair for batch in window for pair in zip(batch.keys, batch.valid_B.tolist(), strict=True)]
         keys = [key for key, valid in pairs if valid]
         noted = {"step": trainer.progress.step, "rank": rank, "size": trainer.world.size, "keys": keys}
-        with open(path.with_suffix(f".{rank}"), "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(noted) + "\n")
         return result
 
@@ -208,7 +222,7 @@ def _note_samples(path: Path, rank: int) -> None:
 def samples_of_steps(run: Path) -> dict[int, list[str]]:
     """The keys that each step used the last time it was made, over all ranks."""
     noted: dict[int, dict[int, dict[str, Any]]] = {}
-    for path in sorted(run.parent.glob(f"{run.name}.[0-9]*")):
+    for path in sorted(run.parent.glob(f"{run.name}.samples.*")):
         for line in path.read_text().splitlines():
             row = json.loads(line)
             noted.setdefault(row["step"], {})[row["rank"]] = row

@@ -32,6 +32,7 @@ from mtl_dist.data.partition import micro_batch_size
 from mtl_dist.ema import Ema
 from mtl_dist.engine.connect import Connection, connect
 from mtl_dist.engine.engine import Engine
+from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation
 from mtl_dist.figures.run_figures import RunFigures
 from mtl_dist.hangs.watch import HangWatch
@@ -255,6 +256,9 @@ def run_to_the_end(
             failed = replace(trainer.status("failed", cause.reason), retry=not cause.mistake)
             with suppress(OSError):  # the disk is what failed
                 write_last_status(folder.directory, failed)
+        if cause.mistake and cause.rank != world.rank and isinstance(error, RuntimeError):
+            # A collective that broke because of it: no traceback of that, and the line is printed once.
+            raise UserError(cause.reason.partition(": ")[2]) from error
         raise
     finally:
         trainer.stop.restore()

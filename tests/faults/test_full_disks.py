@@ -7,6 +7,8 @@ import json
 import os
 import resource
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from mtl_dist.figures import curves
 from mtl_dist.run_folder import RunFolder, writing_to
 from mtl_dist.runs.evaluation import evaluate_run
 from mtl_dist.training.trainer import Trainer
+from tests.killed_runs import Killing
 from tests.tiny_runs import rows, train_run
 from tests.undrawn import drawn
 from tests.unit.test_checkpoint import make
@@ -171,3 +174,54 @@ def test_errors_about_other_files_keep_their_own_words(tmp_path: Path) -> None:
         assert not durable.is_about(error, tmp_path / "run")
         with pytest.raises(type(error)), writing_to(tmp_path / "run"):
             raise error
+
+
+# ---------------------------------------------------------------- of two ranks, the disk of one
+@pytest.mark.slow
+def test_where_the_disk_of_another_machine_is_full_the_status_names_its_rank_s_cause(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """Rank 1 alone keeps remote shards in a cache of its own machine, and that is full."""
+    data = f"data.train=[{{path: file://{recipe.parent / 'tiny'}}}]"
+    cache = "data.cache={dir: cache}"
+    run = tmp_path / "run"
+    attempt = Killing().attempt(recipe, run, [*FEW, data, cache, "tracking=[]"], ranks=2, full=1, grace_s=60)
+    said = (tmp_path / "run.1.log").read_text()
+    assert attempt.codes == [2, 2], said
+    found = read_status_of(run)
+    assert found["state"] == "failed" and "data.cache.dir" in found["reason"], found["reason"]
+    for rank in (0, 1):
+        said = (tmp_path / f"run.{rank}.log").read_text()
+        assert "data.cache.dir: expected" in said and "Traceback" not in said
+
+
+@pytest.mark.exhaustive
+def test_where_the_disk_of_the_run_folder_is_full_every_rank_ends_and_the_status_says_so(
+    recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    few = [*FEW, "train.checkpoint_every=2", "tracking=[]"]
+    attempt = Killing().attempt(recipe, run, few, ranks=2, full=0, grace_s=60)
+    said = (tmp_path / "run.0.log").read_text()
+    assert attempt.codes[0] == 2 and 0 not in attempt.codes, said
+    found = read_status_of(run)
+    assert found["state"] == "failed" and "File too large" in found["reason"], found["reason"]
+
+
+@pytest.mark.exhaustive
+def test_where_the_run_folder_of_two_ranks_is_deleted_both_end_with_that_as_the_cause(
+    recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+
+    def delete() -> None:
+        while not (run / "checkpoints" / "best.json").exists():
+            time.sleep(0.005)
+        run.rename(tmp_path / "renamed")
+
+    thread = threading.Thread(target=delete, daemon=True)
+    thread.start()
+    long = ["train.epochs=2000", "train.checkpoint_every=2", "tracking=[]"]
+    attempt = Killing().attempt(recipe, run, long, ranks=2, grace_s=60)
+    assert not run.exists() and 0 not in attempt.codes
+    assert "expected the run folder, found none" in (tmp_path / "run.0.log").read_text()

@@ -86,14 +86,14 @@ def disturbed(
             [*OVERRIDES, f"engine={engine}"],
             ranks=ranks,
             kill=kill,
-            full=full,
+            full=0 if full else None,
             dropout=not way.is_mixed,
             grace_s=float(draw.choice([0.0, 0.1])),
         )
         kills += -9 in attempt.codes
         if attempt.done:
             return kills
-        assert kill is not None or full, Path(f"{run}.log").read_text()[-2000:]
+        assert kill is not None or full, Path(f"{run}.0.log").read_text()[-2000:]
     raise AssertionError("it is never done")
 
 
@@ -136,7 +136,7 @@ def run_way(killing: Killing, recipe: Path, folder: Path, name: str, kills: int,
         ranks=way.ranks[0],
         dropout=not way.is_mixed,
     )
-    assert whole.done, (folder / "undisturbed.log").read_text()[-2000:]
+    assert whole.done, (folder / "undisturbed.0.log").read_text()[-2000:]
     check_samples(reference)
     made = 0
     for number in range(kills):
