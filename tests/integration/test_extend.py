@@ -34,6 +34,7 @@ from mtl_dist.kinds.registry import scalar_kind
 from mtl_dist.kinds.vocabulary import Declared
 from mtl_dist.launch.snapshot import take_snapshot
 from mtl_dist.recipe import Recipe, load_recipe
+from tests.ranks import RankPool
 
 pytestmark = pytest.mark.slow
 
@@ -109,9 +110,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (directory / "recipe.yaml").write_text(dump(OmegaConf.to_container(recipe)))
     yield directory
     os.chdir(before)
+    forget(directory)
+
+
+def forget(project: Path) -> None:
+    """Undo what importing from a project leaves."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "my_project"]:
         del sys.modules[name]
-    sys.path.remove(str(directory))
+    sys.path.remove(str(project))
 
 
 @pytest.fixture(scope="module")
@@ -274,31 +280,48 @@ def one_process(project: Path, mix: list[str]) -> list[float]:
     return logged_losses(project / "one")
 
 
+def assert_learnt_alike(run: Path, one_process: list[float], engine: str) -> None:
+    said = (run / "log.txt").read_text()
+    assert engine in said
+    assert "warning  the same image in train of mixed and val of scans: " in said
+    assert logged_losses(run) == pytest.approx(one_process, rel=1e-4)
+    assert (run / "scores.txt").read_text().count("\n") == 2
+    answer = mtl_dist.load(run).predict(run.parent / "scans" / "3_3.png")
+    assert answer["ink"]["mask"].shape == (SIZE, SIZE)
+
+
 @pytest.mark.timeout(660)
-@pytest.mark.parametrize(
-    ("engine", "called"),
-    [
-        (["engine.kind=accelerate"], "DDP on 2 ranks"),
-        (["engine.kind=deepspeed", "engine.zero_stage=2"], "DeepSpeed ZeRO 2 on 2 ranks"),
-        (["engine.kind=deepspeed", "engine.zero_stage=3"], "DeepSpeed ZeRO 3 on 2 ranks"),
-    ],
-)
-def test_two_ranks_with_all_own_parts_learn_what_one_process_learns(
-    project: Path, mix: list[str], one_process: list[float], engine: list[str], called: str
+def test_two_launched_ranks_with_all_own_parts_learn_what_one_process_learns(
+    project: Path, mix: list[str], one_process: list[float]
 ) -> None:
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = "-".join(called.split())
-    command = [sys.executable, "-m", "mtl_dist", "launch", "recipe.yaml", *mix, *engine, "--nproc", "2"]
-    done = subprocess.run(
-        [*command, "--run-dir", run], cwd=project, env=environ, capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, "-m", "mtl_dist", "launch", "recipe.yaml", *mix, "engine.kind=accelerate"]
+    command += ["--nproc", "2", "--run-dir", "ddp"]
+    done = subprocess.run(command, cwd=project, env=environ, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert called in done.stdout
-    assert "warning  the same image in train of mixed and val of scans: " in done.stdout
-    assert logged_losses(project / run) == pytest.approx(one_process, rel=1e-4)
-    assert (project / run / "scores.txt").read_text().count("\n") == 2
-    answer = mtl_dist.load(project / run).predict(project / "scans" / "3_3.png")
-    assert answer["ink"]["mask"].shape == (SIZE, SIZE)
+    assert_learnt_alike(project / "ddp", one_process, "DDP on 2 ranks")
+
+
+def train_in(project: Path, run: str, overrides: list[str]) -> None:
+    """On every rank; nothing of the project stays in its process."""
+    from mtl_dist.runs.train import train
+
+    before = os.getcwd()
+    os.chdir(project)
+    try:
+        train(load_recipe(project / "recipe.yaml", overrides), project / run)
+    finally:
+        os.chdir(before)
+        forget(project)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_of_deepspeed_with_all_own_parts_learn_what_one_process_learns(
+    project: Path, mix: list[str], one_process: list[float], ranks: RankPool, stage: int
+) -> None:
+    engine = ["engine.kind=deepspeed", f"engine.zero_stage={stage}"]
+    ranks.run(train_in, project, f"zero{stage}", [*mix, *engine])
+    assert_learnt_alike(project / f"zero{stage}", one_process, f"DeepSpeed ZeRO {stage} on 2 ranks")
 
 
 def test_the_snapshot_for_a_cluster_takes_the_modules_along(recipe: Recipe, tmp_path: Path) -> None:
