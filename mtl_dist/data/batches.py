@@ -350,10 +350,10 @@ class BatchBuilder:
                     f"its mask {name} holds {error.found}, where {error.expected} are expected"
                 ) from None
             if kind.moves:
-                masks[name] = torch.from_numpy(kind.moved(mask.numpy(), view, info))
+                masks[name] = torch.from_numpy(kind.moved(mask.numpy(), view(), info))
         for name in list(labels):
             if self._scalars[name].moves:
-                moved = self._scalars[name].moved(labels.pop(name), view, self.task_infos[name])
+                moved = self._scalars[name].moved(labels.pop(name), view(), self.task_infos[name])
                 labels |= {} if moved is None else {name: moved}
                 into.labelled[name][i] &= moved is not None
         for name, mask in whole.items():

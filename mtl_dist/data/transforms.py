@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, model_validator
@@ -257,10 +258,10 @@ class Transform:
         masks: Mapping[str, Tensor],
         boxes: Mapping[str, Sequence[float]],
         draws: Draws,
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, list[float]], View]:
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, list[float]], Callable[[], View]]:
         """The last step: all that follows, on the decoded part `source` of an image of this `size`.
 
-        What comes last is the view that was taken, by which labels move that are no pixels.
+        What comes last returns the view that was taken, by which labels move that are no pixels: few want it.
         """
         inner = self._inner(source)
         path = self._shown(source)
@@ -294,7 +295,7 @@ class Transform:
         views = {name: mask[0] if name in flat else mask for name, mask in views.items()}
         image_CHW, views = self._own_steps(image_CHW, views, draws)
         left = {name: edges for name, edges in seen.items() if edges is not None}
-        return image_CHW, views, left, self._view(moving.path, size)
+        return image_CHW, views, left, partial(self._view, moving.path, size)
 
     def restored(self, maps_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps of an image that was not augmented, back at the image's own `size` (height, width).

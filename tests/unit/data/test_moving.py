@@ -35,7 +35,7 @@ def taken(
     _, maps, _, view = transform.finish(
         transform.decode(picture, source), source, picture.size, masks, {}, draws
     )
-    return maps, view
+    return maps, view()
 
 
 @pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
