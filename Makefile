@@ -31,7 +31,8 @@ demo: install data/digits/dataset.json
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slurm and not exhaustive"
 
-# Also every method under every engine in every way (docs/support.md), of which `make test` tries every two.
+# Also every method under every engine in every way (docs/support.md), of which `make test` tries every two, and
+# every backbone, of which it tries one of each family.
 test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slurm"
 
