@@ -57,7 +57,7 @@ Refused is what the run's state or its order of samples would not fit. The best 
 later one could not be compared with it.
 """
 
-_PLACES = re.compile(r"data\.train\.\d+\.(path|index)")
+_PLACES = re.compile(r"data\.train\.\d+\.(path|index|dataset\.(?!kind$)\w+)")
 _NOTHING = object()
 
 

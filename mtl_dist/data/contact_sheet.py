@@ -12,6 +12,7 @@ from mtl_dist.data.decode import decode_image, decode_map
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.inspect import spread
 from mtl_dist.data.manifest import Manifest, read_manifest
+from mtl_dist.data.map_style import split_reader
 from mtl_dist.data.overlays import (
     CHANNELS_SHOWN,
     FAINT,
@@ -23,7 +24,7 @@ from mtl_dist.data.overlays import (
     legend_colours,
     overlaid,
 )
-from mtl_dist.data.reader import Sample, SplitReader, UnreadableSample
+from mtl_dist.data.reader import Sample, UnreadableSample
 from mtl_dist.data.remote import Location
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.kind import Colour, ScalarKind
@@ -50,7 +51,7 @@ def contact_sheet(directory: Location, split: str, out: Path, rows: int = 4, col
     manifest = read_manifest(directory)
     if split not in manifest.splits:
         raise UserError(f"{directory}: expected a split {split!r}, found {', '.join(manifest.splits)}.")
-    reader = SplitReader(directory, manifest, split)
+    reader = split_reader(directory, manifest, split)
     chosen = spread(reader.num_samples, rows * columns)
     colours = legend_colours(manifest.tasks)
     masked = tuple(name for name, info in manifest.tasks.items() if kind_of(info.kind).is_map)

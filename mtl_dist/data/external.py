@@ -29,13 +29,14 @@ def _known(kind: str) -> str:
 KindName: TypeAlias = Annotated[str, AfterValidator(_known)]
 
 # A class body cannot have a field called `from`, a word of the language.
-_WithFrom = create_model("_WithFrom", __base__=Settings, **{"from": (str, ...)})  # type: ignore[call-overload]
+_WithFrom = create_model("_WithFrom", __base__=Settings, **{"from": (str, "")})  # type: ignore[call-overload]
 
 
 class FieldSettings(_WithFrom):
-    """A task that is a field of the samples in external tars.
+    """A task that is a field of the samples in external tars, or of those of a Dataset.
 
-    from      the field: cls, txt, json:breed, meta.json:dog.breed; a mask's extension, such as seg.png
+    from      the field: cls, txt, json:breed, meta.json:dog.breed; a mask's extension, such as seg.png; of a
+              Dataset the place in a sample: breed, 1, 1.breed (where it says that itself, nothing)
     classes   the class names by index; without them those that are found
     unit      of a number, such as years
     """

@@ -23,7 +23,8 @@ from mtl_dist.data.manifest import (
     SplitInfo,
     read_manifest,
 )
-from mtl_dist.data.reader import SplitReader, UnreadableSample
+from mtl_dist.data.map_style import split_reader
+from mtl_dist.data.reader import UnreadableSample
 from mtl_dist.data.remote import Location, beside, sha256_at
 from mtl_dist.data.shards import index_path, scan_shard
 from mtl_dist.durable import sha256_of
@@ -66,7 +67,7 @@ def inspect_dataset(directory: Location, verify: bool = False) -> Inspection:
 
 
 def _image_sizes(directory: Location, manifest: Manifest, split: str) -> list[tuple[int, int]]:
-    reader = SplitReader(directory, manifest, split)
+    reader = split_reader(directory, manifest, split)
     sizes = []
     for row in spread(reader.num_samples, _LOOKED_AT):
         try:

@@ -20,6 +20,7 @@ from mtl_dist.data.blend import Blender, check_blend, partnered
 from mtl_dist.data.boxes import check_boxes, with_seen_edges
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.manifest import ImageDtype, PixelScale
+from mtl_dist.data.map_style import split_reader
 from mtl_dist.data.mixing import Concatenation, Schedule, Stream
 from mtl_dist.data.order import Order
 from mtl_dist.data.partition import EvaluationPartition, TrainingPartition
@@ -159,7 +160,7 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
     channels, image_dtype = _image_kind([source for group in facts.values() for source in group])
     cache = None if settings.cache is None else Cache(settings.cache)
     sources = {
-        split: tuple(Source(s, SplitReader(s.path, s.manifest, s.split, cache, s.derived)) for s in group)
+        split: tuple(Source(s, split_reader(s.path, s.manifest, s.split, cache, s.derived)) for s in group)
         for split, group in facts.items()
         if group
     }
@@ -263,7 +264,7 @@ def _evaluation_facts(
 ) -> list[SourceFacts]:
     """The sources of val or test that hold samples; where none are stated, those of the training datasets."""
     if stated is not None:
-        found = [source_facts(source.path, source.split, settings.derive) for source in stated]
+        found = [source_facts(source.location, source.split or split, settings.derive) for source in stated]
     else:
         datasets = {source.path: replace(source, split=split) for source in training}
         found = [source for source in datasets.values() if split in source.manifest.splits]

@@ -102,6 +102,24 @@ class PixelFacts:
 
 
 @dataclass(frozen=True)
+class MapStyle:
+    """Where the samples are of a dataset that holds none: in a map-style Dataset of the user's.
+
+    dataset      its import path, as `kind`, and its arguments
+    image        where in a sample the image is
+    fields       by task, where its label is
+    num_samples  its length
+    fingerprint  by what its samples are known again
+    """
+
+    dataset: dict[str, Any]
+    image: str
+    fields: dict[str, str]
+    num_samples: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole of dataset.json.
 
@@ -112,7 +130,8 @@ class Manifest:
     where a reader finds the labels that are not masks, `content_hashes` in which files it finds those of the
     images, if they are kept.
     `account` is, by unit (files, rows, pages), how many things of the source had each fate. `pixels` was
-    measured while packing; None in version 1, and where images were only indexed.
+    measured while packing; None in version 1, and where images were only indexed. Where `map_style` is
+    stated, the offsets of the index are numbers of that Dataset, and each split's only shard is the index.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -127,6 +146,7 @@ class Manifest:
     content_hashes: HashFiles = ""
     account: dict[str, dict[str, int]] = field(default_factory=dict)
     pixels: PixelFacts | None = None
+    map_style: MapStyle | None = None
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -138,9 +158,11 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     for info in content["tasks"].values():
         if not info["facts"]:  # of most kinds
             del info["facts"]
+    if manifest.map_style is None:
+        del content["map_style"]
     text = json.dumps({"format": "mtl_dist", "version": FORMAT_VERSION, **content}, indent=2)
     write_text(directory / MANIFEST_NAME, text + "\n")
-    if any("." in info.kind for info in manifest.tasks.values()):
+    if manifest.map_style is not None or any("." in info.kind for info in manifest.tasks.values()):
         mark(directory, MANIFEST_NAME)
 
 
@@ -186,6 +208,9 @@ def read_manifest(directory: Location) -> Manifest:
             refused = refusal(info.kind) if "." in info.kind else ""
             if refused:
                 raise UserError(f"{path}: tasks.{name}.kind: {refused}")
+        refused = refusal(str(manifest.map_style.dataset.get("kind"))) if manifest.map_style else ""
+        if refused:
+            raise UserError(f"{path}: map_style.dataset: {refused}")
     return manifest
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,7 +18,7 @@ from mtl_dist.data.derived import DeriveSettings
 from mtl_dist.data.external import Fields, Indexing
 from mtl_dist.data.mixing import integer_weights
 from mtl_dist.data.order import ShuffleWindow
-from mtl_dist.data.remote import PIPE, LocationSetting
+from mtl_dist.data.remote import PIPE, Location, LocationSetting
 from mtl_dist.data.transform_steps import UserTransform
 from mtl_dist.data.transforms import (
     PRESETS,
@@ -28,25 +28,58 @@ from mtl_dist.data.transforms import (
     Preset,
     Resize,
 )
+from mtl_dist.data.user_dataset import UserDataset
 
 
-class SourceSettings(Settings):
+class _PlaceSettings(Settings):
+    """Where the samples of a source are."""
+
+    path: LocationSetting | None = None
+    """The dataset's directory, which holds dataset.json: a path, or a URL such as s3://bucket/cats."""
+    dataset: UserDataset | None = None
+    """In place of `path`: a map-style Dataset of torch by its import path. It is read once, when it is opened
+    first."""
+    fields: Fields | None = None
+    """Which fields are which tasks, of a `dataset`, or where `path` names external WebDataset tars: a tar, a
+    directory of them, or such as data/web/*.tar. They are indexed once, when they are opened first."""
+    image: str | None = None
+    """With `fields`: the image's extension, where samples hold several; its place in those of a `dataset`."""
+    index: Path | None = None
+    """With `fields`: the directory for the index; by default in `.mtl`, beside the tars or in the working
+    directory."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.dataset is None):
+            found = "none" if self.path is None else "both"
+            raise ValueError(f"expected path or dataset, found {found}. State one.")
+        if self.fields is None:
+            for name in ("image", "index"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: expected none without `fields`, found {getattr(self, name)}.")
+        for name, stated in (self.fields or {}).items():
+            if self.path is not None and not getattr(stated, "from"):
+                raise ValueError(
+                    f"fields.{name}.from: expected the field in the tars, found nothing. State it."
+                )
+        return self
+
+    @property
+    def location(self) -> Location:
+        """The directory of the dataset, which is known once everything is indexed."""
+        assert self.path is not None, "Datasets and external tars are indexed beforehand"
+        return self.path
+
+
+class SourceSettings(_PlaceSettings):
     """One dataset to train on."""
 
-    path: LocationSetting
-    """The dataset's directory, which holds dataset.json: a path, or a URL such as s3://bucket/cats."""
     split: str = "train"
     weight: Annotated[float, Field(gt=0)] | None = None
     """Its share of the stream, relative to the others', where `data.mixing.kind` is weights."""
-    fields: Fields | None = None
-    """Which fields are which tasks, where `path` names external WebDataset tars: a tar, a directory of
-    them, or such as data/web/*.tar. They are indexed once, when they are opened first."""
-    image: str | None = None
-    """With `fields`: the image's extension, where samples hold several."""
-    index: Path | None = None
-    """With `fields`: the directory for the index; by default in `.mtl` beside the tars."""
     indexing: Indexing | None = None
-    """With `fields`: how samples are split, and what is a label, as `mtl index` takes it."""
+    """With `fields`: how samples are split, and what is a label, as `mtl index` takes it; of a `dataset` val,
+    stratify, seed, missing and separator."""
     stream: bool = False
     """With `fields`: read the tars from their beginning to their end, by the package webdataset, because they
     cannot be indexed: `pipe:COMMAND`, or a server that sends whole files only. docs/data-format.md says what
@@ -58,9 +91,19 @@ class SourceSettings(Settings):
 
     @model_validator(mode="after")
     def _only_with_fields(self) -> SourceSettings:
-        for name in ("image", "index", "indexing"):
-            if self.fields is None and getattr(self, name) is not None:
-                raise ValueError(f"{name}: expected none without `fields`, found {getattr(self, name)}.")
+        if self.fields is None and self.indexing is not None:
+            raise ValueError(f"indexing: expected none without `fields`, found {self.indexing}.")
+        if self.dataset is None:
+            return self
+        if self.stream:
+            raise ValueError("stream: expected false of a `dataset`, found true. Remove it.")
+        if self.fields is None:
+            raise ValueError("fields: expected the tasks that a `dataset` has, found none. State them.")
+        standard = Indexing()
+        for name in ("split", "group", "strict", "max_skipped", "verify"):
+            stated = getattr(self.indexing or standard, name)
+            if stated != getattr(standard, name):
+                raise ValueError(f"indexing.{name}: expected none of a `dataset`, found {stated}. Remove it.")
         return self
 
     @model_validator(mode="after")
@@ -89,12 +132,24 @@ class SourceSettings(Settings):
         return self
 
 
-class EvaluationSourceSettings(Settings):
+class EvaluationSourceSettings(_PlaceSettings):
     """One split of a dataset to evaluate on."""
 
-    path: LocationSetting
-    split: str
-    """Which of its splits."""
+    split: str | None = None
+    """Which of its splits; none of a `dataset`, which is read as a whole. Its fields are those of the first
+    training source that is one, where nothing else is said."""
+
+    @model_validator(mode="after")
+    def _split_of_what_has_some(self) -> Self:
+        if self.dataset is None and self.fields is not None:
+            raise ValueError(
+                "fields: expected none beside a `path`, which is a prepared dataset, found some."
+            )
+        if self.dataset is None and self.split is None:
+            raise ValueError("split: expected which of its splits, found none. State it.")
+        if self.dataset is not None and self.split is not None:
+            raise ValueError(f"split: expected none of a `dataset`, found {self.split}. Remove it.")
+        return self
 
 
 class Mixing(Settings, ABC):
@@ -307,6 +362,7 @@ class DataSettings(Settings):
                         for name in ("path", "index")
                         if isinstance(place := getattr(s, name, None), Path)
                     }
+                    | ({} if s.dataset is None else {"dataset": s.dataset.with_absolute_paths(base)})
                 )
                 for s in sources
             )

@@ -11,7 +11,7 @@ import numpy as np
 from mtl_dist.config.errors import suggest
 from mtl_dist.data.derived import Derivation, DeriveSettings, check_derived, derivations
 from mtl_dist.data.manifest import LabelCounts, Manifest, PixelScale, SplitInfo, read_manifest
-from mtl_dist.data.reader import SplitReader
+from mtl_dist.data.map_style import split_reader
 from mtl_dist.data.remote import Location
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
@@ -42,7 +42,7 @@ class SourceFacts:
                 derivation = self.derived[task]
                 self._counted[task, self.split] = derivation.counts(
                     self.info.labels[derivation.source],
-                    lambda: SplitReader(self.path, self.manifest, self.split).column(derivation.source),
+                    lambda: split_reader(self.path, self.manifest, self.split).column(derivation.source),
                 )
             return self._counted[task, self.split]
         return self.info.labels[task]
@@ -170,6 +170,6 @@ def training_facts(settings: DataSettings) -> list[SourceFacts]:
         UserError: a dataset or split is missing, or a derived task does not fit.
     """
     assert all(source.fields is None for source in settings.train), "external tars are indexed beforehand"
-    training = [source_facts(source.path, source.split, settings.derive) for source in settings.train]
+    training = [source_facts(source.location, source.split, settings.derive) for source in settings.train]
     check_derived(settings.derive, [source.manifest for source in training])
     return training

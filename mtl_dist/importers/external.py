@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from mtl_dist.data.external import FieldSettings, Indexing, expanded
+from mtl_dist.data.manifest import read_manifest
 from mtl_dist.data.remote import Location, Url, beside
 from mtl_dist.data.settings import DataSettings, EvaluationSourceSettings, SourceSettings
 from mtl_dist.data.streams import REQUEST, first_samples
 from mtl_dist.data.task_infos import merge_task_infos, source_facts, training_facts
 from mtl_dist.durable import locked, write_text
 from mtl_dist.errors import UserError
+from mtl_dist.importers.map_style import indexed_dataset
 from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.tars import Tars, index
 
@@ -42,27 +44,75 @@ _HEAD = 1024
 
 
 def with_indexes(data: DataSettings, root: Path | None = None) -> DataSettings:
-    """The same data with a dataset in place of each source that names external tars, made if need be.
+    """The same data with a dataset in place of each source that names external tars or a Dataset, made if
+    need be.
 
     Paths are relative to `root`, or to the working directory.
 
     Raises:
         UserError: an index cannot be made.
     """
-    if all(source.fields is None for source in data.train):
+    evaluated = [*(data.val or ()), *(data.test or ())]
+    if all(source.fields is None and source.dataset is None for source in [*data.train, *evaluated]):
         return data
-    data = data.with_absolute_paths(root or Path.cwd())
-    return data.model_copy(update={"train": tuple(_with_index(source) for source in data.train)})
+    root = root or Path.cwd()
+    data = data.with_absolute_paths(root)
+    train = tuple(_with_index(source, root) for source in data.train)
+    like = next(
+        ((stated, made) for stated, made in zip(data.train, train, strict=True) if stated.dataset), None
+    )
+    changes: dict[str, Any] = {"train": train}
+    for split in ("val", "test"):
+        sources = getattr(data, split)
+        if sources is not None:
+            changes[split] = tuple(_evaluated(source, split, like, root) for source in sources)
+    return data.model_copy(update=changes)
 
 
-def _with_index(source: SourceSettings) -> SourceSettings:
+_UNINDEXED: dict[str, Any] = {"dataset": None, "fields": None, "image": None, "index": None}
+
+
+def _with_index(source: SourceSettings, root: Path) -> SourceSettings:
     if source.fields is None:
         return source
     how = source.indexing or Indexing()
-    head = min(source.epoch_samples or _HEAD, _HEAD) if source.stream else 0
-    path = indexed(source.path, source.fields, source.image, source.index, how, head)
-    made = {"path": path, "fields": None, "image": None, "index": None, "indexing": None}
-    return source.model_copy(update=made)
+    if source.dataset is not None:
+        path = indexed_dataset(
+            source.dataset, source.fields, source.image or "", source.index, how, source.split, root
+        )
+    else:
+        head = min(source.epoch_samples or _HEAD, _HEAD) if source.stream else 0
+        path = indexed(source.location, source.fields, source.image, source.index, how, head)
+    return source.model_copy(update={**_UNINDEXED, "path": path, "indexing": None})
+
+
+def _evaluated(
+    source: EvaluationSourceSettings,
+    split: str,
+    like: tuple[SourceSettings, SourceSettings] | None,
+    root: Path,
+) -> EvaluationSourceSettings:
+    """A source of val or test with its index; class names are those of the training Dataset `like`."""
+    if source.dataset is None:
+        return source
+    fields, how = source.fields, Indexing()
+    if like is not None:
+        stated, made = like
+        known = read_manifest(made.location).tasks
+        fields = fields or stated.fields
+        how = (stated.indexing or how).model_copy(update={"val": None})
+        fields = {
+            name: each.model_copy(update={"classes": known[name].classes or None})
+            if each.classes is None and name in known
+            else each
+            for name, each in (fields or {}).items()
+        }
+    if not fields:
+        raise UserError(
+            f"data.{split}: expected the fields of {source.dataset.path}, found none. State them."
+        )
+    path = indexed_dataset(source.dataset, fields, source.image or "", source.index, how, split, root)
+    return source.model_copy(update={**_UNINDEXED, "path": path, "split": split})
 
 
 def check_present(data: DataSettings, tasks: Collection[str]) -> None:
@@ -74,16 +124,17 @@ def check_present(data: DataSettings, tasks: Collection[str]) -> None:
     evaluated: Sequence[EvaluationSourceSettings] = [*(data.val or ()), *(data.test or ())]
     sources: list[SourceSettings | EvaluationSourceSettings] = [*data.train, *evaluated]
     for source in sources:
-        if isinstance(source.path, Url):
+        if isinstance(source.path, Url) or source.dataset is not None:
             continue
         if isinstance(source, SourceSettings) and source.fields is not None:
-            for tar in _tars_of(source.path):
+            for tar in _tars_of(source.location):
                 if "{" not in tar and not Path(tar).exists():
                     raise UserError(f"{tar}: expected a tar, found none. Correct data.train's path.")
             continue
-        found = source_facts(source.path, source.split)
+        assert source.split is not None, "settings of a path state it"
+        found = source_facts(source.location, source.split)
         for shard in found.info.shards:
-            place = beside(source.path, shard.path)
+            place = beside(source.location, shard.path)
             if isinstance(place, Path) and not place.is_file():
                 raise UserError(f"{place}: expected a shard, found none. Copy or prepare the dataset again.")
     if all(source.fields is None and not isinstance(source.path, Url) for source in data.train):

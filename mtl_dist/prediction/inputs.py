@@ -20,7 +20,8 @@ from PIL import Image
 from mtl_dist.config.errors import suggest
 from mtl_dist.data.images import IMAGE_EXTENSIONS, UnreadableImage, examine_image, extension_of, open_image
 from mtl_dist.data.manifest import read_manifest
-from mtl_dist.data.reader import SplitReader, UnreadableSample
+from mtl_dist.data.map_style import split_reader
+from mtl_dist.data.reader import UnreadableSample
 from mtl_dist.data.remote import Location, location
 from mtl_dist.errors import UserError
 from mtl_dist.importers.pixels import encoded_picture
@@ -173,7 +174,7 @@ def _of_dataset(place: Location, split: str | None) -> Iterator[Input]:
             f"{place}: expected a split {split!r}, found none of this name. {suggest(split, manifest.splits)}"
         )
     for name in [split] if split is not None else manifest.splits:
-        reader = SplitReader(place, manifest, name)
+        reader = split_reader(place, manifest, name)
         for row in range(reader.num_samples):
             try:
                 sample = reader.read(row)

@@ -55,8 +55,9 @@ def blocks(language: str) -> list[str]:
 
 
 def fragments() -> list[dict[str, Any]]:
-    """The pieces of a recipe that the page shows, besides the two lines of its beginning."""
-    return [piece for piece in map(first_of, blocks("yaml")[1:]) if piece != network()]
+    """The pieces of a recipe that the page shows, besides its beginning and what stands alone."""
+    alone = [network(), dataset()]
+    return [piece for piece in map(first_of, blocks("yaml")[1:]) if piece not in alone]
 
 
 def first_of(text: str) -> dict[str, Any]:
@@ -67,6 +68,11 @@ def first_of(text: str) -> dict[str, Any]:
 def network() -> dict[str, Any]:
     """The piece with a whole model, which has no room for a backbone and heads."""
     return next(first_of(text) for text in blocks("yaml") if "network:" in text)
+
+
+def dataset() -> dict[str, Any]:
+    """The piece with a Dataset in place of prepared data."""
+    return next(first_of(text) for text in blocks("yaml") if "dataset:" in text)
 
 
 def scan(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +140,7 @@ def run(project: Path, recipe: Recipe) -> Path:
 
 
 def test_every_example_is_at_most_20_lines_and_a_whole_kind_of_task_at_most_60() -> None:
-    assert len(blocks("python")) == 13
+    assert len(blocks("python")) == 14
     for text in blocks("python"):
         lines = [line for line in text.splitlines()[1:] if line.strip()]
         most = 60 if "CommonTaskSettings" in text else 20
@@ -219,6 +225,25 @@ def test_a_whole_model_of_ones_own_is_balanced_resumed_and_predicts(project: Pat
     assert logged_losses(project / "whole")[:4] == logged_losses(project / "at-once")[:4]
     answer = mtl_dist.load(project / "whole").predict(project / "scans" / "3_3.png")
     assert answer["ink"]["mask"].shape == (SIZE, SIZE)
+
+
+def test_a_dataset_of_ones_own_trains_is_resumed_and_evaluated(project: Path) -> None:
+    from mtl_dist.runs.evaluation import evaluate_run
+    from mtl_dist.runs.train import train
+
+    stated = {**BASE, "data": {**BASE["data"], **dataset()["data"]}, "train": {**BASE["train"], "epochs": 1}}
+    del stated["tasks"]
+    train(load_recipe(stated), project / "apart")
+    run = load_recipe(project / "apart" / "recipe.yaml", ["train.epochs=2"])
+    assert {name: task.kind for name, task in run.tasks.items()} == {
+        "digit": "classification",
+        "ink": "segmentation",
+    }
+    outcome = train(run, project / "apart")
+    assert (outcome.state, outcome.step) == ("done", 6)
+    evaluate_run(project / "apart", "val")
+    metrics = json.loads((project / "apart" / "evaluation" / "metrics.json").read_text())["val"]
+    assert (metrics["digit"]["num_samples"], metrics["ink"]["num_samples"]) == (9, 10)
 
 
 def test_a_tracker_of_ones_own_has_every_epoch(run: Path) -> None:
