@@ -66,10 +66,12 @@ def build_root(recipe: Recipe, facts: DataFacts, world: World) -> RootModule:
         recipe.model, heads, facts.channels, facts.image_size, measured=measured, is_picture=is_picture
     )
     model.use_memory_format(torch.channels_last if recipe.train.channels_last else torch.contiguous_format)
+    joints = [settings.build(name) for name, settings in recipe.joint_losses.items()]
     factors = {name: settings.noise_factor for name, settings in recipe.tasks.items()}
     weights = {name: settings.weight for name, settings in recipe.tasks.items()}
-    balancer = build_balancer(recipe.balance, list(tasks), factors, weights)
-    return RootModule(model, tasks, balancer, world, recipe.train.precision)
+    weights |= {joint.name: joint.weight for joint in joints}
+    balancer = build_balancer(recipe.balance, list(weights), factors, weights)
+    return RootModule(model, tasks, balancer, world, recipe.train.precision, joints)
 
 
 def build_monitor(recipe: Recipe) -> Monitor:
@@ -141,7 +143,10 @@ def check_balancing(recipe: Recipe, root: RootModule, data: Data, choice: Engine
         recipe.balance.method,
         engine=choice,
         num_shared=len(root.shared),
-        features={name: root.model.feature_names(name) for name in root.tasks},
+        features={
+            term: list(dict.fromkeys(name for task in tasks for name in root.model.feature_names(task)))
+            for term, tasks in root.terms.items()
+        },
         disjoint=disjoint_tasks(data) if root.balancer.level == "features" else [],
     )
 

@@ -168,7 +168,7 @@ class Balancing:
         if not disjoint_TT.any():
             return
         first, second = disjoint_TT.nonzero()[0].tolist()
-        names = list(self.root.tasks)
+        names = list(self.root.terms)
         logger.warning(
             "balance: a window held no sample with labels of both %s and %s: at the features no conflict "
             "between them can be seen. If this is common, set balance.level to parameters.",
@@ -181,7 +181,7 @@ class Balancing:
     def _new_record(self) -> WindowGradients:
         scaler = self.engine.scaler
         return WindowGradients(
-            len(self.root.tasks), self._world, 1.0 if scaler is None else scaler.scale, self._memory
+            len(self.root.terms), self._world, 1.0 if scaler is None else scaler.scale, self._memory
         )
 
     def _extra_forwards(
@@ -198,8 +198,7 @@ class Balancing:
                     if apart:
                         losses_T = self._read_apart(record, batch, features, totals)
                     else:
-                        outputs = self.root.outputs(features, batch)
-                        losses_T, _ = self.root.losses(outputs, batch, totals)
+                        losses_T, _, _ = self.root.losses(features, batch, totals)
                         if level is not None:
                             self._read(record, level, batch, features, losses_T, totals)
                 record.add_losses(losses_T)
@@ -220,7 +219,7 @@ class Balancing:
         elif self.engine.shards_parameters:
             self._read_apart(record, batch, features, totals)
         else:
-            record.add_at_features(losses_T, features, present, self._labelled(batch))
+            record.add_at_features(losses_T, features, present, self.root.labelled(batch))
 
     def _read_apart(
         self, record: WindowGradients, batch: Batch, features: Features, totals: WindowTotals
@@ -240,12 +239,9 @@ class Balancing:
             torch.enable_grad(),
             self.engine.whole(weights),
         ):
-            losses_T, _ = root.losses(root.outputs(leaves, batch), batch, totals)
-            record.add_at_features(losses_T, leaves, totals.present_T.tolist(), self._labelled(batch))
+            losses_T, _, _ = root.losses(leaves, batch, totals)
+            record.add_at_features(losses_T, leaves, totals.present_T.tolist(), root.labelled(batch))
         return losses_T.detach()
-
-    def _labelled(self, batch: Batch) -> Tensor:
-        return torch.stack([batch.labelled[name] for name in self.root.tasks])
 
     # ------------------------------------------------------------------ afterwards
     def observe(self, local_sums_T: Tensor, totals: WindowTotals) -> None:
@@ -270,7 +266,7 @@ class Balancing:
             self._gramian, self._compared = (sums.gramian_TT, sums.comparable_TT), None
         assert self._gramian is not None
         gramian_TT, comparable_TT = self._gramian
-        return diagnose(list(self.root.tasks), gramian_TT, totals.present_T, comparable_TT)
+        return diagnose(list(self.root.terms), gramian_TT, totals.present_T, comparable_TT)
 
     def _diagnoses_at(self, step: int) -> bool:
         return self._diagnose_every > 0 and step % self._diagnose_every == 0

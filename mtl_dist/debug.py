@@ -68,7 +68,7 @@ def overfit_one_batch(recipe: Recipe, console: Console | None = None) -> bool:
     )
     batch = next(iter(loader)).to(world.device)
     console.print(shapes_of(batch), markup=False, highlight=False)
-    counts_T = count_labels(root.tasks, [batch])
+    counts_T = count_labels(root.tasks, [batch], root.joints)
     if not (counts_T > 0).any():
         raise UserError(
             f"--debug: none of the first {NUM_SAMPLES} samples has a label of this recipe's tasks."

@@ -32,10 +32,10 @@ class BaselineMetrics:
 class Evaluation:
     """The metrics of one split.
 
-    `loss` is the weighted sum of the tasks' mean losses; a task without a label in the split has no entry in
-    `tasks` beyond `num_samples` 0. `confusion` holds (C, C) counts, rows true, columns predicted.
-    `thresholds` are those that were chosen from this split, by task and label. `baselines` are the metrics of
-    each task's constant answer on this split.
+    `loss` is the weighted sum of the tasks' mean losses and of the joint ones, which are among `tasks`; a
+    task without a label in the split has no entry in `tasks` beyond `num_samples` 0. `confusion` holds (C, C)
+    counts, rows true, columns predicted. `thresholds` are those that were chosen from this split, by task and
+    label. `baselines` are the metrics of each task's constant answer on this split.
     """
 
     loss: float
@@ -80,7 +80,7 @@ def evaluate(
         for name, task in root.tasks.items()
     }
     baselines = _Baselines(root, world) if with_baselines else None
-    num_tasks = len(root.tasks)
+    num_tasks = len(root.terms)
     sums_T = torch.zeros(num_tasks, dtype=torch.float64)
     counts_T = torch.zeros(num_tasks, dtype=torch.float64)
     num_samples = torch.zeros(1, dtype=torch.float64)
@@ -90,6 +90,8 @@ def evaluate(
         num_samples += host_batch.valid_B.sum()
         if rows is not None:
             rows.begin(host_batch)
+        for t, joint in enumerate(root.joints, start=len(root.tasks)):
+            counts_T[t] += joint.count(host_batch).double()
         for t, (name, task) in enumerate(root.tasks.items()):
             target, labelled_B = batch.targets[name], batch.labelled[name]
             counts_T[t] += task.count(host_batch.targets[name], host_batch.labelled[name]).double()
@@ -116,13 +118,17 @@ def evaluate(
         if counts_T[t] > 0:
             task_loss = float(sums_T[t] / counts_T[t])
             metrics[name] = {"loss": task_loss, **metrics[name]}
-            loss += root.task_weights[name] * task_loss
+            loss += root.term_weights[name] * task_loss
         chosen = accumulators[name].chosen_thresholds()
         if chosen:
             thresholds[name] = dict(zip(root.tasks[name].decided_labels, chosen, strict=True))
         matrix = accumulators[name].confusion_matrix()
         if matrix is not None:
             confusion[name] = matrix
+    for t, joint in enumerate(root.joints, start=len(root.tasks)):
+        if counts_T[t] > 0:
+            metrics[joint.name] = {"loss": float(sums_T[t] / counts_T[t])}
+            loss += joint.weight * metrics[joint.name]["loss"]
     constant = baselines.compute() if baselines is not None else {}
     return Evaluation(loss, metrics, confusion, int(totals[-1]), thresholds, constant)
 

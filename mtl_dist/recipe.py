@@ -25,6 +25,7 @@ from mtl_dist.optim import OptimSettings
 from mtl_dist.recipe_tasks import with_tasks_of_the_data
 from mtl_dist.shipped import shipped_files
 from mtl_dist.specs import TaskInfo
+from mtl_dist.tasks.joint import JointName, UserJointLoss
 from mtl_dist.tasks.metrics import MEAN_ACCURACY
 from mtl_dist.tasks.registry import TaskSettings
 from mtl_dist.tasks.task import Mode
@@ -124,6 +125,8 @@ class Recipe(Settings):
     tasks: dict[str, TaskSettings] = Field(default_factory=dict)
     """What to learn. `"*"` stands for all tasks of the training data that are not named, each with these
     settings; without `tasks`, or with null, it is all of them. A kind that is not stated is the data's."""
+    joint_losses: dict[JointName, UserJointLoss] = Field(default_factory=dict)
+    """Losses of yours of several tasks' outputs, each a term of the total loss, by their import paths."""
     absent_tasks: tuple[str, ...] = ()
     """Optional tasks that the training data lacks: reading the recipe fills it in."""
     data: DataSettings
@@ -181,6 +184,15 @@ class Recipe(Settings):
                 for name in names
                 if name not in self.tasks
             ]
+        for name, joint in self.joint_losses.items():
+            if name in self.tasks:
+                problems.append(f"joint_losses.{name}: expected another name, found that of a task.")
+            problems += [
+                f"joint_losses.{name}.tasks: expected tasks of the recipe, found {task!r}. "
+                f"{suggest(task, self.tasks)}"
+                for task in joint.tasks
+                if task not in self.tasks
+            ]
         problems += [
             f"tasks.{name}.metrics.{metric}: expected another name, found that of a metric of its kind."
             for name, task in self.tasks.items()
@@ -235,7 +247,8 @@ class Recipe(Settings):
                 choices.append(f"{split}/{MEAN_ACCURACY}")
             for name, task in self.tasks.items():
                 choices += [f"{split}/{name}/{metric}" for metric in (*task.modes, *task.metrics)]
-        choices += [f"{split}/{name}/loss" for split in ("val", "train") for name in self.tasks]
+        terms = [*self.tasks, *self.joint_losses]
+        choices += [f"{split}/{name}/loss" for split in ("val", "train") for name in terms]
         where = "metric" if self.monitor.mean is None else "mean"
         return [
             f"monitor.{where}: expected a metric of validation or training, found {metric!r}. "

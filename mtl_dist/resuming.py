@@ -23,6 +23,7 @@ RULES: dict[str, Verdict] = {
     "start_from": "refused",
     "absent_tasks": "refused",
     "tasks": "refused",
+    "joint_losses": "refused",
     "data": "refused",
     "data.val": "accepted",
     "data.test": "accepted",

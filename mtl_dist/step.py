@@ -3,6 +3,8 @@
     loss_k = world_size * sum_local(l_k) / N_k        N_k: labels of task k in the whole window
     scalar = combine(weights, loss_1 .. loss_T)
 
+A term k is a task, or a joint loss of several; the tasks come first.
+
 The window is everything that one optimizer step consumes: ranks x accumulation x micro-batch. Engines average
 gradients over ranks (hence `world_size`) and sum them over micro-batches, so the gradient is that of the mean
 over all labelled samples of the window, however the window is cut and wherever its labels lie.
@@ -27,9 +29,10 @@ from mtl_dist.batch import Batch, Outputs
 from mtl_dist.engine.precision import AUTOCAST_DTYPES
 from mtl_dist.engine.settings import Precision
 from mtl_dist.engine.world import World
-from mtl_dist.gradients import GradientScale, with_gradient
+from mtl_dist.gradients import GradientScale, with_gradient, without_side_effects
 from mtl_dist.heartbeat import beat
 from mtl_dist.models.multitask import MultitaskModel
+from mtl_dist.tasks.joint import Joint
 from mtl_dist.tasks.task import Task
 
 
@@ -50,12 +53,17 @@ class WindowTotals:
         return self.counts_T > 0
 
 
-def count_labels(tasks: Mapping[str, Task], batches: Sequence[Batch]) -> Tensor:
-    """The loss denominators of this rank's micro-batches, from labels alone: float64 (T,), on the host."""
-    counts_T = torch.zeros(len(tasks), dtype=torch.float64)
+def count_labels(tasks: Mapping[str, Task], batches: Sequence[Batch], joints: Sequence[Joint] = ()) -> Tensor:
+    """The loss denominators of this rank's micro-batches, from labels alone: float64 (T,), on the host.
+
+    Those of the tasks, then those of the joint losses.
+    """
+    counts_T = torch.zeros(len(tasks) + len(joints), dtype=torch.float64)
     for batch in batches:
         for t, (name, task) in enumerate(tasks.items()):
             counts_T[t] += _over_labels(task.count, batch, name).double()
+        for t, joint in enumerate(joints, start=len(tasks)):
+            counts_T[t] += joint.count(batch).double()
     return counts_T
 
 
@@ -68,7 +76,7 @@ def _over_labels(part: Callable[..., Tensor], batch: Batch, name: str) -> Tensor
 
 
 Features: TypeAlias = list[dict[str, Tensor]]
-"""By task, in order: the features that its head reads."""
+"""By term, in order: the features that its heads read."""
 
 
 @dataclass(frozen=True)
@@ -113,19 +121,35 @@ class RootModule(nn.Module):
         balancer: Balancer,
         world: World,
         precision: Precision,
+        joints: Sequence[Joint] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.balancer = balancer
         self.tasks = dict(tasks)
+        self.joints = tuple(joints)
         self.shared = [p for p in model.shared_parameters() if p.requires_grad]
         self._world = world
         self._dtype = AUTOCAST_DTYPES.get(precision)
 
     @property
-    def task_weights(self) -> dict[str, float]:
-        """The recipe's weight of each task."""
-        return {name: task.settings.weight for name, task in self.tasks.items()}
+    def term_weights(self) -> dict[str, float]:
+        """The recipe's weight of each term of the total loss: the tasks, then the joint losses."""
+        weights = {name: task.settings.weight for name, task in self.tasks.items()}
+        return weights | {joint.name: joint.weight for joint in self.joints}
+
+    @property
+    def terms(self) -> dict[str, tuple[str, ...]]:
+        """The tasks of each term: of a task itself."""
+        return {name: (name,) for name in self.tasks} | {joint.name: joint.tasks for joint in self.joints}
+
+    @property
+    def parts(self) -> list[list[nn.Parameter]]:
+        """The parameters that are absent together."""
+        if not self.joints:
+            return [self.task_parameters(task) for task in self.tasks]
+        of_balancer = [self.balancer.task_parameters(term) for term in self.terms]
+        return [self.model.task_parameters(task) for task in self.tasks] + of_balancer
 
     def decide_by(self, thresholds: Mapping[str, Mapping[str, float]]) -> None:
         """Let tasks decide by thresholds that were chosen on a split, by task and label."""
@@ -136,9 +160,14 @@ class RootModule(nn.Module):
         return self.model.task_parameters(task) + self.balancer.task_parameters(task)
 
     def absent_parameters(self, totals: WindowTotals) -> list[nn.Parameter]:
-        """The parameters of the tasks without a label in the window."""
-        absent = [name for name, here in zip(self.tasks, totals.present_T.tolist(), strict=True) if not here]
-        return [parameter for name in absent for parameter in self.task_parameters(name)]
+        """The parameters that no term with a label in the window reaches."""
+        present = totals.present_T.tolist()
+        here = {term for term, is_here in zip(self.terms, present, strict=True) if is_here}
+        reached = {task for term in here for task in self.terms[term]}
+        heads = [p for task in self.tasks if task not in reached for p in self.model.task_parameters(task)]
+        return heads + [
+            p for term in self.terms if term not in here for p in self.balancer.task_parameters(term)
+        ]
 
     def predict(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """The model's outputs under this run's precision, as float32."""
@@ -158,8 +187,7 @@ class RootModule(nn.Module):
         has_scale = self.balancer.level is not None and self.model.heads_follow_features
         gradient_scale = GradientScale() if has_scale else None
         features = self.features(batch, gradient_scale)
-        outputs = self.outputs(features, batch)
-        losses_T, sums_T = self.losses(outputs, batch, totals)
+        losses_T, sums_T, outputs = self.losses(features, batch, totals)
         if not isinstance(weights, Weights):
             weights = weights(batch, features, losses_T)
         if gradient_scale is not None:
@@ -178,41 +206,80 @@ class RootModule(nn.Module):
         return scalar * poison, sums_T.detach(), {name: output.detach() for name, output in outputs.items()}
 
     def features(self, batch: Batch, gradient_scale: GradientScale | None) -> Features:
-        """The features of each task, behind the factor that its gradient will meet there."""
+        """The features of each term, behind the factor that its gradient will meet there."""
         with self._autocast():
             shared = self.model.features(batch.images_BCHW)
-        features = [{name: shared[name] for name in self.model.feature_names(task)} for task in self.tasks]
+        features = [
+            {name: shared[name] for task in tasks for name in self.model.feature_names(task)}
+            for tasks in self.terms.values()
+        ]
         if gradient_scale is None:
             return features
         return [gradient_scale.applied(own, t) for t, own in enumerate(features)]
 
-    def outputs(self, features: Features, batch: Batch) -> Outputs:
-        """What each head says of its features, float32."""
-        size = (batch.images_BCHW.shape[2], batch.images_BCHW.shape[3])
-        with self._autocast():
-            return {
-                task: self.model.head_forward(task, dict(own), size).float()
-                for task, own in zip(self.tasks, features, strict=True)
-            }
-
-    def losses(self, outputs: Outputs, batch: Batch, totals: WindowTotals) -> tuple[Tensor, Tensor]:
-        """The tasks' losses and loss sums, both (T,).
+    def losses(
+        self, features: Features, batch: Batch, totals: WindowTotals
+    ) -> tuple[Tensor, Tensor, Outputs]:
+        """The terms' losses and loss sums, both (T,), and the tasks' outputs, float32.
 
         The losses are scaled such that their mean over ranks, summed over the window's micro-batches, is the
         global loss.
         """
-        sums_T = self.loss_sums(outputs, batch)
+        of_tasks = features[: len(self.tasks)]
+        outputs = {task: self._head(task, own, batch) for task, own in zip(self.tasks, of_tasks, strict=True)}
+        of_joints = [
+            self._outputs_of(joint, own, dict(zip(self.tasks, of_tasks, strict=True)), outputs, batch)
+            for joint, own in zip(self.joints, features[len(self.tasks) :], strict=True)
+        ]
+        sums_T = self.loss_sums(outputs, batch, of_joints)
         scale_T = torch.where(totals.present_T, self._world.size / totals.counts_T, 0.0)
-        return sums_T * scale_T.to(sums_T), sums_T
+        return sums_T * scale_T.to(sums_T), sums_T, outputs
 
-    def loss_sums(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """Each task's summed loss over the labelled samples of `batch`: float32 (T,)."""
-        return torch.stack(
-            [
-                _over_labels(partial(task.loss_sum, outputs[name]), batch, name)
-                for name, task in self.tasks.items()
-            ]
-        )
+    def _head(self, task: str, features: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """What a head says of its features, float32."""
+        size = (batch.images_BCHW.shape[2], batch.images_BCHW.shape[3])
+        with self._autocast():
+            return self.model.head_forward(task, dict(features), size).float()
+
+    def _outputs_of(
+        self,
+        joint: Joint,
+        features: Mapping[str, Tensor],
+        of_tasks: Mapping[str, Mapping[str, Tensor]],
+        outputs: Outputs,
+        batch: Batch,
+    ) -> Outputs:
+        """The outputs that a joint loss sees: those of the tasks or, where gradients are told apart at the
+        features, those of the same heads on its own features, once more and without a trace."""
+        read = {task: self.model.feature_names(task) for task in joint.tasks}
+        if all(features[n] is of_tasks[task][n] for task, names in read.items() for n in names):
+            return {task: outputs[task] for task in joint.tasks}
+        with without_side_effects(self.model, self._world.device):
+            return {
+                task: self._head(task, {name: features[name] for name in names}, batch)
+                for task, names in read.items()
+            }
+
+    def loss_sums(
+        self, outputs: Mapping[str, Tensor], batch: Batch, of_joints: Sequence[Outputs] = ()
+    ) -> Tensor:
+        """Each term's summed loss over the labelled samples of `batch`: float32 (T,).
+
+        `of_joints` are the outputs that each joint loss sees, where these are others.
+        """
+        sums = [
+            _over_labels(partial(task.loss_sum, outputs[name]), batch, name)
+            for name, task in self.tasks.items()
+        ]
+        seen: Sequence[Mapping[str, Tensor]] = of_joints or [outputs] * len(self.joints)
+        for joint, own in zip(self.joints, seen, strict=True):
+            sums.append(joint.loss_sum(own, batch))
+        return torch.stack(sums)
+
+    def labelled(self, batch: Batch) -> Tensor:
+        """Which samples each term counts, bool (T, B)."""
+        of_tasks = [batch.labelled[name] for name in self.tasks]
+        return torch.stack([*of_tasks, *(joint.used(batch) for joint in self.joints)])
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._world.device.type, self._dtype, enabled=self._dtype is not None)

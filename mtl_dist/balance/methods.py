@@ -79,7 +79,7 @@ def build_balancer(
     noise_factors: Mapping[str, float],
     task_weights: Mapping[str, float],
 ) -> Balancer:
-    """The method at work on these tasks, in this order.
+    """The method at work on these tasks, in this order; joint losses are among them, with the noise factor 1.
 
     Raises:
         UserError: a task has a weight other than 1, and the method does not look at it.
@@ -89,13 +89,14 @@ def build_balancer(
     weights = tuple(float(task_weights[name]) for name in tasks)
     if not method.uses_task_weights:
         problems = [
-            f"tasks.{name}.weight: expected 1 under balance.method {method.method}, "
-            f"which finds the weights itself, found {weight:g}. Remove it, or set balance.method to fixed."
+            f"{'tasks' if name in noise_factors else 'joint_losses'}.{name}.weight: expected 1 under "
+            f"balance.method {method.method}, which finds the weights itself, found {weight:g}. Remove it, "
+            "or set balance.method to fixed."
             for name, weight in zip(tasks, weights, strict=True)
             if weight != 1.0
         ]
         if problems:
             raise UserError("\n".join(problems))
     return Balancer(
-        method, BalancedTasks(tuple(tasks), tuple(noise_factors[name] for name in tasks), weights)
+        method, BalancedTasks(tuple(tasks), tuple(noise_factors.get(name, 1.0) for name in tasks), weights)
     )

@@ -110,7 +110,7 @@ def train_connected(
     check_balancing(recipe, root, data, connection.choice)
     check_metrics(recipe, root, data)
     check_monitor(recipe, data)
-    try_parts(root.tasks)
+    try_parts(root.tasks, root.joints)
     few = check_norms(
         root, data, micro_batch_size(recipe.train.global_batch, world.size, accumulation), world
     )
@@ -123,8 +123,7 @@ def train_connected(
 
     # ---- engine
     optimizer = build_optimizer(recipe.optim, root.model, list(root.tasks), list(root.balancer.parameters()))
-    parts = [root.task_parameters(task) for task in root.tasks]
-    engine = connection.build(root, optimizer, parts)
+    engine = connection.build(root, optimizer, root.parts)
     balancing = Balancing(root, engine, recipe.train.seed, recipe.balance.diagnose_every)
 
     # ---- run folder, trainer

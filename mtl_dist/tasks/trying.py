@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mtl_dist.config.user_defined import UserDefinedSettings
 from mtl_dist.errors import UserError
 from mtl_dist.lazy import torch
+from mtl_dist.tasks.joint import Joint, try_joint
 from mtl_dist.tasks.task import Task
 
 
-def try_parts(tasks: Mapping[str, Task]) -> None:
-    """Let every loss and metric that a recipe names by its path compute once.
+def try_parts(tasks: Mapping[str, Task], joints: Sequence[Joint] = ()) -> None:
+    """Let every loss, joint loss and metric that a recipe names by its path compute once.
 
     Raises:
         UserError: one line for each that cannot.
@@ -23,6 +24,11 @@ def try_parts(tasks: Mapping[str, Task]) -> None:
                 attempt(task)
             except UserError as error:
                 problems.append(str(error))
+    for joint in joints:
+        try:
+            try_joint(joint, tasks)
+        except UserError as error:
+            problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
 

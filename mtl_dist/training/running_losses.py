@@ -23,13 +23,13 @@ class RunningLosses:
     ranks call alike.
     """
 
-    def __init__(self, task_weights: Mapping[str, float], world: World, skipped: SkippedSteps) -> None:
+    def __init__(self, term_weights: Mapping[str, float], world: World, skipped: SkippedSteps) -> None:
         self.skipped = skipped
         self.has_losses = True
         """Whether the losses of the last step whose verdict was read are finite."""
-        self._task_weights = task_weights
+        self._term_weights = term_weights
         self._world = world
-        num_tasks = len(task_weights)
+        num_tasks = len(term_weights)
         # On the device, so that adding to it never makes the host wait; this rank's part.
         self._sums_T = torch.zeros(num_tasks, dtype=torch.float64, device=world.device)
         # On the host; already summed over the ranks.
@@ -87,12 +87,12 @@ class RunningLosses:
         sums_T = self._world.sum(local_sums_T.double().cpu())
         losses = {
             name: float(sums_T[t] / counts_T[t])
-            for t, name in enumerate(self._task_weights)
+            for t, name in enumerate(self._term_weights)
             if counts_T[t] > 0
         }
         if not losses:
             return {}
-        total = sum(self._task_weights[name] * loss for name, loss in losses.items())
+        total = sum(self._term_weights[name] * loss for name, loss in losses.items())
         return {f"{over}/loss": total, **{f"{over}/{name}/loss": loss for name, loss in losses.items()}}
 
     def state_dict(self) -> dict[str, Any]:

@@ -72,8 +72,8 @@ class Trainer:
         self.figures = figures
         self.callbacks = callbacks
         self.stop = stop
-        self.skipped = SkippedSteps(list(root.tasks), self.world, tracker, max_bad_steps)
-        self.losses = RunningLosses(root.task_weights, self.world, self.skipped)
+        self.skipped = SkippedSteps(list(root.terms), self.world, tracker, max_bad_steps)
+        self.losses = RunningLosses(root.term_weights, self.world, self.skipped)
         self.metrics = metrics
         self.saving = Saving(
             engine=engine,
@@ -181,7 +181,7 @@ class Trainer:
     # ------------------------------------------------------------------ parts of a step
     def _agree(self, window: Sequence[Batch]) -> tuple[WindowTotals, str]:
         """The label counts of the whole window, and the reason to stop if any rank has one."""
-        counts_T = count_labels(self.root.tasks, window)
+        counts_T = count_labels(self.root.tasks, window, self.root.joints)
         wish = torch.tensor([float(self.stop.requested)], dtype=torch.float64)
         agreed = self.world.sum(torch.cat([counts_T, wish]))
         totals = WindowTotals(counts_T=agreed[:-1], num_micro_batches=len(window), step=self.progress.step)
@@ -224,7 +224,7 @@ class Trainer:
             return
         balancer = self.root.balancer
         metrics = {f"balance/{name}": value for name, value in found.scalars().items()}
-        weights = zip(self.root.tasks, balancer.last_weights_T.tolist(), strict=True)
+        weights = zip(self.root.terms, balancer.last_weights_T.tolist(), strict=True)
         metrics |= {f"balance/weight/{name}": weight for name, weight in weights}
         metrics["balance/num_unconverged"] = float(balancer.num_unconverged)
         self.tracker.record("balance", self.progress.step, self.epoch, metrics)

@@ -140,7 +140,7 @@ def run(project: Path, recipe: Recipe) -> Path:
 
 
 def test_every_example_is_at_most_20_lines_and_a_whole_kind_of_task_at_most_60() -> None:
-    assert len(blocks("python")) == 14
+    assert len(blocks("python")) == 15
     for text in blocks("python"):
         lines = [line for line in text.splitlines()[1:] if line.strip()]
         most = 60 if "CommonTaskSettings" in text else 20
@@ -190,6 +190,9 @@ def test_every_own_part_is_used(recipe: Recipe, run: Path) -> None:
     root = build_root(recipe, RunFolder.open(run).read_data(), connect_accelerate()[1])
     assert type(root.tasks["ink"].loss).__name__ == "Tversky"
     assert root.tasks["ink"].loss.alpha == 0.4  # type: ignore[attr-defined]
+    assert [joint.loss.per_digit for joint in root.joints] == [0.02]  # type: ignore[attr-defined]
+    history = json.loads((run / "history.json").read_text())
+    assert len(history["val"]["amount/loss"]) == len(history["train"]["amount/loss"]) == 2
     assert type(root.balancer.method).__name__ == "InverseNorm"
     assert type(root.model.heads["digit"].module).__name__ == "Gated"  # type: ignore[union-attr]
     assert root.model.shared_parameters()[0].shape == (8, 1, 3, 3)
@@ -240,7 +243,7 @@ def test_a_dataset_of_ones_own_trains_is_resumed_and_evaluated(project: Path) ->
         "ink": "segmentation",
     }
     outcome = train(run, project / "apart")
-    assert (outcome.state, outcome.step) == ("done", 6)
+    assert (outcome.state, outcome.step) == ("done", 8)
     evaluate_run(project / "apart", "val")
     metrics = json.loads((project / "apart" / "evaluation" / "metrics.json").read_text())["val"]
     assert (metrics["digit"]["num_samples"], metrics["ink"]["num_samples"]) == (9, 10)

@@ -69,7 +69,9 @@ class Model:
     """A root module that knows its answers by the picture's brightness."""
 
     training = False
-    task_weights: Mapping[str, float] = {"land": 1.0}
+    term_weights: Mapping[str, float] = {"land": 1.0}
+    terms: Mapping[str, tuple[str, ...]] = {"land": ("land",)}
+    joints: tuple[Any, ...] = ()
 
     def __init__(self, data: Data) -> None:
         self.tasks = {"land": SegmentationSettings().build("land", data.task_infos["land"])}
