@@ -28,7 +28,7 @@ from mtl_dist.data.manifest import ImageDtype
 from mtl_dist.data.mixing import Samples
 from mtl_dist.data.reader import SampleReader, UnreadableSample
 from mtl_dist.data.small_images import read_small_images
-from mtl_dist.data.transforms import Transform
+from mtl_dist.data.transforms import BatchTransform, Transform
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.kind import MapKind, ScalarKind
 from mtl_dist.kinds.registry import kind_of
@@ -36,6 +36,7 @@ from mtl_dist.kinds.vocabulary import LabelError
 from mtl_dist.randomness import Draws, derive_key
 from mtl_dist.specs import TaskInfo
 
+_OF_BATCH = 1 << 40  # in a key, where a sample's has the number of its source
 _GROUP, _GROUP_BYTES = 8, 1 << 20  # samples, and bytes of image files, that are decoded side by side
 
 
@@ -167,6 +168,8 @@ class BatchBuilder:
     boxes: Mapping[str, BoxTasks] = field(default_factory=dict)
     pin_memory: bool = False
     keeps_whole: bool = False
+    of_batches: Sequence[BatchTransform] = ()
+    """The user's steps on the images together."""
 
     @cached_property
     def _scalars(self) -> dict[str, ScalarKind]:
@@ -220,6 +223,8 @@ class BatchBuilder:
         if self.blender is not None:
             blended = self.blender.blend(positions, valid, images_BHWC, maps, targets, labelled)
             blended = Blended(blended.lam_B[:size], _first(size, blended.partners))
+        for step in self.of_batches:
+            self._transform(step, images_BHWC[:size].permute(0, 3, 1, 2), int(positions[0]))
         return Loaded(
             layout,
             block,
@@ -232,6 +237,26 @@ class BatchBuilder:
             blended,
             self._whole(into.whole, labelled, size),
         )
+
+    def _transform(self, step: BatchTransform, images_BCHW: Tensor, position: int) -> None:
+        """Let a step of the user's act on the images together, in place.
+
+        Raises:
+            UserError: it fails, or returns others than it is to.
+        """
+        where = f"data.transforms: {type(step).__module__}.{type(step).__qualname__}"
+        try:
+            made = step(images_BCHW.clone(), Draws(derive_key(self.key, _OF_BATCH, position)))
+        except Exception as error:  # whatever the user's code raises
+            words = f"{type(error).__name__}: {error}"
+            raise UserError(f"{where} fails on images {tuple(images_BCHW.shape)}: {words}.") from error
+        if not isinstance(made, Tensor) or (made.shape, made.dtype) != (images_BCHW.shape, images_BCHW.dtype):
+            found = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+            raise UserError(
+                f"{where}: expected images of {images_BCHW.dtype} {tuple(images_BCHW.shape)}, found {found}. "
+                "Return them in the same shape."
+            )
+        images_BCHW.copy_(made)
 
     def _build_small(
         self,

@@ -107,12 +107,9 @@ class LibraryTransform(ImageTransform):
             raise
         except Exception as error:  # whatever torchvision raises at what it cannot read
             reason = " ".join(str(error).split()).rstrip(".")
-            advice = (
-                "data.blend has Mixup and CutMix." if isinstance(self.transform, _MIXING) else "Remove it."
-            )
             raise UserError(
                 f"{self.where}: expected a transform of one image, found {type(error).__name__}: {reason}. "
-                f"{advice}"
+                "Remove it."
             ) from error
 
     def _tried_with(self, size: tuple[int, int], maps: bool) -> Effect:
@@ -141,9 +138,6 @@ class LibraryTransform(ImageTransform):
             found = ", ".join(f"{height} x {width}" for height, width in sorted(sizes))
             raise UserError(f"{self.where}: expected images of one size, found {found}.")
         return Effect(sizes.pop(), moves, maps)
-
-
-_MIXING = (v2.MixUp, v2.CutMix)
 
 
 def _missing(map_: Tensor) -> Tensor:

@@ -148,9 +148,13 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
     known = dict.fromkeys(name for source in training for name in source.tasks)
     not_learnt = tuple(name for name in known if name not in task_infos)
     settings, training, left_out = _with_labels(settings, training, task_infos)
-    check_blend(settings.blend, task_infos)
+    check_blend(settings.blending, task_infos)
+    problem = settings.blend_problem([len(task_infos[name].classes) for name in partnered(task_infos)])
+    if problem:
+        raise UserError(problem)
     _check_sizes(settings, task_infos)
-    check_boxes(settings.boxes, task_infos, settings.blend is not None and settings.blend.mixup is not None)
+    mixes = settings.blending is not None and settings.blending.mixup is not None
+    check_boxes(settings.boxes, task_infos, mixes)
     facts = {"train": training}
     for split, stated in (("val", settings.val), ("test", settings.test)):
         facts[split] = _evaluation_facts(settings, stated, split, training)
@@ -234,6 +238,8 @@ def _check_library_steps(
     deaf += [name for name, info in task_infos.items() if kind_of(info.kind).moves]
     size = settings.size
     for stated in settings.transforms:
+        if stated.of_batches or stated.blends is not None:
+            continue
         step: Any = stated.make()
         found = f"found {stated.path.rpartition('.')[2]}"
         if isinstance(stated, LibraryTransformSettings) and step.effect(size).moves:
@@ -317,13 +323,14 @@ def train_loader(
     settings = data.settings
     blender = (
         None
-        if settings.blend is None
-        else Blender(settings.blend, derive_key(seed, _BLEND), partnered(data.task_infos))
+        if settings.blending is None
+        else Blender(settings.blending, derive_key(seed, _BLEND), partnered(data.task_infos))
     )
     user_defined = settings.user_transforms(training=True)
     transform = Transform(settings.size, settings.resize, settings.augmentation, user_defined, data.fills)
     key = derive_key(seed, _AUGMENT)
     builder = _builder(data, "train", transform, key, blender, pin_memory)
+    builder = replace(builder, of_batches=settings.batch_transforms)
     if settings.stream is not None:
         reader = _stream_reader(
             data, settings.stream, rank, world_size, workers, derive_key(seed, _ORDER, start_position)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -23,6 +23,7 @@ from mtl_dist.data.transform_steps import UserTransform
 from mtl_dist.data.transforms import (
     PRESETS,
     AugmentSettings,
+    BatchTransform,
     CentreCrop,
     ImageTransform,
     Preset,
@@ -241,6 +242,12 @@ class SkipBadSamples(Settings):
     max_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
 
 
+def _blend_of(step: UserTransform) -> BlendSettings:
+    """torchvision's MixUp or CutMix as the blend that it is."""
+    assert step.blends is not None
+    return BlendSettings.model_validate({step.blends: getattr(step, "alpha", 1.0)}, strict=False)
+
+
 BadSampleSettings = Annotated[FailOnBadSample | SkipBadSamples, Field(discriminator="kind")]
 
 
@@ -260,7 +267,8 @@ class DataSettings(Settings):
     blend: BlendSettings | None = None
     """Mixup and CutMix: blend pairs of training images, and their labels."""
     transforms: tuple[UserTransform, ...] = ()
-    """Steps of the user's after `augment`, by their import paths; they may change the size."""
+    """Steps of the user's after `augment`, by their import paths; they may change the size. torchvision's
+    MixUp and CutMix among them are `blend`; steps on whole batches come last."""
     boxes: dict[str, BoxTasks] = Field(default_factory=dict)
     """Boxes by name: the four regression tasks of left, top, right and bottom, which move with the image."""
     resize: Resize = "stretch"
@@ -317,6 +325,28 @@ class DataSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _batches_come_last(self) -> DataSettings:
+        after = [step.blends is not None or step.of_batches for step in self.transforms]
+        if after != sorted(after):
+            raise ValueError(
+                "transforms: expected steps on whole batches after those on images, found "
+                f"{self.transforms[after.index(True)].path} before one. Change their order."
+            )
+        blends = [step for step in self.transforms if step.blends is not None]
+        if len(blends) + (self.blend is not None) > 1:
+            raise ValueError(
+                "transforms: expected one of MixUp, CutMix and data.blend, found several. Where each pair is "
+                "to have one of the two: data.blend: {mixup: 0.2, cutmix: 1.0}."
+            )
+        for step in blends:
+            if not step.only_trains:
+                raise ValueError(
+                    f"transforms: expected training_only with {step.path}, found false. Remove it."
+                )
+            _blend_of(step)
+        return self
+
+    @model_validator(mode="after")
     def _crop_fits(self) -> DataSettings:
         problem = self.resize.problem(self.size) if isinstance(self.resize, CentreCrop) else ""
         if problem:
@@ -340,7 +370,30 @@ class DataSettings(Settings):
 
     def user_transforms(self, training: bool) -> tuple[ImageTransform, ...]:
         """The user's steps, those for training or those of evaluation and prediction."""
-        return tuple(step.make() for step in self.transforms if training or not step.only_trains)
+        return tuple(
+            step.make()
+            for step in self.transforms
+            if (training or not step.only_trains) and not step.of_batches and step.blends is None
+        )
+
+    @property
+    def batch_transforms(self) -> tuple[BatchTransform, ...]:
+        """The user's steps on whole batches of training."""
+        return tuple(step.make() for step in self.transforms if step.of_batches)
+
+    @property
+    def blending(self) -> BlendSettings | None:
+        """How pairs of training images are blended: as `blend` says, or torchvision's MixUp or CutMix."""
+        return next((_blend_of(step) for step in self.transforms if step.blends is not None), self.blend)
+
+    def blend_problem(self, num_classes: Collection[int]) -> str:
+        """Why torchvision's MixUp or CutMix does not suit classes of these numbers; nothing where it does."""
+        for step in self.transforms:
+            stated = getattr(step, "num_classes", None) if step.blends is not None else None
+            if stated is not None and stated not in num_classes:
+                found = f"found {stated}. Remove it."
+                return f"data.transforms: expected num_classes of {step.path} as the data has them, {found}"
+        return ""
 
     def without_augmentation(self) -> DataSettings:
         """The same data, with training images as they are evaluated."""

@@ -170,6 +170,21 @@ class ImageTransform(ABC):
         """
 
 
+class BatchTransform(ABC):
+    """A step of the user's on the images of a micro-batch together, after all others, in training alone.
+
+    It sees no label, and must leave pixels where they are: a label is of what was there before.
+    """
+
+    @abstractmethod
+    def __call__(self, images_BCHW: Tensor, draws: Draws) -> Tensor:
+        """The images, of unchanged shape and dtype.
+
+        What is random must come from `draws`, which follow from the position of the first of them: a resumed
+        run sees the same. Another number of ranks makes other micro-batches.
+        """
+
+
 @dataclass(frozen=True)
 class Transform:
     """The way from a decoded image and its maps to `size` (height, width), and on by steps of the user's.

@@ -58,7 +58,7 @@ class RunningMetrics:
             "epoch."
             for task, names in self.left_out.items()
         ]
-        if data.blend is not None:
+        if data.blending is not None:
             lines.append("blended images (data.blend) count in no training metric.")
         return lines
 
@@ -73,7 +73,7 @@ class RunningMetrics:
             if split != "train" or metric == "loss":
                 continue
             left_out = self.left_out.get("/".join(task), ())
-            if metric in left_out or (data.blend is not None and data.blend.probability == 1):
+            if metric in left_out or (data.blending is not None and data.blending.probability == 1):
                 why = " ".join(self.exceptions(data))
                 raise UserError(
                     f"monitor: expected a metric that is computed, found {name}: {why} Follow one of val."

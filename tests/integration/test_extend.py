@@ -140,7 +140,7 @@ def run(project: Path, recipe: Recipe) -> Path:
 
 
 def test_every_example_is_at_most_20_lines_and_a_whole_kind_of_task_at_most_60() -> None:
-    assert len(blocks("python")) == 15
+    assert len(blocks("python")) == 16
     for text in blocks("python"):
         lines = [line for line in text.splitlines()[1:] if line.strip()]
         most = 60 if "CommonTaskSettings" in text else 20
@@ -200,6 +200,7 @@ def test_every_own_part_is_used(recipe: Recipe, run: Path) -> None:
         "Fog",
         "LibraryTransform",
     ]
+    assert [type(step).__name__ for step in recipe.data.batch_transforms] == ["SameLight"]
     assert recipe.data.user_transforms(training=False) == ()
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())["val"]["digit"]
     assert 0 <= metrics["top3"] <= 1

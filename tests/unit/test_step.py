@@ -206,6 +206,8 @@ def test_a_loss_that_is_not_finite_reaches_every_gradient(value: float) -> None:
     batch = make_batch(8)
     totals = WindowTotals(count_labels(root.tasks, [batch]), 1, 0)
     losses = root.losses
-    root.losses = lambda *args: tuple(part if isinstance(part, dict) else part + value for part in losses(*args))
+    root.losses = lambda *args: tuple(
+        part if isinstance(part, dict) else part + value for part in losses(*args)
+    )
     root(batch, totals, WEIGHTS)[0].backward()
     assert all(p.grad.isnan().any() for p in root.parameters() if p.grad is not None)

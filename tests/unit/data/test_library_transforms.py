@@ -97,7 +97,6 @@ def test_what_it_does_with_an_image_is_found_by_trying_even_where_it_rarely_acts
         ({"kind": "ToDtype", "dtype": "float32"}, "found 3 of torch.float32"),
         ({"kind": "FiveCrop", "size": 8}, "expected it to return one image, found tuple"),
         ({"kind": "RandomResize", "min_size": 8, "max_size": 30}, "expected images of one size, found 8 x 8"),
-        ({"kind": "MixUp"}, "data.blend has Mixup and CutMix"),
         ({"kind": "RandomApply", "transforms": []}, "expected arguments that fit it, found: Pass at least"),
     ],
 )
