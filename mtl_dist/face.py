@@ -160,10 +160,13 @@ class Run:
             return self._predictor.predict_many(image, threshold)
         return self._predictor.predict(image, threshold)
 
-    def evaluate(self, split: str | None = None) -> dict[str, dict[str, float]]:
+    def evaluate(
+        self, split: str | None = None, checkpoint: str | int = "best"
+    ) -> dict[str, dict[str, float]]:
         """Measure the best weights on a split of the run's data; also kept in evaluation/ and `metrics`.
 
-        Without a `split`: on test or, where there is none, on val.
+        Without a `split`: on test or, where there is none, on val. `checkpoint` chooses others, as in `load`:
+        "last", a step, or "best/TASK"; what they reach is kept under a name of its own, as `val-best-digit`.
 
         Raises:
             UserError: no such split, no checkpoint yet, or the data is not where it was.
@@ -172,7 +175,7 @@ class Run:
         from mtl_dist.runs.evaluation import evaluate_run
 
         with left_as_found():
-            measured = evaluate_run(self.path, split)
+            measured = evaluate_run(self.path, split, checkpoint=checkpoint)
         return self.metrics[measured]
 
     def resume(self, *overrides: str | Mapping[str, Any], data_moved: bool = False) -> Run:

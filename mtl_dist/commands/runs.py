@@ -261,6 +261,13 @@ def evaluate(
             help="Write a row for each sample: its labels, answers and losses. docs/predict.md",
         ),
     ] = False,
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            metavar="WHICH",
+            help="best, last, a step, or best/TASK: the best of that task, where monitor.per_task keeps it.",
+        ),
+    ] = "best",
 ) -> None:
     """Measure a run's best weights on a split: test, or val where there is none.
 
@@ -271,11 +278,13 @@ def evaluate(
       mtl evaluate runs/digits/ID --split test
       mtl evaluate runs/digits/ID --split train --predictions     find labels that are wrong
       mtl evaluate runs/digits/ID --split val --data data/other-digits
+      mtl evaluate runs/digits/ID --checkpoint best/digit
     """
     from mtl_dist.data.remote import location
     from mtl_dist.runs.evaluation import evaluate_run
 
-    evaluate_run(run, split, None if data is None else location(data), predictions)
+    which = int(checkpoint) if checkpoint.isdecimal() else checkpoint
+    evaluate_run(run, split, None if data is None else location(data), predictions, which)
 
 
 def predict(

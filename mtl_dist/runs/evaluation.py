@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from mtl_dist.assemble import best_or_newest, inference_weights, read_trained
+from mtl_dist.assemble import WhichCheckpoint, best_or_newest, inference_weights, read_trained
 from mtl_dist.checkpoint import read_checkpoint
 from mtl_dist.data.facts import DataFacts, identities, meaning_differences, source_differences
 from mtl_dist.data.loader import Data, eval_loader, open_data
@@ -36,26 +36,35 @@ MOST_PREDICTIONS = 200_000
 
 
 def evaluate_run(
-    run: Path, split: str | None = None, dataset: Location | None = None, predictions: bool = False
+    run: Path,
+    split: str | None = None,
+    dataset: Location | None = None,
+    predictions: bool = False,
+    checkpoint: WhichCheckpoint = "best",
 ) -> str:
-    """Evaluate the best weights of a run on one split; metrics go to its evaluation/ folder, with
+    """Evaluate the best weights of a run, or others, on one split; metrics go to its evaluation/ folder, with
     `predictions` a table with a row for each sample as well.
 
     Without a `split` it is test or, where the data has none, val; that is said. The classes and statistics
     are those of the run. With `dataset` the split is one of that dataset, which may be another one, or the
-    run's own in another place. Returns the metrics' name: the split, or `NAME-SPLIT` of another dataset.
+    run's own in another place. Returns the metrics' name: the split, or `NAME-SPLIT` of another dataset; that
+    of another `checkpoint` than the best (as `load` takes it) comes after it, as in `val-best-digit`.
 
     Raises:
         UserError: not a run folder, no good checkpoint, no such split, or its labels mean something else than
             in training; without `dataset` also, if the split holds other samples than it did.
     """
     folder = RunFolder.open(run)
-    trained = read_trained(folder, warn)
+    trained = read_trained(folder, warn, checkpoint)
     recipe = load_recipe_of(folder.directory)
     world = connect_without_engine(recipe.engine)
     named = split
     data, split = _opened(recipe.data, trained.facts, split, dataset)
     label = world.on_main(lambda: _label_of(folder, trained.facts, data, split, dataset is not None))
+    if checkpoint != "best":
+        label += f"-step-{checkpoint}" if isinstance(checkpoint, int) else f"-{checkpoint.replace('/', '-')}"
+        if world.is_main:
+            warn(f"weights  {trained.path}")
     if named is None and world.is_main:
         warn(f"split    {split}" + ("" if split == "test" else ": the data has no test split"))
     root = trained.root(world)

@@ -48,11 +48,11 @@ def injected(fault: Fault, steps: Sequence[int] = (BAD_STEP,)) -> Iterator[None]
             yield batch
 
     def with_infinity(root: RootModule, features: Any, batch: Batch, totals: Any) -> Any:
-        losses_T, sums_T = losses(root, features, batch, totals)
+        losses_T, sums_T, outputs = losses(root, features, batch, totals)
         if totals.step in steps and torch.isin(batch.positions_B, torch.tensor(positions)).any():
             infinite_T = torch.tensor([torch.inf, 0, 0, 0])
-            return losses_T + infinite_T, sums_T + infinite_T
-        return losses_T, sums_T
+            return losses_T + infinite_T, sums_T + infinite_T, outputs
+        return losses_T, sums_T, outputs
 
     with pytest.MonkeyPatch.context() as patch:
         if fault == "pixel":
@@ -78,6 +78,12 @@ def state_at(run: Path, step: int) -> dict[str, Any]:
     return read_checkpoint(step_directory(run / "checkpoints", step)).state
 
 
+def counted_at(run: Path, step: int) -> dict[str, Any]:
+    """What the training metrics have counted of the epoch."""
+    tensors = read_checkpoint(step_directory(run / "checkpoints", step)).tensors["metrics"]
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
 def assert_skipped_whole(run: Path, fault: Fault) -> None:
     """The step changed nothing but the count of steps, and its samples are named."""
     before, after = tensors_at(run, BAD_STEP), tensors_at(run, BAD_STEP + 1)
@@ -85,6 +91,8 @@ def assert_skipped_whole(run: Path, fault: Fault) -> None:
     assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == []
     for name in ("epoch_sums", "epoch_counts", "monitor", "scaler"):
         assert state_at(run, BAD_STEP)[name] == state_at(run, BAD_STEP + 1)[name]
+    counted = [repr(counted_at(run, step)) for step in (BAD_STEP, BAD_STEP + 1, BAD_STEP + 2)]
+    assert counted[0] == counted[1] != counted[2]
     assert state_at(run, 5)["skipped"] == {"num_skipped": 1, "recent": [BAD_STEP + 1]}
     last = tensors_at(run, 5)
     sentinels = [name for name in last if "/balancer." in name]

@@ -217,6 +217,20 @@ def test_evaluating_again_gives_the_same_figures(run: Path) -> None:
         evaluate_run(run, "holdout")
 
 
+def test_other_weights_than_the_best_are_measured_under_a_name_of_their_own(
+    run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    before = mtl_dist.Run(copy).metrics
+    last = mtl_dist.Run(copy).evaluate("val", checkpoint="last")
+    assert mtl_dist.Run(copy).metrics == {**before, "val-last": last}
+    newest = max(int(path.name.removeprefix("step_")) for path in (copy / "checkpoints").glob("step_*"))
+    assert mtl_dist.Run(copy).evaluate("val", checkpoint=newest) == last
+    with pytest.raises(UserError, match=r"whose best is kept \(none, without monitor\.per_task\)"):
+        mtl_dist.Run(copy).evaluate("val", checkpoint="best/digit")
+
+
 def test_without_a_test_split_a_run_is_evaluated_on_val_and_says_so(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
