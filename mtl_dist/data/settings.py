@@ -19,7 +19,7 @@ from mtl_dist.data.external import Fields, Indexing
 from mtl_dist.data.mixing import integer_weights
 from mtl_dist.data.order import ShuffleWindow
 from mtl_dist.data.remote import PIPE, Location, LocationSetting
-from mtl_dist.data.transform_steps import UserTransform
+from mtl_dist.data.transform_steps import UserBatchTransformSettings, UserTransform
 from mtl_dist.data.transforms import (
     PRESETS,
     AugmentSettings,
@@ -373,13 +373,16 @@ class DataSettings(Settings):
         return tuple(
             step.make()
             for step in self.transforms
-            if (training or not step.only_trains) and not step.of_batches and step.blends is None
+            if not isinstance(step, UserBatchTransformSettings)
+            and (training or not step.only_trains)
+            and step.blends is None
         )
 
     @property
     def batch_transforms(self) -> tuple[BatchTransform, ...]:
         """The user's steps on whole batches of training."""
-        return tuple(step.make() for step in self.transforms if step.of_batches)
+        of_batches = [step for step in self.transforms if isinstance(step, UserBatchTransformSettings)]
+        return tuple(step.make() for step in of_batches)
 
     @property
     def blending(self) -> BlendSettings | None:
