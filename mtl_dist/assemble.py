@@ -164,6 +164,12 @@ def check_device(recipe: Recipe, device: torch.device, choice: EngineChoice) -> 
             f"train.compile: expected false under {choice.name}, which gathers the weights of every layer as "
             f"it is reached, found true. Set it to false, or {choice.WHOLE_PARAMETERS}."
         )
+    if recipe.joint_losses and choice.shards_parameters:
+        problems.append(
+            f"joint_losses: expected none under {choice.name}, where a head runs once in a step, and not for "
+            f"a joint loss again, found {', '.join(recipe.joint_losses)}. Remove them, or "
+            f"{choice.WHOLE_PARAMETERS}."
+        )
     if choice.divides_updates and not recipe.optim.is_elementwise:
         problems.append(
             f"optim.kind: expected an optimizer that updates every element for itself under {choice.name}, "

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from mtl_dist.assemble import check_device
 from mtl_dist.balance.methods import build_balancer
 from mtl_dist.balancing import Balancing
 from mtl_dist.batch import Batch
 from mtl_dist.config.loading import resolved_settings
 from mtl_dist.engine.accelerated import AccelerateEngine
+from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 from mtl_dist.models.multitask import build_model
 from mtl_dist.models.settings import ModelSettings
@@ -36,9 +39,7 @@ def recipe_of(**joint: Any) -> Recipe:
     )
 
 
-def make_root(
-    loss: Agreement, balance: dict[str, Any], tasks: tuple[str, ...] = ("kind", "mask")
-) -> RootModule:
+def make_root(loss: Agreement, balance: dict[str, Any], world: World = ALONE) -> RootModule:
     torch.manual_seed(0)
     built = build_tasks({name: SETTINGS[name].model_copy(update={"weight": 1.0}) for name in INFOS}, INFOS)
     model = build_model(
@@ -47,13 +48,13 @@ def make_root(
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    joint = Joint("both", tasks, 1.0, loss, "tests.joint_losses")
+    joint = Joint("both", ("kind", "mask"), 1.0, loss, "tests.joint_losses")
     names = [*built, "both"]
     settings = resolved_settings(
         Recipe, {"balance": balance, "data": {"train": [{"path": "x"}], "image_size": 8}}
     ).balance
     balancer = build_balancer(settings, names, dict.fromkeys(built, 1.0), dict.fromkeys(names, 1.0))
-    return RootModule(model, built, balancer, ALONE, "fp32", [joint])
+    return RootModule(model, built, balancer, world, "fp32", [joint])
 
 
 def totals_of(root: RootModule, window: list[Batch]) -> WindowTotals:
@@ -86,6 +87,23 @@ def test_its_gradient_is_that_of_a_mean_over_all_samples_of_the_window_that_have
     expected = {name: p.grad for name, p in root.named_parameters() if p.grad is not None and p.grad.any()}
     found = gradients(root, cut(batch, parts), Weights(torch.tensor([0.0, 0.0, 0.0, 1.0])))
     assert_same({name: found[name] for name in expected}, expected)
+
+
+def test_two_ranks_whose_labels_are_unequal_learn_what_one_process_learns() -> None:
+    batch = make_batch(16, missing=0.6)
+    alone, one = Weights(torch.tensor([0.0, 0.0, 0.0, 1.0])), make_root(Agreement(), {"method": "fixed"})
+    expected = gradients(one, [batch], alone)
+    two = make_root(
+        Agreement(), {"method": "fixed"}, World(rank=0, size=2, local_rank=0, device=ALONE.device)
+    )
+    ranks = cut(batch, 2)
+    counts_T = count_labels(two.tasks, ranks, two.joints)
+    found = []
+    for part in ranks:
+        two.zero_grad()
+        two(part, WindowTotals(counts_T, 1, 0), alone)[0].backward()
+        found.append({n: p.grad.clone() for n, p in two.named_parameters() if p.grad is not None})
+    assert_same({name: (found[0][name] + found[1][name]) / 2 for name in expected}, expected)
 
 
 @pytest.mark.parametrize("level", ["features", "parameters"])
@@ -160,3 +178,11 @@ def test_one_that_is_wrong_is_refused_before_training(loss: Agreement, line: str
 def test_settings_that_do_not_fit_are_refused(stated: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line):
         recipe_of(**stated)
+
+
+def test_an_engine_that_divides_the_weights_is_refused_by_name() -> None:
+    choice = SimpleNamespace(
+        name="ZeRO 3", shards_parameters=True, divides_updates=True, WHOLE_PARAMETERS="engine.zero_stage to 2"
+    )
+    with pytest.raises(UserError, match=r"joint_losses: expected none under ZeRO 3, .*found both"):
+        check_device(recipe_of(), torch.device("cpu"), choice)  # type: ignore[arg-type]
