@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from mtl_dist.data.shards import DEFAULT_SHARD_BYTES, DEFAULT_SHARD_SAMPLES
@@ -25,6 +27,10 @@ class Help:
 
 Split = str | Sequence[float] | Mapping[str, str] | None
 
+LISTS = (".txt", ".csv", ".tsv")
+"""What a file ends with that says the split of each group."""
+SPLIT_COLUMN = "split"
+
 
 @dataclass(frozen=True)
 class PackOptions:
@@ -33,8 +39,8 @@ class PackOptions:
     split: Annotated[
         Split,
         Help(
-            "Fractions such as 0.8,0.1,0.1; a column; or groups by split as 'val=sw;test=ne'. Without it "
-            "the data's own splits, else fractions.",
+            "Fractions such as 0.8,0.1,0.1; a column; groups by split as 'val=sw;test=ne', or a file of them "
+            "(.txt, .csv, .tsv), GROUP and SPLIT a line. Without it the data's own splits, else fractions.",
             "WHAT",
         ),
     ] = None
@@ -104,14 +110,21 @@ def fractions_in(split: Split) -> tuple[float, ...] | None:
     return None if split is None or isinstance(split, Mapping) else tuple(split)
 
 
+def names_groups(split: str) -> bool:
+    """Whether a text says the split of each group, itself or in a list."""
+    return "=" in split or split.lower().endswith(LISTS)
+
+
 def groups_by_split(split: Split) -> dict[str, str] | None:
-    """The split of each group that `val=sw,nw;test=ne` names; None where it is something else.
+    """The split of each group that `val=sw,nw;test=ne` or a list names; None where it is something else.
 
     Raises:
-        UserError: a group in two splits, or a split without one.
+        UserError: a group in two splits, a split without one, or a list that cannot be read.
     """
     if isinstance(split, Mapping):
         return dict(split)
+    if isinstance(split, str) and split.lower().endswith(LISTS):
+        return _groups_in(Path(split))
     if not isinstance(split, str) or "=" not in split:
         return None
     found: dict[str, str] = {}
@@ -122,4 +135,28 @@ def groups_by_split(split: Split) -> dict[str, str] | None:
                 raise UserError(f'--split: expected SPLIT=GROUP,... with ; between splits, found "{split}".')
             if found.setdefault(group.strip(), name.strip()) != name.strip():
                 raise UserError(f"--split: expected each group in one split, found {group.strip()} in two.")
+    return found
+
+
+def _groups_in(path: Path) -> dict[str, str]:
+    """The split of each group in a list: a line has a group and its split, the first line may name them."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text in UTF-8"
+        raise UserError(
+            f"--split: expected a list of groups and their splits in {path}, found: {reason}."
+        ) from None
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        parts = [part.strip().strip('"') for part in re.split(r"[,;\t]", line) if part.strip()]
+        parts = line.split() if len(parts) == 1 else parts
+        if not parts or parts[0].startswith("#") or (number == 1 and parts[1:2] == [SPLIT_COLUMN]):
+            continue
+        if len(parts) != 2:
+            raise UserError(f"{path}:{number}: expected a group and its split, found {line.strip()!r}.")
+        if found.setdefault(parts[0], parts[1]) != parts[1]:
+            raise UserError(f"{path}:{number}: expected each group in one split, found {parts[0]} in two.")
+    if not found:
+        raise UserError(f"--split: expected groups and their splits in {path}, found none.")
     return found

@@ -295,7 +295,13 @@ def _brought(records: Sequence[Record], groups: Sequence[str], options: PackOpti
                     f"--split: expected one of the groups {listed(sorted(known - {''})) or '(there is none)'}"
                     f", found {group!r}."
                 )
-        return [by_group.get(group, "train") for group in groups]
+        unnamed = sorted(known - {""} - set(by_group))
+        if unnamed and "train" in map(split_name, by_group.values()):
+            raise UserError(
+                f"--split: expected a split for every group, since those of train are named, found none for "
+                f"{listed(unnamed)}. Name them, or leave train out: it is the rest."
+            )
+        return [split_word(by_group.get(group, "train"), f"--split, group {group}") for group in groups]
     if isinstance(options.split, str) and fractions_in(options.split) is None:
         return [_in_column(record, options.split) for record in records]
     return [record.split for record in records]

@@ -40,7 +40,7 @@ from mtl_dist.importers.account import SAMPLE, UNREADABLE
 from mtl_dist.importers.conversion import pixels_of
 from mtl_dist.importers.importer import Importer
 from mtl_dist.importers.jobs import Record, TaskSource, check_skipped, run_jobs
-from mtl_dist.importers.options import STANDARD, Help, PackOptions, fractions_in
+from mtl_dist.importers.options import STANDARD, Help, PackOptions, fractions_in, names_groups
 from mtl_dist.importers.packing import Progress, silent
 from mtl_dist.importers.pixel_counts import PixelCounts, pixel_facts
 from mtl_dist.importers.road import splits_of
@@ -212,7 +212,12 @@ def _fields_of(options: PackOptions) -> list[str]:
     """The fields by which samples are split or grouped."""
     fields = [options.group] if options.group and "{" not in options.group else []
     split = options.split
-    if isinstance(split, str) and not _is_of_all(split) and fractions_in(split) is None and "=" not in split:
+    if (
+        isinstance(split, str)
+        and not _is_of_all(split)
+        and not names_groups(split)
+        and fractions_in(split) is None
+    ):
         fields.append(split)
     return fields
 

@@ -242,9 +242,35 @@ def test_the_same_frame_in_two_splits_is_reported(tmp_path: Path) -> None:
     assert any("the same image in train and val: 6" in note for note in manifest.notes)
 
 
-def test_an_option_for_splits_is_read() -> None:
+def test_splits_of_stacks_are_stated_in_a_list(tmp_path: Path) -> None:
+    src = write_stacks(tmp_path / "src")
+    names = [path.stem for path in sorted(src.glob("stack_*.tif"))]
+    listed = tmp_path / "splits.csv"
+    listed.write_text("".join(f"{name.removeprefix('stack_')},val\n" for name in names[:1]))
+    manifest = prepared(src, tmp_path / "out", split=str(listed))
+    assert manifest.splits["val"].num_samples == 6
+    listed.write_text(listed.read_text() + f"{names[1].removeprefix('stack_')},train\n")
+    if len(names) > 2:
+        with pytest.raises(
+            UserError, match="expected a split for every group, since those of train are named"
+        ):
+            prepared(src, tmp_path / "again", split=str(listed))
+
+
+def test_an_option_for_splits_is_read(tmp_path: Path) -> None:
     assert groups_by_split("val=sw,nw; test=ne") == {"sw": "val", "nw": "val", "ne": "test"}
     assert groups_by_split("part") is None
+    for text in ("stack,split\nsw,val\nne,test\n", "# by hand\nsw val\n\nne test", "sw;val\nne;test"):
+        (tmp_path / "splits.csv").write_text(text)
+        assert groups_by_split(str(tmp_path / "splits.csv")) == {"sw": "val", "ne": "test"}
+    (tmp_path / "splits.txt").write_text("sw val\nsw test\n")
+    with pytest.raises(UserError, match=r"splits\.txt:2: expected each group in one split, found sw in two"):
+        groups_by_split(str(tmp_path / "splits.txt"))
+    (tmp_path / "splits.txt").write_text("sw\n")
+    with pytest.raises(UserError, match=r"splits\.txt:1: expected a group and its split, found 'sw'"):
+        groups_by_split(str(tmp_path / "splits.txt"))
+    with pytest.raises(UserError, match=r"none\.csv, found: No such file"):
+        groups_by_split("none.csv")
     with pytest.raises(UserError, match="expected each group in one split, found a in two"):
         groups_by_split("val=a;test=a")
     with pytest.raises(UserError, match="expected SPLIT=GROUP"):
