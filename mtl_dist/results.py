@@ -13,8 +13,11 @@ from mtl_dist.cell_table import CellTable
 from mtl_dist.durable import write_text
 from mtl_dist.evaluator import Evaluation
 from mtl_dist.figures.confusion import draw_confusion
+from mtl_dist.intervals import Interval, intervals
 from mtl_dist.run_folder import RunFolder
+from mtl_dist.sample_rows import Table
 from mtl_dist.specs import TaskInfo
+from mtl_dist.tasks.task import Task
 from mtl_dist.tracking.tracker import plain_console
 
 
@@ -47,6 +50,34 @@ def write_evaluation(
             draw_confusion(matrix, classes, f"{task} ({split})", stem.with_suffix(".png"))
         except Exception as error:  # whatever the disk or matplotlib raises
             say(f"warning  {stem.name}.png cannot be drawn: {type(error).__name__}: {error}")
+
+
+def headlines(evaluation: Evaluation, tasks: Mapping[str, Task], table: Table | None) -> CellTable:
+    """One row per task: its main metric, how sure that is, and what the constant answer reaches."""
+    shown = CellTable(box=None, pad_edge=False)
+    for column in ("task", "metric", "result", "95 %", "constant answer", ""):
+        shown.add_column(column)
+    for name, task in tasks.items():
+        metric = task.settings.compared[0]
+        value = evaluation.tasks.get(name, {}).get(metric, math.nan)
+        if math.isnan(value):
+            continue
+        found = None if table is None else intervals(task, table.of_task(name)).get(metric)
+        between = f"{found[0]:.4f} to {found[1]:.4f}" if found else ""
+        baseline = evaluation.baselines.get(name)
+        reached = math.nan if baseline is None else baseline.metrics.get(metric, math.nan)
+        constant = f"{baseline.name} {reached:.4f}" if baseline and not math.isnan(reached) else ""
+        mode = task.settings.modes.get(metric)
+        shown.add_row(name, metric, f"{value:.4f}", between, constant, _against(value, found, reached, mode))
+    return shown
+
+
+def _against(value: float, found: Interval | None, reached: float, mode: str | None) -> str:
+    """Whether it is better than the constant answer, which it is where the whole interval is."""
+    if math.isnan(reached) or mode is None:
+        return ""
+    edge = value if found is None else found[0] if mode == "max" else found[1]
+    return "better" if (edge > reached if mode == "max" else edge < reached) else "not better"
 
 
 def results_table(evaluations: Mapping[str, Evaluation]) -> CellTable:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from mtl_dist.caveats import caveats
 from mtl_dist.config.describe import listed
@@ -79,26 +77,6 @@ def described(info: TaskInfo, in_val: int) -> str:
     return f"{what}, {labels}"
 
 
-@contextmanager
-def progress_bar(tracker: Tracker, plan_total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A bar over the samples of the run, on rank 0's terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    if tracker.directory is None or not tracker.console.is_terminal:
-        yield lambda samples: None
-        return
-    columns = (
-        TextColumn("train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("samples"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=tracker.console, transient=True) as progress:
-        bar = progress.add_task("train", total=plan_total, completed=done)
-        yield lambda samples: progress.advance(bar, samples)
-
-
 def farewell(tracker: Tracker, outcome: Outcome, folder: RunFolder) -> None:
     """Say how the run ended and where its files are."""
     if outcome.state == "stopped":
@@ -114,8 +92,9 @@ def farewell(tracker: Tracker, outcome: Outcome, folder: RunFolder) -> None:
         if (folder.directory / name).exists():
             tracker.say(f"  {name:<22} {what}")
     tracker.say("Next:")
-    tracker.say(f"  mtl evaluate {shlex.quote(str(folder.directory))}")
-    tracker.say(f"  mtl predict {shlex.quote(str(folder.directory))} IMAGES")
+    run = shlex.quote(str(folder.directory))
+    for command in (f"report {run}", f"predict {run} IMAGES", f"evaluate {run} --split train --predictions"):
+        tracker.say(f"  mtl {command}")
 
 
 def warn(line: str) -> None:

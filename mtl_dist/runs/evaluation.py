@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from mtl_dist.heartbeat import during
 from mtl_dist.importers.external import with_indexes
 from mtl_dist.prediction.evaluated import announce, write_predictions
 from mtl_dist.recipe import load_recipe_of
-from mtl_dist.results import print_results, write_evaluation
+from mtl_dist.results import headlines, print_results, write_evaluation
 from mtl_dist.run_folder import RunFolder, writing_to
 from mtl_dist.runs.announcements import warn
 from mtl_dist.runs.checking import checking_shards
@@ -283,4 +284,8 @@ def evaluate_at_end(
             tracker.results(evaluation.flat(f"best/{split}"), trainer.progress.step)
         tracker.say(f"Results of {path.name}:")
         print_results(evaluations, tracker.console)
+        last = list(evaluations)[-1]
+        tracker.say(f"On {last}, against constant answers (intervals: bootstrap over the samples):")
+        with suppress(OSError):  # the terminal was closed
+            tracker.console.print(headlines(evaluations[last], root.tasks, tables.get(last)))
     return "", metrics

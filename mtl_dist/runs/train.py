@@ -43,10 +43,11 @@ from mtl_dist.models.describe import parameters_in_words
 from mtl_dist.optim import build_optimizer
 from mtl_dist.recipe import Recipe, with_launcher
 from mtl_dist.run_folder import RunFolder, new_run_directory, writing_to
-from mtl_dist.runs.announcements import farewell, introduce, progress_bar, warn
+from mtl_dist.runs.announcements import farewell, introduce, warn
 from mtl_dist.runs.checking import checking_shards
 from mtl_dist.runs.evaluation import evaluate_at_end, evaluate_split
 from mtl_dist.runs.opening import Opened, training_folder
+from mtl_dist.runs.progress import showing
 from mtl_dist.status import write_last_status
 from mtl_dist.step import RootModule
 from mtl_dist.stopping import StopSignal, agreed_stop
@@ -168,9 +169,14 @@ def build_trainer(
     if metrics is not None:
         metrics.check_followed(recipe.monitor.names, recipe.data)
 
+    first = [True]
+
     def evaluate_val() -> Evaluation:
         batch_size = plan.micro_batch_on(world.size)
-        return evaluate_split(root, data, "val", batch_size, world, stop, choosing=True)
+        with_baselines, first[0] = first[0], False  # constant answers are measured once
+        return evaluate_split(
+            root, data, "val", batch_size, world, stop, choosing=True, with_baselines=with_baselines
+        )
 
     tracker = (
         open_tracker(
@@ -231,9 +237,9 @@ def run_to_the_end(
     say = tracker.say if world.is_main else warn
     try:
         with writing_to(folder.directory), checking_shards(data, data.splits, world, say) as check:
-            with progress_bar(tracker, plan.end_position, trainer.progress.position) as advance:
+            with showing(tracker, plan, lambda: peak_memory(world.device)):
                 trainer.call("start", {})
-                outcome = trainer.run(check.watched(batches), advance)
+                outcome = trainer.run(check.watched(batches))
             beat("the end", slow=True)
             trainer.saving.finish()
             if outcome.state == "done":

@@ -48,6 +48,14 @@ class Tracker:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
         self._each(lambda sink: sink.text(text))
 
+    def attach(self, name: str, sink: Sink) -> None:
+        """One more sink, from now on."""
+        self._sinks[name] = sink
+
+    def detach(self, name: str) -> None:
+        """Without this sink, from now on."""
+        self._sinks.pop(name, None)
+
     def record(self, kind: str, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
         """One row for every sink."""
         row = Row(kind, step, epoch, time.time(), metrics)

@@ -29,6 +29,7 @@ from mtl_dist.stopping import StopAsked, StopSignal
 from mtl_dist.tracking.tracker import Tracker
 from mtl_dist.training.callbacks import Callbacks, Moment
 from mtl_dist.training.clock import StepClock
+from mtl_dist.training.epoch_table import EpochTable
 from mtl_dist.training.plan import Outcome, Plan, windows
 from mtl_dist.training.running_losses import RunningLosses
 from mtl_dist.training.running_metrics import RunningMetrics, Seen
@@ -89,6 +90,7 @@ class Trainer:
             record=tracker.lines,
         )
         self.progress = Progress()
+        self._table = EpochTable(root.tasks, tracker.lines)
         self._evaluate = evaluate
         self._buffers = KeptBuffers(root)
 
@@ -249,7 +251,9 @@ class Trainer:
             swapped = self.ema.swapped_in() if self.ema is not None else nullcontext()
             try:
                 with swapped, self.engine.evaluating():
-                    metrics |= self._evaluate().flat("val")
+                    evaluation = self._evaluate()
+                    metrics |= evaluation.flat("val")
+                    self._table.baselines |= evaluation.baselines
             except StopAsked as asked:
                 at.unfinished_epoch = before
                 self.saving.save(at)
@@ -269,7 +273,7 @@ class Trainer:
             if self.metrics is not None:
                 self.metrics.begin_epoch()
         self.tracker.record("epoch", at.step, epoch, metrics)
-        self.tracker.say(self._epoch_line(metrics, is_best))
+        self.tracker.say("\n".join([self._epoch_line(metrics, is_best), *self._table.lines(metrics)]))
         self.figures.refresh()
         self.saving.save(at)
         if due and self._evaluate is not None:
