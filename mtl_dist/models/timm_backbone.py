@@ -47,7 +47,9 @@ class TimmBackbone(nn.Module):
         self._sizes = source.sizes
         indices = sorted({*self._sources.values(), *([] if self._pooled is None else [self._pooled])})
         source.module.prune_intermediate_layers(indices, prune_norm=not source.is_plain, prune_head=True)  # type: ignore[operator]
-        self._numbers, self._normalised = indices, source.is_plain
+        self._numbers = indices
+        # By its call, for what an engine does around that: ZeRO 3 gathers the parameters it owns itself.
+        source.module.forward = _Intermediates(source.module, indices, source.is_plain)
         self._freeze_unreached(source)
         if settings.checkpointing != "off":
             for module in _blocks(self.network, coarse=settings.checkpointing == "stage"):
@@ -60,7 +62,7 @@ class TimmBackbone(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """The features of normalised images: `vector` (B, D) and `stride_<s>` (B, D, H, W), as wanted."""
-        found = intermediates(self.network, self._sizes.fit(images_BCHW), self._numbers, self._normalised)
+        found = self.network(self._sizes.fit(images_BCHW))
         maps = dict(zip(self._numbers, found, strict=True))
         features = {}
         for stride, number in self._sources.items():
@@ -114,6 +116,16 @@ def _leaves(outputs: Iterable[Tensor]) -> set[Tensor]:
             found.add(node.variable)
         ahead += [function for function, _ in node.next_functions]
     return found
+
+
+class _Intermediates:
+    """In place of a network's `forward`: its maps of these numbers."""
+
+    def __init__(self, module: nn.Module, indices: list[int], normalised: bool) -> None:
+        self.module, self.indices, self.normalised = module, indices, normalised
+
+    def __call__(self, images_BCHW: Tensor) -> list[Tensor]:
+        return intermediates(self.module, images_BCHW, self.indices, self.normalised)
 
 
 class _Recomputing:

@@ -234,6 +234,14 @@ def test_the_rate_falls_layer_by_layer(name: str) -> None:
     assert len(layers) > 3
 
 
+def test_the_network_is_called_as_a_module_so_that_an_engines_hooks_see_it() -> None:
+    own = model()
+    seen: list[str] = []
+    own.backbone.network.register_forward_pre_hook(lambda *_: seen.append("before"))
+    own(torch.randn(1, 3, 48, 64))
+    assert seen == ["before"]
+
+
 def test_position_embeddings_are_not_decayed() -> None:
     own = model()
     optimizer = build_optimizer(OptimSettings(weight_decay=0.1), own, ["kind", "mask"], [])
