@@ -312,7 +312,7 @@ def look_at(run: Path) -> None:
 
 def test_a_run_folder_with_a_damaged_file_is_read_or_one_line(trained: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "run"))
-    for case in damaged_files(run, "*", "run folder", CASES // 3):
+    for case in damaged_files(run, "*", "run folder", CASES // 6):
         survives(lambda: look_at(run), case, UserError)
         survives(lambda: Run(run).metrics, case, UserError)
         survives(lambda: Run(run).recipe, case, UserError)
@@ -334,7 +334,7 @@ def test_a_checkpoint_that_is_damaged_behind_its_hashes_is_read_or_one_line(
     world = connect_without_engine(EngineSettings())
     folder = max((run / "checkpoints").glob("step_*"))
     manifest = (folder / MANIFEST).read_bytes()
-    for case in damaged_files(folder, "[!m]*", "behind hashes", CASES // 3):
+    for case in damaged_files(folder, "[!m]*", "behind hashes", CASES // 6):
         content = json.loads(manifest)
         for name, facts in content["files"].items():
             facts.update(bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
