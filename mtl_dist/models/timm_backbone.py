@@ -48,7 +48,7 @@ class TimmBackbone(nn.Module):
         indices = sorted({*self._sources.values(), *([] if self._pooled is None else [self._pooled])})
         source.module.prune_intermediate_layers(indices, prune_norm=not source.is_plain, prune_head=True)  # type: ignore[operator]
         self._numbers = indices
-        # By its call, for what an engine does around that: ZeRO 3 gathers the parameters it owns itself.
+        # By its call, for what an engine does around that: it may gather the parameters of a module there.
         source.module.forward = _Intermediates(source.module, indices, source.is_plain)
         self._freeze_unreached(source)
         if settings.checkpointing != "off":
