@@ -19,7 +19,6 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from mtl_dist.commands.help import flowing
 from mtl_dist.config.trust import VARIABLE
 from mtl_dist.durable import locked
 from mtl_dist.engine.launched import own_rank, own_size
@@ -37,14 +36,26 @@ _POLL_S = 0.05
 TRUST = "--trust"
 
 
-class CommandGroup(TyperGroup):
+class Listing(TyperGroup):
+    """Commands that `--help` lists below their panels, each with the whole first sentence of its help."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            first, _, _ = (command.help or "").partition("\n\n")
+            panel = panels.setdefault(getattr(command, "rich_help_panel", None) or "Commands", [])
+            panel.append((name, " ".join(first.split())))
+        for title, rows in panels.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+class CommandGroup(Listing):
     """The commands of `mtl`, with a UserError turned into its lines and exit code 2.
 
     Each takes `--trust` at any place.
     """
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return flowing(super().get_command(ctx, cmd_name))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = args[: args.index("--")] if "--" in args else args

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperGroup
 
-from mtl_dist.commands.help import flowing
+from mtl_dist.commands.errors import Listing
 from mtl_dist.commands.options import named, words
 from mtl_dist.commands.progress import progress_bar
 from mtl_dist.errors import UserError
@@ -29,7 +28,7 @@ _CONVERTING = ("bits", "channels", "masks_as")
 """The options that change what is stored, of importers that encode images again."""
 
 
-class ImporterGroup(TyperGroup):
+class ImporterGroup(Listing):
     """The importers as commands: the built-in ones, and any class by its import path."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -37,7 +36,7 @@ class ImporterGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name in IMPORTERS or "." in cmd_name:
-            return flowing(command_of(cmd_name))
+            return command_of(cmd_name)
         return None
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -45,7 +44,7 @@ class ImporterGroup(TyperGroup):
         super().format_help(ctx, formatter)
 
 
-app = typer.Typer(cls=ImporterGroup, no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(cls=ImporterGroup, no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
@@ -73,7 +72,7 @@ def _listed(ctx: Any, cmd_name: str) -> Any:
 
 
 def _made(function: Callable[..., None], name: str) -> Any:
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(name)(function)
     return typer.main.get_command(app)
 
