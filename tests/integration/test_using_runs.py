@@ -182,15 +182,15 @@ def test_a_browser_shows_a_page_without_an_error_and_a_phone_without_scrolling_s
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium here (apt-get install chromium)")
+    said: list[Any] = []
+    asked: list[Any] = []
     with browsers.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for width, colours in ((390, "light"), (1200, "dark")):
             shown = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=colours)
-            said: list[Any] = []
-            shown.on("console", said.append)
-            shown.on("pageerror", said.append)
-            asked: list[Any] = []
-            shown.on("request", asked.append)
+            shown.on("console", lambda message: said.append(message))
+            shown.on("pageerror", lambda error: said.append(error))
+            shown.on("request", lambda request: asked.append(request))
             shown.goto(page.as_uri())
             assert [str(one) for one in said] == []
             assert [one.url for one in asked if not one.url.startswith(("file:", "data:"))] == []
