@@ -91,8 +91,8 @@ def assert_skipped_whole(run: Path, fault: Fault) -> None:
     assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == []
     for name in ("epoch_sums", "epoch_counts", "monitor", "scaler"):
         assert state_at(run, BAD_STEP)[name] == state_at(run, BAD_STEP + 1)[name]
-    counted = [repr(counted_at(run, step)) for step in (BAD_STEP, BAD_STEP + 1, BAD_STEP + 2)]
-    assert counted[0] == counted[1] != counted[2]
+    counted = repr(counted_at(run, BAD_STEP))
+    assert counted == repr(counted_at(run, BAD_STEP + 1)) != repr(counted_at(run, BAD_STEP - 1))
     assert state_at(run, 5)["skipped"] == {"num_skipped": 1, "recent": [BAD_STEP + 1]}
     last = tensors_at(run, 5)
     sentinels = [name for name in last if "/balancer." in name]
