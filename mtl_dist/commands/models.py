@@ -1,4 +1,4 @@
-"""What becomes of a trained model: export."""
+"""What becomes of a trained model: export, serve."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mtl_dist.printable import say
 
 def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel="Use a run")(export)
+    app.command(rich_help_panel="Use a run")(serve)
 
 
 def export(
@@ -65,11 +66,51 @@ def export(
 
     if push_to is not None:
         check_push(push_to, format)
-    which = int(checkpoint) if checkpoint.isdigit() else checkpoint
-    made = export_run(run, format, out, which, Form(any_size, resize_inside), images, say)
+    made = export_run(run, format, out, _which(checkpoint), Form(any_size, resize_inside), images, say)
     say(
         f"{made.file}: {made.num_bytes / 1e6:.1f} MB in {made.seconds:.0f} s; outputs differ from the run's "
         f"by at most {made.difference:.1g}, on {made.images}"
     )
     if push_to is not None:
         say(push(made.path, push_to, public))
+
+
+def serve(
+    run: RunFolder,
+    host: Annotated[str, typer.Option(help="0.0.0.0 answers whoever reaches this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    device: Annotated[
+        str | None,
+        typer.Option(show_default=False, help="cpu, cuda, cuda:1; without it a GPU if there is one."),
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option(metavar="best|last|STEP|best/TASK", help="Which weights.")
+    ] = "best",
+    max_mb: Annotated[float, typer.Option(min=0.001, help="Of one request, all files together.")] = 32,
+    max_files: Annotated[int, typer.Option(min=1, help="In one request.")] = 16,
+    max_megapixels: Annotated[float, typer.Option(min=0.0001, help="Of an image.")] = 16,
+    queue: Annotated[int, typer.Option(min=1, help="Images that wait; one more is answered 429.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once; 1 is no batching.")] = 16,
+    wait_ms: Annotated[float, typer.Option(min=0, help="How long an image waits for others.")] = 2,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds that a request may take.")] = 30,
+) -> None:
+    """Answer for images over HTTP: POST /predict, and a page where one drops a picture.
+
+    Also GET /model, /health, /metrics (Prometheus), /openapi.json. It answers this machine alone, unless
+    --host says otherwise, and there is no login. RUN may also be what mtl export made.
+
+    \b
+      mtl serve runs/digits/ID
+      curl -F files=@photo.png http://127.0.0.1:8000/predict
+    """
+    from mtl_dist.serving.limits import Limits
+    from mtl_dist.serving.serve import check_packages
+    from mtl_dist.serving.serve import serve as run_service
+
+    check_packages()
+    limits = Limits(int(max_mb * 1e6), max_files, int(max_megapixels * 1e6), queue, batch, wait_ms, timeout)
+    run_service(run, host, port, limits, device, _which(checkpoint), say)
+
+
+def _which(checkpoint: str) -> str | int:
+    return int(checkpoint) if checkpoint.isdigit() else checkpoint

@@ -27,7 +27,7 @@ LAYERS: dict[int, str] = {
     3: "step balancing skipping hangs",
     4: "training evaluator sample_rows intervals",
     5: "recipe recipe_tasks resuming shipped run_folder results assemble caveats runs debug prediction",
-    6: "launch report exporting face prepare",
+    6: "launch report exporting serving face prepare",
     7: "cli commands __main__",
 }
 LAYER = {room: number for number, rooms in LAYERS.items() for room in rooms.split()}

@@ -1,0 +1,61 @@
+"""`mtl serve`: the service in this process, until it is interrupted."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from mtl_dist.assemble import WhichCheckpoint
+from mtl_dist.errors import UserError
+from mtl_dist.prediction.predictor import Predictor
+from mtl_dist.serving.limits import Limits
+
+LOOPBACK = ("127.0.0.1", "localhost")
+
+
+def check_packages() -> None:
+    """Refuse to serve without the packages that it needs.
+
+    Raises:
+        UserError: which are missing.
+    """
+    needed = {"fastapi": "fastapi", "uvicorn": "uvicorn", "python_multipart": "python-multipart"}
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(
+            f"mtl serve: expected {', '.join(missing)}, found it not installed. "
+            'Install it with `pip install "mtl-dist[serve]"`.'
+        )
+
+
+def serve(
+    run: Path,
+    host: str,
+    port: int,
+    limits: Limits,
+    device: str | None,
+    checkpoint: WhichCheckpoint,
+    say: Callable[[str], None],
+) -> None:
+    """Load the model, then answer at host and port.
+
+    On the loopback it answers to names of this machine alone, so that no page of the web can reach it by
+    a name of its own that leads here.
+    """
+    check_packages()
+    import uvicorn
+
+    from mtl_dist.serving.app import build_app
+
+    predictor = Predictor(run, device, checkpoint)
+    hosts = LOOPBACK if host in LOOPBACK else ("*",)
+    app = build_app(predictor, limits, run.resolve().name, hosts)
+    if host not in LOOPBACK:
+        say(f"warning  {host}: whoever reaches this machine may ask; there is no login and no encryption.")
+    say(
+        f"{run}: {', '.join(predictor.tasks)} on {predictor.device}, at http://{host}:{port} (Ctrl-C ends it)"
+    )
+    uvicorn.run(
+        app, host=host, port=port, log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=5
+    )
