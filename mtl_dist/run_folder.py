@@ -24,9 +24,9 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -171,7 +171,7 @@ class RunFolder:
             "command": sys.argv,
             "host": platform.node(),
             "python": platform.python_version(),
-            "packages": {name: version(name) for name in RECORDED_PACKAGES},
+            "packages": installed(RECORDED_PACKAGES),
             "git_commit": git_commit(),
             "ranks": world_size,
             "device": device,
@@ -367,6 +367,15 @@ def _other_environment(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
                 f"module {name}: another source from here on ({hashes[name][:8]} before, {digest[:8]})"
             )
     return lines
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed: some are extras."""
+    versions = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def git_commit() -> str | None:

@@ -7,6 +7,8 @@ import base64
 import io
 import random
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from PIL import Image
 from mtl_dist.prediction.predictor import Predictor
 from mtl_dist.prediction.records import plain
 from mtl_dist.serving.limits import Limits
+from tests.browser import chromium
 from tests.tiny_datasets import image_of, npy, png
 from tests.tiny_runs import train_run
 
@@ -127,6 +130,46 @@ def test_model_health_metrics_schema_and_page_are_there(client: Any) -> None:
     page = client.get("/")
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "http" not in page.text  # it asks nobody else for anything
+
+
+@pytest.fixture(scope="module")
+def address(predictor: Predictor) -> Iterator[str]:
+    """Where the service really listens."""
+    uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+    from mtl_dist.serving.app import build_app
+
+    app = build_app(predictor, Limits(), "tiny", ("127.0.0.1",))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    server.should_exit = True
+    thread.join(timeout=20)
+
+
+@pytest.mark.parametrize(("width", "colours"), [(390, "light"), (1200, "dark")])
+def test_a_browser_that_is_given_pictures_shows_their_answers(
+    address: str, predictor: Predictor, width: int, colours: str
+) -> None:
+    named = [("first.png", png(image_of(1))), ("<b>second.png", png(image_of(2)))]
+    files = [{"name": name, "mimeType": "image/png", "buffer": data} for name, data in named]
+    with chromium(address, width, colours) as shown:
+        shown.page.set_input_files("input", files)
+        shown.page.locator("#state", has_text="done").wait_for()
+        assert shown.page.locator("h2").all_inner_texts() == ["<b>second.png", "first.png"]
+        tasks = shown.page.locator("section").first.locator("h3").all_inner_texts()
+        assert tasks == list(predictor.tasks)
+        words = shown.page.locator("section").nth(1).inner_text()
+        assert plain(predictor.predict(image_of(1))["digit"])["class_name"] in words
+        shown.check()
+
+        broken = {"name": "broken.png", "mimeType": "image/png", "buffer": b"no image"}
+        shown.page.set_input_files("input", [broken])
+        shown.page.wait_for_selector(".error")
+        assert "broken.png: expected a readable image" in shown.page.locator(".error").inner_text()
 
 
 def test_mutated_images_are_answered_or_refused_and_never_a_5xx(client: Any) -> None:

@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ import mtl_dist
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.errors import UserError
 from mtl_dist.recipe import load_recipe
+from tests.browser import chromium
 from tests.ranks import RankPool
 from tests.tiny_datasets import HEIGHT, WIDTH, image_of
 from tests.tiny_runs import train_run
@@ -177,28 +177,16 @@ def test_runs_side_by_side_begin_with_what_differs(run: Path, tmp_path: Path) ->
         write_report([run, run], tmp_path / "same.html")
 
 
-def test_a_browser_shows_a_page_without_an_error_and_a_phone_without_scrolling_sideways(page: Path) -> None:
-    browsers = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium here (apt-get install chromium)")
-    said: list[Any] = []
-    asked: list[Any] = []
-    with browsers.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for width, colours in ((390, "light"), (1200, "dark")):
-            shown = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=colours)
-            shown.on("console", lambda message: said.append(message))
-            shown.on("pageerror", lambda error: said.append(error))
-            shown.on("request", lambda request: asked.append(request))
-            shown.goto(page.as_uri())
-            assert [str(one) for one in said] == []
-            assert [one.url for one in asked if not one.url.startswith(("file:", "data:"))] == []
-            assert shown.evaluate("document.documentElement.scrollWidth") <= width
-            assert shown.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
-            background = shown.evaluate("getComputedStyle(document.body).backgroundColor")
-            assert background == ("rgb(255, 255, 255)" if colours == "light" else "rgb(17, 20, 23)")
-        browser.close()
+@pytest.mark.parametrize(
+    ("width", "colours", "background"),
+    [(390, "light", "rgb(255, 255, 255)"), (1200, "dark", "rgb(17, 20, 23)")],
+)
+def test_a_browser_shows_a_page_without_an_error_and_a_phone_without_scrolling_sideways(
+    page: Path, width: int, colours: str, background: str
+) -> None:
+    with chromium(page.as_uri(), width, colours) as shown:
+        shown.check()
+        assert shown.page.evaluate("getComputedStyle(document.body).backgroundColor") == background
 
 
 # ---------------------------------------------------------------- again
