@@ -257,6 +257,8 @@ def run_to_the_end(
                 trainer.call("end", metrics)
     except BaseException as error:
         cause = watch.first_cause(error)
+        with suppress(Exception):  # the last good state, which a thread may still be writing
+            trainer.saving.finish()
         if world.is_main or cause.rank == 0:  # who may not be there any more
             failed = replace(trainer.status("failed", cause.reason), retry=not cause.mistake)
             with suppress(OSError):  # the disk is what failed
