@@ -76,20 +76,25 @@ class Celeba(Importer):
 
     def tasks(self) -> Mapping[str, TaskSource]:
         if self._as_tasks:
-            return {name: TaskSource(Classification.name, ("no", "yes")) for name in self._names}
+            return {_task_name(name): TaskSource(Classification.name, ("no", "yes")) for name in self._names}
         return {"attributes": TaskSource(Multilabel.name, self._names)}
 
     def records(self) -> Iterator[Record]:
         for name, values in self._rows.items():
             chosen = [_VALUES[values[column]] for column in self._columns]
             labels: dict[str, Label] = (
-                dict(zip(self._names, chosen, strict=True))
+                dict(zip(map(_task_name, self._names), chosen, strict=True))
                 if self._as_tasks
                 else {"attributes": [number for number, value in enumerate(chosen) if value]}
             )
             path = self._images[name]
             image = self._tree.source(path)
             yield Record(PurePosixPath(name).stem, image, labels, split=self._splits[name], path=path)
+
+    def notes(self) -> Iterator[str]:
+        for name in self._names if self._as_tasks else ():
+            if (task := _task_name(name)) != name:
+                yield f"attribute {name} is the task {task}, as a task's name starts with a letter"
 
     def _attributes(self) -> tuple[list[str], dict[str, list[str]]]:
         """The attributes' names, and by image their values."""
@@ -135,3 +140,8 @@ class Celeba(Importer):
         if len(lines) < at_least:
             raise UserError(f"{paths[0]}: expected {file} of CelebA, found {len(lines)} lines.")
         return lines
+
+
+def _task_name(attribute: str) -> str:
+    """An attribute as a task's name: `5_o_Clock_Shadow` is is_5_o_Clock_Shadow."""
+    return f"is_{attribute}" if attribute[0].isdigit() else attribute

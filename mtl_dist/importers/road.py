@@ -273,15 +273,26 @@ def _group_note(groups: Sequence[str], splits: Sequence[str]) -> str:
 def _strata(
     importer: Importer, records: Iterable[Record], tasks: Mapping[str, TaskSource], asked: str
 ) -> tuple[str, list[Hashable]]:
-    """The task by whose classes new splits are balanced, and what they are for each record."""
+    """By which tasks' classes new splits are balanced, in words, and what they are for each record.
+
+    It is one task; where none is named, samples without its label are balanced by the next that they have.
+    """
     suitable = [name for name, task in tasks.items() if kind_of(task.kind).is_one_class]
     if asked and asked not in suitable:
         raise UserError(
             f"--stratify: expected a task of one class per image ({', '.join(suitable) or 'there is none'}), "
             f"found {asked!r}."
         )
-    task = asked or importer.stratify or next(iter(suitable), "")
-    return task, [str(record.labels.get(task)) if task else "" for record in records]
+    order = [named] if (named := asked or importer.stratify) else suitable
+    if not order:
+        return "", ["" for _ in records]
+    used, strata = {order[0]: True}, list[Hashable]()
+    for record in records:
+        task = next((name for name in order if name in record.labels), order[0])
+        used[task] = True
+        label = str(record.labels.get(task))
+        strata.append(label if task == order[0] else (task, label))
+    return ", ".join(used), strata
 
 
 def _brought(records: Sequence[Record], groups: Sequence[str], options: PackOptions) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 
 from mtl_dist.errors import UserError
 from mtl_dist.importers import run
+from mtl_dist.importers.options import PackOptions
 from tests.source_files import HERE, fill, labels, picture, read_back
 
 
@@ -125,6 +128,14 @@ def test_celeba_is_a_task_for_each_attribute_in_its_own_splits(tmp_path: Path) -
     assert labels(tmp_path / "out")["000001"] == {"Bald": 0, "Smiling": 1, "Young": 1}
 
 
+def test_an_attribute_of_celeba_that_starts_with_a_digit_is_a_task_all_the_same(tmp_path: Path) -> None:
+    source = celeba(tmp_path, ATTRIBUTES.replace("Bald", "5_o_Clock_Shadow"))
+    manifest = run("celeba", tmp_path / "out", {"source": source}, HERE)
+    assert set(manifest.tasks) == {"is_5_o_Clock_Shadow", "Smiling", "Young"}
+    assert any("5_o_Clock_Shadow is the task is_5_o_Clock_Shadow" in note for note in manifest.notes)
+    assert labels(tmp_path / "out")["000001"]["is_5_o_Clock_Shadow"] == 0
+
+
 def test_celeba_is_one_multilabel_task_where_that_is_wanted(tmp_path: Path) -> None:
     settings = {"source": celeba(tmp_path), "labels": "multilabel", "attributes": ("Bald", "Young")}
     run("celeba", tmp_path / "out", settings, HERE)
@@ -167,6 +178,26 @@ def test_each_domain_of_office_is_a_task_over_its_own_pictures(between: str, tmp
     found = labels(tmp_path / "out")
     assert sorted(len(own) for own in found.values()) == [1] * 12
     assert sum("amazon" in own for own in found.values()) == 6
+
+
+def test_each_class_of_each_domain_is_split_by_the_same_shares(tmp_path: Path) -> None:
+    files = {
+        f"{domain}/{name}/{number}.jpg": picture(1)
+        for domain in ("Art", "Clipart", "Product")
+        for name in ("mug", "pen")
+        for number in range(5)
+    }
+    settings = {"source": fill(tmp_path / "office", files)}
+    manifest = run("domains", tmp_path / "out", settings, PackOptions(split=(0.6, 0.2, 0.2), workers=1))
+    assert any("by Art, Clipart, Product into 0.6, 0.2, 0.2" in note for note in manifest.notes)
+    for split, each in (("train", 3), ("val", 1), ("test", 1)):
+        counts = Counter(
+            (domain, label)
+            for sample in read_back(tmp_path / "out", split)
+            for domain, label in json.loads(sample["json"]).items()
+        )
+        assert set(counts.values()) == {each}
+        assert len(counts) == 6
 
 
 def test_a_single_domain_is_refused(tmp_path: Path) -> None:
