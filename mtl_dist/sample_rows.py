@@ -129,15 +129,22 @@ class Table:
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Values by path, without arrays and without what has a value for each of very many classes."""
+    """Values by path, those of a vector by number; without arrays and without what has a value for each of
+    very many classes."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        if _is_vector(value):
+            value = {str(number): one for number, one in enumerate(value)}
         if isinstance(value, Mapping):
             if len(value) <= MOST_CLASSES:
                 flat |= _flat(value, f"{prefix}{name}.")
         elif name != "unit" and not isinstance(value, np.ndarray):
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(one) in (int, float) for one in value)
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

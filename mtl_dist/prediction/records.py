@@ -143,7 +143,7 @@ class _Table:
 
 def _arrow_type(arrow: Any, example: Any) -> Any:
     if isinstance(example, list):
-        return arrow.list_(arrow.string())
+        return arrow.list_(_arrow_type(arrow, example[0] if example else ""))
     types = {bool: arrow.bool_(), int: arrow.int64(), float: arrow.float64()}
     return types.get(type(example), arrow.string())
 

@@ -16,6 +16,7 @@ ANSWER = {
     "breed": {"class_id": 1, "class_name": "Ça", "probabilities": {"a": 0.25, "b,c": 0.75}},
     "tags": {"labels": ["p", "q"], "probabilities": {"p": 0.5}},
     "age": {"value": 4.5, "unit": None},
+    "surface": {"mean": [0.0, 0.5, 1.0]},
 }
 RECORDS = [{"image": "a.png", **ANSWER}, {"image": "b.png", "error": "no image"}]
 
@@ -48,6 +49,7 @@ def test_parquet_keeps_the_types(tmp_path: Path) -> None:
     assert good["breed.class_id"] == 1
     assert good["tags.labels"] == ["p", "q"]
     assert good["age.value"] == 4.5
+    assert good["surface.mean"] == [0.0, 0.5, 1.0]
     assert bad["error"] == "no image"
     assert bad["breed.class_name"] is None
 

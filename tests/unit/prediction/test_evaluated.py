@@ -1,0 +1,35 @@
+"""The rows of an evaluated split in the run folder, of every kind: they can be written and read again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mtl_dist.prediction.evaluated import read_predictions, write_predictions
+from mtl_dist.run_folder import RunFolder
+from tests.unit.tasks.test_resampling import ALL, table_of
+
+
+@pytest.mark.parametrize("which", ALL)
+def test_rows_are_read_as_they_were_written(which: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    table = table_of(which)[1]
+    folder.evaluation.mkdir()
+    paths = write_predictions(folder, "val", table)
+    found = read_predictions(folder, "val")
+    assert found is not None
+    assert list(found.columns) == list(table.columns)
+    for name, values in table.columns.items():
+        if values.dtype == np.float64:
+            assert found.columns[name] == pytest.approx(values, rel=1e-5, nan_ok=True), name
+    if len(paths) > 1:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        assert parquet.read_table(paths[1]).column_names == list(table.columns)
+
+
+def test_a_direction_has_a_column_for_each_of_its_numbers() -> None:
+    table = table_of("normals")[1]
+    means = np.stack([table.columns[f"it.mean.{axis}"] for axis in range(3)])
+    assert np.linalg.norm(means, axis=0) == pytest.approx(1)
