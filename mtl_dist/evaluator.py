@@ -12,6 +12,7 @@ from torch import Tensor
 from mtl_dist.batch import Batch
 from mtl_dist.data.device_prefetch import device_prefetch
 from mtl_dist.engine.world import World
+from mtl_dist.heartbeat import beat
 from mtl_dist.sample_rows import SampleRows
 from mtl_dist.step import RootModule
 from mtl_dist.tasks.metrics import TaskMetrics, mean_accuracy
@@ -107,6 +108,7 @@ def evaluate(
             rows.end()
     root.train(was_training)
 
+    beat("the metrics", slow=True)
     totals = world.sum(torch.cat([sums_T, counts_T, num_samples]))
     sums_T, counts_T = totals[:num_tasks], totals[num_tasks : 2 * num_tasks]
     metrics: dict[str, dict[str, float]] = {}
@@ -114,6 +116,7 @@ def evaluate(
     thresholds: dict[str, dict[str, float]] = {}
     loss = 0.0
     for t, name in enumerate(root.tasks):
+        beat(f"the metrics of {name}", slow=True)
         metrics[name] = accumulators[name].compute()
         if counts_T[t] > 0:
             task_loss = float(sums_T[t] / counts_T[t])
@@ -178,7 +181,8 @@ class _Baselines:
 
     def compute(self) -> dict[str, BaselineMetrics]:
         """Collective: over all ranks."""
-        return {
-            task: BaselineMetrics(name, metrics.compute())
-            for task, (name, _, metrics) in self._answers.items()
-        }
+        found = {}
+        for task, (name, _, metrics) in self._answers.items():
+            beat(f"the metrics of a constant answer for {task}", slow=True)
+            found[task] = BaselineMetrics(name, metrics.compute())
+        return found

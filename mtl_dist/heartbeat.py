@@ -1,6 +1,7 @@
 """Where the main thread of this process is: what it has begun last, for whoever watches over it.
 
     beat("forward")            the main thread begins something; costs less than a microsecond
+    getting_on()               it is still at the same, and gets on with it: one of many figures is drawn
     with during("val"): ...    what it is a part of
 
 All ranks of a run begin the same things in the same order, so the count of beats says who is behind.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,13 @@ def beat(
     _pulse.last = Beat(last.turn + 1, name, last.step if step is None else step, slow, waits_for)
 
 
+def getting_on() -> None:
+    """Progress that one rank makes alone: the count of beats stays as the other ranks have it."""
+    _pulse.last = replace(_pulse.last)
+
+
 def last_beat() -> Beat:
+    """What began last; the same object until there is progress."""
     return _pulse.last
 
 

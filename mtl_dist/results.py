@@ -13,6 +13,7 @@ from mtl_dist.cell_table import CellTable
 from mtl_dist.durable import write_text
 from mtl_dist.evaluator import Evaluation
 from mtl_dist.figures.confusion import draw_confusion
+from mtl_dist.heartbeat import getting_on
 from mtl_dist.intervals import Interval, intervals
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.sample_rows import Table
@@ -41,6 +42,7 @@ def write_evaluation(
     for task, matrix in evaluation.confusion.items():
         stem = folder.evaluation / f"{split}_{task}_confusion"
         classes = task_infos[task].classes
+        getting_on()
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(["true \\ predicted", *classes])
@@ -62,6 +64,7 @@ def headlines(evaluation: Evaluation, tasks: Mapping[str, Task], table: Table | 
         value = evaluation.tasks.get(name, {}).get(metric, math.nan)
         if math.isnan(value):
             continue
+        getting_on()
         found = None if table is None else intervals(task, table.of_task(name)).get(metric)
         between = f"{found[0]:.4f} to {found[1]:.4f}" if found else ""
         baseline = evaluation.baselines.get(name)

@@ -109,14 +109,14 @@ class HangWatch:
 
     # ------------------------------------------------------------------ the watch over the main thread
     def _watch(self) -> None:
-        turn, stuck_s, aborting_s, ending_s = -1, 0.0, 0.0, 0.0
+        seen, stuck_s, aborting_s, ending_s = last_beat(), 0.0, 0.0, 0.0
         before = time.monotonic()
         while not self._over.wait(self._tick_s):
             now = time.monotonic()
             # A process that was suspended as a whole does not hang: time counts while this thread runs.
             lap, before = min(now - before, 2 * self._tick_s), now
             latest = last_beat()
-            turn, stuck_s = latest.turn, stuck_s + lap if latest.turn == turn else 0.0
+            seen, stuck_s = latest, stuck_s + lap if latest is seen else 0.0
             if self._stop.aborting:
                 aborting_s += lap
                 if aborting_s > ABORT_PATIENCE_S:

@@ -19,7 +19,7 @@ from mtl_dist.engine.connect import connect_without_engine
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation, evaluate
-from mtl_dist.heartbeat import during
+from mtl_dist.heartbeat import beat, during, getting_on
 from mtl_dist.importers.external import with_indexes
 from mtl_dist.prediction.evaluated import announce, write_predictions
 from mtl_dist.recipe import load_recipe_of
@@ -229,6 +229,7 @@ def evaluate_samples(
     if rows is not None and evaluation.thresholds:  # the rows are to say what is decided by these
         rows = SampleRows(root.tasks, world, datasets)
         evaluate_split(root, data, split, batch_size, world, stop, rows=rows)
+    beat("the rows of the predictions", slow=True)
     return evaluation, None if rows is None else rows.table()
 
 
@@ -274,9 +275,11 @@ def evaluate_at_end(
     metrics: dict[str, float] = {}
     for split, evaluation in evaluations.items():
         metrics |= evaluation.flat(f"best/{split}")
+    beat("writing the results", slow=True)
     if world.is_main and evaluations:
         for split, evaluation in evaluations.items():
             write_evaluation(folder, split, evaluation, data.task_infos, tracker.say)
+            getting_on()
             if split in tables:
                 write_predictions(folder, split, tables[split])
             if evaluation.thresholds:

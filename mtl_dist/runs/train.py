@@ -251,7 +251,9 @@ def run_to_the_end(
                     reason, metrics = evaluate_at_end(trainer, data, folder, recipe.train.predictions)
                 if reason:
                     outcome = Outcome("stopped", outcome.step, reason)
+            beat("drawing the curves", slow=True)
             trainer.figures.draw_curves()
+            beat("drawing the conflicts", slow=True)
             trainer.figures.draw_conflicts()
             if outcome.state == "done":
                 trainer.call("end", metrics)

@@ -258,6 +258,7 @@ class Trainer:
                 at.unfinished_epoch = before
                 self.saving.save(at)
                 return asked.reason
+        beat("the end of the epoch", slow=True)
         at.unfinished_epoch = None
         metrics |= self.monitor.of(metrics)
         if due and self._evaluate is not None:

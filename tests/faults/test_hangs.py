@@ -18,15 +18,18 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from mtl_dist import results
 from mtl_dist.data import batch_loader
 from mtl_dist.engine.world import World
+from mtl_dist.figures import run_figures
 from mtl_dist.hangs import watch as watching
 from mtl_dist.hangs.ranks import Failure, Pulse, Ranks, culprits, reason_of_hang
 from mtl_dist.hangs.watch import HangWatch
-from mtl_dist.heartbeat import beat
+from mtl_dist.heartbeat import Beat, beat, getting_on, last_beat
 from mtl_dist.launch import local
 from mtl_dist.status import Status, read_status, write_status
 from mtl_dist.stopping import StopSignal
+from mtl_dist.tasks.user_metrics import AllMetrics
 from tests.ranks import RankFailure, RankPool
 from tests.tiny_runs import train_run
 
@@ -101,6 +104,42 @@ def test_beats_keep_a_run_alive_and_what_may_be_slow_has_longer(exits: list[int]
         beat("the forward")
         time.sleep(0.6)
     assert exits == []
+
+
+def test_a_rank_that_gets_on_alone_is_alive_and_counts_as_the_others_do(exits: list[int]) -> None:
+    with HangWatch(ALONE, 0.4, StopSignal()):
+        beat("writing the results")
+        before = last_beat()
+        for _ in range(10):
+            getting_on()
+            time.sleep(0.1)
+    assert exits == []
+    assert last_beat() == before
+
+
+def test_each_figure_and_the_metrics_of_each_task_are_progress(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Beat] = []
+    calls: list[str] = []
+
+    def watched(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            assert last_beat().slow, name
+            assert all(last_beat() is not earlier for earlier in seen), name
+            seen.append(last_beat())
+            calls.append(name)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(results, "draw_confusion", watched("figure", lambda *arguments: None))
+    monkeypatch.setattr(results, "intervals", watched("intervals", results.intervals))
+    monkeypatch.setattr(run_figures, "draw_learning_curves", watched("curves", lambda *arguments: None))
+    monkeypatch.setattr(AllMetrics, "compute", watched("metrics", AllMetrics.compute))
+    overrides = ["train.epochs=1", "train.evaluate_at_end=true", "tracking=[]"]
+    assert train_run(recipe, tmp_path / "run", overrides) == "done"
+    assert {"figure", "intervals", "curves", "metrics"} == set(calls)
 
 
 def test_a_process_that_was_suspended_as_a_whole_does_not_hang(
