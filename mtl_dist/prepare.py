@@ -24,8 +24,7 @@ from mtl_dist.importers import run
 from mtl_dist.importers.importer import Importer
 from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.registry import IMPORTERS
-from mtl_dist.importers.road import LABELS, importer_class
-from mtl_dist.kinds.registry import KINDS
+from mtl_dist.importers.road import importer_class, kinds_in_short, own_settings
 
 _SHARED = [field.name for field in fields(PackOptions)]
 
@@ -54,10 +53,11 @@ def _callable(name: str, found: str | type[Importer]) -> Callable[..., Manifest]
     """An importer as a function: its source and `out` by position, everything else by name."""
     by_name = inspect.Parameter.KEYWORD_ONLY
     kind = importer_class(found)
-    own = dict(list(inspect.signature(kind.__init__).parameters.items())[1:])
+    own = own_settings(kind)
+    shared_names = [each for each in _SHARED if each not in own]
     source = [own.pop("source")] if "source" in own else []
     out = inspect.Parameter("out", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [*own, *(KINDS if LABELS in own else ()), *_SHARED]
+    names = [*own, *kinds_in_short(kind), *shared_names]
     offered = [*source, out, *(inspect.Parameter(each, by_name, default=None) for each in names)]
     signature = inspect.Signature(offered, return_annotation=Manifest)
 
@@ -68,7 +68,7 @@ def _callable(name: str, found: str | type[Importer]) -> Callable[..., Manifest]
             raise UserError(
                 f"prepare.{name}: {error}. Its arguments are {', '.join(signature.parameters)}."
             ) from None
-        shared = {key: settings.pop(key) for key in _SHARED if key in settings}
+        shared = {key: settings.pop(key) for key in shared_names if key in settings}
         place = settings.pop("out")
         return run(found, place, settings, PackOptions(**shared))
 

@@ -84,15 +84,17 @@ def command_of(name: str) -> Any:
         UserError: no importer there.
     """
     from mtl_dist.importers.options import PackOptions
-    from mtl_dist.importers.road import importer_class
+    from mtl_dist.importers.road import importer_class, takes_labels
 
     importer = importer_class(name)
     built_in = name in IMPORTERS
+    labelled = takes_labels(importer)
     own: list[Setting] = []
     if built_in:
         hints = get_type_hints(importer.__init__, include_extras=True)
         for argument in list(inspect.signature(importer.__init__).parameters.values())[1:]:
-            own += _settings(argument.name, hints[argument.name], argument.default)
+            label = labelled and argument.name == LABELS
+            own += _settings(argument.name, hints[argument.name], argument.default, label)
     hints = get_type_hints(PackOptions, include_extras=True)
     shared = [
         setting
@@ -126,9 +128,12 @@ def _values(settings: Sequence[Setting], values: Mapping[str, Any]) -> dict[str,
         for each in settings
         if not each.kind and values[each.name] not in (None, [])
     }
+    kinds = [each for each in settings if each.kind]
+    if not kinds:
+        return found
     labels: dict[str, str] = found.get(LABELS, {})
-    for each in settings:
-        for task, column in named(f"--{each.kind}", values[each.name] if each.kind else []).items():
+    for each in kinds:
+        for task, column in named(f"--{each.kind}", values[each.name]).items():
             if task in labels:
                 raise UserError(f"tasks: expected each name once, found {task!r} twice.")
             labels[task] = f"{each.kind}:{column}"
@@ -196,8 +201,8 @@ class Setting:
         )
 
 
-def _settings(name: str, hint: Any, default: Any) -> list[Setting]:
-    """The parameters for one annotated setting; labels have one more for each kind there is."""
+def _settings(name: str, hint: Any, default: Any, is_labels: bool = False) -> list[Setting]:
+    """The parameters for one annotated setting; labels of any kind have one more for each kind there is."""
     from mtl_dist.importers.options import Help, Split
     from mtl_dist.kinds.registry import KINDS
 
@@ -209,7 +214,7 @@ def _settings(name: str, hint: Any, default: Any) -> list[Setting]:
     if name == SOURCE:
         kind = list[str] if get_origin(annotation) is tuple else str
         return [Setting(name, _argument(kind, help_of.metavar or "SRC", help_of.text), is_argument=True)]
-    if name == LABELS:
+    if is_labels:
         several = list[str] | None
         of_fields = help_of.metavar.endswith("FIELD")
         short = [

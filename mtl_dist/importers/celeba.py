@@ -39,7 +39,7 @@ class Celeba(Importer):
     def __init__(
         self,
         source: Annotated[Path, Help("The folder, or a zip, with the images and both lists.", "SRC")],
-        labels: Annotated[
+        attributes_as: Annotated[
             Literal["tasks", "multilabel"],
             Help("Each attribute is a task, or all are one.", "tasks|multilabel", "as"),
         ] = "tasks",
@@ -48,7 +48,7 @@ class Celeba(Importer):
         ] = (),
     ) -> None:
         self._source, self._tree = source, Tree(source)
-        self._as_tasks = labels == "tasks"
+        self._as_tasks = attributes_as == "tasks"
         names, self._rows = self._attributes()
         for name in attributes:
             if name not in names:

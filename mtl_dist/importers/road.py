@@ -7,12 +7,13 @@ What stays in memory per sample is its labels and where its image lies.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin, get_type_hints
 
 from pydantic import ValidationError
 
@@ -40,7 +41,7 @@ from mtl_dist.importers.summary import listed
 from mtl_dist.kinds.registry import KINDS, kind_of
 
 LABELS = "labels"
-"""The setting of an importer that takes tasks of any kind, as `wanted.Labels` has it."""
+"""The setting of an importer that takes tasks of any kind, where it is a dict as `wanted.Labels` is."""
 
 _KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
 _REPORT_EVERY = 100
@@ -81,14 +82,31 @@ def importer_class(importer: str | type[Importer]) -> type[Importer]:
     return found
 
 
+def takes_labels(importer: type[Importer]) -> bool:
+    """Whether an importer has a setting for tasks of any kind; what is called so and no dict is its own."""
+    return get_origin(get_type_hints(importer.__init__).get(LABELS)) is dict
+
+
+def own_settings(importer: type[Importer]) -> dict[str, inspect.Parameter]:
+    """The arguments of an importer's constructor, by name."""
+    return dict(list(inspect.signature(importer.__init__).parameters.items())[1:])
+
+
+def kinds_in_short(importer: type[Importer]) -> list[str]:
+    """The kinds whose names stand for labels of them; a setting of the importer's own goes before."""
+    own = own_settings(importer)
+    return [kind for kind in KINDS if kind not in own] if takes_labels(importer) else []
+
+
 def make(importer: str | type[Importer], settings: Mapping[str, Any]) -> Importer:
     """The importer with these settings. The name of a kind stands for labels of it: `regression={...}`.
 
     Raises:
         UserError: no such importer, or settings that do not fit; one line for each.
     """
-    data = {name: value for name, value in settings.items() if name not in KINDS}
-    for kind in KINDS:
+    kinds = kinds_in_short(importer_class(importer))
+    data = {name: value for name, value in settings.items() if name not in kinds}
+    for kind in kinds:
         for task, column in (settings.get(kind) or {}).items():
             labels = data.setdefault(LABELS, {})
             if task in labels:
