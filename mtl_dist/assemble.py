@@ -66,7 +66,7 @@ def build_root(recipe: Recipe, facts: DataFacts, world: World) -> RootModule:
         recipe.model, heads, facts.channels, facts.image_size, measured=measured, is_picture=is_picture
     )
     model.use_memory_format(torch.channels_last if recipe.train.channels_last else torch.contiguous_format)
-    joints = [settings.build(name) for name, settings in recipe.joint_losses.items()]
+    joints = [settings.build(name, tasks) for name, settings in recipe.joint_losses.items()]
     factors = {name: settings.noise_factor for name, settings in recipe.tasks.items()}
     weights = {name: settings.weight for name, settings in recipe.tasks.items()}
     weights |= {joint.name: joint.weight for joint in joints}

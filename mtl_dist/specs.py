@@ -38,6 +38,11 @@ class TaskInfo:
     unit: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether there are labels, and it is known how many each class has; not so of one named later."""
+        return self.num_labelled > 0 and len(self.class_counts) == len(self.classes)
+
 
 @dataclass(frozen=True)
 class HeadSpec:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mtl_dist.printable import say
+
 
 def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel="Use a run")(report)
@@ -44,4 +46,4 @@ def report(
     from mtl_dist.report.page.write import write_report
 
     path = write_report(runs, out, pictures)
-    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")

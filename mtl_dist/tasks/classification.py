@@ -231,7 +231,7 @@ class ClassificationTask(Task):
 
     def baseline(self) -> Baseline | None:
         """The most frequent class; the scores are the logarithms of the classes' shares."""
-        if not self.info.num_labelled:
+        if not self.info.is_counted:
             return None
         return Baseline("majority", torch.tensor(self.info.class_counts).clamp(min=1e-6).log())
 

@@ -153,8 +153,8 @@ class DepthTask(Task):
         """Values and targets (B, H, W) in the unit, at the target's resolution; NaN where there is none."""
         return self.read(resized(output, target.shape[-2:])).float(), target
 
-    def _safe_target(self, target: Tensor, labelled_B: Tensor) -> Tensor:
-        values_BHW = super()._safe_target(target, labelled_B)
+    def loss_target(self, target: Tensor, labelled_B: Tensor) -> Tensor:
+        values_BHW = super().loss_target(target, labelled_B)
         if self.logarithms:
             values_BHW = torch.where(values_BHW > 0, values_BHW, math.nan).log()
         return (values_BHW - self.mean) / self.scale

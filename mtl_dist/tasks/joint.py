@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 class JointLoss(ABC):
     """A loss of several tasks' outputs per sample, as numerator and denominator.
 
-    It sees the tasks that it is stated for, by name: float32 outputs, targets as a batch has them, and which
-    samples are `labelled`, bool (B,). A target that is missing is harmless (0; 255 in a mask; NaN in a map of
+    It sees the tasks that it is stated for, by name: float32 outputs; targets as the tasks' own losses see
+    them, so that of a regression both are standardised, unless it says `standardise: false`; and which
+    samples are `labelled`, bool (B,). A target that is missing is harmless (255 in a mask, NaN in a map of
     numbers). A sample whose denominator is 0 comes with outputs of zeros, and adds nothing.
     """
 
@@ -57,8 +58,9 @@ class JointLossSettings(UserDefinedSettings):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Its weight in the total loss; the balancing method applies it."""
 
-    def build(self, name: str) -> Joint:
-        return Joint(name, self.tasks, self.weight, self.make(), self.kind)
+    def build(self, name: str, tasks: Mapping[str, Task]) -> Joint:
+        of_tasks = {task: tasks[task] for task in self.tasks}
+        return Joint(name, of_tasks, self.weight, self.make(), self.kind)
 
 
 UserJointLoss: TypeAlias = Annotated[JointLossSettings, UserDefined((JointLossSettings,), only=True)]
@@ -70,10 +72,14 @@ class Joint:
     """A joint loss of these tasks: a term of the total loss."""
 
     name: str
-    tasks: tuple[str, ...]
+    of_tasks: Mapping[str, Task]
     weight: float
     loss: JointLoss
     path: str
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.of_tasks)
 
     def used(self, batch: Batch) -> Tensor:
         """The samples that it counts, bool (B,)."""
@@ -101,8 +107,10 @@ class Joint:
         return batch.lam_B is not None and any(name in batch.partners for name in self.tasks)
 
     def _targets(self, batch: Batch, of_partners: bool = False) -> dict[str, Tensor]:
-        own = {name: batch.targets[name] for name in self.tasks}
-        return {**own, **{n: t for n, t in batch.partners.items() if n in own}} if of_partners else own
+        stored = {**batch.targets, **batch.partners} if of_partners else batch.targets
+        return {
+            name: task.loss_target(stored[name], batch.labelled[name]) for name, task in self.of_tasks.items()
+        }
 
     def _labelled(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch.labelled[name] for name in self.tasks}

@@ -120,7 +120,7 @@ class MultilabelTask(Task):
 
     def baseline(self) -> Baseline | None:
         """Of each class what holds for most samples; the scores are the log-odds of its share."""
-        if not self.info.num_labelled:
+        if not self.info.is_counted:
             return None
         shares_C = torch.tensor(self.info.class_counts, dtype=torch.float64) / self.info.num_labelled
         return Baseline("majority", torch.logit(shares_C, eps=1e-6).float())

@@ -174,7 +174,7 @@ class OrdinalTask(Task):
 
     def baseline(self) -> Baseline | None:
         """The shares of the training labels: their median grade."""
-        if not sum(self.info.class_counts):
+        if not self.info.is_counted:
             return None
         counts_C = torch.tensor(self.info.class_counts, dtype=torch.float64)
         beyond_K = 1 - counts_C.cumsum(dim=0)[:-1] / counts_C.sum()

@@ -175,5 +175,5 @@ class RegressionTask(Task):
         """Values (B,) and targets (B,) in the target's unit."""
         return output.float().squeeze(1) * self.scale + self.mean, target
 
-    def _safe_target(self, target: Tensor, labelled_B: Tensor) -> Tensor:
-        return (super()._safe_target(target, labelled_B) - self.mean) / self.scale
+    def loss_target(self, target: Tensor, labelled_B: Tensor) -> Tensor:
+        return (super().loss_target(target, labelled_B) - self.mean) / self.scale

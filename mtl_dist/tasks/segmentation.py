@@ -127,7 +127,7 @@ class SegmentationTask(Task):
 
     def baseline(self) -> Baseline | None:
         """The most frequent class of a pixel, in every pixel."""
-        if not sum(self.info.class_counts):
+        if not self.info.is_counted or not sum(self.info.class_counts):
             return None
         scores_C = torch.tensor(self.info.class_counts).clamp(min=1e-6).log()
         if self.loss.num_outputs == 1:

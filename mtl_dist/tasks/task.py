@@ -165,7 +165,7 @@ class Task(ABC):
         Labelled samples, or their class weights, or labelled pixels, as the loss has it; times the samples'
         lambdas where these are given.
         """
-        counts_B = self.loss.denominators(self._safe_target(target, labelled_B))
+        counts_B = self.loss.denominators(self.loss_target(target, labelled_B))
         self._require_one_each("denominators", counts_B, labelled_B)
         counts_B = torch.where(labelled_B, counts_B, 0.0)
         return (counts_B if lam_B is None else lam_B * counts_B).sum(dtype=torch.float32)
@@ -179,7 +179,7 @@ class Task(ABC):
         With `lam_B` each sample's loss is multiplied by its lambda.
         """
         with torch.autocast(output.device.type, enabled=False):
-            safe_target = self._safe_target(target, labelled_B)
+            safe_target = self.loss_target(target, labelled_B)
             safe_output = self._safe_output(output.float(), safe_target, labelled_B)
             losses_B = self.loss.numerators(safe_output, safe_target)
             self._require_one_each("numerators", losses_B, labelled_B)
@@ -242,7 +242,7 @@ class Task(ABC):
     def sample_losses(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> Tensor:
         """Each sample's own loss, numerator over denominator, float32 (B,); NaN without a label."""
         with torch.autocast(output.device.type, enabled=False):
-            safe_target = self._safe_target(target, labelled_B)
+            safe_target = self.loss_target(target, labelled_B)
             safe_output = self._safe_output(output.float(), safe_target, labelled_B)
             losses_B = self.loss.numerators(safe_output, safe_target).detach().float()
             counts_B = self.loss.denominators(safe_target)
@@ -286,7 +286,7 @@ class Task(ABC):
                 f"sample, found {found}. Correct it in {type(self.loss).__name__}."
             )
 
-    def _safe_target(self, target: Tensor, labelled_B: Tensor) -> Tensor:
+    def loss_target(self, target: Tensor, labelled_B: Tensor) -> Tensor:
         """The target as the loss wants it, harmless where the label is missing."""
         return torch.where(_along(labelled_B, target), target, self.harmless_target)
 

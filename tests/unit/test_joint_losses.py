@@ -19,9 +19,11 @@ from mtl_dist.errors import UserError
 from mtl_dist.models.multitask import build_model
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.recipe import Recipe
+from mtl_dist.specs import TaskInfo
 from mtl_dist.step import RootModule, Weights, WindowTotals, count_labels
-from mtl_dist.tasks.joint import Joint, try_joint
+from mtl_dist.tasks.joint import Joint, JointLoss, try_joint
 from mtl_dist.tasks.registry import build_tasks
+from mtl_dist.tasks.regression import RegressionSettings
 from tests.batch_partition import cut
 from tests.joint_losses import Agreement, Detached, Misshapen, Unlabelled
 from tests.unit.test_step import ALONE, INFOS, SETTINGS, SIZE, assert_same, make_batch
@@ -48,7 +50,7 @@ def make_root(loss: Agreement, balance: dict[str, Any], world: World = ALONE) ->
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    joint = Joint("both", ("kind", "mask"), 1.0, loss, "tests.joint_losses")
+    joint = Joint("both", {name: built[name] for name in ("kind", "mask")}, 1.0, loss, "tests.joint_losses")
     names = [*built, "both"]
     settings = resolved_settings(
         Recipe, {"balance": balance, "data": {"train": [{"path": "x"}], "image_size": 8}}
@@ -186,3 +188,32 @@ def test_an_engine_that_divides_the_weights_is_refused_by_name() -> None:
     )
     with pytest.raises(UserError, match=r"joint_losses: expected none under ZeRO 3, .*found both"):
         check_device(recipe_of(), torch.device("cpu"), choice)  # type: ignore[arg-type]
+
+
+class Tie(JointLoss):
+    def numerators(
+        self,
+        outputs: dict[str, torch.Tensor],
+        targets: dict[str, torch.Tensor],
+        labelled: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        return (outputs["size"][:, 0] - targets["size"]).square()
+
+
+def test_a_joint_loss_sees_targets_as_the_tasks_own_losses_do() -> None:
+    """Outputs and targets of a standardised regression are in one space."""
+    info = TaskInfo("regression", (), 10, mean=4.0, std=2.0)
+    task = RegressionSettings().build("size", info)
+    joint = Joint("tie", {"size": task}, 1.0, Tie(), "tests.joint_losses")
+    output, target = torch.randn(5, 1), 4.0 + 2.0 * torch.randn(5)
+    labelled_B = torch.tensor([True, True, False, True, True])
+    batch = Batch(
+        images_BCHW=torch.zeros(5, 1, 1, 1),
+        targets={"size": target},
+        labelled={"size": labelled_B},
+        valid_B=torch.ones(5, dtype=torch.bool),
+        positions_B=torch.arange(5),
+        keys=[""] * 5,
+    )
+    assert torch.equal(joint.loss_sum({"size": output}, batch), task.loss_sum(output, target, labelled_B))
+    assert joint.count(batch) == task.count(target, labelled_B)
