@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -76,7 +76,7 @@ def load_settings(
         settings = cls.model_validate_json(json.dumps(complete))
     except ValidationError as error:
         mistakes += [
-            (location, line + _misspelt_entry(location, line, added, data))
+            (location, line + _misspelt_entry(location, line, added, data, set(cls.model_fields)))
             for location, line in explain(error, cls)
             if not any(_touches(location, other) for other, _ in unresolved)
         ]
@@ -228,9 +228,16 @@ def _section(node: SchemaNode, value: Any) -> tuple[SchemaNode, Any]:
     return (fitting[0] if len(fitting) == 1 else node), value
 
 
-def _misspelt_entry(location: Location, line: str, added: set[Location], data: Any) -> str:
-    """What to add to a mistake inside an entry that only an override made: `tasks.bred.weight=2`."""
+def _misspelt_entry(
+    location: Location, line: str, added: set[Location], data: Any, known: Collection[str]
+) -> str:
+    """What to add to a mistake inside an entry that only an override made: `tasks.bred.weight=2`.
+
+    The sections of a recipe are `known`: `tracking` is no misspelt `train`.
+    """
     for *way, name in added:
+        if not way and name in known:
+            continue
         if location[: len(way) + 1] == (*way, name) and "Did you mean" not in line:
             section = reduce(getitem, way, data)
             near = nearest(str(name), [key for key in section if (*way, key) not in added])

@@ -76,6 +76,8 @@ def decode_image(data: Bytes, channels: int, dtype: ImageDtype = "uint8") -> Ten
         image = _decode_deep_png(data, _MODES.get(channels, ImageReadMode.UNCHANGED))
     else:
         image = _decode_by_pillow(data)
+    if not image.numel():
+        raise UnreadableImage(f"an image of shape {tuple(image.shape)}, which has no pixel")
     if _DEPTHS[image.dtype] != dtype:
         raise UnreadableImage(f"an image of {_DEPTHS[image.dtype]} values, where {dtype} is expected")
     return _with_channels(image if dtype == "uint8" else image.float(), channels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import shutil
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtl_dist.assemble import Trained, WhichCheckpoint, read_trained
-from mtl_dist.config.trust import mark
+from mtl_dist.config.trust import MARK, mark
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.exporting.card import card
@@ -78,9 +79,12 @@ def export_run(
         images: what to check with, in place of the run's data.
 
     Raises:
-        UserError: no such checkpoint, a package is missing, or the model cannot be taken out so.
+        UserError: no such checkpoint, a package is missing, the model cannot be taken out so, or `out` holds
+            something else than an earlier export.
     """
     begin = time.monotonic()
+    out = out or run / "export" / format
+    check_place(out)
     if format not in FILES:
         raise UserError(f"--format: expected {', '.join(FILES)}, found {format!r}.")
     check_packages(format)
@@ -91,8 +95,7 @@ def export_run(
     network = network_of(trained, "cpu")
     description = describe(folder, trained, network, form)
     found = images_for(trained.recipe, network, images)
-    out = out or run / "export" / format
-    with _folder(out) as partial:
+    with _folder(out, say) as partial:
         if format == "safetensors":
             save_file(
                 {k: t.contiguous() for k, t in trained.weights.items()},
@@ -129,9 +132,33 @@ def check_packages(format: Format) -> None:
         )
 
 
+def check_place(out: Path) -> None:
+    """Refuse a folder of other things: an export replaces files by their names.
+
+    Raises:
+        UserError: it is no folder, or neither empty nor of an earlier export.
+    """
+    is_export = (out / MARK).exists() and not RunFolder(out).recipe_path.exists()
+    if out.is_dir() and any(out.iterdir()) and not is_export:
+        raise UserError(
+            f"--out {out}: expected a new or empty folder, or one of an earlier export, found other files."
+        )
+
+
+def set_aside(path: Path, say: Callable[[str], None]) -> None:
+    """Keep a card that may have been edited, under a name that is free."""
+    kept = next(
+        name
+        for number in itertools.count(1)
+        if not (name := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists()
+    )
+    path.rename(kept)
+    say(f"{path} was another, and is kept as {kept.name}")
+
+
 @contextmanager
-def _folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, whose files take their places in it when the block ends well."""
+def _folder(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
+    """A folder in `out`, whose files take their places there when the block ends well."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         partial = out / ".partial"
@@ -142,7 +169,10 @@ def _folder(out: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in sorted(partial.iterdir()):
-            path.replace(out / path.name)
+            place = out / path.name
+            if path.name == CARD and place.exists() and place.read_bytes() != path.read_bytes():
+                set_aside(place, say)
+            path.replace(place)
     except OSError as error:
         raise UserError(f"{out}: expected it to take the model, found: {error}.") from None
     finally:

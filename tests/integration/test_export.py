@@ -157,3 +157,22 @@ def test_a_graph_that_resizes_takes_images_of_any_size(run: Path, tmp_path: Path
     pytest.importorskip("onnxscript", reason="the extra export is not installed")
     made = export_run(run, "onnx", tmp_path / "inside", form=Form(resize_inside=True))
     assert made.difference <= 1e-4
+
+
+def test_an_export_replaces_nothing_but_an_earlier_one_and_keeps_an_edited_card(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "README.md").write_text("my own")
+    for other in (mine, run):
+        with pytest.raises(UserError, match="expected a new or empty folder, or one of an earlier export"):
+            export_run(run, "safetensors", other)
+    assert (mine / "README.md").read_text() == "my own"
+    made = export_run(run, "safetensors", tmp_path / "out").path
+    (made / "README.md").write_text("edited")
+    export_run(run, "safetensors", made)
+    assert (made / "README.1.md").read_text() == "edited"
+    assert "kept as README.1.md" in capsys.readouterr().out
+    export_run(run, "safetensors", made)
+    assert not (made / "README.2.md").exists()
