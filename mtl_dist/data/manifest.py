@@ -149,12 +149,13 @@ class Manifest:
     map_style: MapStyle | None = None
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write dataset.json durably, with the hashes of the tables that lie in `directory`."""
+def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
+    """Write dataset.json durably, with the hashes of the tables in `directory`; returns what it says."""
     splits = {
         name: replace(split, tables=table_hashes(directory, name)) for name, split in manifest.splits.items()
     }
-    content = asdict(replace(manifest, splits=splits))
+    manifest = replace(manifest, splits=splits)
+    content = asdict(manifest)
     for info in content["tasks"].values():
         if not info["facts"]:  # of most kinds
             del info["facts"]
@@ -164,6 +165,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     write_text(directory / MANIFEST_NAME, text + "\n")
     if manifest.map_style is not None or any("." in info.kind for info in manifest.tasks.values()):
         mark(directory, MANIFEST_NAME)
+    return manifest
 
 
 def read_manifest(directory: Location) -> Manifest:

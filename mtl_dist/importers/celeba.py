@@ -30,7 +30,7 @@ class Celeba(Importer):
 
     \b
       mtl prepare celeba celeba/ data/celeba
-      mtl prepare celeba celeba/ data/celeba --as multilabel
+      mtl prepare celeba celeba/ data/celeba --as one
 
     It reads list_attr_celeba.txt, list_eval_partition.txt (0 train, 1 val, 2 test) and the images that they
     name, wherever these lie below the folder.
@@ -40,8 +40,8 @@ class Celeba(Importer):
         self,
         source: Annotated[Path, Help("The folder, or a zip, with the images and both lists.", "SRC")],
         attributes_as: Annotated[
-            Literal["tasks", "multilabel"],
-            Help("Each attribute is a task, or all are one.", "tasks|multilabel", "as"),
+            Literal["tasks", "one"],
+            Help("Each attribute is a task, or all are one.", "tasks|one", "as"),
         ] = "tasks",
         attributes: Annotated[
             tuple[str, ...], Help("Only these attributes; without it all.", "NAME,...")

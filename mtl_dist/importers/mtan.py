@@ -32,7 +32,7 @@ from mtl_dist.kinds.segmentation import Segmentation
 from mtl_dist.specs import IGNORE
 
 _NO_LABEL = -1
-_FOLDERS = {"label": "semantic", "depth": "depth", "normal": "normal"}
+_FOLDERS = {"label": "semantic", Depth.name: Depth.name, "normal": "normal"}
 """The task that each folder beside the images is."""
 
 _NYUV2 = (
@@ -115,7 +115,7 @@ class Mtan(Importer):
         self._source, self._tree = source, Tree(source)
         self._names = _NYUV2 if classes == ("nyuv2",) else classes
         self._unit, self._metric = unit, metric
-        folders = {label: _FOLDERS["label"], "depth": "depth", "normal": "normal"}
+        folders = {label if folder == "label" else folder: task for folder, task in _FOLDERS.items()}
         self._images: dict[tuple[str, str], str] = {}
         self._maps: dict[str, dict[tuple[str, str], str]] = {}
         for path in self._tree.files:
@@ -155,7 +155,7 @@ class Mtan(Importer):
     def tasks(self) -> Mapping[str, TaskSource]:
         sources = {
             "semantic": lambda: TaskSource(Segmentation.name, self._classes()),
-            "depth": lambda: TaskSource(
+            Depth.name: lambda: TaskSource(
                 Depth.name, unit=self._unit, facts={"metric": True} if self._metric else {}
             ),
             "normal": lambda: TaskSource(Normals.name),

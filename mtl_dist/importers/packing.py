@@ -351,8 +351,7 @@ def _finish(
         save_index(
             labels_path(directory, split), label_columns(manifest.tasks, columns, len(content.records))
         )
-    write_manifest(directory, manifest)
-    return manifest
+    return write_manifest(directory, manifest)
 
 
 def _packed_split(split: str, jobs: Sequence[ShardJob], results: Sequence[ShardResult]) -> PackedSplit:

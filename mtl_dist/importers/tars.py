@@ -345,7 +345,7 @@ def _write(
             save_index(content_hashes_path(out, name), part.hashes)
             save_index(labels_path(out, name), label_columns(tasks, part.labels, len(part.rows)))
         manifest = replace(manifest, pixels=_measured(out, manifest, training.name))
-        write_manifest(out, manifest)
+        manifest = write_manifest(out, manifest)
     except OSError as error:
         raise UserError(f"{out}: expected a place that can be written, found: {error.strerror}.") from None
     return manifest

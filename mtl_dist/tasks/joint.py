@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 from pydantic import Field
 
-from mtl_dist.batch import Batch
 from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
 from mtl_dist.errors import UserError
 from mtl_dist.lazy import torch
@@ -24,6 +23,7 @@ from mtl_dist.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mtl_dist.batch import Batch
     from mtl_dist.tasks.task import Task
 
 
@@ -151,6 +151,8 @@ def try_joint(joint: Joint, tasks: Mapping[str, Task]) -> None:
     Raises:
         UserError: it cannot, or has no gradient.
     """
+    from mtl_dist.batch import Batch
+
     examples = {name: tasks[name].example() for name in joint.tasks}
     outputs, targets = {}, {}
     for name, example in examples.items():

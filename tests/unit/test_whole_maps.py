@@ -144,7 +144,7 @@ def test_every_labelled_pixel_is_counted_and_what_predict_shows_is_what_is_measu
         for row, one, mask in zip(rows, output, maps, strict=True):
             seen[int(batch.keys[row][1:])] = mask.numpy()
             predictor = SimpleNamespace(
-                _root=SimpleNamespace(tasks=model.tasks), _transform=whole.restored.__self__, _boxes=()
+                _network=SimpleNamespace(tasks=model.tasks), _transform=whole.restored.__self__, _boxes=()
             )
             size = (one.shape[1], one.shape[2])
             answer = Predictor._decode_row(predictor, {"land": outputs}, row, size, 0.5)  # type: ignore[arg-type]

@@ -137,7 +137,7 @@ def test_an_attribute_of_celeba_that_starts_with_a_digit_is_a_task_all_the_same(
 
 
 def test_celeba_is_one_multilabel_task_where_that_is_wanted(tmp_path: Path) -> None:
-    settings = {"source": celeba(tmp_path), "attributes_as": "multilabel", "attributes": ("Bald", "Young")}
+    settings = {"source": celeba(tmp_path), "attributes_as": "one", "attributes": ("Bald", "Young")}
     run("celeba", tmp_path / "out", settings, HERE)
     assert labels(tmp_path / "out") == {
         "000001": {"attributes": [1]},
