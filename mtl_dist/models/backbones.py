@@ -194,7 +194,7 @@ class Backbone(nn.Module):
             features[VECTOR] = self._pooled.to_map(values[self._pooled.step]).mean(dim=(2, 3))
         return features
 
-    def layers(self) -> list[list[nn.Parameter]]:
+    def parameters_by_layer(self) -> list[list[nn.Parameter]]:
         """The parameters layer by layer, from the image on: a block is one, and what lies between two."""
         seen: set[nn.Parameter] = set()
         layers = []

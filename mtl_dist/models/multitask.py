@@ -142,7 +142,7 @@ class MultitaskModel(nn.Module):
 
     def backbone_layers(self) -> list[list[list[nn.Parameter]]]:
         """Of each backbone the parameters layer by layer, from the image on."""
-        return [backbone.layers() for backbone in self._all_backbones()]
+        return [backbone.parameters_by_layer() for backbone in self._all_backbones()]
 
     def undecayed_parameters(self) -> set[nn.Parameter]:
         """Parameters of several dimensions on which weight decay does not act."""

@@ -76,7 +76,7 @@ class TimmBackbone(nn.Module):
             features[VECTOR] = maps[self._pooled].mean(dim=(2, 3))
         return features
 
-    def layers(self) -> list[list[nn.Parameter]]:
+    def parameters_by_layer(self) -> list[list[nn.Parameter]]:
         """The parameters layer by layer, from the image on, as timm groups them; a pyramid comes last."""
         groups = _groups(self.network, coarse=False)
         layers = [[self.network.get_parameter(name) for name in names] for names in groups]

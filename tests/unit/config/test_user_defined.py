@@ -413,6 +413,6 @@ def test_a_wrong_argument_of_an_importer_is_one_line(tmp_path: Path) -> None:
     from mtl_dist.importers import run
 
     with pytest.raises(
-        UserError, match=r"^kind: expected a subclass of mtl_dist.importers.importer.Importer"
+        UserError, match=r"^importer: expected a subclass of mtl_dist.importers.importer.Importer"
     ):
         run("mine.parts.Poly", tmp_path / "out")

@@ -226,7 +226,7 @@ def test_the_rate_falls_layer_by_layer(name: str) -> None:
     own = model(name)
     optimizer = build_optimizer(OptimSettings(lr=1.0, layer_decay=0.5), own, ["kind", "mask"], [])
     rate = {p: group["base_lr"] for group in optimizer.param_groups for p in group["params"]}
-    layers = own.backbone.layers()
+    layers = own.backbone.parameters_by_layer()
     assert {p for layer in layers for p in layer} == set(own.backbone.parameters())
     for number, layer in enumerate(reversed(layers)):
         assert {rate[p] for p in layer} == {0.5**number}
