@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_origin, get_type_hints
 from pydantic import ValidationError
 
 from mtl_dist.config.errors import explain
+from mtl_dist.config.nearest import nearest
 from mtl_dist.config.settings import Settings
 from mtl_dist.config.user_defined import PartError, UserDefined, UserDefinedSettings
 from mtl_dist.data.manifest import Manifest
@@ -30,7 +31,9 @@ from mtl_dist.importers.options import STANDARD, PackOptions, fractions_in, grou
 from mtl_dist.importers.packing import SPOOL, Progress, pack_into, partial_directory, refuse_existing, silent
 from mtl_dist.importers.registry import IMPORTERS
 from mtl_dist.importers.splitting import (
+    SPLIT_WORDS,
     held_out_note,
+    is_split_word,
     split_by_fractions,
     split_name,
     split_names,
@@ -317,7 +320,19 @@ def _brought(records: Sequence[Record], groups: Sequence[str], options: PackOpti
     """The word for each record's split that the data has, or that `--split` takes from it; else ""."""
     by_group = groups_by_split(options.split)
     if by_group is not None:
+        for group, word in by_group.items():
+            if not is_split_word(word):
+                near = nearest(word, SPLIT_WORDS)
+                raise UserError(
+                    f"--split, group {group}: expected train, val or test, found {word!r}. "
+                    + (f"Did you mean {near!r}?" if near else "Correct it.")
+                )
         known = set(groups)
+        if not options.group and not any(known):
+            raise UserError(
+                f"--split: expected data in groups, since it names {listed(list(by_group))}, found none. Say "
+                "what the groups are: add --group COLUMN, or a pattern of names as --group '{group}_*'."
+            )
         for group in by_group:
             if group not in known:
                 raise UserError(

@@ -157,6 +157,28 @@ def test_a_group_that_the_datas_own_splits_divide_is_refused(tmp_path: Path) -> 
         prepared(Made, tmp_path / "out", splits="train test", per_group=4)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(
+    ("word", "advice"),
+    [("trian", "Did you mean 'train'?"), ("vall", "Did you mean 'val'?"), ("qqq", "Correct it.")],
+)
+def test_a_word_that_is_no_split_is_refused_where_groups_are_told_theirs(
+    tmp_path: Path, word: str, advice: str, listed: bool
+) -> None:
+    split = f"{word}=g1;test=g3"
+    if listed:
+        split = str(tmp_path / "splits.csv")
+        Path(split).write_text(f"group,split\ng1,{word}\ng3,test\n")
+    with pytest.raises(UserError) as refused:
+        prepared(Made, tmp_path / "out", per_group=5, split=split)
+    assert str(refused.value) == (f"--split, group g1: expected train, val or test, found {word!r}. {advice}")
+
+
+def test_groups_that_are_told_their_splits_need_group(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"since it names g1; g3, found none\. .*add --group COLUMN"):
+        prepared(Made, tmp_path / "out", split="val=g1;test=g3")
+
+
 def test_groups_go_where_they_are_told(tmp_path: Path) -> None:
     prepared(Made, tmp_path / "out", per_group=5, split="val=g1;test=g3")
     assert sizes(tmp_path / "out") == {"train": 10, "val": 5, "test": 5}
