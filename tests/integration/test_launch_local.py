@@ -145,7 +145,7 @@ def test_no_rank_outlives_its_launcher_or_its_supervisor(tmp_path: Path, victim:
 WORLD = """
 import os
 names = ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "CUDA_VISIBLE_DEVICES")
-os.write(1, (" ".join(os.environ.get(name, "-") for name in names) + os.linesep).encode())  # at once: ranks share a pipe
+os.write(1, " ".join(os.environ.get(name, "-") for name in names).encode() + os.linesep.encode())  # at once
 """
 
 
