@@ -30,6 +30,7 @@ from mtl_dist.data.settings import BadSampleSettings
 from mtl_dist.data.shard_prefetch import ShardPrefetch
 from mtl_dist.errors import UserError
 from mtl_dist.heartbeat import beat
+from mtl_dist.processes import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +192,12 @@ class Batches(Dataset[Loaded | UserError]):
 
 
 def _begin_worker(worker: int) -> None:
-    """Keep a worker to one thread, and deaf to the signals that Slurm and terminals send to all processes."""
+    """Keep a worker to one thread, and deaf to the signals that Slurm and terminals send to all processes.
+
+    It dies with its rank: it holds copies of that one's connections, which to the other ranks would look
+    alive as long as it lived.
+    """
+    end_with_parent(signal.SIGKILL)
     torch.set_num_threads(1)
     if _STACK_SIGNAL is not None and sys.__stderr__ is not None:
         with suppress(OSError, ValueError):  # a stderr that is no file

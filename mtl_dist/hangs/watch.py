@@ -73,7 +73,11 @@ class HangWatch:
         self._compiling = compiling
         self._tick_s = _TICK_S if timeout_s is None else min(_TICK_S, timeout_s / 8)
         self._main = threading.get_ident()
+        # A line for each thread, made while there is somebody to connect to: a new one to a store that is
+        # gone is tried for minutes, on one that was there an error comes at once.
         self._ranks = Ranks.of_group(world.rank, world.size) if world.size > 1 else None
+        self._main_line = self._ranks.clone() if self._ranks is not None else None
+        self._watch_line = self._ranks.clone() if self._ranks is not None else None
         self._over = threading.Event()
         self._alarm = threading.Event()
         self._gathered = threading.Event()
@@ -205,7 +209,7 @@ class HangWatch:
         """End as another rank has: nothing tells the main thread, which waits for it."""
 
         def last_words() -> None:
-            failure = self._ranks.clone().hear_failure() if self._ranks is not None else None
+            failure = self._watch_line.hear_failure() if self._watch_line is not None else None
             if failure is not None and self._world.is_main and self.directory is not None:
                 write_failure(self.directory, failure)
 
@@ -225,10 +229,10 @@ class HangWatch:
         """
         own = Failure(self._world.rank, last_line(error), isinstance(error, UserError))
         self._tell_end(error)
-        if self._ranks is None or isinstance(error, KeyboardInterrupt):
+        ranks = self._main_line
+        if ranks is None or isinstance(error, KeyboardInterrupt):
             return own
         with suppress(RuntimeError):
-            ranks = self._ranks.clone()
             if isinstance(error, RuntimeError) and not ranks.hear_failure():
                 own = ranks.lost_rank(_LOST_AFTER * self._tick_s) or own
             return ranks.first_failure(own)
@@ -236,9 +240,9 @@ class HangWatch:
 
     def _tell_end(self, error: BaseException) -> None:
         self._failing = True
-        if self._ranks is not None:
+        if self._main_line is not None:
             with suppress(RuntimeError):
-                self._ranks.clone().tell_end(2 if isinstance(error, UserError) else 1)
+                self._main_line.tell_end(2 if isinstance(error, UserError) else 1)
 
 
 def within(seconds: float, function: Callable[[], None]) -> None:

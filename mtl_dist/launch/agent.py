@@ -6,9 +6,7 @@ was. Here a user's mistake stays the lines that the ranks printed, and exit code
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -21,8 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from mtl_dist.launch.local import shell_code
-
-_PR_SET_PDEATHSIG = 1
+from mtl_dist.processes import end_with_parent
 
 USER_ERROR = 2
 """What a rank exits with when the user can fix it, once the lines are printed."""
@@ -30,7 +27,7 @@ USER_ERROR = 2
 
 def main() -> None:
     """Launch as the arguments say; exit as the rank that failed first did."""
-    end_with_parent()
+    end_with_parent(signal.SIGTERM)  # torchrun then ends the ranks
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     arguments = launch_command_parser().parse_args()
     try:
@@ -52,16 +49,6 @@ def main() -> None:
         sys.exit(shell_code(error.returncode))
     except SignalException as error:
         sys.exit(128 + error.sigval)
-
-
-def end_with_parent() -> None:
-    """Ask Linux for a SIGTERM when `mtl launch` dies, even by SIGKILL: torchrun then ends the ranks."""
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        sys.exit(128 + signal.SIGTERM)
 
 
 def report(exit_codes: Mapping[int, int]) -> int:

@@ -381,7 +381,46 @@ def test_a_rank_that_never_meets_anothers_error_ends_as_well(
     assert (status.state, status.reason, status.retry) == ("failed", "x: expected 1, found 2.", False)
 
 
+def test_who_fails_after_the_holder_of_the_store_speaks_to_nobody_new(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A connection to a store that is gone is tried for minutes: every line is made before."""
+    survivor, lost = two_ranks()
+    lines = [survivor, survivor]
+    monkeypatch.setattr(survivor, "clone", lines.pop)
+    monkeypatch.setattr(watching.Ranks, "of_group", lambda rank, size: survivor)
+    with HangWatch(replace(ALONE, size=2), None, StopSignal()) as watch:
+        error = ValueError("a loss of three numbers")
+        assert watch.first_cause(error) == Failure(0, "ValueError: a loss of three numbers")
+        lost.tell_end(1)
+        with pytest.raises(SystemExit):
+            monkeypatch.setattr(watching.os, "_exit", lambda code: sys.exit(code))
+            watch._follow(1)
+    assert lines == []
+
+
 # ---------------------------------------------------------------- data workers
+WORKER = """
+import os, signal, time
+from mtl_dist.data.batch_loader import _begin_worker
+if os.fork() == 0:
+    _begin_worker(0)
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_a_data_worker_dies_with_its_rank() -> None:
+    """It holds the rank's connections, which the other ranks wait for while they are open."""
+    with subprocess.Popen([sys.executable, "-c", WORKER], stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout is not None
+        worker = psutil.Process(int(rank.stdout.readline()))
+        rank.kill()
+    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+
 def test_the_data_worker_that_is_late_is_named_with_what_it_does() -> None:
     workers = batch_loader.Workers(2)
     assert workers.late_with(3) == "data worker 1, which has not begun"

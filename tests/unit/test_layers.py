@@ -20,7 +20,7 @@ PACKAGE = Path(mtl_dist.__file__).parent
 
 LAYERS: dict[int, str] = {
     0: "errors specs batch plural durable json_files lazy randomness status heartbeat printable "
-    "cell_table tensor_files not_finite config kinds",
+    "cell_table processes tensor_files not_finite config kinds",
     1: "tasks models balance data",
     2: "importers engine gradients checkpoint optim user_optimizer ema batch_statistics monitor "
     "tracking figures stopping",

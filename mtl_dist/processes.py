@@ -1,0 +1,23 @@
+"""What a process asks of the operating system about the one that started it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have Linux send this process the signal when its parent dies, even by SIGKILL; elsewhere nothing.
+
+    The parent is the thread that started this process: it has to live as long as it needs the process.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        sys.exit(128 + number)
