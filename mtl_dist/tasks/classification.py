@@ -13,7 +13,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.lazy import F, torch
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.metrics import TaskMetrics
-from mtl_dist.tasks.resampling import of_classes, of_scores
+from mtl_dist.tasks.resampling import of_classes, of_confidences, of_scores
 from mtl_dist.tasks.task import (
     NUM_MADE,
     USER_LOSS,
@@ -28,23 +28,35 @@ from mtl_dist.tasks.task import (
     require_threshold,
 )
 from mtl_dist.tasks.thresholds import DEFAULT, Decision, Rule, Threshold
-from mtl_dist.tasks.weights import ClassWeights, class_weights
+from mtl_dist.tasks.weights import Beta, ClassWeights, LogitAdjustment, adjustments, class_weights
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
 
+EFFECTIVE_BETA = 0.999
+
+
 class CrossEntropySettings(LossSettings):
-    """Cross entropy of the softmax, as `torch.nn.CrossEntropyLoss` has it."""
+    """Cross entropy of the softmax, as `torch.nn.CrossEntropyLoss` has it.
+
+    With `logit_adjustment` the classes' log-priors are added to the logits, in the loss alone: rare classes
+    are asked for a larger margin, and the balanced error is learnt (https://arxiv.org/abs/2007.07314).
+    """
 
     kind: Literal["cross_entropy"] = "cross_entropy"
     label_smoothing: Annotated[float, Field(ge=0, le=1)] = 0.0
     class_weights: ClassWeights = None
+    beta: Beta = None
+    """Of class_weights: effective; null: 0.999."""
+    logit_adjustment: LogitAdjustment = False
+    """true, or tau, the factor of the log-priors."""
 
     def build(self, info: TaskInfo, where: str) -> Loss:
-        weights_C = class_weights(self.class_weights, info, f"{where}.class_weights")
-        return CrossEntropy(len(info.classes), weights_C, self.label_smoothing)
+        weights_C = class_weights(self.class_weights, info, where, self.beta, EFFECTIVE_BETA)
+        added_C = adjustments(self.logit_adjustment, info, f"{where}.logit_adjustment")
+        return CrossEntropy(len(info.classes), weights_C, self.label_smoothing, added_C)
 
 
 class FocalSettings(LossSettings):
@@ -58,9 +70,11 @@ class FocalSettings(LossSettings):
     kind: Literal["focal"] = "focal"
     gamma: Annotated[float, Field(ge=0)] = 2.0
     class_weights: ClassWeights = None
+    beta: Beta = None
+    """Of class_weights: effective, which make it the class-balanced focal loss; null: 0.999."""
 
     def build(self, info: TaskInfo, where: str) -> Loss:
-        weights_C = class_weights(self.class_weights, info, f"{where}.class_weights")
+        weights_C = class_weights(self.class_weights, info, where, self.beta, EFFECTIVE_BETA)
         return Focal(len(info.classes), weights_C, self.gamma)
 
 
@@ -71,6 +85,8 @@ ClassificationLoss: TypeAlias = Annotated[
 
 MUCH_LARGER = 3
 """A class with so many times the labels of another is one that a model learns first."""
+MANY_CLASSES, TOP_K = 10, 5
+"""Of more classes than this the accuracy of the likeliest few is measured, unasked; and of how many."""
 
 
 class ClassificationSettings(CommonTaskSettings):
@@ -91,6 +107,9 @@ class ClassificationSettings(CommonTaskSettings):
         "micro_precision": "max",
         "micro_recall": "max",
         "micro_f1": "max",
+        "top_k_accuracy": "max",
+        "ece": "min",
+        "brier": "min",
     }
     compared: ClassVar[tuple[str, ...]] = ("accuracy", "balanced_accuracy", "macro_f1", "auroc")
     learnt_by_heart: ClassVar[tuple[str, float]] = ("accuracy", 0.99)
@@ -102,6 +121,8 @@ class ClassificationSettings(CommonTaskSettings):
     second."""
     threshold: Threshold = DEFAULT
     """Of two classes the probability above which it is the positive one; best_f1 or youden: chosen on val."""
+    top_k: Annotated[int, Field(ge=2)] | None = None
+    """For top_k_accuracy: a label among the k likeliest classes is right; null: 5 of more than 10 classes."""
 
     @classmethod
     def suited_to(cls, info: TaskInfo) -> tuple[dict[str, Any], str]:
@@ -127,6 +148,11 @@ class ClassificationSettings(CommonTaskSettings):
                     f"{where}.{setting}: expected a task of two classes, found one of {len(info.classes)}. "
                     "Remove it: of several classes the likeliest is decided on."
                 )
+        if self.top_k is not None and self.top_k >= len(info.classes):
+            raise UserError(
+                f"{where}.top_k: expected fewer than the {len(info.classes)} classes, found {self.top_k}, of "
+                "which every label is one. Lower it, or remove it."
+            )
         return ClassificationTask(name, info, self, self.loss.build(info, f"tasks.{name}.loss"))
 
     @property
@@ -155,8 +181,11 @@ class ClassWeighted(Loss):
 @dataclass(frozen=True, eq=False)
 class CrossEntropy(ClassWeighted):
     label_smoothing: float
+    added_C: Tensor | None = None
 
     def numerators(self, output: Tensor, target: Tensor) -> Tensor:
+        if self.added_C is not None:
+            output = output + self.added_C.to(output.device, non_blocking=True)
         weights_C = None if self.weights_C is None else self.weights_C.to(output.device, non_blocking=True)
         return F.cross_entropy(
             output, target, weights_C, reduction="none", label_smoothing=self.label_smoothing
@@ -188,8 +217,18 @@ class ClassificationTask(Task):
 
     @property
     def reported(self) -> tuple[str, ...]:
-        of_two = ("precision", "recall", "specificity", "f1", "average_precision")
-        return tuple(name for name in super().reported if self.positive is not None or name not in of_two)
+        of_two: tuple[str, ...] = ("precision", "recall", "specificity", "f1", "average_precision")
+        left_out: tuple[str, ...] = () if self.positive is not None else of_two
+        if self.top_k is None:
+            left_out += ("top_k_accuracy",)
+        return tuple(name for name in super().reported if name not in left_out)
+
+    @property
+    def top_k(self) -> int | None:
+        """The k of top_k_accuracy; None where it is not measured."""
+        if self.settings.top_k is None and len(self.info.classes) > MANY_CLASSES:
+            return TOP_K
+        return self.settings.top_k
 
     def notes(self) -> list[str]:
         """That the positive class was not stated."""
@@ -222,7 +261,8 @@ class ClassificationTask(Task):
     def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
         from mtl_dist.tasks.accumulators import ClassificationMetrics  # torchmetrics is slow to import
 
-        return ClassificationMetrics(self.decision(), ranking, self.rule if choosing and ranking else None)
+        rule = self.rule if choosing and ranking else None
+        return ClassificationMetrics(self.decision(), ranking, rule, self.top_k)
 
     def example(self) -> tuple[Tensor, Tensor]:
         num_classes = len(self.info.classes)
@@ -270,4 +310,4 @@ class ClassificationTask(Task):
         metrics = of_classes(columns, weights_RN, len(self.info.classes), self.positive)
         if ranking:
             metrics |= of_scores(columns, self.info.classes, weights_RN, self.positive)
-        return metrics
+        return metrics | of_confidences(columns, self.info.classes, weights_RN, self.top_k)

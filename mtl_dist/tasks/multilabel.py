@@ -24,7 +24,7 @@ from mtl_dist.tasks.task import (
     require_threshold,
 )
 from mtl_dist.tasks.thresholds import DEFAULT, Rule, Threshold, log_odds
-from mtl_dist.tasks.weights import ClassWeights, positive_weights
+from mtl_dist.tasks.weights import PositiveWeights, positive_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +35,7 @@ class MultilabelBceSettings(LossSettings):
     """Binary cross entropy, averaged over the labels, as `torch.nn.BCEWithLogitsLoss` has it."""
 
     kind: Literal["bce"] = "bce"
-    pos_weight: ClassWeights = None
+    pos_weight: PositiveWeights = None
     """What a positive of each label weighs against a negative."""
 
     def build(self, info: TaskInfo, where: str) -> Loss:
@@ -57,6 +57,8 @@ class MultilabelSettings(CommonTaskSettings):
         "micro_f1": "max",
         "auroc": "max",
         "mean_average_precision": "max",
+        "ece": "min",
+        "brier": "min",
     }
     compared: ClassVar[tuple[str, ...]] = ("mean_average_precision", "macro_f1", "auroc")
     learnt_by_heart: ClassVar[tuple[str, float]] = ("macro_f1", 0.95)

@@ -52,6 +52,30 @@ def of_scores(
     }
 
 
+def of_confidences(
+    columns: Columns, classes: Sequence[str], weights_RN: np.ndarray, top_k: int | None
+) -> Metrics:
+    """What `ClassificationMetrics` says of the probabilities, where the columns hold every one.
+
+    Without ece: samples drawn again look worse calibrated than the split, so that an interval would lie above
+    the metric.
+    """
+    names = [f"probabilities.{name}" for name in classes]
+    if not all(name in columns for name in names):
+        return {}
+    p_NC = np.stack([columns[name] for name in names], axis=1).astype(np.float64)
+    true_NC = _one_hot(columns["label_id"], len(classes))
+    own_N1 = (p_NC * true_NC).sum(1, keepdims=True)
+    first_NC = np.arange(len(classes)) < columns["label_id"].astype(np.int64)[:, None]
+    ranks_N = ((p_NC > own_N1) | ((p_NC == own_N1) & first_NC)).sum(1)
+    total_R = weights_RN.sum(1)
+    metrics: Metrics = {}
+    if top_k is not None:
+        metrics["top_k_accuracy"] = _ratio(weights_RN @ (ranks_N < top_k).astype(np.float64), total_R)
+    metrics["brier"] = _ratio(weights_RN @ ((p_NC - true_NC) ** 2).sum(1), total_R)
+    return metrics
+
+
 def of_labels(columns: Columns, classes: Sequence[str], weights_RN: np.ndarray, ranking: bool) -> Metrics:
     """As `MultilabelMetrics` has them."""
     if not all(f"truths.{name}" in columns for name in classes):
@@ -70,6 +94,8 @@ def of_labels(columns: Columns, classes: Sequence[str], weights_RN: np.ndarray, 
                 [measure(scores_N, true_NC[:, c], weights_RN) for c, scores_N in enumerate(scores)], axis=1
             )
             metrics[name] = _mean(values_RC, np.isfinite(values_RC))
+    p_NC = np.stack([columns[f"probabilities.{name}"] for name in classes], axis=1).astype(np.float64)
+    metrics["brier"] = _ratio(weights_RN @ ((p_NC - true_NC) ** 2).mean(axis=1), total_R)
     return metrics
 
 

@@ -14,7 +14,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.lazy import F, torch
 from mtl_dist.specs import IGNORE, TaskInfo
 from mtl_dist.tasks.task import USER_LOSS, Loss, LossSettings
-from mtl_dist.tasks.weights import ClassWeights, class_weights
+from mtl_dist.tasks.weights import Beta, ClassWeights, LogitAdjustment, adjustments, class_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,14 +23,23 @@ _LEAST_LOST = 1e-6
 
 
 class MapCrossEntropySettings(LossSettings):
-    """Cross entropy, averaged over all labelled pixels, as `torch.nn.CrossEntropyLoss` has it."""
+    """Cross entropy, averaged over all labelled pixels, as `torch.nn.CrossEntropyLoss` has it.
+
+    With `logit_adjustment` the log-priors of a pixel's class are added to the logits, in the loss alone
+    (https://arxiv.org/abs/2007.07314).
+    """
 
     kind: Literal["cross_entropy"] = "cross_entropy"
     class_weights: ClassWeights = None
+    beta: Beta = None
+    """Of class_weights: effective, which want one: near 1 - 1 / (pixels of a rare class)."""
+    logit_adjustment: LogitAdjustment = False
+    """true, or tau, the factor of the log-priors."""
 
     def build(self, info: TaskInfo, where: str) -> Loss:
-        weights_C = class_weights(self.class_weights, info, f"{where}.class_weights")
-        return MapCrossEntropy(len(info.classes), weights_C)
+        weights_C = class_weights(self.class_weights, info, where, self.beta)
+        added_C = adjustments(self.logit_adjustment, info, f"{where}.logit_adjustment")
+        return MapCrossEntropy(len(info.classes), weights_C, added_C)
 
 
 class MapBceSettings(LossSettings):
@@ -139,12 +148,15 @@ def require_two_classes(kind: str, info: TaskInfo, where: str) -> None:
 class MapCrossEntropy(Loss):
     num_classes: int
     weights_C: Tensor | None
+    added_C: Tensor | None = None
 
     @property
     def num_outputs(self) -> int:
         return self.num_classes
 
     def numerators(self, output: Tensor, target: Tensor) -> Tensor:
+        if self.added_C is not None:
+            output = output + self.added_C.to(output.device, non_blocking=True)[:, None, None]
         weights_C = None if self.weights_C is None else self.weights_C.to(output.device, non_blocking=True)
         losses_BHW = F.cross_entropy(output, target.long(), weights_C, ignore_index=IGNORE, reduction="none")
         return losses_BHW.sum(dim=(1, 2))

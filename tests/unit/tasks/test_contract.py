@@ -30,6 +30,7 @@ LOSSES = {
     "classification": [
         {"kind": "cross_entropy"},
         {"kind": "cross_entropy", "label_smoothing": 0.1, "class_weights": "balanced"},
+        {"kind": "cross_entropy", "logit_adjustment": 0.5},
         {"kind": "focal", "gamma": 2.0},
         {"kind": "focal", "gamma": 0.5, "class_weights": (1.0, 0.0, 3.0)},
     ],
@@ -41,7 +42,11 @@ LOSSES = {
         {"kind": "dice"},
         {"kind": "bce_dice", "bce_weight": 0.5, "dice_weight": 2.0},
     ],
-    "masks of three": [{"kind": "cross_entropy"}, {"kind": "dice", "smooth": 0.1}],
+    "masks of three": [
+        {"kind": "cross_entropy"},
+        {"kind": "cross_entropy", "logit_adjustment": True},
+        {"kind": "dice", "smooth": 0.1},
+    ],
 }
 
 CASES = [(which, loss) for which, losses in LOSSES.items() for loss in losses]

@@ -77,6 +77,47 @@ def test_a_class_that_does_not_occur_has_the_balanced_weight_one():
     assert counts == pytest.approx([8 / 12, 1.0, 8 / 4])
 
 
+@pytest.mark.parametrize("beta", [None, 0.0, 0.9])
+def test_effective_weights_are_the_papers_with_mean_one_over_the_labels(beta):
+    counts_C = torch.tensor([500, 30, 2])
+    stated = 0.999 if beta is None else beta
+    paper_C = (1 - stated) / (1 - stated ** counts_C.double())
+    paper_C = (paper_C * counts_C.sum() / (paper_C * counts_C).sum()).float()
+    info = TaskInfo("classification", ("a", "b", "c"), 532, tuple(counts_C.tolist()))
+    for kind in ("cross_entropy", "focal"):
+        task = build(info, kind=kind, class_weights="effective", beta=beta)
+        target = torch.tensor([0, 1, 2])
+        torch.testing.assert_close(task.loss.denominators(target), paper_C, rtol=1e-6, atol=0)
+    balanced = build(info, kind="focal", class_weights="balanced").loss.denominators(target)
+    near_one = build(info, kind="focal", class_weights="effective", beta=1 - 1e-12)
+    torch.testing.assert_close(near_one.loss.denominators(target), balanced, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("setting", "tau"), [(True, 1.0), (0.5, 0.5)])
+def test_logit_adjustment_adds_log_priors_in_the_loss_and_a_class_never_seen_counts_once(setting, tau):
+    prior_C = torch.tensor([6.0, 3.0, 1.0])
+    added_C = tau * (prior_C / prior_C.sum()).log()
+    info = TaskInfo("classification", ("a", "b", "c"), 9, (6, 3, 0))
+    task = build(info, kind="cross_entropy", logit_adjustment=setting)
+    output, target = logits(20, 3), torch.arange(20) % 3
+    expected = nn.CrossEntropyLoss()(output + added_C, target)
+    torch.testing.assert_close(mean_loss(task, output, target), expected, rtol=1e-6, atol=0)
+    assert task.decode(output)[0]["confidence"] == pytest.approx(output[0].softmax(0).max().item())
+
+    masks = TaskInfo("segmentation", ("background", "cat", "border"), 4, (6, 3, 0))
+    task = build(masks, kind="cross_entropy", logit_adjustment=setting)
+    maps, pixels = logits(2, 3, 4, 4), torch.arange(32).view(2, 4, 4).remainder(3).to(torch.uint8)
+    pixels[0, 0] = 255
+    expected = nn.CrossEntropyLoss(ignore_index=255)(maps + added_C[:, None, None], pixels.long())
+    torch.testing.assert_close(mean_loss(task, maps, pixels), expected, rtol=1e-6, atol=0)
+
+
+def test_logit_adjustment_of_a_task_without_labels_adds_nothing():
+    task = build(TaskInfo("classification", ("a", "b")), kind="cross_entropy", logit_adjustment=True)
+    output, target = logits(4, 2), torch.tensor([0, 1, 1, 0])
+    torch.testing.assert_close(mean_loss(task, output, target), nn.CrossEntropyLoss()(output, target))
+
+
 def test_focal_with_gamma_zero_is_cross_entropy():
     output, target = logits(20, 3), torch.arange(20) % 3
     task = build(THREE, kind="focal", gamma=0.0, class_weights=(1.0, 2.0, 3.0))
@@ -360,6 +401,21 @@ def test_each_loss_asks_for_the_head_it_needs(info, loss, head):
             {"kind": "focal", "class_weights": "balanced"},
             "tasks.it.loss.class_weights: expected label counts of 2 classes in the dataset, found 1",
         ),
+        (
+            THREE,
+            {"kind": "focal", "class_weights": "balanced", "beta": 0.9},
+            "tasks.it.loss.beta: expected class_weights: effective, which it is of, found balanced",
+        ),
+        (
+            PETS,
+            {"kind": "cross_entropy", "class_weights": "effective"},
+            "tasks.it.loss.class_weights: expected a beta beside effective, where pixels are counted",
+        ),
+        (
+            TaskInfo("classification", ("a", "b"), 5, (5,)),
+            {"kind": "cross_entropy", "logit_adjustment": True},
+            "tasks.it.loss.logit_adjustment: expected label counts of 2 classes",
+        ),
         (PETS, {"kind": "bce"}, "tasks.it.loss.kind: expected cross_entropy or dice for masks of 3 classes"),
         (PETS, {"kind": "bce_dice"}, "found bce_dice, which is for two classes"),
         (
@@ -388,6 +444,8 @@ def test_settings_that_do_not_fit_the_dataset_are_one_clear_line(info, loss, mes
         {"kind": "classification", "weight": -1.0},
         {"kind": "classification", "loss": {"kind": "cross_entropy", "label_smoothing": 1.5}},
         {"kind": "classification", "loss": {"kind": "cross_entropy", "class_weights": (-1.0, 1.0)}},
+        {"kind": "classification", "loss": {"kind": "cross_entropy", "logit_adjustment": -1.0}},
+        {"kind": "classification", "loss": {"kind": "cross_entropy", "beta": 1.0}},
         {"kind": "classification", "loss": {"kind": "mse"}},
         {"kind": "regression", "loss": {"kind": "smooth_l1", "beta": 0.0}},
         {"kind": "segmentation", "loss": {"kind": "dice", "smooth": 0.0}},

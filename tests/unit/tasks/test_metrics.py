@@ -50,11 +50,17 @@ def measured(
     return metrics.compute()
 
 
+def decided(metrics: dict[str, float]) -> dict[str, float]:
+    """Those of decisions and of orders, without those of the probabilities themselves."""
+    return {name: value for name, value in metrics.items() if name not in ("ece", "brier")}
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 close = partial(pytest.approx, rel=1e-6, abs=1e-9)
+same = partial(pytest.approx, rel=1e-12, nan_ok=True)
 
 
 @pytest.mark.parametrize("num_classes", [2, 5])
@@ -72,7 +78,7 @@ def test_classification_metrics_are_scikit_learns(num_classes):
             "f1": reference.f1_score(target, predicted),
             "average_precision": reference.average_precision_score(target, scores),
         }
-    assert measured(classification(num_classes), output, target) == close(
+    assert decided(measured(classification(num_classes), output, target)) == close(
         {
             "accuracy": reference.accuracy_score(target, predicted),
             "balanced_accuracy": reference.balanced_accuracy_score(target, predicted),
@@ -232,7 +238,7 @@ def test_a_class_that_does_not_occur_is_left_out_of_the_averages():
         measured(task, each, target)
         for task, each in ((classification(3), never_predicted), (classification(2), output))
     )
-    assert of_three == pytest.approx({name: of_two[name] for name in of_three})
+    assert decided(of_three) == pytest.approx({name: of_two[name] for name in decided(of_three)})
 
     predicted_once = never_predicted.clone()
     predicted_once[0, 2] = 9.0
@@ -274,7 +280,7 @@ def test_multilabel_metrics_are_scikit_learns():
     output, target = normal(200, 3), (normal(200, 3, seed=1) > 0.5).float()
     truth, predicted = target.numpy().astype(int), (output > 0).numpy().astype(int)
     macro = {"average": "macro"}
-    assert measured(MULTILABEL, output, target) == close(
+    assert decided(measured(MULTILABEL, output, target)) == close(
         {
             "accuracy": 1 - reference.hamming_loss(truth, predicted),
             **averages(truth, predicted),
@@ -402,15 +408,15 @@ def test_metrics_go_on_after_compute_and_start_anew_after_reset(kind):
     labelled_B = torch.ones(9, dtype=torch.bool)
     metrics = task.metrics()
     metrics.update(output[:4], target[:4], labelled_B[:4])
-    assert metrics.compute() == measured(task, output[:4], target[:4])
+    assert metrics.compute() == same(measured(task, output[:4], target[:4]))
     matrix = metrics.confusion_matrix()
     before = None if matrix is None else matrix.copy()
     metrics.update(output[4:], target[4:], labelled_B[4:])
-    assert metrics.compute() == measured(task, output, target)
+    assert metrics.compute() == same(measured(task, output, target))
     assert np.array_equal(matrix, before)
     metrics.reset()
     metrics.update(output[4:], target[4:], labelled_B[4:])
-    assert metrics.compute() == measured(task, output[4:], target[4:])
+    assert metrics.compute() == same(measured(task, output[4:], target[4:]))
 
 
 @every_kind
@@ -436,3 +442,60 @@ def test_confusion_matrices_have_the_true_classes_in_rows():
     expected = reference.confusion_matrix(masks.flatten(), maps.argmax(dim=1).flatten())
     assert np.array_equal(pixels.confusion_matrix(), expected)
     assert REGRESSION.metrics().confusion_matrix() is None and MULTILABEL.metrics().confusion_matrix() is None
+
+
+def gap_of_bins(p_N: np.ndarray, true_N: np.ndarray) -> float:
+    """The expected calibration error as Guo et al. write it, a bin at a time."""
+    gap = 0.0
+    for low in range(15):
+        inside = (p_N > low / 15) & (p_N <= (low + 1) / 15)
+        if inside.any():
+            gap += inside.mean() * abs(true_N[inside].mean() - p_N[inside].mean())
+    return gap
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_calibration_brier_and_top_k_are_their_formulas_over_the_labelled_samples(num_classes):
+    output, target = 2 * normal(300, num_classes), normal(300, seed=1).abs().long().clamp(max=num_classes - 1)
+    labelled_B = normal(300, seed=2) > -0.5
+    top_k = None if num_classes == 2 else 3
+    info = TaskInfo("classification", tuple("abcde"[:num_classes]), 9, (3,) * num_classes)
+    task = ClassificationSettings(top_k=top_k, **({"threshold": 0.9} if top_k is None else {})).build(
+        "it", info
+    )
+    found = measured(task, output, target, labelled_B)
+    p_NC, truth_N = output[labelled_B].double().softmax(dim=1).numpy(), target[labelled_B].numpy()
+    assert found["ece"] == close(gap_of_bins(p_NC.max(axis=1), p_NC.argmax(axis=1) == truth_N))
+    assert found["brier"] == close(((p_NC - np.eye(num_classes)[truth_N]) ** 2).sum(axis=1).mean())
+    if top_k is None:
+        assert found["brier"] == close(2 * reference.brier_score_loss(truth_N, p_NC[:, 1]))
+        assert "top_k_accuracy" not in found and "top_k_accuracy" not in task.reported
+    else:
+        assert found["top_k_accuracy"] == close(
+            reference.top_k_accuracy_score(truth_N, p_NC, k=3, labels=range(5))
+        )
+        assert "top_k_accuracy" in task.reported
+
+
+def test_calibration_and_brier_of_labels_are_over_all_their_probabilities():
+    output, target = 2 * normal(100, 3), (normal(100, 3, seed=1) > 0).float()
+    found = measured(MULTILABEL, output, target)
+    p_NC = output.double().sigmoid().numpy()
+    assert found["ece"] == close(gap_of_bins(p_NC.ravel(), target.numpy().ravel()))
+    assert found["brier"] == close(((p_NC - target.numpy()) ** 2).mean())
+
+
+def test_of_more_than_ten_classes_the_top_five_are_counted_and_ties_are_no_hits():
+    many = ClassificationSettings().build(
+        "it", TaskInfo("classification", tuple("abcdefghijk"), 9, (1,) * 11)
+    )
+    target = torch.arange(11)
+    assert measured(many, torch.zeros(11, 11), target)["top_k_accuracy"] == close(5 / 11)
+    broken = measured(many, torch.full((11, 11), math.nan), target)
+    assert broken["top_k_accuracy"] == 0 and math.isnan(broken["ece"])
+    assert math.isnan(broken["brier"])
+
+
+def test_a_top_k_of_all_classes_is_refused():
+    with pytest.raises(UserError, match="fewer than the 3 classes, found 3"):
+        ClassificationSettings(top_k=3).build("it", TaskInfo("classification", ("a", "b", "c"), 9, (3,) * 3))
