@@ -28,14 +28,14 @@ def remember(names: Iterable[str]) -> None:
     _brought_in.update(names)
 
 
-def user_modules() -> dict[str, list[Path]]:
-    """Where the user's modules and packages lie, by the first part of their names.
+def user_modules(of: Iterable[str] | None = None) -> dict[str, list[Path]]:
+    """Where the user's modules and packages lie, by the first part of their names; all, or `of` these.
 
     One file or folder each; several folders for a package that is spread over them (without `__init__.py`).
     """
     found: dict[str, list[Path]] = {}
     seen: set[str] = set()
-    todo = {name.partition(".")[0] for name in _brought_in}
+    todo = {name.partition(".")[0] for name in (_brought_in if of is None else of)}
     while todo:
         name = todo.pop()
         seen.add(name)

@@ -1,13 +1,15 @@
-"""Tasks that a recipe derives from a task of the dataset; nothing is prepared again.
+"""Tasks that a recipe derives from a task of the dataset, or from its images; nothing is prepared again.
 
     data:
       derive:
         parity: {from: digit, map: {0: even, 1: odd, 2: even, ...}, classes: [even, odd]}
         decade: {from: age, bins: [30, 40, 50, 60]}
         risk:   {from: age, by: my_project.labels.risk, classes: [low, high]}
+        light:  {from: image, by: my_project.labels.light, classes: [dark, bright]}
 
 Each class of `from` is mapped to a class of the new task, or to null: such samples have no label for it. A
-number falls into the bin whose lower edge it has reached. A function of the user's says each label's class.
+number falls into the bin whose lower edge it has reached. A function of the user's says the class of each
+label, or of each stored image (derived_images.py).
 """
 
 from __future__ import annotations
@@ -35,19 +37,22 @@ from mtl_dist.specs import NO_CLASS, TaskInfo
 
 ClassIndex: TypeAlias = Annotated[int, Field(ge=0)]
 
+IMAGE = "image"
+"""What `from` names where the images themselves are meant; no task can be called so."""
+
 # A class body cannot have a field called `from`, a word of the language.
 _WithFrom = create_model("_WithFrom", __base__=Settings, **{"from": (str, ...)})  # type: ignore[call-overload]
 
 
 class DeriveSettings(_WithFrom):
-    """A classification task made of another one.
+    """A classification task made of another one, or of the images.
 
-    from      a task of classes or of numbers of the dataset; the recipe need not train it
+    from      a task of classes or of numbers of the dataset, which the recipe need not train; or `image`
     map       for each of its classes, by name or index, a class of the new task: its index, its name out of
               `classes`, or null for no label
     bins      in place of `map`, of a task of numbers: the edges between the new classes, ascending
-    by        in place of `map`: the import path of a function of a class name or a number, which returns a
-              class of the new task as `map` has them
+    by        in place of `map`: the import path of a function of a class name, a number or an image as it is
+              stored, (H, W, C), which returns a class of the new task as `map` has them
     classes   the new class names by index; without them the indices, or the bins in words
     """
 
@@ -63,6 +68,9 @@ class DeriveSettings(_WithFrom):
             raise ValueError(
                 f"expected one of map, bins and by, found {' and '.join(stated) or 'none'}. State one."
             )
+        if self.source == IMAGE and (self.by is None or self.classes is None):
+            found = stated[0] if self.by is None else "no classes"
+            raise ValueError(f"expected `by` and `classes` for classes of images, found {found}. State both.")
         if self.bins is not None:
             if any(low >= high for low, high in pairwise(self.bins)):
                 raise ValueError(f"bins: expected ascending edges, found {list(self.bins)}.")
@@ -81,11 +89,21 @@ class DeriveSettings(_WithFrom):
 
 
 @dataclass(frozen=True, eq=False)
-class Derivation(ABC):
+class Derivation:
     """A derived task in one dataset: the stored task of which it is made, and the facts of the new one."""
 
     source: str
     info: TaskInfo
+
+    def counted(self, classes: np.ndarray) -> LabelCounts:
+        """The labels of a split of which each sample has one of the `classes`, or -1."""
+        counts = np.bincount(classes[classes != NO_CLASS], minlength=len(self.info.classes)).tolist()
+        return LabelCounts(sum(counts), len(classes) - sum(counts), tuple(counts))
+
+
+@dataclass(frozen=True, eq=False)
+class OfLabels(Derivation, ABC):
+    """A task made of the labels of another one."""
 
     @property
     @abstractmethod
@@ -102,13 +120,11 @@ class Derivation(ABC):
 
     def counts(self, stored: LabelCounts, column: Callable[[], np.ndarray]) -> LabelCounts:
         """The labels of a split, from those of the stored task or from its `column`."""
-        classes = self.of_column(column())
-        counts = np.bincount(classes[classes != NO_CLASS], minlength=len(self.info.classes)).tolist()
-        return LabelCounts(sum(counts), stored.present + stored.missing - sum(counts), tuple(counts))
+        return self.counted(self.of_column(column()))
 
 
 @dataclass(frozen=True, eq=False)
-class OfClasses(Derivation):
+class OfClasses(OfLabels):
     """By a table: the new class of each stored one, or -1."""
 
     table: np.ndarray
@@ -130,7 +146,7 @@ class OfClasses(Derivation):
 
 
 @dataclass(frozen=True, eq=False)
-class OfNumbers(Derivation):
+class OfNumbers(OfLabels):
     """By a function of a number; `keeps_all` where it has a class for each."""
 
     target: Callable[[float], int]
@@ -151,6 +167,18 @@ class OfNumbers(Derivation):
         return self._known[value]
 
 
+@dataclass(frozen=True, eq=False)
+class OfImages(Derivation):
+    """By a function of the stored image; `known` are the classes of the splits that were looked through."""
+
+    function: UserFunction
+    known: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def of_image(self, image_HWC: np.ndarray, where: str) -> int:
+        """The class of an image, or -1; `where` names it in messages."""
+        return self.function(image_HWC, where)
+
+
 @dataclass(frozen=True)
 class _Bins:
     """The bin of a number: its lower edge belongs to it."""
@@ -167,31 +195,33 @@ class _Bins:
 
 
 @dataclass(frozen=True)
-class _UserFunction:
+class UserFunction:
     """A function of the user's, by its import path; its answers are checked."""
 
     path: str
     classes: tuple[str, ...] | None
     where: str
 
-    def __call__(self, label: str | float) -> int:
-        answer = self.answer(label)
-        return _target(answer, self.classes, f"{self.where}.by: {self.path}({label!r})")
+    def __call__(self, label: Any, named: str = "") -> int:
+        answer = self.answer(label, named)
+        return _target(answer, self.classes, f"{self.where}.by: {self.path}({named or repr(label)})")
 
-    def answer(self, label: str | float) -> int | str | None:
+    def answer(self, label: Any, named: str = "") -> int | str | None:
+        """What the function says of a label; `named` stands for it in messages."""
+        named = named or repr(label)
         try:
             answer = imported(self.path)(label)
         except PartError:
             raise
         except Exception as error:  # whatever the user's code raises
             raise UserError(
-                f"{self.where}.by: {self.path}({label!r}) fails: {type(error).__name__}: {error}."
+                f"{self.where}.by: {self.path}({named}) fails: {type(error).__name__}: {error}."
             ) from error
         if isinstance(answer, np.generic):
             answer = answer.item()
         if isinstance(answer, bool) or not isinstance(answer, int | str | None):
             raise UserError(
-                f"{self.where}.by: expected a class, its index or None of {self.path}({label!r}), found "
+                f"{self.where}.by: expected a class, its index or None of {self.path}({named}), found "
                 f"{answer!r}."
             )
         return answer
@@ -200,7 +230,7 @@ class _UserFunction:
 def derivations(
     settings: Mapping[str, DeriveSettings], manifest: Manifest, path: Location
 ) -> dict[str, Derivation]:
-    """The derived tasks of the dataset at `path`: those whose stored task it has.
+    """The derived tasks of the dataset at `path`: those whose stored task it has, and those of images.
 
     Raises:
         UserError: one line for each that does not fit it: a name that is taken, a stored task without
@@ -217,7 +247,9 @@ def derivations(
                     f"{where}: expected a name of its own, found that of a task of {path}. Choose another."
                 )
             stored = manifest.tasks.get(wish.source)
-            if stored is not None:
+            if wish.source == IMAGE:
+                found[name] = _of_images(wish, where)
+            elif stored is not None:
                 found[name] = _derivation(wish, stored, where)
         except UserError as mistake:
             mistakes.append(str(mistake))
@@ -237,7 +269,7 @@ def check_derived(settings: Mapping[str, DeriveSettings], manifests: Sequence[Ma
         f"data.derive.{name}.from: expected a task of the training data, found {wish.source!r}. "
         f"{suggest(wish.source, known, 'Its tasks')}"
         for name, wish in settings.items()
-        if wish.source not in known
+        if wish.source not in (*known, IMAGE)
     ]
     if mistakes:
         raise UserError("\n".join(mistakes))
@@ -264,8 +296,15 @@ def _derivation(wish: DeriveSettings, stored: TaskInfo, where: str) -> Derivatio
         return OfNumbers(wish.source, _unsummed(wish.classes or bins.classes, stored), bins, keeps_all=True)
     if wish.by is None or wish.classes is None:
         raise UserError(f"{where}.classes: expected the classes that {wish.by} makes of numbers, found none.")
-    function = _UserFunction(wish.by, wish.classes, where)
+    function = UserFunction(wish.by, wish.classes, where)
     return OfNumbers(wish.source, _unsummed(wish.classes, stored), function)
+
+
+def _of_images(wish: DeriveSettings, where: str) -> OfImages:
+    assert wish.by is not None and wish.classes is not None, "the settings say so"
+    _check_function(wish.by, where)
+    info = TaskInfo(Classification.name, wish.classes, 0, (0,) * len(wish.classes))
+    return OfImages(IMAGE, info, UserFunction(wish.by, wish.classes, where))
 
 
 def _unsummed(classes: tuple[str, ...], stored: TaskInfo) -> TaskInfo:
@@ -287,7 +326,7 @@ def _table(wish: DeriveSettings, stored: TaskInfo, where: str) -> tuple[np.ndarr
     given: Mapping[str, int | str | None]
     if wish.by is not None:
         where = f"{where}.by"
-        function = _UserFunction(wish.by, wish.classes, where.removesuffix(".by"))
+        function = UserFunction(wish.by, wish.classes, where.removesuffix(".by"))
         given = {name: function.answer(name) for name in stored.classes}
         names = tuple(dict.fromkeys(value for value in given.values() if isinstance(value, str)))
         classes = wish.classes or (names or None)

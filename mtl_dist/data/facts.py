@@ -38,6 +38,7 @@ class SourceIdentity:
     labels      SHA-256 of the label columns; "" where labels are in the shards alone
     images      SHA-256 of the images' content hashes, in the stored order; "" where none are kept
     images_sum  their sum, which is the same in any order
+    derived     SHA-256 of the classes that a function of the user's made of the images; "" where none did
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -50,6 +51,7 @@ class SourceIdentity:
     labels: str = ""
     images: str = ""
     images_sum: int = 0
+    derived: str = ""
 
     def differences(self, now: SourceIdentity) -> str:
         """What of it is another in `now`, in words; "" where nothing is."""
@@ -61,6 +63,8 @@ class SourceIdentity:
             return "expected the same images, found others of the same number"
         if self.labels and now.labels and self.labels != now.labels:
             return "expected the same labels, found others"
+        if self.derived and now.derived and self.derived != now.derived:
+            return "expected the same classes derived from the images, found others"
         if self.shards != now.shards or self.index != now.index:
             same = (
                 "the same images in other shards" if self.images and self.images == now.images else "others"
@@ -135,7 +139,13 @@ def _identity(source: Source) -> SourceIdentity:
         labels=found["labels"],
         images=found["hashes"],
         images_sum=0 if hashes is None else int(np.add.reduce(hashes, dtype=np.uint64)),
+        derived=_derived_hash(reader.derived_classes()),
     )
+
+
+def _derived_hash(classes: Mapping[str, np.ndarray]) -> str:
+    tables = [f"{name} {table_hash(rows)}" for name, rows in sorted(classes.items())]
+    return hashlib.sha256("\n".join(tables).encode()).hexdigest() if tables else ""
 
 
 def task_differences(before: Mapping[str, TaskInfo], now: Mapping[str, TaskInfo]) -> list[str]:

@@ -19,6 +19,7 @@ from mtl_dist.data.batches import BatchBuilder
 from mtl_dist.data.blend import Blender, check_blend, partnered
 from mtl_dist.data.boxes import check_boxes, with_seen_edges
 from mtl_dist.data.cache import Cache
+from mtl_dist.data.derived import IMAGE, OfImages
 from mtl_dist.data.manifest import ImageDtype, PixelScale
 from mtl_dist.data.map_style import split_reader
 from mtl_dist.data.mixing import Concatenation, Schedule, Stream
@@ -140,6 +141,7 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
             do not fit together.
     """
     settings = settings.with_absolute_paths(root or Path.cwd())
+    _check_stream(settings, tasks)
     training = training_facts(settings)
     for source in training:
         if source.info.num_samples == 0:
@@ -164,7 +166,7 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
     channels, image_dtype = _image_kind([source for group in facts.values() for source in group])
     cache = None if settings.cache is None else Cache(settings.cache)
     sources = {
-        split: tuple(Source(s, split_reader(s.path, s.manifest, s.split, cache, s.derived)) for s in group)
+        split: tuple(Source(s, _reader_of(s, task_infos, cache)) for s in group)
         for split, group in facts.items()
         if group
     }
@@ -174,6 +176,24 @@ def open_data(settings: DataSettings, tasks: Collection[str], root: Path | None 
     task_infos = with_seen_edges(task_infos, settings.boxes, settings.size)
     pixels = pixel_scale(training, channels)
     return Data(settings, task_infos, channels, image_dtype, sources, schedule, pixels, left_out, not_learnt)
+
+
+def _reader_of(source: SourceFacts, tasks: Collection[str], cache: Cache | None) -> SplitReader:
+    """The samples of a source, with those derived labels that are learnt, known before workers are forked."""
+    learnt = {name: derivation for name, derivation in source.derived.items() if name in tasks}
+    reader = split_reader(source.path, source.manifest, source.split, cache, learnt)
+    reader.know({n: source.image_classes(n) for n, d in learnt.items() if isinstance(d, OfImages)})
+    return reader
+
+
+def _check_stream(settings: DataSettings, tasks: Collection[str]) -> None:
+    """Refuse classes of images that are not there before training."""
+    for name, wish in settings.derive.items():
+        if settings.stream is not None and wish.source == IMAGE and name in tasks:
+            raise UserError(
+                f"data.derive.{name}.from: expected a task, because the images of a stream are not known "
+                "before they are read, found image. Write the label into the tars."
+            )
 
 
 def _with_labels(

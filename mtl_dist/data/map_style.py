@@ -235,7 +235,7 @@ class MapStyleReader(SplitReader):
             if stored is None:
                 raise UnreadableSample(f"it has no map {task}, which the index says it has")
             maps[task] = memoryview(bytearray(stored.data))
-        labels = self.with_derived(self._column_labels(row))
+        labels = self.with_derived(self._column_labels(row), row)
         return Sample(str(number), self._dataset.image_of(sample), labels, maps)
 
     def key(self, row: int) -> str:

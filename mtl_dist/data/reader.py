@@ -25,7 +25,7 @@ import numpy as np
 from mtl_dist.data.cache import Cache
 from mtl_dist.data.columns import columns_dtype, labels_at, labels_path
 from mtl_dist.data.content_hashes import HASH_DTYPE, content_hashes_path
-from mtl_dist.data.derived import Derivation
+from mtl_dist.data.derived import Derivation, OfImages, OfLabels
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.data.remote import Location, Url, beside, read_together
 from mtl_dist.data.shards import index_dtype, index_path, map_tasks, read_key
@@ -65,7 +65,7 @@ class SampleReader(Protocol):
 
     def read(self, row: int, masks: tuple[str, ...] = ()) -> Sample: ...
 
-    def with_derived(self, labels: dict[str, Any]) -> dict[str, Any]: ...
+    def with_derived(self, labels: dict[str, Any], row: int) -> dict[str, Any]: ...
 
     def prefetch(self, rows: Sequence[int], masks: Sequence[tuple[str, ...]]) -> None: ...
 
@@ -155,6 +155,8 @@ class SplitReader:
         """Which of the rows have a label for the task, bool (N,); none where the dataset lacks the task."""
         if task in self._derived:
             derivation = self._derived[task]
+            if not isinstance(derivation, OfLabels):
+                return self.classes(task)[rows] != NO_CLASS
             has = self.labelled(derivation.source, rows)
             if derivation.keeps_all:
                 return has
@@ -171,13 +173,30 @@ class SplitReader:
             UserError: the dataset has no label columns.
         """
         if task in self._derived:
-            if task not in self._derived_classes:
-                derivation = self._derived[task]
+            derivation = self._derived[task]
+            if isinstance(derivation, OfLabels) and task not in self._derived_classes:
                 self._derived_classes[task] = derivation.of_column(self.column(derivation.source))
             return self._derived_classes[task]
         if task not in self._bits:
             return np.full(self.num_samples, NO_CLASS, dtype=np.int32)
         return self.column(task)
+
+    def know(self, classes: Mapping[str, np.ndarray]) -> None:
+        """Take the class of each row for the derived tasks that are made of images."""
+        self._derived_classes |= classes
+
+    def derived_classes(self) -> dict[str, np.ndarray]:
+        """What `know` was told."""
+        return {
+            task: self._derived_classes[task]
+            for task, derivation in self._derived.items()
+            if isinstance(derivation, OfImages)
+        }
+
+    @property
+    def content(self) -> str:
+        """A hash of what the manifest says of the tasks and of the split, shards included."""
+        return self._version
 
     def column(self, task: str) -> np.ndarray:
         """What is stored of a task whose labels are no maps, for each row.
@@ -245,19 +264,21 @@ class SplitReader:
             key=key,
             image=parts.pop("image"),
             labels=self.with_derived(
-                _labels(parts.pop("json")) if "json" in parts else self._column_labels(row)
+                _labels(parts.pop("json")) if "json" in parts else self._column_labels(row), row
             ),
             masks=parts,
         )
 
-    def with_derived(self, labels: dict[str, Any]) -> dict[str, Any]:
-        """The labels of a sample with those of the derived tasks; `labels` is not changed."""
+    def with_derived(self, labels: dict[str, Any], row: int) -> dict[str, Any]:
+        """The labels of the sample at `row` with those of the derived tasks; `labels` is not changed."""
         for name, derivation in self._derived.items():
-            stored = labels.get(derivation.source)
-            if isinstance(stored, int | float):
-                target = derivation.of_label(stored)
-                if target != NO_CLASS:
-                    labels = {**labels, name: target}
+            if isinstance(derivation, OfLabels):
+                stored = labels.get(derivation.source)
+                target = derivation.of_label(stored) if isinstance(stored, int | float) else NO_CLASS
+            else:
+                target = int(self.classes(name)[row])
+            if target != NO_CLASS:
+                labels = {**labels, name: target}
         return labels
 
     def prefetch(self, rows: Sequence[int], masks: Sequence[tuple[str, ...]]) -> None:

@@ -260,7 +260,7 @@ class DataSettings(Settings):
     test: tuple[EvaluationSourceSettings, ...] | None = None
     """What to test on; by default the `test` splits of the training datasets."""
     derive: dict[str, DeriveSettings] = Field(default_factory=dict)
-    """Classification tasks made of a task of the datasets, by a map of its classes."""
+    """Classification tasks made of a task of the datasets, or of their images."""
     image_size: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     """The side of a square, or height and width."""
     augment: Preset | AugmentSettings = "standard"

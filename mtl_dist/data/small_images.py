@@ -57,7 +57,9 @@ def read_small_images(
     libpng = find_libpng()
     shards = map(reader.shard_of, rows.tolist())
     spans = zip(offsets.tolist(), sizes.tolist(), json_offsets.tolist(), json_sizes.tolist(), strict=True)
-    for i, (shard, (at, size, json_at, json_size)) in enumerate(zip(shards, spans, strict=True)):
+    for i, (row, shard, (at, size, json_at, json_size)) in enumerate(
+        zip(rows.tolist(), shards, spans, strict=True)
+    ):
         header = at - _HEADER
         begin, end = min(header, json_at), max(at + size, json_at + json_size)
         if begin < 0 or end - begin > _LONGEST:
@@ -75,7 +77,7 @@ def read_small_images(
         else:
             done = libpng is not None and libpng.decode(data, *shape, address + i * stride)
         if done and parsed is not None:
-            keys[i], labels[i], read[i] = _key(block, header - begin), reader.with_derived(parsed), True
+            keys[i], labels[i], read[i] = _key(block, header - begin), reader.with_derived(parsed, row), True
     return SmallImages(images_BHWC, keys, labels, read)
 
 

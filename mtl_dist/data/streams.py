@@ -190,7 +190,7 @@ class StreamReader:
         maps = {name: memoryview(bytearray(taken.members[self._maps[name]])) for name in masks}
         return Sample(taken.key, memoryview(bytearray(image)), dict(taken.labels), maps)
 
-    def with_derived(self, labels: dict[str, Any]) -> dict[str, Any]:
+    def with_derived(self, labels: dict[str, Any], row: int) -> dict[str, Any]:
         """The labels: those of derived tasks are among them already."""
         return labels
 
@@ -260,7 +260,7 @@ class StreamReader:
                 if label is not None:
                     one.labels[task] = label
         for one in taken:
-            one.labels = self._head.with_derived(one.labels)
+            one.labels = self._head.with_derived(one.labels, 0)  # none is made of images
 
     def _parsed(self, task: str, place: LabelField, taken: Sequence[_Taken]) -> Sequence[Label | None]:
         info, how = self._task_infos[task], self._indexing

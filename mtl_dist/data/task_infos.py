@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mtl_dist.config.errors import suggest
-from mtl_dist.data.derived import Derivation, DeriveSettings, check_derived, derivations
+from mtl_dist.data.derived import Derivation, DeriveSettings, OfImages, OfLabels, check_derived, derivations
 from mtl_dist.data.manifest import LabelCounts, Manifest, PixelScale, SplitInfo, read_manifest
 from mtl_dist.data.map_style import split_reader
 from mtl_dist.data.remote import Location
@@ -39,13 +39,25 @@ class SourceFacts:
         """The split's labels of one of its tasks."""
         if task in self.derived:
             if (task, self.split) not in self._counted:
-                derivation = self.derived[task]
-                self._counted[task, self.split] = derivation.counts(
-                    self.info.labels[derivation.source],
-                    lambda: split_reader(self.path, self.manifest, self.split).column(derivation.source),
-                )
+                self._counted[task, self.split] = self._count(task, self.derived[task])
             return self._counted[task, self.split]
         return self.info.labels[task]
+
+    def _count(self, task: str, derivation: Derivation) -> LabelCounts:
+        if isinstance(derivation, OfLabels):
+            return derivation.counts(
+                self.info.labels[derivation.source],
+                lambda: split_reader(self.path, self.manifest, self.split).column(derivation.source),
+            )
+        return derivation.counted(self.image_classes(task))
+
+    def image_classes(self, task: str) -> np.ndarray:
+        """The class of each sample of the split, -1 where it has none, for a task that is made of images."""
+        from mtl_dist.data.derived_images import classes_of_images  # settings are read without torch
+
+        derivation = self.derived[task]
+        assert isinstance(derivation, OfImages)
+        return classes_of_images(derivation, self.path, self.manifest, self.split)
 
     @property
     def info(self) -> SplitInfo:

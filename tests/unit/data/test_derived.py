@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pickle
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from mtl_dist.config.loading import load_settings, to_yaml
+from mtl_dist.data.facts import Identities, identities, source_differences
 from mtl_dist.data.loader import Data, eval_loader, open_data, train_loader
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
@@ -304,6 +308,124 @@ def test_a_derivation_that_says_too_little_or_too_much_is_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=said):
         settings(numbers, derive={"new": {"from": "value", **wish}})
+
+
+# ---------------------------------------------------------------- functions of the image
+def light(image: np.ndarray) -> str | None:
+    """The pictures are as grey as their number says."""
+    assert image.shape == (8, 8, 1) and image.dtype == np.uint8
+    return None if image.max() == 3 else "bright" if image.mean() > 9.5 else "dark"
+
+
+LIGHT = {"from": "image", "by": f"{__name__}.light", "classes": ["dark", "bright"]}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "mtl_dist" / "derived"
+
+
+def light_of(numbers: range) -> dict[int, int | None]:
+    return {n: None if n == 3 else int(n >= 10) for n in numbers}
+
+
+@pytest.mark.parametrize("options", [{}, {"image_size": 16}, {"augment": "strong"}], ids=str)
+def test_images_become_classes_by_a_function_of_the_stored_image(
+    numbers: Path, cache: Path, options: dict[str, Any]
+) -> None:
+    data = open_data(settings(numbers, derive={"light": LIGHT}, **options), ["light", "digit"])
+    if "augment" not in options:
+        assert labels_seen(data, "train", "light") == light_of(range(24))
+    assert labels_seen(data, "val", "light") == light_of(range(24, 32))
+    assert data.task_infos["light"].class_counts == (9, 14)
+    assert data.task_infos["light"].num_labelled == 23
+    (train,) = data.sources["train"]
+    assert train.facts.labels("light").missing == 1
+
+
+def test_classes_of_images_can_be_balanced_and_go_to_workers(numbers: Path, cache: Path) -> None:
+    options = {"sampling": {"kind": "class_balanced", "task": "light"}}
+    data = open_data(settings(numbers, derive={"light": LIGHT}, **options), ["light"])
+    assert set(labels_seen(data, "train", "light").values()) == {0, 1}
+    (source,) = data.sources["train"]
+    sent = pickle.loads(pickle.dumps(source.reader))
+    seen = {int(sample.key[1:]): sample.labels.get("light") for sample in map(sent.read, range(24))}
+    assert seen == light_of(range(24))
+
+
+def test_images_are_looked_through_once_and_again_where_something_else_was_said(
+    numbers: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module = tmp_path / "lights_of_mine.py"
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def counts_with(edge: int) -> tuple[int, ...]:
+        module.write_text(f"def light(image):\n    return int(image.mean() >= {edge})\n")
+        sys.modules.pop("lights_of_mine", None)
+        importlib.invalidate_caches()
+        derive = {"light": {"from": "image", "by": "lights_of_mine.light", "classes": ["low", "high"]}}
+        caplog.clear()
+        return open_data(settings(numbers, derive=derive), ["light"]).task_infos["light"].class_counts
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert counts_with(4) == (4, 20)
+    assert "for the classes of 24 images, once" in caplog.text
+    assert counts_with(4) == (4, 20) and not caplog.text
+    for kept in cache.glob("*.npz"):
+        kept.write_bytes(kept.read_bytes()[:-30])
+    assert counts_with(4) == (4, 20) and "24 images" in caplog.text  # what was kept is damaged
+    assert counts_with(5) == (5, 19) and "24 images" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_does_without(
+    numbers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    data = open_data(settings(numbers, derive={"light": LIGHT}), ["light"])
+    assert data.task_infos["light"].class_counts == (9, 14)
+    assert "expected to keep the classes there, found: Not a directory" in caplog.text
+
+
+def test_a_run_knows_that_its_function_says_something_else_now(
+    numbers: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def facts() -> Identities:
+        return identities(open_data(settings(numbers, derive={"light": LIGHT}), ["light"]))
+
+    before = facts()
+    assert not list(source_differences(before, facts(), "train"))
+    turned = {n: c for n, c in enumerate(["dark", "bright"] * 12)}
+    monkeypatch.setitem(globals(), "light", lambda image: turned[int(image.max()) % 24])
+    for kept in cache.iterdir():
+        kept.unlink()
+    (line,) = source_differences(before, facts(), "train")
+    assert "expected the same classes derived from the images, found others" in line
+
+
+def crooked(image: np.ndarray) -> float:
+    return float(image.mean())
+
+
+def test_what_is_no_class_of_an_image_is_refused_by_the_name_of_the_sample(
+    numbers: Path, cache: Path
+) -> None:
+    derive = {"light": LIGHT | {"by": f"{__name__}.crooked"}}
+    with pytest.raises(UserError, match=r"crooked\(.*sample n0(\d\d)\), found \d+.0.$") as caught:
+        open_data(settings(numbers, derive=derive), ["light"])
+    assert "\n" not in str(caught.value)
+    assert open_data(settings(numbers, derive=derive), ["digit"]), "it is not learnt, and not asked"
+
+
+@pytest.mark.parametrize("wish", [{"map": {"0": 1}}, {"bins": [1]}, {"by": f"{__name__}.light"}], ids=str)
+def test_images_need_a_function_and_classes(numbers: Path, wish: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="expected `by` and `classes` for classes of images, found"):
+        settings(numbers, derive={"new": {"from": "image", **wish}})
 
 
 # ---------------------------------------------------------------- recipes
