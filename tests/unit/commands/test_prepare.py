@@ -217,7 +217,7 @@ def test_a_setting_of_an_importers_own_is_never_taken_for_a_shared_one(
 
 
 @pytest.mark.parametrize(
-    ("options", "kinds"), [([], ["classification"] * 3), (["--as", "multilabel"], ["multilabel"])]
+    ("options", "kinds"), [([], ["classification"] * 3), (["--as", "one"], ["multilabel"])]
 )
 def test_celeba_as_its_help_shows_it(tmp_path: Path, options: list[str], kinds: list[str]) -> None:
     mtl("prepare", "celeba", celeba(tmp_path), tmp_path / "out", *options)
