@@ -36,7 +36,8 @@ class Evaluation:
     `loss` is the weighted sum of the tasks' mean losses and of the joint ones, which are among `tasks`; a
     task without a label in the split has no entry in `tasks` beyond `num_samples` 0. `confusion` holds (C, C)
     counts, rows true, columns predicted. `thresholds` are those that were chosen from this split, by task and
-    label. `baselines` are the metrics of each task's constant answer on this split.
+    label. `baselines` are the metrics of each task's constant answer on this split. `per_class` holds the
+    metrics of each class, by task and class.
     """
 
     loss: float
@@ -45,6 +46,7 @@ class Evaluation:
     num_samples: int
     thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
     baselines: dict[str, BaselineMetrics] = field(default_factory=dict)
+    per_class: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def flat(self, split: str) -> dict[str, float]:
         """The metrics by path, as in `val/digit/accuracy`; `val/mean_accuracy` is over the tasks with one."""
@@ -114,6 +116,7 @@ def evaluate(
     metrics: dict[str, dict[str, float]] = {}
     confusion = {}
     thresholds: dict[str, dict[str, float]] = {}
+    per_class: dict[str, dict[str, dict[str, float]]] = {}
     loss = 0.0
     for t, name in enumerate(root.tasks):
         beat(f"the metrics of {name}", slow=True)
@@ -125,6 +128,9 @@ def evaluate(
         chosen = accumulators[name].chosen_thresholds()
         if chosen:
             thresholds[name] = dict(zip(root.tasks[name].decided_labels, chosen, strict=True))
+        of_classes = accumulators[name].per_class()
+        if of_classes:
+            per_class[name] = dict(zip(root.tasks[name].info.classes, of_classes, strict=True))
         matrix = accumulators[name].confusion_matrix()
         if matrix is not None:
             confusion[name] = matrix
@@ -133,7 +139,7 @@ def evaluate(
             metrics[joint.name] = {"loss": float(sums_T[t] / counts_T[t])}
             loss += joint.weight * metrics[joint.name]["loss"]
     constant = baselines.compute() if baselines is not None else {}
-    return Evaluation(loss, metrics, confusion, int(totals[-1]), thresholds, constant)
+    return Evaluation(loss, metrics, confusion, int(totals[-1]), thresholds, constant, per_class)
 
 
 @dataclass(frozen=True)

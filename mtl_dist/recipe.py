@@ -26,7 +26,7 @@ from mtl_dist.recipe_tasks import with_tasks_of_the_data
 from mtl_dist.shipped import shipped_files
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.joint import JointName, UserJointLoss
-from mtl_dist.tasks.metrics import MEAN_ACCURACY
+from mtl_dist.tasks.metrics import MEAN_ACCURACY, PER_CLASS
 from mtl_dist.tasks.registry import TaskSettings
 from mtl_dist.tasks.task import Mode
 from mtl_dist.tracking.registry import DEFAULT as DEFAULT_TRACKING
@@ -197,7 +197,7 @@ class Recipe(Settings):
             f"tasks.{name}.metrics.{metric}: expected another name, found that of a metric of its kind."
             for name, task in self.tasks.items()
             for metric in task.metrics
-            if metric in ("loss", "num_samples", *task.modes)
+            if metric in ("loss", "num_samples", PER_CLASS, *task.modes)
         ]
         if all(task.weight == 0 for task in self.tasks.values()):
             problems.append("tasks: expected a weight > 0 for at least one task, found 0 for all.")

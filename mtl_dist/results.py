@@ -34,7 +34,7 @@ def write_evaluation(
 
     A picture is not worth an evaluation: one that cannot be drawn is reported to `say`.
     """
-    folder.write_metrics(split, evaluation.tasks)
+    folder.write_metrics(split, evaluation.tasks, evaluation.per_class)
     if evaluation.baselines:
         folder.write_baselines(
             split, {task: (found.name, found.metrics) for task, found in evaluation.baselines.items()}
@@ -100,11 +100,33 @@ def results_table(evaluations: Mapping[str, Evaluation]) -> CellTable:
     return table
 
 
+def per_class_table(evaluation: Evaluation) -> CellTable:
+    """One row per task and class, a column for each metric that a task has of its classes."""
+    table = CellTable(box=None, pad_edge=False)
+    table.add_column("task")
+    table.add_column("class")
+    all_rows = [values for classes in evaluation.per_class.values() for values in classes.values()]
+    names = list(dict.fromkeys(name for values in all_rows for name in values if name != "support"))
+    for metric in (*names, "support"):
+        table.add_column(metric, justify="right")
+    for task, classes in evaluation.per_class.items():
+        for number, (label, values) in enumerate(classes.items()):
+            cells = [_shown(name, values[name]) if name in values else "" for name in (*names, "support")]
+            table.add_row(task if number == 0 else "", label, *cells)
+    return table
+
+
 def _shown(name: str, value: float) -> str:
     if math.isnan(value):
         return "-"
-    return str(int(value)) if name == "num_samples" else f"{value:.4f}"
+    return str(int(value)) if name in ("num_samples", "support") else f"{value:.4f}"
 
 
 def print_results(evaluations: Mapping[str, Evaluation], console: Console | None = None) -> None:
     (console or plain_console()).print(results_table(evaluations))
+
+
+def print_per_class(evaluation: Evaluation) -> None:
+    plain_console().print(
+        per_class_table(evaluation) if evaluation.per_class else "No task of the run has classes."
+    )

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from mtl_dist.config.trust import parts_of, refusal
 from mtl_dist.config.user_modules import imported_hashes
@@ -37,7 +37,10 @@ from mtl_dist.durable import Locked, is_about, locked, unwritable, write_text
 from mtl_dist.errors import UserError
 from mtl_dist.json_files import DamagedFile, read_json
 from mtl_dist.status import read_status
+from mtl_dist.tasks.metrics import PER_CLASS
 
+_Value: TypeAlias = float | dict[str, dict[str, float | None]] | None
+"""Of metrics.json: a metric, or those of each class."""
 T = TypeVar("T")
 
 DATA, ENVIRONMENT = "data.json", "environment.json"
@@ -244,7 +247,31 @@ class RunFolder:
         Raises:
             UserError: it is damaged.
         """
-        return self._read_by_split("metrics", dict[str, dict[str, dict[str, float | None]]])
+        return {
+            split: {
+                task: {name: value for name, value in values.items() if not isinstance(value, dict)}
+                for task, values in tasks.items()
+            }
+            for split, tasks in self._read_all_metrics().items()
+        }
+
+    def read_per_class(self) -> dict[str, dict[str, dict[str, dict[str, float | None]]]]:
+        """The metrics of each class, `{split: {task: {class: {metric: value}}}}`; no task without classes.
+
+        Raises:
+            UserError: evaluation/metrics.json is damaged.
+        """
+        return {
+            split: {
+                task: classes
+                for task, values in tasks.items()
+                if isinstance(classes := values.get(PER_CLASS), dict)
+            }
+            for split, tasks in self._read_all_metrics().items()
+        }
+
+    def _read_all_metrics(self) -> dict[str, dict[str, dict[str, _Value]]]:
+        return self._read_by_split("metrics", dict[str, dict[str, dict[str, _Value]]])
 
     def read_baselines(self) -> dict[str, dict[str, dict[str, Any]]]:
         """evaluation/baselines.json: `{split: {task: {"name": ..., "metrics": {...}}}}`, or empty.
@@ -292,11 +319,19 @@ class RunFolder:
         self.evaluation.mkdir(exist_ok=True)
         write_text(self.evaluation / "thresholds.json", json.dumps(thresholds, indent=1, ensure_ascii=False))
 
-    def write_metrics(self, split: str, tasks: Mapping[str, Mapping[str, float]]) -> None:
-        """Put one split into evaluation/metrics.json: `{split: {task: {metric: value}}}`."""
+    def write_metrics(
+        self,
+        split: str,
+        tasks: Mapping[str, Mapping[str, float]],
+        per_class: Mapping[str, Mapping[str, Mapping[str, float]]],
+    ) -> None:
+        """Put one split into evaluation/metrics.json: `{split: {task: {metric: value}}}`; tasks of classes
+        have the metrics of each under `per_class`."""
         self.evaluation.mkdir(exist_ok=True)
-        metrics = self.read_metrics()
-        metrics[split] = {task: _with_null(values) for task, values in tasks.items()}
+        metrics = self._read_all_metrics()
+        metrics[split] = {task: {**_with_null(values)} for task, values in tasks.items()}
+        for task, classes in per_class.items():
+            metrics[split][task][PER_CLASS] = {name: _with_null(values) for name, values in classes.items()}
         write_text(self.evaluation / "metrics.json", json.dumps(metrics, indent=1))
 
 

@@ -268,6 +268,9 @@ def evaluate(
             help="best, last, a step, or best/TASK: the best of that task, where monitor.per_task keeps it.",
         ),
     ] = "best",
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Print the metrics of each class too. docs/metrics.md")
+    ] = False,
 ) -> None:
     """Measure a run's best weights on a split: test, or val where there is none.
 
@@ -279,12 +282,13 @@ def evaluate(
       mtl evaluate runs/digits/ID --split train --predictions     find labels that are wrong
       mtl evaluate runs/digits/ID --split val --data data/other-digits
       mtl evaluate runs/digits/ID --checkpoint best/digit
+      mtl evaluate runs/digits/ID --per-class
     """
     from mtl_dist.data.remote import location
     from mtl_dist.runs.evaluation import evaluate_run
 
     which = int(checkpoint) if checkpoint.isdecimal() else checkpoint
-    evaluate_run(run, split, None if data is None else location(data), predictions, which)
+    evaluate_run(run, split, None if data is None else location(data), predictions, which, per_class)
 
 
 def predict(

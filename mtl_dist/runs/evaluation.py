@@ -23,7 +23,7 @@ from mtl_dist.heartbeat import beat, during, getting_on
 from mtl_dist.importers.external import with_indexes
 from mtl_dist.prediction.evaluated import announce, write_predictions
 from mtl_dist.recipe import load_recipe_of
-from mtl_dist.results import headlines, print_results, write_evaluation
+from mtl_dist.results import headlines, print_per_class, print_results, write_evaluation
 from mtl_dist.run_folder import RunFolder, writing_to
 from mtl_dist.runs.announcements import warn
 from mtl_dist.runs.checking import checking_shards
@@ -42,9 +42,11 @@ def evaluate_run(
     dataset: Location | None = None,
     predictions: bool = False,
     checkpoint: WhichCheckpoint = "best",
+    per_class: bool = False,
 ) -> str:
     """Evaluate the best weights of a run, or others, on one split; metrics go to its evaluation/ folder, with
-    `predictions` a table with a row for each sample as well.
+    `predictions` a table with a row for each sample as well. With `per_class` the metrics of each class are
+    printed too.
 
     Without a `split` it is test or, where the data has none, val; that is said. The classes and statistics
     are those of the run. With `dataset` the split is one of that dataset, which may be another one, or the
@@ -87,6 +89,8 @@ def evaluate_run(
     world.barrier()
     if world.is_main:
         print_results({label: evaluation})
+        if per_class:
+            print_per_class(evaluation)
         with writing_to(run):
             if evaluation.thresholds:
                 folder.write_thresholds(evaluation.thresholds)

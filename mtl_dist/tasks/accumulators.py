@@ -43,6 +43,7 @@ class Accumulator(Metric):
         self._empties: dict[str, Tensor] = {}
         self._confusion: np.ndarray | None = None
         self._chosen: tuple[float, ...] = ()
+        self._per_class: list[dict[str, float]] = []
 
     @property
     def update_called(self) -> bool:
@@ -78,6 +79,11 @@ class Accumulator(Metric):
         """The thresholds that `compute` has chosen; none where it was not to."""
         self.compute()
         return self._chosen
+
+    def per_class(self) -> list[dict[str, float]]:
+        """The metrics of each class over all ranks, NaN where undefined; none where there are no classes."""
+        self.compute()
+        return self._per_class
 
 
 class ClassificationMetrics(Accumulator):
@@ -160,6 +166,7 @@ class ClassificationMetrics(Accumulator):
                 confusion = count_pairs(truth_N[None], predicted_N[None], everyone[None], 2)
         self._confusion = confusion.cpu().numpy().copy()
         hits_C, true_C, predicted_C = _margins(confusion)
+        self._per_class = of_decisions(hits_C, true_C, predicted_C)
         occurs_C = true_C > 0
         values = {
             "accuracy": _ratio(hits_C.sum(), true_C.sum()),
@@ -245,6 +252,7 @@ class MultilabelMetrics(Accumulator):
                 everyone = torch.ones_like(truth_NC, dtype=torch.bool)
                 counts = _decisions(truth_NC > 0, scores_NC.double() > limits, everyone)
         hits_C, true_C, predicted_C, counted_C = counts.double()
+        self._per_class = of_decisions(hits_C, true_C, predicted_C)
         wrong_C = true_C + predicted_C - 2 * hits_C
         values = {"accuracy": _ratio((counted_C - wrong_C).sum(), counted_C.sum())}
         values |= _averages(hits_C, true_C, predicted_C)
@@ -331,6 +339,11 @@ class SegmentationMetrics(Accumulator):
         hits_C, true_C, predicted_C = _margins(self.confusion)
         both_C = true_C + predicted_C
         seen_C = (both_C > 0)[1:]
+        self._per_class = _rows(
+            iou=(hits_C, both_C - hits_C),
+            dice=(2 * hits_C, both_C),
+            support=(true_C, torch.ones_like(true_C)),
+        )
         return {
             "dice": _mean((2 * hits_C / both_C.clamp(min=1))[1:], seen_C),
             "iou": _mean((hits_C / (both_C - hits_C).clamp(min=1))[1:], seen_C),
@@ -366,6 +379,29 @@ def _decisions(true_BC: Tensor, predicted_BC: Tensor, counted_BC: Tensor) -> Ten
     """Per class: right, true, predicted and all decisions, int64 (4, C)."""
     counts = [true_BC & predicted_BC, true_BC, predicted_BC, counted_BC]
     return torch.stack([count.sum(dim=0) for count in counts])
+
+
+def of_decisions(hits_C: Tensor, true_C: Tensor, predicted_C: Tensor) -> list[dict[str, float]]:
+    """Of each class precision, recall, F1 and how often it is true.
+
+    Precision is 0 for a class that occurs and is never predicted.
+    """
+    of_predicted_C = torch.where(true_C > 0, predicted_C.clamp(min=1), predicted_C)
+    return _rows(
+        precision=(hits_C, of_predicted_C),
+        recall=(hits_C, true_C),
+        f1=(2 * hits_C, true_C + predicted_C),
+        support=(true_C, torch.ones_like(true_C)),
+    )
+
+
+def _rows(**metrics: tuple[Tensor, Tensor]) -> list[dict[str, float]]:
+    """Quotients by name as one dictionary for each class; NaN where nothing was counted."""
+    columns = [
+        torch.where(whole_C > 0, part_C / whole_C.clamp(min=1), math.nan).tolist()
+        for part_C, whole_C in metrics.values()
+    ]
+    return [dict(zip(metrics, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _of_positive(hits_C: Tensor, true_C: Tensor, predicted_C: Tensor, positive: int) -> dict[str, float]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 MEAN_ACCURACY = "mean_accuracy"
 """The mean over the tasks that have an accuracy; of a split, beside its loss."""
+PER_CLASS = "per_class"
+"""The metrics of each class, among those of a task."""
 
 
 def mean_accuracy(split: str, tasks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mtl_dist.tasks.accumulators import Accumulator, count_pairs
+from mtl_dist.tasks.accumulators import Accumulator, count_pairs, of_decisions
 
 
 class OrdinalMetrics(Accumulator):
@@ -31,6 +31,7 @@ class OrdinalMetrics(Accumulator):
     def compute(self) -> dict[str, float]:
         self._confusion = self.confusion.cpu().numpy().copy()
         counts_CC = self.confusion.double()
+        self._per_class = of_decisions(counts_CC.diagonal(), counts_CC.sum(dim=1), counts_CC.sum(dim=0))
         num = float(counts_CC.sum())
         grades_C = torch.arange(self._num_classes, dtype=torch.float64, device=counts_CC.device)
         steps_CC = (grades_C[:, None] - grades_C).abs()

@@ -77,6 +77,10 @@ class AllMetrics:
         """Collective: the thresholds chosen from what was counted, where the task was to choose."""
         return self._standard.chosen_thresholds() if isinstance(self._standard, Accumulator) else ()
 
+    def per_class(self) -> list[dict[str, float]]:
+        """Collective: the metrics of each class; none of a kind without classes or of the user's."""
+        return self._standard.per_class() if isinstance(self._standard, Accumulator) else []
+
     def to(self, device: torch.device) -> Self:
         self._standard = self._standard.to(device)
         self._own = {name: metric.to(device) for name, metric in self._own.items()}

@@ -92,7 +92,7 @@ def run(tmp_path: Path) -> RunFolder:
     tracker.close()
     folder.write_thresholds({"digit": {"a": 0.4}})
     folder.change_tags(["first"])
-    folder.write_metrics("test", {"digit": {"accuracy": 0.5}})
+    folder.write_metrics("test", {"digit": {"accuracy": 0.5}}, {})
     return folder
 
 

@@ -22,7 +22,7 @@ def test_every_metric_of_a_kind_stands_there_in_order(kind: str) -> None:
 
 
 def test_no_other_kind_stands_there() -> None:
-    assert set(SECTIONS) == {"of a split", "every kind", *TASKS}
+    assert set(SECTIONS) == {"of a split", "every kind", "of each class", *TASKS}
     assert SECTIONS["every kind"] == ["loss", "num_samples"]
 
 

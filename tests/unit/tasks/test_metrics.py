@@ -499,3 +499,50 @@ def test_of_more_than_ten_classes_the_top_five_are_counted_and_ties_are_no_hits(
 def test_a_top_k_of_all_classes_is_refused():
     with pytest.raises(UserError, match="fewer than the 3 classes, found 3"):
         ClassificationSettings(top_k=3).build("it", TaskInfo("classification", ("a", "b", "c"), 9, (3,) * 3))
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_metrics_of_each_class_are_scikit_learns(num_classes):
+    output, target = normal(90, num_classes), normal(90, seed=1).abs().long().clamp(max=num_classes - 1)
+    labelled_B = normal(90, seed=2) > -0.5
+    metrics = classification(num_classes).metrics()
+    metrics.update(output, target, labelled_B)
+    truth, predicted = target[labelled_B], output[labelled_B].argmax(dim=1)
+    expected = reference.precision_recall_fscore_support(truth, predicted, labels=range(num_classes))
+    assert metrics.per_class() == [
+        close(dict(zip(("precision", "recall", "f1", "support"), row, strict=True)))
+        for row in zip(*expected, strict=True)
+    ]
+
+
+def test_metrics_of_each_label_are_scikit_learns():
+    output, target = normal(60, 3), (normal(60, 3, seed=1) > 0.5).float()
+    metrics = MULTILABEL.metrics()
+    metrics.update(output, target, torch.ones(60, dtype=torch.bool))
+    expected = reference.precision_recall_fscore_support(target.numpy(), (output > 0).numpy())
+    found = [list(row.values()) for row in metrics.per_class()]
+    assert found == [pytest.approx(row) for row in zip(*expected, strict=True)]
+
+
+def test_metrics_of_each_class_of_masks_are_the_terms_of_the_splits_with_the_background():
+    output, target = normal(6, 3, 5, 5), (normal(6, 5, 5, seed=1).abs().long().clamp(max=2)).to(torch.uint8)
+    target[0, 0] = 255
+    metrics = PETS.metrics()
+    metrics.update(output, target, torch.ones(6, dtype=torch.bool))
+    valid = target != 255
+    truth, predicted = target[valid], output.argmax(dim=1)[valid]
+    rows = metrics.per_class()
+    assert [row["iou"] for row in rows] == close(reference.jaccard_score(truth, predicted, average=None))
+    assert [row["dice"] for row in rows] == close(reference.f1_score(truth, predicted, average=None))
+    assert [row["support"] for row in rows] == torch.bincount(truth).tolist()
+    assert metrics.compute()["iou"] == close(np.mean([row["iou"] for row in rows[1:]]))
+
+
+def test_a_class_that_nothing_is_of_has_undefined_metrics_and_one_never_predicted_precision_0():
+    metrics = classification(3).metrics()
+    output = torch.tensor([[2.0, 1.0, 0.0]] * 3)
+    metrics.update(output, torch.tensor([0, 1, 1]), torch.ones(3, dtype=torch.bool))
+    first, second, third = metrics.per_class()
+    assert first == close({"precision": 1 / 3, "recall": 1.0, "f1": 0.5, "support": 1.0})
+    assert second == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 2.0}
+    assert third.pop("support") == 0 and all(math.isnan(value) for value in third.values())
