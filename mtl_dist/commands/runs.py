@@ -12,6 +12,7 @@ import typer
 
 from mtl_dist.commands.errors import INTERRUPTED
 from mtl_dist.commands.progress import progress_bar
+from mtl_dist.errors import UserError
 from mtl_dist.lazy import torch
 from mtl_dist.plural import plural
 from mtl_dist.printable import printable_lines, say
@@ -99,8 +100,12 @@ def train(
     data_moved: DataMoved = False,
     debug: Annotated[
         bool,
-        typer.Option("--debug", help="One process, no workers, one small batch that must be overfitted."),
+        typer.Option(
+            "--debug",
+            help="Show model, batch (debug/batch.png), gradients and time, and overfit one batch: a minute.",
+        ),
     ] = False,
+    pdb: Annotated[bool, typer.Option("--pdb", help="Open the debugger where the training fails.")] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the complete recipe, defaults included, and stop.")
     ] = False,
@@ -111,7 +116,7 @@ def train(
       mtl train configs/digits.yaml
       mtl train configs/digits.yaml optim.lr=3e-4 train.epochs=5 tasks.ink=null
       mtl train configs/digits.yaml --print-config
-      mtl train configs/digits.yaml --debug                       find what is wrong
+      mtl train configs/digits.yaml --debug --pdb                 find what is wrong
       mtl train configs/digits.yaml --run-dir runs/digits/ID      go on where it stopped
       mtl train configs/mine.yaml --from runs/digits/ID           a new run with the weights of that one
 
@@ -128,12 +133,19 @@ def train(
         from mtl_dist.config.loading import to_yaml
 
         print(printable_lines(to_yaml(loaded)), end="")
-    elif debug:
-        from mtl_dist.debug import overfit_one_batch
+        return
+    if debug:
+        _refuse_with_debug({"--run-dir": run_dir, "--tag": tag, "--data-moved": data_moved})
+    from mtl_dist.debug.post_mortem import post_mortem
 
-        raise typer.Exit(0 if overfit_one_batch(loaded) else 1)
-    else:
-        _train(loaded, run_dir, tag or [], data_moved)
+    with post_mortem(pdb):
+        if not debug:
+            _train(loaded, run_dir, tag or [], data_moved)
+            return
+        from mtl_dist.debug.overfit import overfit_one_batch
+
+        learnt = overfit_one_batch(loaded)
+    raise typer.Exit(0 if learnt else 1)
 
 
 def launch(
@@ -216,6 +228,12 @@ def launch(
     if machines is not None:
         say(f"machine {machines.rank} of {machines.count}, meeting at {rendezvous}")
     raise typer.Exit(supervise(plan))
+
+
+def _refuse_with_debug(options: Mapping[str, object]) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise UserError(f"--debug: expected no {given[0]}, for it makes no run. Leave one of them out.")
 
 
 def _with_start(overrides: list[str] | None, start_from: Path | None) -> list[str | Mapping[str, Any]]:

@@ -154,6 +154,10 @@ class ScalarKind(Kind):
             LabelError: it is no label of the task.
         """
 
+    def label_of(self, target: Any, info: TaskInfo) -> Label:
+        """The label in a sample's target, which is an array; by default as in a cell of the column."""
+        return self.decode(target, info)
+
     def moved(self, target: Any, view: View, info: TaskInfo) -> Any | None:
         """The target in a view of its image; None where the view shows nothing that it speaks of."""
         return target

@@ -42,6 +42,9 @@ class Multilabel(ScalarKind):
     def decode(self, value: Any, info: TaskInfo) -> Label:
         return np.flatnonzero(np.unpackbits(value, bitorder="little")).tolist()
 
+    def label_of(self, target: Any, info: TaskInfo) -> Label:
+        return np.flatnonzero(target >= 0.5).tolist()
+
     def counts(self, column: np.ndarray, info: TaskInfo) -> tuple[int, ...]:
         return up_to_last(np.unpackbits(column, axis=1, bitorder="little").sum(axis=0), info)
 

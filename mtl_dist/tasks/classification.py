@@ -113,6 +113,9 @@ class ClassificationSettings(CommonTaskSettings):
     }
     compared: ClassVar[tuple[str, ...]] = ("accuracy", "balanced_accuracy", "macro_f1", "auroc")
     learnt_by_heart: ClassVar[tuple[str, float]] = ("accuracy", 0.99)
+    if_not_learnt: ClassVar[str] = (
+        "Look in the picture whether the labels are those of the images, and at loss, class_weights and head"
+    )
 
     kind: Literal["classification"] = "classification"
     loss: ClassificationLoss = CrossEntropySettings()

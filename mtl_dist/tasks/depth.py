@@ -51,6 +51,10 @@ class DepthSettings(CommonTaskSettings):
     }
     compared: ClassVar[tuple[str, ...]] = ("mae", "abs_rel")
     learnt_by_heart: ClassVar[tuple[str, float]] = ("r2", 0.9)
+    if_not_learnt: ClassVar[str] = (
+        "Look in the picture whether near and far lie where they should, and at unit, valid "
+        "range and log space"
+    )
     noise_factor: ClassVar[float] = 0.5
 
     kind: Literal["depth"] = "depth"

@@ -62,6 +62,9 @@ class MultilabelSettings(CommonTaskSettings):
     }
     compared: ClassVar[tuple[str, ...]] = ("mean_average_precision", "macro_f1", "auroc")
     learnt_by_heart: ClassVar[tuple[str, float]] = ("macro_f1", 0.95)
+    if_not_learnt: ClassVar[str] = (
+        "Look in the picture whether the labels are those of the images, and at the weights of its classes"
+    )
 
     kind: Literal["multilabel"] = "multilabel"
     loss: Annotated[MultilabelBceSettings, USER_LOSS] = MultilabelBceSettings()

@@ -81,6 +81,9 @@ class NormalsSettings(CommonTaskSettings):
     }
     compared: ClassVar[tuple[str, ...]] = ("mean_angle", "within_11_25")
     learnt_by_heart: ClassVar[tuple[str, float]] = ("within_22_5", 0.9)
+    if_not_learnt: ClassVar[str] = (
+        "Look in the picture whether the colours fit the surfaces, and at the sign convention of the axes"
+    )
 
     kind: Literal["normals"] = "normals"
     loss: NormalsLoss = CosineSettings()

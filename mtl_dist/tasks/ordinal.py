@@ -76,6 +76,9 @@ class OrdinalSettings(CommonTaskSettings):
     }
     compared: ClassVar[tuple[str, ...]] = ("mae", "kappa")
     learnt_by_heart: ClassVar[tuple[str, float]] = ("accuracy", 0.95)
+    if_not_learnt: ClassVar[str] = (
+        "Look in the picture whether the grades are those of the images, and whether their order is right"
+    )
 
     kind: Literal["ordinal"] = "ordinal"
     loss: OrdinalLossChoice = CornSettings()

@@ -74,6 +74,10 @@ class RegressionSettings(CommonTaskSettings):
     modes: ClassVar[Mapping[str, Mode]] = {"mae": "min", "rmse": "min", "mse": "min", "r2": "max"}
     compared: ClassVar[tuple[str, ...]] = ("mae", "rmse")
     learnt_by_heart: ClassVar[tuple[str, float]] = ("r2", 0.95)
+    if_not_learnt: ClassVar[str] = (
+        "Look in the picture whether the numbers are those of the images, and at their range: "
+        "outliers hold the others back under mse"
+    )
     noise_factor: ClassVar[float] = 0.5
 
     kind: Literal["regression"] = "regression"

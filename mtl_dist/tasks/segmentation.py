@@ -41,6 +41,10 @@ class SegmentationSettings(CommonTaskSettings):
     modes: ClassVar[Mapping[str, Mode]] = {"dice": "max", "iou": "max", "pixel_accuracy": "max"}
     compared: ClassVar[tuple[str, ...]] = ("iou", "pixel_accuracy")
     learnt_by_heart: ClassVar[tuple[str, float]] = ("dice", 0.9)
+    if_not_learnt: ClassVar[str] = (
+        "Look in the picture whether masks lie on their objects, and at the head's stride and "
+        "the decoder: small objects want a finer map"
+    )
 
     kind: Literal["segmentation"] = "segmentation"
     loss: SegmentationLoss = MapCrossEntropySettings()

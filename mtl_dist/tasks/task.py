@@ -91,6 +91,8 @@ class CommonTaskSettings(Settings, ABC):
     """The metrics that methods are compared by, the main one first; none that is another in other words."""
     learnt_by_heart: ClassVar[tuple[str, float]]
     """A metric, and what it reaches on a small batch that a model has learnt by heart."""
+    if_not_learnt: ClassVar[str] = "Look at its labels, loss and head"
+    """What to look at where a model does not learn a small batch by heart, and nothing else explains it."""
     noise_factor: ClassVar[float] = 1.0
     """The f of uncertainty weighting, f exp(-s) L + s / 2: 1/2 where the loss is that of Gaussian noise."""
 

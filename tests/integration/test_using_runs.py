@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from rich.console import Console
 
 import mtl_dist
 from mtl_dist.config.loading import to_yaml
+from mtl_dist.debug import overfit
 from mtl_dist.errors import UserError
 from mtl_dist.recipe import load_recipe
 from tests.browser import chromium
@@ -260,25 +263,62 @@ def test_masks_come_back_at_the_image_s_own_size_whatever_the_resizing(
         assert mask.shape == (height, width)
 
 
-def test_debug_overfits_one_batch_and_says_so(recipe: Path) -> None:
-    from mtl_dist.debug import overfit_one_batch
-    from mtl_dist.recipe import load_recipe
-
+def test_debug_shows_what_the_model_sees_and_overfits_one_batch(recipe: Path, tmp_path: Path) -> None:
     said = io.StringIO()
-    loaded = load_recipe(recipe, ["tasks.tags=null", "optim.lr=1e-2"])
-    assert overfit_one_batch(loaded, Console(file=said, width=200))
+    loaded = load_recipe(recipe, ["tasks.tags=null", "optim.lr=1e-2", "data.augment=strong"])
+    assert overfit.overfit_one_batch(loaded, Console(file=said, width=200), tmp_path)
     assert said.getvalue().count("overfitted") == 3
     assert "images: (8, 3, 8, 8) uint8" in said.getvalue()
+    for part in (
+        "backbone: ",
+        "heads.digit: ",
+        "time of a batch of 8: loading ",
+        "step  10  ",
+        "digit accuracy ",
+    ):
+        assert part in said.getvalue()
+    with Image.open(tmp_path / "debug" / "batch.png") as picture:
+        assert picture.width > 800  # four images of 208 pixels; twice two rows of them
+        assert picture.height > 4 * 208
 
 
-def test_debug_names_the_shapes_when_something_breaks(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mtl_dist import debug
-    from mtl_dist.recipe import load_recipe
-
+def test_debug_names_the_shapes_when_something_breaks(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*arguments: object) -> None:
         raise RuntimeError("a head of the wrong size")
 
-    monkeypatch.setattr(debug, "_overfit", broken)
+    monkeypatch.setattr(overfit, "_overfit", broken)
     with pytest.raises(RuntimeError) as caught:
-        debug.overfit_one_batch(load_recipe(recipe), Console(file=io.StringIO()))
+        overfit.overfit_one_batch(load_recipe(recipe), Console(file=io.StringIO()), tmp_path)
     assert "digit: (8,) int64" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["optim.lr=1e-7"], "at optim.lr=1e-07"),
+        (["model.frozen=true"], "The backbone is frozen"),
+        (["model.mean=[1000,1000,1000]", "model.std=[1,1,1]", "optim.lr=1e-7"], "far from 0 and 1"),
+        (["tasks.digit.weight=0"], "Its weight is 0: try tasks.digit.weight=1"),
+    ],
+)
+def test_debug_says_what_keeps_a_task_from_being_learnt(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], expected: str
+) -> None:
+    monkeypatch.setattr(overfit, "MAX_STEPS", 40)
+    said = io.StringIO()
+    assert not overfit.overfit_one_batch(
+        load_recipe(recipe, overrides), Console(file=said, width=400), tmp_path
+    )
+    assert "NOT overfitted" in said.getvalue()
+    assert expected in said.getvalue()
+
+
+def test_the_debugger_opens_where_it_is_wanted(recipe: Path, tmp_path: Path) -> None:
+    source = "from mtl_dist.cli import main; import mtl_dist.debug.overfit as o; o.open_data = None; main()"
+    command = [sys.executable, "-c", source, "train", str(recipe), "--debug", "--pdb"]
+    done = subprocess.run(command, input="w\nq\n", capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert "(Pdb)" in done.stdout
+    assert "'NoneType' object is not callable" in done.stderr
+    assert done.returncode == 1
