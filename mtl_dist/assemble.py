@@ -26,6 +26,7 @@ from mtl_dist.checkpoint import (
     task_bests_as_of,
 )
 from mtl_dist.config.errors import suggest
+from mtl_dist.config.nearest import nearest
 from mtl_dist.config.trust import parts_of
 from mtl_dist.data.disjoint_tasks import disjoint_tasks
 from mtl_dist.data.facts import DataFacts, identities
@@ -224,7 +225,11 @@ def chosen_checkpoint(folder: RunFolder, which: WhichCheckpoint, say: Callable[[
         bests = next((found for found in whole if found), {})
         if which.removeprefix("best/") not in bests:
             kept = ", ".join(bests) or "none, without monitor.per_task"
-            raise UserError(f"checkpoint: expected a task whose best is kept ({kept}), found {which!r}.")
+            near = nearest(which.removeprefix("best/"), bests)
+            hint = f" Did you mean best/{near}?" if near else ""
+            raise UserError(
+                f"checkpoint: expected a task whose best is kept ({kept}), found {which!r}.{hint}"
+            )
         which = bests[which.removeprefix("best/")].step
     if isinstance(which, bool) or not isinstance(which, int) or which not in steps:
         kept = ", ".join(str(step) for step in sorted(steps)) or "no step"

@@ -45,3 +45,13 @@ def cell(text: str) -> str:
     except ValueError:
         return f"'{text}"
     return text
+
+
+def text_of_cell(written: str) -> str:
+    """The text that `cell` wrote.
+
+    >>> text_of_cell("'=1+1"), text_of_cell("'tis"), text_of_cell("-0.5")
+    ('=1+1', "'tis", '-0.5')
+    """
+    bare = written.removeprefix("'")
+    return bare if bare != written and cell(bare) == written else written

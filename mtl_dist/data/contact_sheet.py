@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mtl_dist.config.errors import suggest
 from mtl_dist.data.decode import decode_image, decode_map
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.inspect import spread
@@ -50,7 +51,10 @@ def contact_sheet(directory: Location, split: str, out: Path, rows: int = 4, col
     """
     manifest = read_manifest(directory)
     if split not in manifest.splits:
-        raise UserError(f"{directory}: expected a split {split!r}, found {', '.join(manifest.splits)}.")
+        raise UserError(
+            f"{directory}: expected a split {split!r}, found none of this name. "
+            f"{suggest(split, manifest.splits, 'It has')}"
+        )
     reader = split_reader(directory, manifest, split)
     chosen = spread(reader.num_samples, rows * columns)
     colours = legend_colours(manifest.tasks)

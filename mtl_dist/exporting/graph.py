@@ -73,9 +73,14 @@ def traced(
     except Exception as error:  # torch has a dozen of kinds, from its compiler and its exporter
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
-        if isinstance(error, UserError):
-            reason = f"a model of one size ({reason})"
-        option = "Leave out --any-size." if any_size else "Use --format safetensors."
+        if any_size:
+            raise UserError(
+                f"--any-size: expected a model that takes images of any size, found one of "
+                f"model.backbone: {network.recipe.model.backbone_name} that fixes {size[0]} x {size[1]} "
+                f"({reason.rstrip('.')}). Leave it out, or use --resize-inside: a graph that brings "
+                "images of any size to that."
+            ) from None
+        option = "Use --format safetensors."
         raise UserError(
             f"export: expected a model that torch.export can trace, found: {reason} {option}"
         ) from None

@@ -313,6 +313,7 @@ def short(value: float) -> str:
     """
     if value != value:
         return "–"
+    value = value or 0.0  # no minus before 0
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.3g}M"

@@ -78,7 +78,9 @@ def indexed_dataset(
     check_task_names(fields)
     dataset = MapDataset(settings, image)
     if len(dataset) == 0:
-        raise UserError(f"{settings.path}: expected samples, found none.")
+        raise UserError(
+            f"{settings.path}: expected samples, found none{_arguments(settings)}. Correct where it looks."
+        )
     dataset = dataset.placed({name: getattr(stated, "from") for name, stated in fields.items()})
     _check_repeats(dataset)
     assert dataset.fields is not None
@@ -121,6 +123,12 @@ def _check_made(place: Path, stated: MapStyle) -> None:
             f"{place}: expected an index of the Dataset in the recipe as it is now, found another's. "
             "Remove it to make it again, or name another `index`."
         )
+
+
+def _arguments(settings: DatasetSettings) -> str:
+    values = settings.model_dump(mode="json")
+    stated = ", ".join(f"{name}: {values[name]}" for name in settings.arguments if name in values)
+    return f" with {stated}" if stated else ""
 
 
 def _check_repeats(dataset: MapDataset) -> None:

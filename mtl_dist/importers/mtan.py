@@ -10,6 +10,7 @@ https://github.com/lorenmt/mtan.
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -174,6 +175,16 @@ class Mtan(Importer):
             }
             image = NpyPicture(self._tree.source(path), "image")
             yield Record(f"{split}_{stem}", image, {}, masks, split=split, path=path)
+
+    def notes(self) -> Iterator[str]:
+        splits = Counter(split for split, _ in self._images)
+        for split, num_images in splits.items():
+            for task, maps in self._maps.items():
+                missing = sorted(place for place in self._images if place[0] == split and place not in maps)
+                if (
+                    0 < len(missing) < num_images
+                ):  # all of them: no labels in the split, which is said for all
+                    yield f"{split}: images without a map of {task}: {len(missing)} ({missing[0][1]} is one)"
 
     def _classes(self) -> tuple[str, ...]:
         """The names of the classes: those that are given, or the numbers up to the largest that occurs."""

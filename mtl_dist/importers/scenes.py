@@ -21,6 +21,7 @@ from pydantic import Field
 
 from mtl_dist.importers.importer import Importer
 from mtl_dist.importers.jobs import Record, TaskSource
+from mtl_dist.importers.options import Help
 from mtl_dist.kinds.depth import Depth
 from mtl_dist.kinds.normals import Normals
 from mtl_dist.kinds.segmentation import BACKGROUND, Segmentation
@@ -63,9 +64,9 @@ class Scenes(Importer):
 
     def __init__(
         self,
-        num: Annotated[int, Field(ge=10, description="How many.")] = 2000,
-        size: Annotated[int, Field(ge=16, description="Their width and height in pixels.")] = 96,
-        first: Annotated[int, Field(ge=0, description="Number of the first; i is always the same.")] = 0,
+        num: Annotated[int, Field(ge=10), Help("How many.", "N")] = 2000,
+        size: Annotated[int, Field(ge=16), Help("Their width and height in pixels.", "PIXELS")] = 96,
+        first: Annotated[int, Field(ge=0), Help("Number of the first; i is always the same.", "N")] = 0,
     ) -> None:
         self._numbers, self._size = range(first, first + num), size
 

@@ -162,7 +162,8 @@ def label_notes(
     labels: Mapping[str, Mapping[str, LabelCounts]],
     training: str,
 ) -> Iterator[str]:
-    """What the labels of the training split lack; `labels` are the counts by split and task."""
+    """What the labels of the training split lack, and tasks without a label in another split; `labels` are
+    the counts by split and task."""
     for name, task in tasks.items():
         counts = labels[training][name]
         if counts.present == 0:
@@ -176,6 +177,9 @@ def label_notes(
         ]
         if unseen:
             yield f"{name}: in other splits but not in {training}: {listed(unseen)}"
+        for split, by_task in labels.items():
+            if split != training and by_task[name].present == 0:
+                yield f"{name}: no labels in {split}"
 
 
 def duplicate_notes(hashes: Mapping[str, np.ndarray], keys: Mapping[str, Sequence[str]]) -> Iterator[str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mtl_dist.errors import UserError
 from mtl_dist.prediction.records import open_records
+from mtl_dist.printable import text_of_cell
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.sample_rows import PLACE, Table
 
@@ -42,7 +43,8 @@ def read_predictions(folder: RunFolder, split: str) -> Table | None:
         return None
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            names, *rows = list(csv.reader(file))
+            header, *rows = list(csv.reader(file))
+        names = [text_of_cell(name) for name in header]
         if tuple(names[: len(PLACE)]) != PLACE or any(len(row) != len(names) for row in rows):
             raise ValueError("rows of another length than the header")
         return Table({name: _read(name, names, [row[at] for row in rows]) for at, name in enumerate(names)})
@@ -73,7 +75,7 @@ def _read(name: str, names: list[str], cells: list[str]) -> np.ndarray:
     )
     if words:
         column = np.empty(len(cells), dtype=object)
-        column[:] = cells
+        column[:] = [text_of_cell(cell) for cell in cells]
         return column
     known = {"": np.nan, "True": 1.0, "False": 0.0}
     return np.array([known[cell] if cell in known else float(cell) for cell in cells], dtype=np.float64)

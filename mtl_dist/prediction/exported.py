@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mtl_dist.assemble import Trained, tasks_of
 from mtl_dist.config.loading import resolved_settings
-from mtl_dist.config.trust import is_own, may_unpickle, parts_of
+from mtl_dist.config.trust import MARK, is_own, may_unpickle, parts_of
 from mtl_dist.data.facts import DataFacts
 from mtl_dist.engine.connect import connect_without_engine
 from mtl_dist.engine.settings import EngineSettings
@@ -145,11 +145,18 @@ def _open_onnx(path: Path, device: torch.device | str | None) -> Network:
     return Network(recipe, facts, tasks, predict, torch.device("cpu"), None)
 
 
+def _found_beside(path: Path) -> str:
+    if not (path.parent / MARK).is_file():
+        return "none, as of one that you did not make or copied without it"
+    return "one that is not yours, or an archive that changed since"
+
+
 def _open_torch(path: Path, device: torch.device | str | None) -> Network:
     if not (is_own(path.parent, path.name) or may_unpickle()):
         raise UserError(
-            f"{path}: expected an archive of your own, found one that you did not make. torch may run code "
-            "of it: look where it comes from, then add --trust, or use its ONNX or safetensors form."
+            f"{path}: expected an archive of your own, with the {MARK} that mtl export wrote beside it, "
+            f"found {_found_beside(path)}. torch may run code of it: if you made it copy its whole folder, "
+            f"{MARK} too; else look where it comes from, then add --trust, or use ONNX or safetensors."
         )
     extra = {EMBEDDED: ""}
     try:

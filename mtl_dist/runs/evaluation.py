@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mtl_dist.assemble import WhichCheckpoint, best_or_newest, inference_weights, read_trained
 from mtl_dist.checkpoint import read_checkpoint
+from mtl_dist.config.errors import suggest
 from mtl_dist.data.facts import DataFacts, identities, meaning_differences, source_differences
 from mtl_dist.data.loader import Data, eval_loader, open_data
 from mtl_dist.data.partition import micro_batch_size
@@ -128,7 +129,9 @@ def _opened(
         if split is None:
             raise UserError("--split: the data has neither a test nor a val split. State --split train.")
     if split not in data.splits:
-        raise UserError(f"--split: expected one of {', '.join(data.splits)}, found {split!r}.")
+        raise UserError(
+            f"--split: expected a split of the data, found {split!r}. {suggest(split, data.splits, 'It has')}"
+        )
     problems = meaning_differences(facts.task_infos, data.task_infos)
     if data.image_dtype != facts.image_dtype or data.channels not in (1, facts.channels):
         problems.append(

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 from fastapi import FastAPI, File, HTTPException, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from torch import Tensor
 
 from mtl_dist import __version__
@@ -29,7 +28,7 @@ from mtl_dist.prediction.predictor import Answers, Predictor
 from mtl_dist.printable import printable
 from mtl_dist.serving.answers import as_json, maps_of
 from mtl_dist.serving.batching import Batcher, QueueFull
-from mtl_dist.serving.guard import Guard
+from mtl_dist.serving.guard import Guard, KnownHosts
 from mtl_dist.serving.limits import Limits
 
 _DECODERS = 2
@@ -174,7 +173,7 @@ def build_app(predictor: Predictor, limits: Limits, name: str, hosts: Sequence[s
         return JSONResponse({"detail": printable(f"{where}: {first['msg']}.")}, 422)
 
     app.add_middleware(Guard, limits=limits)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    app.add_middleware(KnownHosts, hosts=hosts)
     app.state.service = service
     return app
 

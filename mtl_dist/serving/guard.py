@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 
+from mtl_dist.printable import printable
 from mtl_dist.serving.limits import Limits
 
 Message: TypeAlias = MutableMapping[str, Any]
@@ -58,6 +60,36 @@ class Guard:
                 await _say(
                     send, 503 if is_whole else 408, f"expected {what} within {self._limits.timeout_s:g} s."
                 )
+
+
+class KnownHosts:
+    """Refuses a request under a name of the host that is none of `hosts`; "*" is any."""
+
+    def __init__(self, app: App, hosts: Sequence[str]) -> None:
+        self._app = app
+        self._hosts = hosts
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and "*" not in self._hosts:
+            host = host_of(scope)
+            if host not in self._hosts:
+                await _say(
+                    send,
+                    400,
+                    f"expected a Host header of {', '.join(self._hosts)}, found {printable(host[:80])!r}. "
+                    "mtl serve --host serves under any name.",
+                )
+                return
+        await self._app(scope, receive, send)
+
+
+def host_of(scope: Message) -> str:
+    """The name of the host that a request was sent to, without its port; "" where it is none."""
+    stated = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
+    try:
+        return urlsplit(f"//{stated}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def too_large(limits: Limits) -> str:

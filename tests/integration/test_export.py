@@ -176,3 +176,9 @@ def test_an_export_replaces_nothing_but_an_earlier_one_and_keeps_an_edited_card(
     assert "kept as README.1.md" in capsys.readouterr().out
     export_run(run, "safetensors", made)
     assert not (made / "README.2.md").exists()
+
+
+def test_a_model_of_one_size_is_named_where_any_size_is_asked(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--any-size: .*model\.backbone.*--resize-inside") as refused:
+        export_run(run, "torch", tmp_path / "out", form=Form(any_size=True))
+    assert "\n" not in str(refused.value)

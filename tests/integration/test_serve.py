@@ -119,7 +119,9 @@ def test_what_is_no_form_or_goes_elsewhere_is_a_4xx(client: Any) -> None:
     assert client.post("/predict", json={"files": 1}).status_code == 422
     assert client.get("/predict").status_code == 405
     assert client.get("/nothing").status_code == 404
-    assert client.get("/health", headers={"Host": "evil.example"}).status_code == 400
+    stranger = client.get("/health", headers={"Host": "evil.example"})
+    assert stranger.status_code == 400
+    assert "expected a Host header of 127.0.0.1, localhost, found 'evil.example'" in stranger.json()["detail"]
 
 
 def test_model_health_metrics_schema_and_page_are_there(client: Any) -> None:

@@ -176,6 +176,8 @@ def test_runs_side_by_side_begin_with_what_differs(run: Path, tmp_path: Path) ->
     differs = text.split("What differs")[1].split("Results")[0]
     assert "<td>optim.lr</td><td>0.003</td><td>0.004</td>" in differs
     assert differs.count("<tr>") == 2
+    with pytest.raises(UserError, match=r"--out .*expected a folder that is there"):
+        write_report([run], tmp_path / "nowhere" / "page.html")
     with pytest.raises(UserError, match="twice"):
         write_report([run, run], tmp_path / "same.html")
 

@@ -153,7 +153,8 @@ def summary_of(record: RunRecord) -> list[str]:
         why = f": {status.reason.splitlines()[-1]}" if status.reason else ""
         sentences.append(f"It is {status.state} at step {status.step:,} of {status.total_steps:,}{why}.")
     if len(record.starts) > 1:
-        sentences.append(f"It was started {len(record.starts)} times and went on from its checkpoints.")
+        went_on = " and went on from its checkpoints" if record.went_on else ""
+        sentences.append(f"It was started {len(record.starts)} times{went_on}.")
     return [printable(sentence) for sentence in sentences]
 
 
@@ -268,8 +269,8 @@ def _bar(value: float, found: Any, reached: float | None, mode: str | None) -> d
 def three(value: float) -> str:
     """Three digits behind the point of what is around 1, three digits in all of larger numbers.
 
-    >>> three(0.98513), three(13.618), three(0.00012), three(1234.5)
-    ('0.985', '13.6', '0.00012', '1,234')
+    >>> three(0.98513), three(13.618), three(0.00012), three(1234.5), three(-0.0)
+    ('0.985', '13.6', '0.00012', '1,234', '0.000')
     """
     if value != value:
         return "–"
@@ -277,7 +278,7 @@ def three(value: float) -> str:
         return f"{value:,.0f}"
     if abs(value) >= 10:
         return f"{value:.1f}"
-    return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.2g}"
+    return f"{value or 0.0:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.2g}"
 
 
 def metrics_listing(record: RunRecord, task: Task) -> Listing:
@@ -398,17 +399,18 @@ def labels_of(record: RunRecord) -> Listing:
     """How many labels of each task each split has, and how many are missing."""
     sources = record.facts.sources
     totals = {split: sum(source.num_samples for source in group) for split, group in sources.items()}
-    splits = [
-        split for split in totals if split == "train" or split in record.tables or split in record.metrics
-    ]
+    splits = list(totals)
     rows = []
     for name, task in record.tasks.items():
         row = [name, task.info.kind.rpartition(".")[2]]
         for split in splits:
             if split == "train":
                 labels: float = task.info.num_labelled
+            elif split in record.metrics:
+                labels = record.metrics[split].get(name, {}).get("num_samples", 0.0)
             else:
-                labels = record.metrics.get(split, {}).get(name, {}).get("num_samples", 0.0)
+                row.append(f"{totals[split]:,} samples, not evaluated")
+                continue
             missing = totals[split] - labels
             share = f", {missing / totals[split]:.0%} missing" if missing > 0 and totals[split] else ""
             row.append(f"{labels:,.0f} of {totals[split]:,}{share}")

@@ -16,6 +16,8 @@ Columns = Mapping[str, np.ndarray]
 
 _FEW_CLASSES = 6
 _MOST_CURVES = 40
+_MOST_DRAWN = 60
+"""Classes of a confusion matrix that are drawn: it grows with their square."""
 _LISTED = 12
 
 
@@ -86,6 +88,12 @@ def confusion_figure(matrix: np.ndarray, classes: Sequence[str], is_map: bool) -
     """Rows are true, columns predicted; colours are shares of the true class."""
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     what = "pixels" if is_map else "samples"
+    num_classes = len(classes)
+    if num_classes > _MOST_DRAWN:
+        wrong = matrix.sum(0) + matrix.sum(1) - 2 * np.diag(matrix)
+        kept = np.sort(np.argsort(-wrong, kind="stable")[:_MOST_DRAWN])
+        matrix, shares = matrix[np.ix_(kept, kept)], shares[np.ix_(kept, kept)]
+        classes = [classes[c] for c in kept]
     numbers = np.round(100 * shares, 1) if is_map else matrix
     drawn = svg.matrix(
         shares, classes, classes, "confusion matrix", numbers=numbers, x_label="predicted", y_label="true"
@@ -95,6 +103,11 @@ def confusion_figure(matrix: np.ndarray, classes: Sequence[str], is_map: bool) -
     if len(classes) > svg.NUMBERS_UP_TO:
         caption = (
             f"{len(classes)} classes; a cell names itself under the pointer. Most frequent confusions below."
+        )
+    if num_classes > len(classes):
+        caption = (
+            f"The {len(classes)} classes with the most confusions, of {num_classes}; the others are not "
+            "drawn. A cell names itself under the pointer."
         )
     return Figure("Confusion matrix", drawn, caption, wide=len(classes) > 8, legend=legend)
 
@@ -161,7 +174,8 @@ def ranking_figures(task: Task, truths_NC: np.ndarray, scores_NC: np.ndarray) ->
         else:
             series += [Series(classes[c], x, curves[c].tolist(), "faint") for c in shown[:_MOST_CURVES]]
             series.append(Series("mean", x, np.mean(list(curves.values()), axis=0).tolist(), "s0"))
-            legend = [("s0", "mean of the classes"), ("faint", "each class against the rest")]
+            each = f"the first {_MOST_CURVES} of {len(shown)}" if len(shown) > _MOST_CURVES else "each class"
+            legend = [("s0", "mean of the classes"), ("faint", f"{each} against the rest")]
         of = f"of {classes[shown[0]]}, " if len(shown) == 1 else ""
         up = "true positive rate" if diagonal else "precision"
         drawn = svg.lines(series, title, across, y=(0.0, 1.0), diagonal=diagonal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -98,6 +99,12 @@ class RunRecord:
             total += max(own) - begin if own else 0.0
         return total
 
+    @property
+    def went_on(self) -> bool:
+        """Whether the newest start had a checkpoint: without one no rows of an earlier start are kept."""
+        begun = self.starts[-1].get("started") if self.starts else None
+        return begun is not None and any(row.get("time", math.inf) < _seconds(begun) for row in self.rows)
+
     @cached_property
     def recipe_text(self) -> str:
         """The resolved recipe."""
@@ -107,7 +114,7 @@ class RunRecord:
     def settings(self) -> dict[str, str]:
         """The resolved recipe by dotted keys."""
         values = flat(self.recipe.model_dump(mode="json"))
-        return {key: without_paths(str(value)) for key, value in values.items()}
+        return {key: without_paths(_in_yaml(value)) for key, value in values.items()}
 
     def metric_values(self, kind: str, name: str) -> tuple[list[float], list[float | None]]:
         """A metric of the rows of a kind: their epochs and its values."""
@@ -154,6 +161,15 @@ def read_run(run: Path) -> RunRecord:
 
 def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def _in_yaml(value: Any) -> str:
+    """A plain value as YAML has it.
+
+    >>> _in_yaml(None), _in_yaml([True, "a"]), _in_yaml("text")
+    ('null', '[true, "a"]', 'text')
+    """
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _seconds(text: str) -> float:

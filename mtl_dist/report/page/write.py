@@ -36,8 +36,11 @@ def write_report(runs: Sequence[Path], out: Path | None = None, pictures: bool =
     else:
         text = rendered("several.html.j2", build_several(records))
         path = out or Path(NAME)
+    if not path.parent.is_dir():
+        raise UserError(
+            f"--out {path}: expected a folder that is there, found no {path.parent}. Make it first."
+        )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text, sync=False)
     except OSError as error:
         raise UserError(f"{path}: expected a file that can be written, found: {error.strerror}.") from None

@@ -19,7 +19,7 @@ from mtl_dist.data.manifest import read_manifest
 from mtl_dist.errors import UserError
 from mtl_dist.importers.importer import Importer
 from mtl_dist.importers.jobs import Record, TaskSource
-from mtl_dist.importers.options import PackOptions
+from mtl_dist.importers.options import Help, PackOptions
 from mtl_dist.importers.registry import IMPORTERS
 from mtl_dist.importers.road import importer_class, make, own_settings
 from tests.source_files import fill
@@ -222,3 +222,13 @@ def test_a_setting_of_an_importers_own_is_never_taken_for_a_shared_one(
 def test_celeba_as_its_help_shows_it(tmp_path: Path, options: list[str], kinds: list[str]) -> None:
     mtl("prepare", "celeba", celeba(tmp_path), tmp_path / "out", *options)
     assert [info.kind for info in read_manifest(tmp_path / "out").tasks.values()] == kinds
+
+
+@pytest.mark.parametrize("name", IMPORTERS)
+def test_every_option_of_an_importer_has_a_help(name: str) -> None:
+    hints = get_type_hints(importer_class(name).__init__, include_extras=True)
+    hints.pop("return")
+    for option, hint in hints.items():
+        said = [each.text for each in getattr(hint, "__metadata__", ()) if isinstance(each, Help)]
+        assert said, option
+        assert said[0], option

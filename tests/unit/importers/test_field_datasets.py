@@ -204,3 +204,12 @@ def test_a_single_domain_is_refused(tmp_path: Path) -> None:
     source = fill(tmp_path / "one", {"amazon/mug/1.jpg": picture(1)})
     with pytest.raises(UserError, match="two domains or more"):
         run("domains", tmp_path / "out", {"source": source}, HERE)
+
+
+def test_maps_that_pictures_or_a_whole_split_of_mtan_lack_are_said(tmp_path: Path) -> None:
+    source = mtan(tmp_path)
+    (source / "train/depth/1.npy").unlink()
+    (source / "val/normal/0.npy").unlink()
+    manifest = run("mtan", tmp_path / "out", {"source": source}, HERE)
+    assert "train: images without a map of depth: 1 (1 is one)" in manifest.notes
+    assert "normal: no labels in val" in manifest.notes

@@ -9,6 +9,7 @@ import pytest
 
 from mtl_dist.prediction.evaluated import read_predictions, write_predictions
 from mtl_dist.run_folder import RunFolder
+from mtl_dist.sample_rows import Table
 from tests.unit.tasks.test_resampling import ALL, table_of
 
 
@@ -33,3 +34,16 @@ def test_a_direction_has_a_column_for_each_of_its_numbers() -> None:
     table = table_of("normals")[1]
     means = np.stack([table.columns[f"it.mean.{axis}"] for axis in range(3)])
     assert np.linalg.norm(means, axis=0) == pytest.approx(1)
+
+
+def test_a_text_that_a_spreadsheet_would_take_for_a_formula_is_read_as_it_was(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.evaluation.mkdir()
+    keys = np.array(["=1+1", "-b", "'tis", "-0.5", "@x"], dtype=object)
+    names = np.array(["d"] * len(keys), dtype=object)
+    table = Table({"position": np.arange(len(keys), dtype=np.float64), "dataset": names, "key": keys})
+    write_predictions(folder, "val", table)
+    assert "'=1+1" in folder.predictions_path("val").read_text()
+    found = read_predictions(folder, "val")
+    assert found is not None
+    assert found.columns["key"].tolist() == keys.tolist()
