@@ -68,5 +68,6 @@ def losses_on_cpu(recipe: Path, *overrides: str) -> list[float]:
 
 def metrics_of(run: Path) -> dict[str, Any]:
     """What the evaluation at the end has written."""
-    found: dict[str, Any] = json.loads((run / "evaluation" / "metrics.json").read_text())
-    return found
+    from mtl_dist.run_folder import RunFolder
+
+    return RunFolder(run).read_metrics()

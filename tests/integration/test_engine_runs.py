@@ -97,8 +97,7 @@ def evaluate_under_deepspeed(run: Path, split: str) -> None:
 def test_a_run_is_evaluated_alike_under_any_launcher(
     recipe: Path, ranks: RankPool, ddp: Path, tmp_path: Path
 ) -> None:
-    import json
-
+    from mtl_dist.run_folder import RunFolder
     from mtl_dist.runs.evaluation import evaluate_run
 
     metrics = []
@@ -109,7 +108,7 @@ def test_a_run_is_evaluated_alike_under_any_launcher(
             evaluate_run(run, "val")
         else:
             ranks.run(evaluate_under_deepspeed, run, "val")
-        metrics.append(json.loads((run / "evaluation" / "metrics.json").read_text())["val"])
+        metrics.append(RunFolder(run).read_metrics()["val"])
     for task, expected in metrics[0].items():
         assert metrics[1][task] == pytest.approx(expected, rel=1e-5)
 

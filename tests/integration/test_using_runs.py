@@ -196,12 +196,13 @@ def test_a_browser_shows_a_page_without_an_error_and_a_phone_without_scrolling_s
 
 # ---------------------------------------------------------------- again
 def test_evaluating_again_gives_the_same_figures(run: Path) -> None:
+    from mtl_dist.run_folder import RunFolder
     from mtl_dist.runs.evaluation import evaluate_run
 
-    before = json.loads((run / "evaluation" / "metrics.json").read_text())
+    before = RunFolder(run).read_metrics()
     (run / "evaluation" / "metrics.json").unlink()
     assert evaluate_run(run) == "test"
-    again = json.loads((run / "evaluation" / "metrics.json").read_text())
+    again = RunFolder(run).read_metrics()
     assert again["test"].keys() == before["test"].keys()
     for task, metrics in before["test"].items():
         defined = {name: value for name, value in metrics.items() if value is not None}
