@@ -37,7 +37,7 @@ def conflict_sentence(first: str, second: str, cosines: Sequence[float]) -> str:
     """The evidence of a conflict, without a full stop."""
     below = sum(cosine < CONFLICT for cosine in cosines)
     return (
-        f"{first} and {second} conflict: the mean cosine of their gradients is {fmean(cosines):.2f} "
+        f"{first} and {second} conflict: the mean cosine of their gradients is {fmean(cosines):z.2f} "
         f"(standard error {standard_error(cosines):.2f}), below {CONFLICT:g} in {below} of {len(cosines)} "
         "comparisons"
     )

@@ -258,13 +258,13 @@ class _Show:
                 table.add_column(column)
             for name, value in seen.reached.items():
                 metric, goal = root.tasks[name].settings.learnt_by_heart
-                table.add_row(name, f"{seen.losses[name][-1]:.4f}", metric, f"{value:.4f}", f"{goal:g}")
+                table.add_row(name, f"{seen.losses[name][-1]:.4f}", metric, f"{value:z.4f}", f"{goal:g}")
             self._live.update(table, refresh=True)
         elif elapsed_s >= self._next_s:
             self._next_s = elapsed_s + _LINE_EVERY_S
             metrics = {name: task.settings.learnt_by_heart[0] for name, task in root.tasks.items()}
             each = ", ".join(
-                f"{name} {metrics[name]} {value:.3f} (loss {seen.losses[name][-1]:.3g})"
+                f"{name} {metrics[name]} {value:z.3f} (loss {seen.losses[name][-1]:.3g})"
                 for name, value in seen.reached.items()
             )
             _tell(self._console, f"step {seen.steps:>3}  {elapsed_s:2.0f} s  {each}")

@@ -47,7 +47,7 @@ def verdict(root: RootModule, batch: Batch, seen: Seen, lr: float, dead: Collect
         metric, goal = task.settings.learnt_by_heart
         value = seen.reached.get(name)
         said = about_task(root, name, batch, seen, lr, dead, images)
-        table.add_row(name, metric, "-" if value is None else f"{value:.4f}", f"{goal:g}", said)
+        table.add_row(name, metric, "-" if value is None else f"{value:z.4f}", f"{goal:g}", said)
     return table
 
 

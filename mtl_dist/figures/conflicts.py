@@ -50,7 +50,7 @@ class Conflicts:
             return conflicting
         (first, second), looks = pairs[0], max(len(cosines) for cosines in self.cosines.values())
         cosine = fmean(self.cosines[first, second])
-        lowest = f"the lowest mean cosine of gradients is {cosine:.2f}, of {first} and {second}"
+        lowest = f"the lowest mean cosine of gradients is {cosine:z.2f}, of {first} and {second}"
         if looks < LOOKS:
             return [
                 f"Whether tasks conflict is not known after {plural(looks, 'comparison')} of their "
@@ -116,6 +116,6 @@ def draw_conflicts(panels: Mapping[str, Conflicts], path: Path) -> None:
             for row, column in zip(*np.nonzero(conflicts.compared_TT), strict=True):
                 cosine = conflicts.cosines_TT[row, column]
                 colour = "white" if abs(cosine) > 0.6 else "black"
-                axis.text(column, row, f"{cosine:.2f}", ha="center", va="center", fontsize=7, color=colour)
+                axis.text(column, row, f"{cosine:z.2f}", ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, ax=list(axes), shrink=0.8, label="mean cosine of gradients")
     save_png(figure, path)

@@ -63,7 +63,7 @@ def table_of(comparison: Comparison) -> CellTable:
         ("time", [comparison.time_ratio(row) for row in comparison.rows]),
         ("memory", [comparison.memory_ratio(row) for row in comparison.rows]),
     ):
-        table.add_row("", label, *("-" if math.isnan(value) else f"{value:.2f}" for value in values))
+        table.add_row("", label, *("-" if math.isnan(value) else f"{value:z.2f}" for value in values))
     table.add_row("", "runs", *(str(row.num_runs) for row in comparison.rows))
     return table
 

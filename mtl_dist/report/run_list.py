@@ -136,7 +136,7 @@ def table_of(runs: Sequence[ListedRun], below: Path, metric: str | None, columns
             reached = number_text(run.metrics.get(metric))
         else:
             known_best = status is not None and status.best is not None
-            reached = f"{status.metric} {status.best:.4f}" if status and known_best else ""
+            reached = f"{status.metric} {status.best:z.4f}" if status and known_best else ""
         cells = [
             number_text(run.metrics.get(name)) if name in run.metrics else run.settings.get(name, "")
             for name in columns
@@ -183,7 +183,7 @@ def _in_order(mappings: Iterable[Mapping[str, object]]) -> list[str]:
 def number_text(value: float | None) -> str:
     if value is None:
         return ""
-    return "-" if math.isnan(value) else f"{value:.4f}"
+    return "-" if math.isnan(value) else f"{value:z.4f}"
 
 
 def _text(value: object) -> str:

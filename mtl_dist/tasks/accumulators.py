@@ -138,11 +138,11 @@ class ClassificationMetrics(Accumulator):
         safe_B = torch.where(labelled_B, target, 0)
         if self._top_k is not None:
             self.in_top_k += (labelled_B & (_ranks(output, safe_B) < self._top_k)).sum()
-        p_BC = output.detach().double().softmax(dim=1)
+        p_BC = summable(output.detach().double().softmax(dim=1))
         top_B, likeliest_B = p_BC.max(dim=1)
         self.bins += binned(top_B, likeliest_B == safe_B, labelled_B)
         # (p_c - t_c)^2 over the classes, as it is without a one-hot target.
-        squares_B = p_BC.square().sum(dim=1) + 1 - 2 * p_BC.gather(1, safe_B[:, None])[:, 0]
+        squares_B = summable(p_BC.square().sum(dim=1) + 1 - 2 * p_BC.gather(1, safe_B[:, None])[:, 0])
         self.squares += torch.where(labelled_B, squares_B, 0.0).sum()
         if self._ranking:
             # From float64: in float32 the probabilities of all confident ones round to 1 and tie.
@@ -232,9 +232,9 @@ class MultilabelMetrics(Accumulator):
         true_BC = (target > 0.5) & counted_BC
         predicted_BC = (output.double() > self.limits) & counted_BC
         self.counts += _decisions(true_BC, predicted_BC, counted_BC)
-        p_BC = output.detach().double().sigmoid()
+        p_BC = summable(output.detach().double().sigmoid())
         self.bins += binned(p_BC.flatten(), true_BC.flatten(), counted_BC.flatten())
-        self.squares += torch.where(counted_BC, (p_BC - true_BC.double()).square(), 0.0).sum()
+        self.squares += torch.where(counted_BC, summable((p_BC - true_BC.double()).square()), 0.0).sum()
         if self._ranking:
             self.scores.append(output.detach().float())
             self.truths.append(torch.where(counted_BC, true_BC.to(torch.int8), UNLABELLED))
@@ -350,6 +350,14 @@ class SegmentationMetrics(Accumulator):
             "pixel_accuracy": _ratio(hits_C.sum(), true_C.sum()),
             "num_samples": float(self.num_samples),
         }
+
+
+def summable(values: Tensor) -> Tensor:
+    """Values of about 1 in multiples of 2^-32: two million of them have one sum, in whatever order and parts.
+
+    A run that goes on, on other ranks too, so reports what it would have reported.
+    """
+    return (values * 2**32).round() / 2**32
 
 
 def binned(p_N: Tensor, true_N: Tensor, counted_N: Tensor) -> Tensor:

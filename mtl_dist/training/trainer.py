@@ -292,7 +292,7 @@ class Trainer:
         at = self.progress
         parts = [f"epoch {self.plan.epoch_words(at.position)}", f"step {at.step}/{self.plan.total_steps}"]
         shown = dict.fromkeys(["train/loss", "val/loss", self.monitor.metric])
-        parts += [f"{name} {metrics[name]:.4f}" for name in shown if name in metrics]
+        parts += [f"{name} {metrics[name]:z.4f}" for name in shown if name in metrics]
         return "  ".join(parts) + ("  best" if is_best else "")
 
     def status(self, state: State, reason: str = "", images_per_s: float = 0.0) -> Status:

@@ -278,7 +278,7 @@ def three(value: float) -> str:
         return f"{value:,.0f}"
     if abs(value) >= 10:
         return f"{value:.1f}"
-    return f"{value or 0.0:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.2g}"
+    return f"{value:z.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.2g}"
 
 
 def metrics_listing(record: RunRecord, task: Task) -> Listing:

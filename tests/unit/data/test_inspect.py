@@ -154,7 +154,7 @@ def test_a_contact_sheet_shows_every_channel(tmp_path: Path, channels: int) -> N
 
 def test_a_contact_sheet_of_what_is_not_there_is_one_line(dataset: Path, tmp_path: Path) -> None:
     for split, out, match in (
-        ("test", tmp_path / "a.png", "expected a split 'test', found train, val"),
+        ("test", tmp_path / "a.png", "expected a split 'test', found none of this name. It has: train, val"),
         ("train", tmp_path / "no/a.png", "expected a file that can be written"),
     ):
         with pytest.raises(UserError, match=match):

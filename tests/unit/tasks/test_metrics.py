@@ -546,3 +546,20 @@ def test_a_class_that_nothing_is_of_has_undefined_metrics_and_one_never_predicte
     assert first == close({"precision": 1 / 3, "recall": 1.0, "f1": 0.5, "support": 1.0})
     assert second == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 2.0}
     assert third.pop("support") == 0 and all(math.isnan(value) for value in third.values())
+
+
+@pytest.mark.parametrize("settings", [ClassificationSettings(), MultilabelSettings()])
+def test_calibration_and_brier_do_not_depend_on_order_or_parts(settings):
+    """To the bit: a run that was stopped reports what it would have reported."""
+    task = settings.build("it", TaskInfo(settings.kind, tuple("abc"), 27, class_counts=(9, 9, 9)))
+    output, labels = normal(200, 3), normal(200, seed=1).abs().long().clamp(max=2)
+    target = labels if settings.kind == "classification" else torch.eye(3)[labels]
+    in_order = torch.arange(200)
+    found = set()
+    for parts, order in ((1, in_order), (7, in_order), (50, normal(200, seed=2).argsort())):
+        metrics = task.metrics()
+        for rows in order.chunk(parts):
+            metrics.update(output[rows], target[rows], torch.ones(len(rows), dtype=torch.bool))
+        values = metrics.compute()
+        found.add((values["ece"], values["brier"]))
+    assert len(found) == 1
