@@ -1,0 +1,122 @@
+"""Dense tasks under every engine: the made scenes, three maps and a number, labels missing, against one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.utils.data import Dataset
+
+from mtl_dist.importers.scenes import made_scene
+from tests.ranks import RankPool
+from tests.tiny_runs import rows, tensors_at, train_run
+from tests.tiny_training import whole_up_to
+
+pytestmark = pytest.mark.slow
+
+NUM_STEPS = 3
+SIZE = 32
+RECIPE = """
+tasks:
+  things: {kind: segmentation, loss: {kind: cross_entropy}}
+  distance: {kind: depth, loss: {kind: huber}}
+  surface: {kind: normals}
+  light: {kind: regression}
+data:
+  train:
+    - dataset: {kind: tests.integration.test_dense_parity.Scenes}
+      fields:
+        things: {kind: segmentation, classes: [background, floor, sphere, box]}
+        distance: {kind: depth, unit: m}
+        surface: {kind: normals}
+        light: {kind: regression}
+      index: INDEX
+  image_size: 32
+  augment: none
+  workers: 0
+model: {backbone: simple_cnn, norm: group}
+optim: {kind: sgd, lr: 0.02, clip_norm: 1.0, schedule: {kind: constant}}  # Adam enlarges rounding where a gradient is nearly 0
+train: {epochs: 1, max_steps: 3, global_batch: 8, log_every: 1, evaluate_at_end: false, metrics: false}
+"""
+
+
+class Scenes(Dataset[Any]):
+    """Scenes of which every second lacks a map; a pixel of the background has no depth and no normal."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Any:
+        scene = made_scene(index, SIZE)
+        sample: dict[str, Any] = {
+            "image": scene.picture,
+            "things": scene.classes,
+            "light": float(scene.picture.mean()),
+        }
+        sample["distance"] = scene.depth.astype(np.float32)
+        sample["surface"] = scene.normals.astype(np.float32)
+        if index % 2:
+            del sample[("things", "distance", "surface", "light")[index // 2 % 4]]
+        return sample
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("scenes")
+    path = directory / "recipe.yaml"
+    path.write_text(RECIPE.replace("INDEX", str(directory / "index")))
+    return path
+
+
+@whole_up_to(0)
+def train_divided(recipe: Path, run: Path, overrides: Sequence[str]) -> str:
+    """Small weights are divided as well."""
+    return train_run(recipe, run, overrides, dropout=False)
+
+
+def assert_same(run: Path, alone: Path) -> None:
+    found, expected = tensors_at(run, NUM_STEPS), tensors_at(alone, NUM_STEPS)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        scale = float(tensor.abs().max()) if tensor.numel() else 0.0
+        apart = float((found[name] - tensor).abs().max()) if tensor.numel() else 0.0
+        assert apart <= 2e-5 * scale + 2e-6, f"{name}: {apart:g} of {scale:g}"
+    for ours, theirs in zip(rows(run, "step"), rows(alone, "step"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, nan_ok=True)
+
+
+@pytest.fixture(scope="module")
+def alone(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert train_divided(recipe, run, []) == "done"
+    return run
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2])
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_dense_tasks_learn_under_every_engine_what_they_learn_alone(
+    recipe: Path, alone: Path, ranks: RankPool, tmp_path: Path, engine: str, micro_batch: int
+) -> None:
+    overrides = [f"train.micro_batch={micro_batch}"]
+    if engine != "ddp":
+        overrides.append(f"engine.zero_stage={engine[-1]}")
+    assert ranks.run(train_divided, recipe, tmp_path / "run", overrides) == ["done", "done"]
+    assert_same(tmp_path / "run", alone)
+
+
+def test_a_transformer_of_timm_balances_dense_tasks_under_zero_3(
+    recipe: Path, ranks: RankPool, tmp_path: Path
+) -> None:
+    pytest.importorskip("timm")
+    vit = [
+        "tasks.surface=null",
+        "model.backbone=timm/test_vit",
+        "balance={method: cagrad, level: features}",
+    ]
+    assert train_divided(recipe, tmp_path / "alone", vit) == "done"
+    divided = [*vit, "engine.zero_stage=3"]
+    assert ranks.run(train_divided, recipe, tmp_path / "run", divided) == ["done", "done"]
+    assert_same(tmp_path / "run", tmp_path / "alone")
