@@ -1,4 +1,4 @@
-"""Dense tasks under every engine: the made scenes, three maps and a number, labels missing, against one process."""
+"""Dense tasks under every engine: three maps and a number of made scenes, labels missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny_training import whole_up_to
 
 pytestmark = pytest.mark.slow
 
-NUM_STEPS = 3
+NUM_STEPS = 3  # of SGD: Adam enlarges rounding where a gradient is nearly 0
 SIZE = 32
 RECIPE = """
 tasks:
@@ -38,7 +38,7 @@ data:
   augment: none
   workers: 0
 model: {backbone: simple_cnn, norm: group}
-optim: {kind: sgd, lr: 0.02, clip_norm: 1.0, schedule: {kind: constant}}  # Adam enlarges rounding where a gradient is nearly 0
+optim: {kind: sgd, lr: 0.02, clip_norm: 1.0, schedule: {kind: constant}}
 train: {epochs: 1, max_steps: 3, global_batch: 8, log_every: 1, evaluate_at_end: false, metrics: false}
 """
 
