@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A module's tests share their runs, so they stay on one worker; the long ones come first.
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all fuzz test-oldest test-slurm lint install clean
+.PHONY: docs demo test test-all fuzz test-oldest test-slurm lint install clean
 
 # What a user needs; the tests' own tools come on top of it.
 install: $(VENV)/installed
@@ -54,6 +54,14 @@ test-oldest: .venv-oldest/installed
 	$(PYTHON) tests/oldest_pins.py > .venv-oldest/pins.txt
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint .venv-oldest/pins.txt \
 		--editable '.[demo,dev,fast,tiff]'
+	touch $@
+
+# The documentation as a site, build/site/index.html; a broken link is an error.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,docs]'
 	touch $@
 
 lint: $(VENV)/installed-dev

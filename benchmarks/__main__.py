@@ -252,5 +252,16 @@ def gpu(
         raise UserError(f"--part: expected one of {', '.join(PARTS)}, found {part!r}.")
 
 
+@app.command()
+def pictures(
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where they go.")] = Path("docs"),
+) -> None:
+    """Draw the pictures of docs/balancing.md, of what our methods and sums compute."""
+    from benchmarks.explained import draw
+
+    for path in draw(out):
+        typer.echo(f"{path}: written")
+
+
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")

@@ -128,6 +128,7 @@ class OptimSettings(Settings):
     arguments: dict[str, JsonValue] = Field(default_factory=dict, validate_default=True)
     """What the constructor of an optimizer by import path takes besides learning rate and weight decay."""
     lr: Positive = 1e-3
+    """The learning rate, before warm-up and schedule."""
     backbone_lr: Positive | None = None
     """The shared part's own learning rate."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -135,15 +136,21 @@ class OptimSettings(Settings):
     task_lr: dict[str, Positive] = Field(default_factory=dict)
     """Learning rates of single tasks' own parts (head, separate backbone)."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """What shrinks the weights: decoupled from the gradient in adamw, added to it in adam and sgd."""
     decay_norms: bool = False
     """Whether weight decay also acts on biases and normalisation scales (parameters of one dimension)."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Of adamw and adam: how slowly the averages of gradients and of their squares move."""
     eps: Positive = 1e-8
+    """Of adamw and adam: what is added to the divisor."""
     momentum: Fraction = 0.9
+    """Of sgd."""
     nesterov: bool = False
+    """Of sgd: whether its momentum is Nesterov's."""
     clip_norm: Positive | None = None
     """Largest gradient norm over all parameters; null: no clipping."""
     schedule: Schedule = CosineSchedule()
+    """How the learning rate moves over the run."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of linear warm-up, multiplied with the schedule."""
     ema: Fraction | None = None

@@ -40,6 +40,7 @@ class TrainSettings(Settings):
     """How far and in which steps a run trains."""
 
     epochs: Count = 10
+    """How often every training sample is seen."""
     max_steps: Count | None = None
     """Stop after so many optimizer steps, even within an epoch."""
     global_batch: Count = 64
@@ -49,6 +50,7 @@ class TrainSettings(Settings):
     micro_batch: Count | None = None
     """The most samples one rank takes at a time; null: global_batch / (ranks x accumulation)."""
     precision: Precision = "fp32"
+    """What the model computes in; weights, losses and optimizer are kept in float32. fp16 scales the loss."""
     channels_last: bool = True
     """Whether maps lie in memory with their channels together (NHWC): what tensor cores and most CPU kernels
     want. docs/benchmarks.md has what it brings."""
@@ -56,6 +58,7 @@ class TrainSettings(Settings):
     """Whether backbones and heads are compiled by `torch.compile`, which takes minutes at the first step. Not
     where the engine divides the weights over the ranks."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the order, the augmentations, the first weights and dropout."""
     evaluate_every: Count = 1
     """Epochs between evaluations on the validation split."""
     checkpoint_every: Count | None = None

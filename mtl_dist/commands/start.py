@@ -1,4 +1,4 @@
-"""The command before all others: init."""
+"""The commands before all others: init, settings."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mtl_dist.printable import say
 
 def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel="Start")(init)
+    app.command(rich_help_panel="Start")(settings)
 
 
 def init(
@@ -52,6 +53,28 @@ def init(
             say(f"  {file:<{width}}  {headline(path)}")
         say("")
     say("mtl init NAME copies one; mtl init DATASET writes one for your data.")
+
+
+def settings(
+    key: Annotated[
+        str, typer.Argument(metavar="[KEY]", show_default=False, help="A place in a recipe: train, optim.lr.")
+    ] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/settings.md has it.")] = False,
+) -> None:
+    """Say what a recipe may state: every setting, what it accepts, its default, what it means.
+
+    \b
+      mtl settings train                  a section
+      mtl settings train.precision        one setting
+      mtl settings tasks.NAME.loss        the losses of every kind of task
+    """
+    from mtl_dist.config.reference import PAGE, as_markdown, as_text, part_of, reference
+    from mtl_dist.recipe import Recipe
+
+    sections = reference(Recipe)
+    if key:
+        sections = part_of(sections, key)
+    say(PAGE * (not key) + as_markdown(sections) if markdown else as_text(sections))
 
 
 def _write_recipe(dataset: Path, out: Path | None) -> None:

@@ -31,7 +31,9 @@ class RandAugmentSettings(Settings):
     """RandAugment: so many operations, so strong."""
 
     operations: Annotated[int, Field(ge=1, le=14)] = 2
+    """How many are drawn for an image."""
     magnitude: Annotated[int, Field(ge=0, le=_LARGEST)] = 9
+    """How far each of them goes."""
 
 
 def rand_augment(moving: Moving, settings: RandAugmentSettings, draws: Draws) -> None:

@@ -76,6 +76,7 @@ class SourceSettings(_PlaceSettings):
     """One dataset to train on."""
 
     split: str = "train"
+    """The split of the dataset that is trained on."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Its share of the stream, relative to the others', where `data.mixing.kind` is weights."""
     indexing: Indexing | None = None
@@ -240,6 +241,7 @@ class SkipBadSamples(Settings):
 
     kind: Literal["skip"] = "skip"
     max_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """More than this fraction ends the run."""
 
 
 def _blend_of(step: UserTransform) -> BlendSettings:

@@ -98,6 +98,7 @@ class CentreCrop(Settings):
     """The image resized until its short side is `short_side`, and the middle of it cut out: torchvision's
     Resize(short_side) and CenterCrop(crop), to the bit.
 
+    short_side     what it is resized to
     crop           what is cut out, a side or height and width: it is `data.image_size` where it is stated
     crop_fraction  in place of `short_side`: the fraction of it that is cut out, 0.875 for 224 of 256
     """

@@ -21,6 +21,7 @@ class EngineSettings(Settings):
     """
 
     kind: Literal["auto", "accelerate", "deepspeed"] = "auto"
+    """accelerate: one process or DDP; deepspeed: ZeRO."""
     zero_stage: ZeroStage | None = None
     """What DeepSpeed divides over the ranks: 1 optimizer state, 2 gradients too, 3 weights too; null: what
     the launcher says, or 2."""

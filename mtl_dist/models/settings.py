@@ -28,7 +28,9 @@ class HeadSettings(Settings):
     """The head of a vector task: hidden layers (none: a linear head) between pooling and output."""
 
     hidden: tuple[Width, ...] = ()
+    """The widths of the hidden layers."""
     dropout: Dropout = 0.0
+    """What share of the numbers that enter a layer is dropped in training."""
 
 
 class DecoderSettings(Settings):
@@ -52,7 +54,8 @@ class DecoderSettings(Settings):
 
 
 class TaskHeadSettings(Settings):
-    """What one task changes in `model.head` (vector tasks) or `model.decoder` (map tasks)."""
+    """What one task changes in `model.head` (vector tasks: hidden, dropout) or in `model.decoder` (map tasks:
+    channels, skips, output_stride, norm)."""
 
     hidden: tuple[Width, ...] | None = None
     dropout: Dropout | None = None

@@ -47,7 +47,10 @@ class CrossEntropySettings(LossSettings):
 
     kind: Literal["cross_entropy"] = "cross_entropy"
     label_smoothing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of a label that is divided among all classes."""
     class_weights: ClassWeights = None
+    """What a sample of each class weighs: a number for each, balanced (by 1 / their number of samples), or
+    effective (by their effective number, https://arxiv.org/abs/1901.05555); null: all the same."""
     beta: Beta = None
     """Of class_weights: effective; null: 0.999."""
     logit_adjustment: LogitAdjustment = False
@@ -70,6 +73,8 @@ class FocalSettings(LossSettings):
     kind: Literal["focal"] = "focal"
     gamma: Annotated[float, Field(ge=0)] = 2.0
     class_weights: ClassWeights = None
+    """What a sample of each class weighs: a number for each, balanced (by 1 / their number of samples), or
+    effective (by their effective number, https://arxiv.org/abs/1901.05555); null: all the same."""
     beta: Beta = None
     """Of class_weights: effective, which make it the class-balanced focal loss; null: 0.999."""
 

@@ -73,6 +73,7 @@ class DepthBerhuSettings(PixelLossSettings):
 
     kind: Literal["berhu"] = "berhu"
     share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Where the error begins to count squared, in parts of the image's largest."""
 
     def build(self, info: TaskInfo, where: str) -> Loss:
         return DepthBerhu(self.gradient, self.share)

@@ -31,6 +31,8 @@ class MapCrossEntropySettings(LossSettings):
 
     kind: Literal["cross_entropy"] = "cross_entropy"
     class_weights: ClassWeights = None
+    """What a pixel of each class weighs: a number for each, balanced (by 1 / their number of pixels), or
+    effective (by their effective number, https://arxiv.org/abs/1901.05555); null: all the same."""
     beta: Beta = None
     """Of class_weights: effective, which want one: near 1 - 1 / (pixels of a rare class)."""
     logit_adjustment: LogitAdjustment = False
@@ -62,6 +64,7 @@ class DiceSettings(LossSettings):
 
     kind: Literal["dice"] = "dice"
     smooth: Annotated[float, Field(gt=0)] = 1.0
+    """What is added to numerator and denominator, in pixels."""
     """s, in pixels: it makes an empty prediction of an empty mask perfect."""
 
     def build(self, info: TaskInfo, where: str) -> Loss:
@@ -80,6 +83,7 @@ class TverskySettings(LossSettings):
     """What a missed pixel of the class counts."""
     gamma: Annotated[float, Field(gt=0)] = 1.0
     smooth: Annotated[float, Field(gt=0)] = 1.0
+    """What is added to numerator and denominator, in pixels."""
 
     def build(self, info: TaskInfo, where: str) -> Loss:
         return Tversky(len(info.classes), self.smooth, self.alpha, self.beta, self.gamma)
@@ -90,6 +94,7 @@ class JaccardSettings(LossSettings):
 
     kind: Literal["jaccard"] = "jaccard"
     smooth: Annotated[float, Field(gt=0)] = 1.0
+    """What is added to numerator and denominator, in pixels."""
 
     def build(self, info: TaskInfo, where: str) -> Loss:
         return Tversky(len(info.classes), self.smooth, 1.0, 1.0, 1.0)
@@ -110,8 +115,11 @@ class BceDiceSettings(LossSettings):
 
     kind: Literal["bce_dice"] = "bce_dice"
     bce_weight: Annotated[float, Field(ge=0)] = 1.0
+    """The factor of the cross entropy."""
     dice_weight: Annotated[float, Field(ge=0)] = 1.0
+    """The factor of the Dice loss."""
     smooth: Annotated[float, Field(gt=0)] = 1.0
+    """What is added to numerator and denominator, in pixels."""
 
     def build(self, info: TaskInfo, where: str) -> Loss:
         require_two_classes(self.kind, info, where)
