@@ -182,8 +182,11 @@ class _Baselines:
     def update(self, task: str, part: _Part) -> None:
         if task in self._answers:
             _, output_C, metrics = self._answers[task]
-            single = output_C.view(1, -1, *[1] * (part.output.dim() - 2))
-            metrics.update(single.expand_as(part.output), part.target, part.labelled_B)
+            if output_C.dim() == 1:
+                single = output_C.view(1, -1, *[1] * (part.output.dim() - 2)).expand_as(part.output)
+            else:
+                single = output_C.expand(len(part.output), *output_C.shape)
+            metrics.update(single, part.target, part.labelled_B)
 
     def compute(self) -> dict[str, BaselineMetrics]:
         """Collective: over all ranks."""

@@ -67,7 +67,7 @@ class SampleRows:
             if not self._batch[row]:
                 continue
             own = output[at : at + 1]
-            answer = self.tasks[task].decode(own)[0]
+            answer = self.tasks[task].placed(self.tasks[task].decode(own)[0], target[at].cpu().numpy())
             said = dict(answer)
             if labelled[at]:
                 said |= self.tasks[task].judged(answer, own, target[at : at + 1])

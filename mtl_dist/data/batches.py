@@ -272,6 +272,7 @@ class BatchBuilder:
         if (
             has_maps
             or self.boxes
+            or any(kind.moves for kind in self._scalars.values())
             or self.image_dtype != "uint8"
             or not self.transform.keeps(self.transform.size)
         ):
@@ -381,6 +382,10 @@ class BatchBuilder:
                 moved = self._scalars[name].moved(labels.pop(name), view(), self.task_infos[name])
                 labels |= {} if moved is None else {name: moved}
                 into.labelled[name][i] &= moved is not None
+        for name, scalar in self._scalars.items():
+            if scalar.moves and name not in labels:
+                blank = scalar.without_label(view(), self.task_infos[name])
+                labels |= {} if blank is None else {name: blank}
         for name, mask in whole.items():
             into.whole[name][i] = mask
         into.keys[i] = sample.key

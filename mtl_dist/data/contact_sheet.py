@@ -95,7 +95,12 @@ def _picture(sample: Sample, manifest: Manifest, colours: Mapping[LegendLine, Co
     for task, data in sample.masks.items():
         info = manifest.tasks[task]
         maps[task] = map_kind(info.kind).values(decode_map(data), info)
-    picture = overlaid(image_CHW, maps, manifest.tasks, colours, _BOX)
+    drawn = {
+        task: label
+        for task, label in sample.labels.items()
+        if task in manifest.tasks and kind_of(manifest.tasks[task].kind).is_drawn
+    }
+    picture = overlaid(image_CHW, maps, manifest.tasks, colours, _BOX, drawn)
     picture.thumbnail((_BOX, _BOX), Image.Resampling.BOX)
     return picture
 

@@ -235,7 +235,9 @@ def _check_sizes(settings: DataSettings, task_infos: Mapping[str, TaskInfo]) -> 
             f"{trained[1]} and {evaluated[0]} x {evaluated[1]}. Set training_only = False in a step that "
             "makes this size, or add one."
         )
-    placed = [name for name, info in task_infos.items() if isinstance(kind_of(info.kind), MapKind)]
+    placed = [
+        name for name, info in task_infos.items() if (kind := kind_of(info.kind)).is_map or kind.has_place
+    ]
     placed += list(settings.boxes)
     if trained != settings.size and placed:
         raise UserError(
@@ -290,7 +292,7 @@ def _evaluation_facts(
 ) -> list[SourceFacts]:
     """The sources of val or test that hold samples; where none are stated, those of the training datasets."""
     if stated is not None:
-        found = [source_facts(source.location, source.split or split, settings.derive) for source in stated]
+        found = [source_facts(s.location, s.split or split, settings.derive, settings.facts) for s in stated]
     else:
         datasets = {source.path: replace(source, split=split) for source in training}
         found = [source for source in datasets.values() if split in source.manifest.splits]

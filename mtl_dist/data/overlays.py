@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mtl_dist.kinds.kind import Colour, MapKind
-from mtl_dist.kinds.registry import kind_of, map_kind
+from mtl_dist.kinds.kind import Colour, Label
+from mtl_dist.kinds.registry import kind_of, map_kind, scalar_kind
 from mtl_dist.specs import TaskInfo
 
 LegendLine: TypeAlias = tuple[str, str]
@@ -40,13 +40,8 @@ _MARGIN = 6
 
 
 def legend_colours(tasks: Mapping[str, TaskInfo]) -> dict[LegendLine, Colour]:
-    """A colour for each line of the legends of the tasks of maps."""
-    shown = [
-        (name, words)
-        for name, info in tasks.items()
-        if isinstance(kind := kind_of(info.kind), MapKind)
-        for words in kind.legend(name, info)
-    ]
+    """A colour for each line of the legends of the tasks that are painted or drawn."""
+    shown = [(name, words) for name, info in tasks.items() for words in kind_of(info.kind).legend(name, info)]
     return {key: _PALETTE[number % len(_PALETTE)] for number, key in enumerate(shown)}
 
 
@@ -61,9 +56,10 @@ def overlaid(
     tasks: Mapping[str, TaskInfo],
     colours: Mapping[LegendLine, Colour],
     side: int,
+    drawn: Mapping[str, Label] | None = None,
 ) -> Image.Image:
     """The image with its longer side of `side` pixels, and the `maps` of tasks laid over it; those that
-    would cover it stand beside it, in as many rows as columns.
+    would cover it stand beside it, in as many rows as columns. Over all lie the labels that are `drawn`.
 
     Of an image that is neither grey nor in colour each channel, up to `CHANNELS_SHOWN`, is a picture of its
     own beside the first, which the maps lie over. Values of no fixed range go from dark to bright.
@@ -85,6 +81,12 @@ def overlaid(
             panels.append(np.empty_like(pixels_HWC))
         panel = panels[-1] if kind.covers else pixels_HWC
         kind.paint(panel, _in_size(values, size), info, colours_of(task, colours))
+    if drawn:
+        picture = Image.fromarray(pixels_HWC)
+        for task, label in drawn.items():
+            own = colours_of(task, colours)
+            scalar_kind(tasks[task].kind).draw(picture, label, tasks[task], own)
+        panels[0] = np.array(picture)
     return _side_by_side(panels)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -263,6 +263,9 @@ class DataSettings(Settings):
     """What to test on; by default the `test` splits of the training datasets."""
     derive: dict[str, DeriveSettings] = Field(default_factory=dict)
     """Classification tasks made of a task of the datasets, or of their images."""
+    facts: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """By task what its kind has to know and its dataset does not state, or states otherwise, as
+    `{face: {swap: [[left_eye, right_eye]]}}`."""
     image_size: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     """The side of a square, or height and width."""
     augment: Preset | AugmentSettings = "standard"

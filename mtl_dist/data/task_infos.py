@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +29,17 @@ class SourceFacts:
     manifest: Manifest
     split: str
     derived: Mapping[str, Derivation] = field(default_factory=dict)
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     _counted: dict[tuple[str, str], LabelCounts] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tasks(self) -> dict[str, TaskInfo]:
-        """The stored tasks and the derived ones."""
-        return self.manifest.tasks | {name: derivation.info for name, derivation in self.derived.items()}
+        """The stored tasks and the derived ones, with the facts that a recipe states."""
+        tasks = self.manifest.tasks | {name: derivation.info for name, derivation in self.derived.items()}
+        return {
+            name: replace(info, facts={**info.facts, **self.facts[name]}) if name in self.facts else info
+            for name, info in tasks.items()
+        }
 
     def labels(self, task: str) -> LabelCounts:
         """The split's labels of one of its tasks."""
@@ -66,7 +72,10 @@ class SourceFacts:
 
 
 def source_facts(
-    path: Location, split: str, derive: Mapping[str, DeriveSettings] | None = None
+    path: Location,
+    split: str,
+    derive: Mapping[str, DeriveSettings] | None = None,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> SourceFacts:
     """The facts of a split of the dataset at `path`.
 
@@ -76,7 +85,7 @@ def source_facts(
     manifest = read_manifest(path)
     if split not in manifest.splits:
         raise UserError(f"{path}: expected a split {split!r}, found {', '.join(manifest.splits) or 'none'}.")
-    return SourceFacts(path, manifest, split, derivations(derive or {}, manifest, path))
+    return SourceFacts(path, manifest, split, derivations(derive or {}, manifest, path), facts or {})
 
 
 def merge_task_infos(tasks: Collection[str], sources: Sequence[SourceFacts]) -> dict[str, TaskInfo]:
@@ -147,6 +156,25 @@ def _merge(task: str, sources: Sequence[SourceFacts]) -> TaskInfo:
     )
 
 
+def _check_facts(facts: Mapping[str, Mapping[str, Any]], training: Sequence[SourceFacts]) -> None:
+    """Refuse stated facts of no task, or that mean nothing to its kind.
+
+    Raises:
+        UserError: with the task.
+    """
+    known = {name: info for source in training for name, info in source.tasks.items()}
+    for task in facts:
+        if task not in known:
+            raise UserError(
+                f"data.facts.{task}: expected a task of the training data, found none of that name. "
+                f"{suggest(task, known, 'Tasks in the data')}"
+            )
+        try:
+            kind_of(known[task].kind).check_facts(known[task])
+        except UserError as error:
+            raise UserError(f"data.facts.{task}: {error}") from None
+
+
 def pixel_scale(sources: Sequence[SourceFacts], channels: int) -> PixelScale | None:
     """Mean and deviation of each channel over the training sources; None if one was not measured."""
     found = [(source.manifest.pixels, source.info.num_samples) for source in sources]
@@ -182,6 +210,7 @@ def training_facts(settings: DataSettings) -> list[SourceFacts]:
         UserError: a dataset or split is missing, or a derived task does not fit.
     """
     assert all(source.fields is None for source in settings.train), "external tars are indexed beforehand"
-    training = [source_facts(source.location, source.split, settings.derive) for source in settings.train]
+    training = [source_facts(s.location, s.split, settings.derive, settings.facts) for s in settings.train]
     check_derived(settings.derive, [source.manifest for source in training])
+    _check_facts(settings.facts, training)
     return training

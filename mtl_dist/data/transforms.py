@@ -280,7 +280,7 @@ class Transform:
         What comes last returns the view that was taken, by which labels move that are no pixels: few want it.
         """
         inner = self._inner(source)
-        path = self._shown(source)
+        path, mirrored = self._shown(source), False
         image_CHW = resizing()
         flat = [name for name, mask in masks.items() if mask.dim() == 2]
         views = {
@@ -300,7 +300,7 @@ class Transform:
             if flipped and draws.uniform() < 0.5:
                 image_CHW = image_CHW.flip(axis)
                 views = {name: flip(mask) for name, mask in views.items()}
-                path = path.flipped(axis, self.size)
+                path, mirrored = path.flipped(axis, self.size), mirrored or axis == -1
         moving = Moving(image_CHW, views, self.fills, path)
         self._turn(moving, draws)
         moving.image_CHW = self._recoloured(moving.image_CHW, draws)
@@ -311,7 +311,7 @@ class Transform:
         views = {name: mask[0] if name in flat else mask for name, mask in views.items()}
         image_CHW, views = self._own_steps(image_CHW, views, draws)
         left = {name: edges for name, edges in seen.items() if edges is not None}
-        return image_CHW, views, left, partial(self._view, moving.path, size)
+        return image_CHW, views, left, partial(self._view, moving.path, size, mirrored)
 
     def restored(self, maps_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps of an image that was not augmented, back at the image's own `size` (height, width).
@@ -395,10 +395,15 @@ class Transform:
         scale_x, scale_y = inner[1] / source.width, inner[0] / source.height
         return Affine(scale_x, 0.0, left - source.left * scale_x, 0.0, scale_y, top - source.top * scale_y)
 
-    def _view(self, path: Affine, size: tuple[int, int]) -> View:
+    def plain_view(self, size: tuple[int, int]) -> View:
+        """The view of an image of `size` that is not augmented."""
+        return self._view(self._shown(self.source(size, Draws(0))), size, False)
+
+    def _view(self, path: Affine, size: tuple[int, int], flipped: bool) -> View:
         plain = replace(self, augment=PRESETS["none"]) if self.augment != PRESETS["none"] else self
         unvaried = plain._shown(plain.source(size, Draws(0)))
-        return View(path.matrix, self.size, math.sqrt(path.enlargement / unvaried.enlargement))
+        zoom = math.sqrt(path.enlargement / unvaried.enlargement)
+        return View(path.matrix, self.size, zoom, size, flipped)
 
     def _turn(self, moving: Moving, draws: Draws) -> None:
         augment = self.augment

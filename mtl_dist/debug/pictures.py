@@ -83,7 +83,12 @@ def _picture(
         for name, info in tasks.items()
         if kind_of(info.kind).is_map and batch.labelled[name][row]
     }
-    picture = overlaid(batch.images_BCHW[row], maps, tasks, colours, _BOX)
+    drawn = {
+        name: kind.seen(batch.targets[name][row].numpy(), info)
+        for name, info in tasks.items()
+        if isinstance(kind := kind_of(info.kind), ScalarKind) and kind.is_drawn and batch.labelled[name][row]
+    }
+    picture = overlaid(batch.images_BCHW[row], maps, tasks, colours, _BOX, drawn)
     picture.thumbnail((_BOX, _BOX), Image.Resampling.BOX)
     return picture
 

@@ -29,7 +29,7 @@ from mtl_dist.data.shards import TarShard, scan_shard, shard_name
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.importers.conversion import AS_IT_IS, Conversion
-from mtl_dist.importers.shard_counts import ImageCounts, MapCounts, Unreadable
+from mtl_dist.importers.shard_counts import ImageCounts, MapCounts, PlacedLabels, Unreadable
 from mtl_dist.importers.sources import Readable
 from mtl_dist.kinds.kind import Label
 from mtl_dist.kinds.registry import kind_of, map_kind
@@ -133,7 +133,8 @@ class ShardResult:
     images; `conventions` maps, per task of maps, how values were read to an example, and `tallies` is what is
     counted of them. `unlabelled` are, by task, the positions of records whose map has no labelled pixel;
     `fits` counts the maps of images turned by EXIF by the reading that their size allows. `pixels` are the
-    states of PixelCounts.
+    states of PixelCounts. `placed` are, by task whose labels have a place in the image, those of all records
+    as they are stored, and `noted` what is to be said of them.
     """
 
     info: ShardInfo
@@ -147,6 +148,8 @@ class ShardResult:
     unlabelled: dict[str, list[int]] = field(default_factory=dict)
     fits: dict[str, dict[str, tuple[str, int]]] = field(default_factory=dict)
     pixels: list[dict[str, Any]] = field(default_factory=list)
+    placed: dict[str, list[Label | None]] = field(default_factory=dict)
+    noted: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
@@ -160,6 +163,7 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
     shard = TarShard(job.shard, job.kinds)
     images = ImageCounts(job.verify, job.measured, job.conversion)
     maps = job.map_counts()
+    placed = PlacedLabels({name: task.info for name, task in job.tasks.items()}, job.masks_as)
     hashes: list[str] = []
     skipped: dict[int, str] = {}
     try:
@@ -171,9 +175,11 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
             except Unreadable as error:
                 skipped[position] = str(error)
                 check_skipped(list(skipped.values()), job.max_skipped)
+                placed.leave_out()
                 tick()
                 continue
-            shard.write(record.key, image, facts.extension, record.labels, masks)
+            labels = placed.beside(str(record.place), record.labels, facts)
+            shard.write(record.key, image, facts.extension, labels, masks)
             hashes.append(content_hash(image).hex())
             images.add(str(record.place), facts)
             tick()
@@ -191,8 +197,10 @@ def pack_shard(job: ShardJob, tick: Callable[[], None]) -> ShardResult:
         tallies=maps.tallies(),
         conventions=maps.conventions,
         unlabelled=maps.unlabelled,
-        fits=maps.fits,
+        fits=maps.fits | placed.fits,
         pixels=images.pixels(),
+        placed=placed.labels,
+        noted={name: dict(counts) for name, counts in placed.noted.items()},
     )
     _save_result(job, result)
     return result

@@ -14,6 +14,7 @@ from PIL import Image
 from mtl_dist.data.images import ImageFacts, upright
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.kind import StoredMap
+from mtl_dist.kinds.view import View
 
 DISPLAYED, STORED, EITHER = "displayed", "stored", "either"
 
@@ -35,6 +36,27 @@ _METHODS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+_TURNS = {
+    1: (1, 0, 0, 1),
+    2: (-1, 0, 0, 1),
+    3: (-1, 0, 0, -1),
+    4: (1, 0, 0, -1),
+    5: (0, 1, 1, 0),
+    6: (0, -1, 1, 0),
+    7: (0, -1, -1, 0),
+    8: (0, 1, -1, 0),
+}
+
+
+def as_given(facts: ImageFacts, masks_as: str) -> View:
+    """From the pixels that places in an image are given in, displayed or stored, to those displayed."""
+    turn = np.array(_TURNS[facts.orientation if masks_as == STORED else 1], float).reshape(2, 2)
+    size = np.array([facts.width, facts.height])
+    matrix = np.column_stack([turn, np.where(turn.sum(axis=1) < 0, size, 0)])
+    displayed = (facts.height, facts.width)
+    return View(matrix, displayed, image=displayed)
 
 
 def check_size(where: str, mask: StoredMap, facts: ImageFacts, masks_as: str) -> str:
@@ -83,7 +105,7 @@ def check_readings(task: str, fits: Iterable[Mapping[str, tuple[str, int]]], mas
     if not total:
         return ""
     if masks_as:
-        return f"{task}: masks of images turned by EXIF, taken as drawn on the {masks_as} pixels: {total}"
+        return f"{task}: labels of images turned by EXIF, taken as drawn on the {masks_as} pixels: {total}"
     if numbers[DISPLAYED]:
         return (
             f"{task}: masks of images turned by EXIF, taken as drawn on the displayed pixels: {total} "

@@ -55,9 +55,11 @@ from mtl_dist.importers.summary import (
     image_notes,
     label_counts,
     label_notes,
+    placed_notes,
     task_info,
     unlabelled_notes,
 )
+from mtl_dist.kinds.kind import Label
 from mtl_dist.plural import plural
 
 _WORTH_A_WORKER = 64 * 2**20
@@ -337,6 +339,7 @@ def _finish(
             *image_notes([result.oddities for result in results], skipped),
             *(reading for reading in readings if reading),
             *unlabelled_notes(results),
+            *placed_notes([result.noted for result in results]),
             *label_notes(tasks, labels, training),
             *duplicate_notes(hashes, keys),
         ),
@@ -362,7 +365,11 @@ def _packed_split(split: str, jobs: Sequence[ShardJob], results: Sequence[ShardR
         if job.split == split and result.info.num_samples:
             unlabelled = {task: set(positions) for task, positions in result.unlabelled.items()}
             records += [
-                _without_maps(record, [task for task, positions in unlabelled.items() if i in positions])
+                _as_stored(
+                    record,
+                    [task for task, positions in unlabelled.items() if i in positions],
+                    {task: labels[i] for task, labels in result.placed.items()},
+                )
                 for i, record in enumerate(job.records)
                 if i not in result.skipped
             ]
@@ -374,8 +381,12 @@ def _packed_split(split: str, jobs: Sequence[ShardJob], results: Sequence[ShardR
     return PackedSplit(records, kept)
 
 
-def _without_maps(record: Record, tasks: Sequence[str]) -> Record:
-    """The record without the maps that have no label in them."""
-    if not tasks:
-        return record
-    return replace(record, masks={name: mask for name, mask in record.masks.items() if name not in tasks})
+def _as_stored(record: Record, unlabelled: Sequence[str], placed: Mapping[str, Label | None]) -> Record:
+    """The record without the maps that have no label in them, and with the labels that are `placed`."""
+    if unlabelled:
+        masks = {name: mask for name, mask in record.masks.items() if name not in unlabelled}
+        record = replace(record, masks=masks)
+    if placed:
+        labels = {name: label for name, label in {**record.labels, **placed}.items() if label is not None}
+        record = replace(record, labels=labels)
+    return record

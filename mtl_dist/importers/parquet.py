@@ -104,7 +104,11 @@ class Parquet(Importer):
             self._features = self._features or _features(schema)
         self._columns = columns
         check_columns([image], columns, "--image")
-        check_columns([task.column for task in self._wanted], columns, "table")
+        of_labels = [
+            (task.column,) if task.is_map else task.columns(columns, "table") for task in self._wanted
+        ]
+        self._label_columns = [column for names in of_labels for column in names]
+        check_columns(self._label_columns, columns, "table")
         self._maps = {task.task: task.column for task in self._wanted if task.is_map}
         pictures = {image, *self._maps.values()}
         self._scalars = [
@@ -164,7 +168,7 @@ class Parquet(Importer):
         yield from self._notes
 
     def ungrouped(self) -> frozenset[str]:
-        return frozenset((self._image, *(task.column for task in self._wanted)))
+        return frozenset((self._image, *self._label_columns))
 
     def _schema(self, name: str) -> pyarrow.Schema:
         import pyarrow

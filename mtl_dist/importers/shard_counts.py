@@ -11,10 +11,11 @@ from mtl_dist.data.images import ImageFacts, UnreadableImage, open_map
 from mtl_dist.errors import UserError
 from mtl_dist.importers.conversion import Conversion, pixels_of, stored_image
 from mtl_dist.importers.made_masks import MadeMask
-from mtl_dist.importers.orientation import DISPLAYED, STORED, check_size, turned
+from mtl_dist.importers.orientation import DISPLAYED, EITHER, STORED, as_given, check_size, turned
 from mtl_dist.importers.pixel_counts import MOST_PIXELS, PixelCounts
 from mtl_dist.importers.sources import Readable, read_bytes
-from mtl_dist.kinds.kind import MapKind, StoredMap, UnreadableMap
+from mtl_dist.kinds.kind import Label, MapKind, ScalarKind, StoredMap, UnreadableMap
+from mtl_dist.kinds.registry import kind_of
 from mtl_dist.kinds.vocabulary import LabelError
 from mtl_dist.specs import TaskInfo
 
@@ -156,3 +157,51 @@ class MapCounts:
             example, number = self.fits.setdefault(name, {}).get(fit, (where, 0))
             self.fits[name][fit] = (example, number + 1)
         return stored
+
+
+class PlacedLabels:
+    """The labels of a shard that have a place in their image, by task, as they are stored: one a record.
+
+    `noted` counts what is to be said of them, in words; `fits` those of images turned by EXIF, as `MapCounts`
+    does.
+    """
+
+    def __init__(self, infos: Mapping[str, TaskInfo], masks_as: str) -> None:
+        self._kinds = {
+            name: kind
+            for name, info in infos.items()
+            if isinstance(kind := kind_of(info.kind), ScalarKind) and kind.has_place
+        }
+        self.labels: dict[str, list[Label | None]] = {name: [] for name in self._kinds}
+        self.noted: dict[str, Counter[str]] = {name: Counter() for name in self._kinds}
+        self.fits: dict[str, dict[str, tuple[str, int]]] = {}
+        self._infos = infos
+        self._masks_as = masks_as
+
+    def beside(self, place: str, labels: Mapping[str, Label], facts: ImageFacts) -> dict[str, Label]:
+        """The labels of a record as they are stored, those without a place among them.
+
+        Raises:
+            UserError: a label that its task cannot have.
+        """
+        stored = dict(labels)
+        for name, kind in self._kinds.items():
+            label = stored.pop(name, None)
+            if label is not None:
+                view = as_given(facts, self._masks_as)
+                try:
+                    label = kind.beside(label, view, self._infos[name], self.noted[name])
+                except LabelError as error:
+                    raise UserError(f"{place}: task {name!r}: {error}") from None
+                if facts.orientation > 1:
+                    example, number = self.fits.setdefault(name, {}).get(EITHER, (place, 0))
+                    self.fits[name][EITHER] = (example, number + 1)
+            if label is not None:
+                stored[name] = label
+            self.labels[name].append(label)
+        return stored
+
+    def leave_out(self) -> None:
+        """The next record is not stored."""
+        for labels in self.labels.values():
+            labels.append(None)

@@ -34,7 +34,6 @@ from mtl_dist.importers.wanted import (
     Separator,
     Strict,
     Units,
-    check_columns,
     wanted_tasks,
 )
 from mtl_dist.kinds.kind import Label
@@ -121,8 +120,10 @@ class Stacks(Importer):
         rows = [_with_place(by_stack[stack.name](frame), stack, frame) for stack, frame in self._samples]
         self._rows = with_computed(rows, compute)
         self._columns = tuple(dict.fromkeys((*self._table.columns, STACK, PAGE, FOLDER, *compute)))
-        wanted = [task.column for task in self._wanted if not task.is_map]
-        check_columns(wanted, self._columns, self._table.where or "the stacks, without --table")
+        where = self._table.where or "the stacks, without --table"
+        wanted = [
+            name for task in self._wanted if not task.is_map for name in task.columns(self._columns, where)
+        ]
         if FOLDER in wanted and any(not row.cells[FOLDER] for row in self._rows):
             raise UserError("column 'folder': expected stacks in folders, found one beside them.")
 

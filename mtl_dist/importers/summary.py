@@ -157,6 +157,16 @@ def unlabelled_notes(results: Sequence[ShardResult]) -> Iterator[str]:
         yield f"{task}: masks that are {IGNORE} throughout, taken as no label: {number}"
 
 
+def placed_notes(noted: Sequence[Mapping[str, Mapping[str, int]]]) -> Iterator[str]:
+    """What is to be said of labels that have a place in their image; by shard, task and words its number."""
+    total: dict[str, Counter[str]] = {}
+    for by_task in noted:
+        for task, counts in by_task.items():
+            total.setdefault(task, Counter()).update(counts)
+    for task, words in total.items():
+        yield from (f"{task}: {what}: {number:,}" for what, number in words.items() if number)
+
+
 def label_notes(
     tasks: Mapping[str, TaskSource | TaskInfo],
     labels: Mapping[str, Mapping[str, LabelCounts]],

@@ -104,7 +104,11 @@ class TableImporter(Importer):
             check_pattern("--image", image, self._columns, of_image=False)
         else:
             check_columns([image], self._columns, "--image")
-        check_columns([task.column for task in self._wanted if not task.is_map], self._columns, "table")
+        self._of_labels = {
+            task.task: (task.column,) if task.is_map else task.columns(self._columns, "table")
+            for task in self._wanted
+        }
+        self._label_columns = {column for columns in self._of_labels.values() for column in columns}
         self._split_column = self._find_split_column()
         self._finder = FileFinder(self._table.tree, self._table.folder)
         self._notes: list[str] = list(self._table.notes)
@@ -153,7 +157,7 @@ class TableImporter(Importer):
         yield from self._notes
 
     def ungrouped(self) -> frozenset[str]:
-        named = [self._image, *(task.column for task in self._wanted)]
+        named = [self._image, *self._label_columns]
         in_patterns = [column for text in named if is_pattern(text) for column in columns_in(text)]
         return frozenset((*named, *in_patterns, self._split_column))
 
@@ -269,7 +273,7 @@ class TableImporter(Importer):
 
     def _without_repeated(self, rows: Iterator[_ImageRow]) -> list[_ImageRow]:
         """The rows with each image once; a repetition that says something else is refused."""
-        columns = {*(task.column for task in self._wanted), self._split_column}
+        columns = {*self._label_columns, self._split_column}
         first: dict[str, Row] = {}
         kept: list[_ImageRow] = []
         repeated: list[str] = []
@@ -335,7 +339,7 @@ class TableImporter(Importer):
     def _find_split_column(self) -> str:
         """The column of splits: `split`, or one of another usual name whose cells are words for splits."""
         for column in _SPLIT_COLUMNS:
-            if column in self._columns and column not in {task.column for task in self._wanted}:
+            if column in self._columns and column not in self._label_columns:
                 cells = [row.cells[column] for row in self._rows]
                 words = all(isinstance(cell, str) and is_split_word(cell) for cell in cells)
                 if column == SPLIT or (words and len(set(map(str, cells))) > 1):

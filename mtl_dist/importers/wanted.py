@@ -17,8 +17,17 @@ from mtl_dist.importers.jobs import TaskSource
 from mtl_dist.importers.options import Help
 from mtl_dist.importers.tables import Row, read_labels
 from mtl_dist.kinds.kind import Label
-from mtl_dist.kinds.registry import kind_of
-from mtl_dist.kinds.vocabulary import COLOUR, MISSING, ClassNames, Declared, LabelError, colour_value
+from mtl_dist.kinds.registry import kind_of, scalar_kind
+from mtl_dist.kinds.vocabulary import (
+    COLOUR,
+    MISSING,
+    Cell,
+    ClassNames,
+    Declared,
+    LabelError,
+    colour_value,
+    plain,
+)
 
 Names: TypeAlias = str | Sequence[str] | Mapping[str, str]
 """Class names as they are given: by index, or by value or colour."""
@@ -59,6 +68,16 @@ class Wanted:
         """Whether its labels are files of their own."""
         return kind_of(self.kind).is_map
 
+    def columns(self, columns: Sequence[str], where: str) -> tuple[str, ...]:
+        """The columns in which a label that is no map stands, all of which are there.
+
+        Raises:
+            UserError: one is not.
+        """
+        names, _ = scalar_kind(self.kind).cell_columns(self.column, columns)
+        check_columns(names, columns, where)
+        return names
+
     def read(
         self, rows: Sequence[Row], classes: ClassNames | None = None
     ) -> tuple[TaskSource, Sequence[Label | None], list[str]]:
@@ -67,10 +86,18 @@ class Wanted:
         Raises:
             UserError: a cell that holds no label of the task.
         """
-        declared = self.with_classes(classes)
+        there = tuple(rows[0].cells) if rows else ()
+        columns, told = scalar_kind(self.kind).cell_columns(self.column, there)
+        declared = self.with_classes(classes if classes is not None else told or None)
+        if len(columns) > 1:
+            rows = [Row(row.where, {self.column: _joined(row, columns, declared)}) for row in rows]
         parsed = read_labels(self.kind, rows, self.column, declared)
         notes = [f"{self.task}: {note}" for note in parsed.notes]
-        return TaskSource(self.kind, parsed.classes, declared.unit), parsed.labels, notes
+        try:
+            info = kind_of(self.kind).declare(self.task, replace(declared, classes=parsed.classes or None))
+        except LabelError as error:
+            raise UserError(f"classes of {self.task!r}: {error}") from None
+        return TaskSource(info.kind, info.classes, info.unit, facts=info.facts), parsed.labels, notes
 
     def map_task(self, classes: ClassNames | None = None) -> TaskSource:
         """The task, whose labels are maps.
@@ -89,6 +116,21 @@ class Wanted:
         """What was said of the task, or the classes that came with the data."""
         said = self.declared
         return said if said.classes is not None else replace(said, classes=classes)
+
+
+def _joined(row: Row, columns: Sequence[str], declared: Declared) -> Cell:
+    """The cells of several columns as one; empty where they all are.
+
+    Raises:
+        UserError: one holds a list.
+    """
+    cells = []
+    for column in columns:
+        cell = row.cells[column]
+        if isinstance(cell, list):
+            raise UserError(f"{row.where}: expected one value in column {column!r}, found {cell}.")
+        cells.append("" if plain(cell) in declared.missing_words else plain(cell))
+    return cells if any(cells) else ""
 
 
 def wanted_tasks(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
@@ -61,6 +62,10 @@ class Kind(ABC):
     """Why a label cannot follow a rectangle of another image that is pasted in; empty where it can."""
     moves: ClassVar[bool] = False
     """Whether the values of a label change with the view of its image, so that `moved` is asked."""
+    has_place: ClassVar[bool] = False
+    """Whether a label that is no map speaks of places in its image: `beside` is asked before it is stored."""
+    is_drawn: ClassVar[bool] = False
+    """Whether a label that is no map can be drawn over its image, by `draw`."""
     shared_facts: ClassVar[tuple[str, ...]] = ()
     """Keys of `TaskInfo.facts` on which all datasets of a task must agree."""
     task_settings: ClassVar[str] = ""
@@ -79,6 +84,18 @@ class Kind(ABC):
         """
         names = names_of(declared.classes) if self.has_classes and declared.classes is not None else ()
         return TaskInfo(self.name, names, unit=declared.unit, facts=dict(declared.facts))
+
+    def check_facts(self, info: TaskInfo) -> None:
+        """Refuse `TaskInfo.facts` that mean nothing to the kind.
+
+        Raises:
+            UserError: with what it expects.
+        """
+        return
+
+    def legend(self, task: str, info: TaskInfo) -> list[str]:
+        """The words of what is painted or drawn in a colour of its own each."""
+        return []
 
     def merge(self, task_infos: Sequence[TaskInfo]) -> TaskInfo:
         """The facts of several datasets, which agree on the task and have labels: numbers pooled."""
@@ -104,6 +121,11 @@ class ScalarKind(Kind):
     """What Mixup and CutMix do: interpolate the targets, or give the loss the partner's target as well."""
 
     # ---- from cells
+    def cell_columns(self, text: str, columns: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The columns, of those there are, whose cells hold a label where a user says `text`, and the class
+        names that these tell. The cell of several columns is a list of theirs."""
+        return (text,), ()
+
     def terms(self, cell: Cell, declared: Declared) -> list[str]:
         """What a cell calls classes: by these they are found where none are declared.
 
@@ -119,6 +141,14 @@ class ScalarKind(Kind):
         Raises:
             LabelError: the cell holds no label of the task.
         """
+
+    def beside(self, label: Label, given: View, info: TaskInfo, found: Counter[str]) -> Label | None:
+        """The label as it is stored beside its image; None where nothing of it is left.
+
+        `given` takes the pixels that the label speaks of to those of the image as it is displayed. What is
+        noteworthy is counted in `found`, in words.
+        """
+        return label
 
     # ---- stored
     @abstractmethod
@@ -158,14 +188,26 @@ class ScalarKind(Kind):
         """The label in a sample's target, which is an array; by default as in a cell of the column."""
         return self.decode(target, info)
 
+    def seen(self, target: Any, info: TaskInfo) -> Label:
+        """The label in a sample's target as it is in the batch's own image: what is drawn over that."""
+        return self.label_of(target, info)
+
     def moved(self, target: Any, view: View, info: TaskInfo) -> Any | None:
         """The target in a view of its image; None where the view shows nothing that it speaks of."""
         return target
+
+    def without_label(self, view: View, info: TaskInfo) -> Any | None:
+        """What a target says of a view although there is no label; None where that is nothing."""
+        return None
 
     # ---- shown
     @abstractmethod
     def text(self, label: Label, info: TaskInfo) -> str:
         """The label in words."""
+
+    def draw(self, picture: Image.Image, label: Label, info: TaskInfo, colours: Sequence[Colour]) -> None:
+        """Draw a label over a picture of its whole image, in place; a colour per legend line."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -196,6 +238,9 @@ class MapKind(Kind):
     """Whether metrics look at the whole map in its own size, where evaluation shows all of it."""
     missing: ClassVar[float]
     """The value of a pixel without a label: outside of the image, or of a missing map; NaN for numbers."""
+
+    def check_facts(self, info: TaskInfo) -> None:
+        self.tally(info)
 
     # ---- from files
     @abstractmethod
@@ -261,10 +306,6 @@ class MapKind(Kind):
         return values
 
     # ---- shown
-    def legend(self, task: str, info: TaskInfo) -> list[str]:
-        """The words of what `paint` paints in a colour of its own each."""
-        return []
-
     def palette(self, info: TaskInfo, colours: Sequence[Colour]) -> dict[int, Colour]:
         """Of a map of uint8 values (H, W) that stand for something, such as classes: the colour of each that
         has one; a colour per legend line is given. Empty of any other map."""

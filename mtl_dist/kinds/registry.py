@@ -9,6 +9,7 @@ from mtl_dist.config.nearest import nearest
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.classification import Classification
 from mtl_dist.kinds.depth import Depth
+from mtl_dist.kinds.keypoints import Keypoints
 from mtl_dist.kinds.kind import Kind, MapKind, ScalarKind
 from mtl_dist.kinds.multilabel import Multilabel
 from mtl_dist.kinds.normals import Normals
@@ -26,6 +27,7 @@ KINDS: dict[str, Kind] = {
         Depth(),
         Normals(),
         Ordinal(),
+        Keypoints(),
     )
 }
 

@@ -15,11 +15,15 @@ class View:
             where a pixel's centre is at .5
     size    (height, width) of the view
     zoom    by how much augmentation alone has enlarged the image: 1 without it
+    image   (height, width) of the image as it is displayed; (0, 0) where it is not known
+    flipped whether left and right were exchanged, whatever else was done
     """
 
     matrix: np.ndarray
     size: tuple[int, int]
     zoom: float = 1.0
+    image: tuple[int, int] = (0, 0)
+    flipped: bool = False
 
     @property
     def rotation(self) -> np.ndarray:

@@ -31,6 +31,8 @@ from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.transforms import PRESETS, Transform
 from mtl_dist.errors import ImageError, UserError
 from mtl_dist.importers.sources import Source
+from mtl_dist.kinds.kind import ScalarKind
+from mtl_dist.kinds.registry import kind_of
 from mtl_dist.prediction.exported import (
     Network,
     exported_in,
@@ -165,6 +167,7 @@ class Predictor:
         segmentation    mask (H, W) uint8, area_ratio; with two classes the foreground's probability (H, W)
         depth           map (H, W) float32, its mean, minimum and maximum, unit
         normals         normals (3, H, W) float32 of unit length, their mean
+        keypoints       points by name: x, y in pixels of the image; of heat maps their confidence
 
         Without `maps` the arrays are left out, and JSON holds the rest.
 
@@ -250,9 +253,13 @@ class Predictor:
         result = {}
         for name, task in self._network.tasks.items():
             output = outputs[name][row : row + 1]
-            if task.head.layout == "map":
+            if task.head.layout == "map" and task.answers_pixels:
                 output = self._transform.restored(output, size)
             result[name] = task.decode(output, threshold)[0]
+            kind = kind_of(task.info.kind)
+            if isinstance(kind, ScalarKind) and kind.moves:
+                shown = kind.without_label(self._transform.plain_view(size), task.info)
+                result[name] = result[name] if shown is None else task.placed(result[name], shown)
         for tasks in self._boxes:
             edges = self._transform.restored_box([result[name]["value"] for name in tasks], size)
             for name, edge in zip(tasks, edges, strict=True):

@@ -113,7 +113,7 @@ def _opened(
     tasks = list(facts.task_infos)
     if dataset is not None:
         split = split or "test"
-        known = source_facts(dataset, split, settings.derive).tasks
+        known = source_facts(dataset, split, settings.derive, settings.facts).tasks
         having = [task for task in tasks if task in known]
         if not having:
             raise UserError(

@@ -14,6 +14,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.depth import DepthSettings
+from mtl_dist.tasks.keypoints import KeypointsSettings
 from mtl_dist.tasks.multilabel import MultilabelSettings
 from mtl_dist.tasks.normals import NormalsSettings
 from mtl_dist.tasks.ordinal import OrdinalSettings
@@ -46,7 +47,8 @@ TaskSettings: TypeAlias = Annotated[
     | SegmentationSettings
     | DepthSettings
     | NormalsSettings
-    | OrdinalSettings,
+    | OrdinalSettings
+    | KeypointsSettings,
     Field(discriminator="kind"),
     UserDefined((UserTaskSettings,)),
 ]

@@ -131,7 +131,8 @@ class CommonTaskSettings(Settings, ABC):
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """A constant answer: its name ("majority", "mean"), and one sample's output that gives it, (C,)."""
+    """A constant answer: its name ("majority", "mean"), and one sample's output that gives it: (C,), which
+    holds everywhere on a map, or a whole map (C, h, w)."""
 
     name: str
     output_C: Tensor
@@ -150,6 +151,8 @@ class Task(ABC):
 
     layout: ClassVar[Literal["vector", "map"]] = "vector"
     harmless_target: ClassVar[float] = 0
+    answers_pixels: ClassVar[bool] = True
+    """Of a map: whether it has an answer for each pixel, and is brought to the image's size for that."""
 
     @property
     def allowed_outputs(self) -> tuple[int, ...]:
@@ -250,6 +253,15 @@ class Task(ABC):
             counts_B = self.loss.denominators(safe_target)
         counted_B = labelled_B & (counts_B > 0)
         return torch.where(counted_B, losses_B / torch.where(counted_B, counts_B, 1.0), math.nan)
+
+    def placed(self, answer: dict[str, Any], target: np.ndarray) -> dict[str, Any]:
+        """An answer, of `decode`, in pixels of the image as it came, where it speaks of places; `target` is
+        the sample's, or what its kind makes of a view `without_label`."""
+        return answer
+
+    def drawn(self, answer: Mapping[str, Any], size: tuple[int, int]) -> Any | None:
+        """An answer as a label of an image of `size`, where its kind draws labels; None of others."""
+        return None
 
     def judged(self, answer: Mapping[str, Any], output: Tensor, target: Tensor) -> dict[str, Any]:
         """What the label of one sample says of it: its `label`, whether the `answer` is `correct`, its
