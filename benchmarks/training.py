@@ -16,8 +16,9 @@ from mtl_dist.checkpoint import CheckpointWriter
 from mtl_dist.engine.connect import Connection
 from mtl_dist.engine.settings import Precision
 from mtl_dist.figures.run_figures import RunFigures
+from mtl_dist.models.building import build_model
 from mtl_dist.models.compiling import compile_parts
-from mtl_dist.models.multitask import MultitaskModel, build_model
+from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.settings import Checkpointing, ModelSettings
 from mtl_dist.monitor import Monitor, MonitorSettings
 from mtl_dist.optim import ConstantSchedule, OptimSettings, build_optimizer

@@ -27,8 +27,10 @@ from mtl_dist.engine.connect import Connection, connect
 from mtl_dist.engine.settings import EngineSettings, Precision
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
-from mtl_dist.models.multitask import MultitaskModel, build_model
+from mtl_dist.models.building import build_model
+from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.settings import Checkpointing, ModelSettings
+from mtl_dist.models.sharing.hard import Hard
 from mtl_dist.models.whole import WholeModel
 from mtl_dist.optim import OptimSettings, build_optimizer
 from mtl_dist.specs import TaskInfo
@@ -109,7 +111,7 @@ class Case:
     """Steps in which rank 0 sees infinite pixels."""
     diagnose_every: int = 0
     frozen: bool = False
-    shared: bool = True
+    sharing: str = "hard"
     network: bool = False
     """Whether the model is a whole one of the user's, which has the same parts."""
 
@@ -179,7 +181,7 @@ class Parts(torch.nn.Module):
 
     def __init__(self, model: MultitaskModel) -> None:
         super().__init__()
-        assert model.backbone is not None
+        assert isinstance(model, Hard)
         self.backbone, self.heads = model.backbone, model.heads
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -194,12 +196,14 @@ class Parts(torch.nn.Module):
 def build_root(case: Case, world: World) -> RootModule:
     torch.manual_seed(7)
     tasks = build_tasks(SETTINGS, INFOS)
-    model_settings = ModelSettings(
-        backbone="simple_cnn",
-        norm="group",
-        checkpointing=case.checkpointing,
-        frozen=case.frozen,
-        shared=case.shared,
+    model_settings = ModelSettings.model_validate(
+        {
+            "backbone": "simple_cnn",
+            "norm": "group",
+            "checkpointing": case.checkpointing,
+            "frozen": case.frozen,
+            "sharing": case.sharing,
+        }
     )
     heads = [task.head for task in tasks.values()]
     model = build_model(model_settings, heads, 1, (SIZE, SIZE))

@@ -56,6 +56,8 @@ def describe(node: SchemaNode) -> str:
         if node.user_defined.only:
             return f"a mapping with {node.user_defined.key} an import path{null}"
         null = f" or an import path{null}"
+        if node.choices and node.user_defined.names:
+            return f"{listed(node.choices)}{null}"
     if node.discriminator is not None:
         return f"a mapping with {node.discriminator} one of {listed(list(node.variants()))}{null}"
     if len(node.members) > 1:
@@ -66,7 +68,7 @@ def describe(node: SchemaNode) -> str:
 
 def _describe_type(node: SchemaNode) -> str:
     if get_origin(node.type) is Literal:
-        choices = [value if isinstance(value, str) else show(value) for value in get_args(node.type)]
+        choices = [value if isinstance(value, str) else show(value) for value in node.choices]
         return choices[0] if len(choices) == 1 else f"one of {listed(choices)}"
     if node.model is not None:
         return f"a mapping with keys among {listed(list(node.model.model_fields))}"

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -200,12 +200,7 @@ def _advice(kind: str, node: SchemaNode, value: Any) -> str:
     if kind == "missing":
         return f"{said}Add it."
     if isinstance(value, str):
-        words = [
-            str(choice)
-            for member in node.members
-            if get_origin(member.type) is Literal
-            for choice in get_args(member.type)
-        ]
+        words = [str(choice) for member in node.members for choice in member.choices]
         if near := nearest(value, words):
             return f"{said}Did you mean {near}?"
         if near := nearest(value, node.variants()):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -41,6 +41,14 @@ class SchemaNode:
     def model(self) -> type[BaseModel] | None:
         """The settings class that fills the node, if it is one."""
         return self.type if isinstance(self.type, type) and issubclass(self.type, BaseModel) else None
+
+    @property
+    def choices(self) -> list[Any]:
+        """The values of a Literal, and the short names of parts that are made as user-defined ones are."""
+        if get_origin(self.type) is not Literal:
+            return []
+        own = self.user_defined
+        return [*get_args(self.type), *(own.names if own is not None else ())]
 
     @property
     def user_defined(self) -> UserDefined | None:

@@ -26,11 +26,8 @@ def describe(model: MultitaskModel, image_size: tuple[int, int]) -> str:
     lines = [
         f"images: {_size((channels, *image_size))}, mean {_values(model.mean)}, std {_values(model.std)}"
     ]
-    if model.backbone is not None:
-        lines += _backbone_lines("backbone", model.backbone, features, "")
-    if model.backbones is not None:
-        for task, backbone in model.backbones.items():
-            lines += _backbone_lines(f"backbone of {task}", backbone, features, f"{task}/")
+    lines += [f"{name}: {_count(part.parameters())}" for name, part in model.trunk().items()]
+    lines += [f"    {name:<10}  {_size(shape)}" for name, shape in features.items()]
     for task, head in model.heads.items():
         reads = ", ".join(model.feature_names(task))
         lines.append(f"head {task}: {_count(head.parameters())}, {reads} -> {_size(outputs[task])}")
@@ -61,12 +58,6 @@ def parameters_in_words(module: nn.Module) -> str:
 
 def _all_in(part: str, named: Iterable[str], frozen: Set[str]) -> bool:
     return all(name in frozen for name in named if name.startswith(f"{part}."))
-
-
-def _backbone_lines(title: str, backbone: nn.Module, features: Shapes, prefix: str) -> list[str]:
-    lines = [f"{title}: {_count(backbone.parameters())}"]
-    own = {name: shape for name, shape in features.items() if name.startswith(prefix)}
-    return lines + [f"    {name:<10}  {_size(shape)}" for name, shape in own.items()]
 
 
 class _Shapes(nn.Module):

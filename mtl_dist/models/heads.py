@@ -12,7 +12,6 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from mtl_dist.errors import UserError
-from mtl_dist.models.backbones import AnyNetwork
 from mtl_dist.models.decoders.unet import UNetDecoder, plan_decoder
 from mtl_dist.models.features import map_key
 from mtl_dist.models.settings import (
@@ -155,22 +154,28 @@ def _read_by(decoder: UserHeadSettings, channels: Mapping[int, int]) -> set[int]
     return set(channels if used is None else used(channels))
 
 
-def build_head(settings: ModelSettings, spec: HeadSpec, network: AnyNetwork, vector_name: str) -> Head:
-    """The head of one task over the features of `network`, whose vector comes as `vector_name`."""
+def build_head(
+    settings: ModelSettings,
+    spec: HeadSpec,
+    channels: Mapping[int, int],
+    vector_size: int,
+    vector_name: str,
+) -> Head:
+    """The head of one task over maps of `channels` by stride, and a vector that comes as `vector_name`."""
     if spec.layout == "map":
         chosen: object = chosen_decoder(settings, spec.task)
     else:
         chosen = settings.heads.get(spec.task)
     if isinstance(chosen, UserHeadSettings):
-        facts = {"num_features": network.vector_size, "channels": dict(network.channels)}
+        facts = {"num_features": vector_size, "channels": dict(channels)}
         module = chosen.make(num_outputs=spec.num_outputs, **facts)
-        return UserHead(module, vector_name, _read_by(chosen, network.channels), spec)
+        return UserHead(module, vector_name, _read_by(chosen, channels), spec)
     if isinstance(chosen, DecoderSettings):
-        plan = plan_decoder(chosen, network.channels, spec.task)
+        plan = plan_decoder(chosen, channels, spec.task)
         norm: DecoderNorm = "group" if settings.norm in ("group", "frozen") else "batch"
         return UNetDecoder(plan, chosen.output_stride, chosen.norm or norm, spec.num_outputs)
     own = head_settings(settings, spec.task)
-    return VectorHead(vector_name, network.vector_size, own, spec.num_outputs)
+    return VectorHead(vector_name, vector_size, own, spec.num_outputs)
 
 
 def _own(settings: ModelSettings, task: str) -> dict[str, object]:

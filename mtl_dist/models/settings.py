@@ -9,6 +9,7 @@ from pydantic import Field, JsonValue, model_validator
 from mtl_dist.config.settings import Settings
 from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
 from mtl_dist.models.decoders import DECODERS
+from mtl_dist.models.sharing import SHARINGS
 
 Width: TypeAlias = Annotated[int, Field(ge=1)]
 Dropout: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -90,6 +91,14 @@ class UserBackboneSettings(UserDefinedSettings):
     provides = ("in_channels", "image_size")
 
 
+class UserSharingSettings(UserDefinedSettings):
+    """A way of sharing, of the package or of the user's; its constructor asks for `blueprint`, of which
+    backbones and heads are made."""
+
+    part_base = "mtl_dist.models.multitask.MultitaskModel"
+    provides = ("blueprint",)
+
+
 class UserNetworkSettings(UserDefinedSettings):
     """A whole model of the user's, from images to an output per task; its constructor may ask for
     `in_channels`, `image_size` (H, W), and `outputs`, by task the channels of its output."""
@@ -119,7 +128,8 @@ class ModelSettings(Settings):
     backbone       `simple_cnn`, a torchvision classification model by its name, one of timm as `timm/NAME`
                    (extra `timm`), or a network of the user's by its import path
     timm           more about one of timm
-    shared         one backbone for all tasks, or one for each
+    sharing        what the tasks share: `hard`, one backbone for all; `separate`, a backbone for each; or a
+                   way of the user's by its import path
     weights        None; "torchvision" or "timm" for the default weights of its registry; or a file (.pth,
                    .safetensors) with the names of the whole model there, or that of a run with this
                    backbone: RUN/checkpoints/STEP/model.safetensors
@@ -141,7 +151,7 @@ class ModelSettings(Settings):
 
     backbone: Annotated[str, UserDefined((UserBackboneSettings,))] = "resnet18"
     timm: TimmSettings = TimmSettings()
-    shared: bool = True
+    sharing: Annotated[Literal["hard"], UserDefined((UserSharingSettings,), names=SHARINGS)] = "hard"
     weights: str | None = None
     frozen: bool = False
     norm: NormKind = "batch"
@@ -187,6 +197,12 @@ class ModelSettings(Settings):
         """The user's network, where `backbone` is one."""
         backbone: object = self.backbone
         return backbone if isinstance(backbone, UserBackboneSettings) else None
+
+    @property
+    def user_sharing(self) -> UserSharingSettings | None:
+        """The way of sharing, where it is not `hard`."""
+        sharing: object = self.sharing
+        return sharing if isinstance(sharing, UserSharingSettings) else None
 
     @property
     def backbone_name(self) -> str:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from mtl_dist.config.describe import listed
 from mtl_dist.errors import UserError
-from mtl_dist.models.multitask import FeatureDict, Measured, MultitaskModel, build_model, normalisation
+from mtl_dist.models.backbones import AnyBackbone
+from mtl_dist.models.building import Measured, build_model, normalisation
+from mtl_dist.models.multitask import FeatureDict, MultitaskModel, TaskModules
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.specs import HeadSpec
 
@@ -38,7 +40,8 @@ class WholeModel(MultitaskModel):
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
-        super().__init__({}, {}, mean, std, frozen=False)
+        super().__init__(mean, std)
+        self.heads = TaskModules({})
         self.network = network
         self._specs = {spec.task: spec for spec in specs}
         self._reached = self._reach(image_size)
@@ -73,8 +76,11 @@ class WholeModel(MultitaskModel):
     def task_parameters(self, task: str) -> list[nn.Parameter]:
         return [p for p in self.network.parameters() if self._reached[p] == {task}]
 
-    def parts(self) -> list[nn.Module]:
-        return [self.network]
+    def all_backbones(self) -> list[AnyBackbone]:
+        return []
+
+    def trunk(self) -> dict[str, nn.Module]:
+        return {"network": self.network}
 
     def _checked(self, task: str, output: Tensor) -> Tensor:
         spec = self._specs[task]

@@ -24,8 +24,8 @@ from mtl_dist.batch import Batch
 from mtl_dist.config.settings import Settings
 from mtl_dist.engine.connect import connect
 from mtl_dist.engine.settings import EngineSettings, Precision
+from mtl_dist.models.building import build_model
 from mtl_dist.models.compiling import compile_parts
-from mtl_dist.models.multitask import build_model
 from mtl_dist.models.settings import Checkpointing, ModelSettings
 from mtl_dist.optim import OptimSettings, build_optimizer
 from mtl_dist.specs import TaskInfo

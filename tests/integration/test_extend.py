@@ -145,7 +145,7 @@ def run(project: Path, recipe: Recipe) -> Path:
 
 
 def test_every_example_is_at_most_20_lines_and_a_whole_kind_of_task_at_most_60() -> None:
-    assert len(blocks("python")) == 17
+    assert len(blocks("python")) == 18
     for text in blocks("python"):
         lines = [line for line in text.splitlines()[1:] if line.strip()]
         most = 60 if "CommonTaskSettings" in text else 20
@@ -197,6 +197,11 @@ def test_every_own_part_is_used(recipe: Recipe, run: Path) -> None:
     assert root.tasks["ink"].loss.alpha == 0.4  # type: ignore[attr-defined]
     assert type(root.balancer.method).__name__ == "InverseNorm"
     assert type(root.model.heads["digit"].module).__name__ == "Gated"  # type: ignore[union-attr]
+    assert type(root.model).__name__ == "Weighed"
+    trained = read_checkpoint(sorted((run / "checkpoints").glob("step_*"))[-1]).tensors["model"]
+    gains = [float(tensor) for name, tensor in trained.items() if name.startswith("model.gains.")]
+    assert len(gains) == 6 and all(gain != 0.5 for gain in gains)
+    assert len(root.model.task_parameters("digit")) == 1 + len(list(root.model.heads["digit"].parameters()))
     assert root.model.shared_parameters()[0].shape == (8, 1, 3, 3)
     assert [type(step).__name__ for step in recipe.data.user_transforms(training=True)] == [
         "Fog",

@@ -127,7 +127,7 @@ def test_an_absent_task_is_in_no_diagnosis_and_gets_no_weight() -> None:
     assert all(p.grad is None or not p.grad.any() for p in balancing.root.task_parameters("tags"))
 
 
-@pytest.mark.parametrize("changes", [{"frozen": True}, {"shared": False}], ids=str)
+@pytest.mark.parametrize("changes", [{"frozen": True}, {"sharing": "separate"}], ids=str)
 def test_without_trained_shared_weights_there_is_nothing_to_compare(changes: dict[str, bool]) -> None:
     balancing = balancing_of(Case(Balance("equal"), diagnose_every=1).with_(**changes))
     assert balancing.why_no_diagnosis is not None

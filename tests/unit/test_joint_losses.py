@@ -16,7 +16,7 @@ from mtl_dist.config.loading import resolved_settings
 from mtl_dist.engine.accelerated import AccelerateEngine
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
-from mtl_dist.models.multitask import build_model
+from mtl_dist.models.building import build_model
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.recipe import Recipe
 from mtl_dist.specs import TaskInfo

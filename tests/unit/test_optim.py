@@ -12,7 +12,8 @@ import torch
 from mtl_dist.config.loading import load_settings, to_yaml
 from mtl_dist.engine.engine import put_slot, stored_slots
 from mtl_dist.errors import UserError
-from mtl_dist.models.multitask import MultitaskModel, build_model
+from mtl_dist.models.building import build_model
+from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.optim import (
     CosineSchedule,

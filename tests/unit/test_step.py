@@ -14,7 +14,7 @@ from mtl_dist.batch import Batch
 from mtl_dist.engine.accelerated import AccelerateEngine
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
-from mtl_dist.models.multitask import build_model
+from mtl_dist.models.building import build_model
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.optim import OptimSettings, build_optimizer
 from mtl_dist.specs import TaskInfo

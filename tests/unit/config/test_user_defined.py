@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from mtl_dist.balance.methods import BalanceSettings, build_balancer
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.errors import UserError
-from mtl_dist.models.multitask import build_model
+from mtl_dist.models.building import build_model
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.recipe import Recipe, load_recipe
 from mtl_dist.specs import HeadSpec, TaskInfo

@@ -14,7 +14,7 @@ from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import Record, TaskSource
 from mtl_dist.importers.packing import pack
-from mtl_dist.models.multitask import build_model
+from mtl_dist.models.building import build_model
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.specs import HeadSpec
 

@@ -11,7 +11,7 @@ from mtl_dist.batch import Batch
 from mtl_dist.debug.gradients import GradientWatch
 from mtl_dist.debug.pictures import Section, batch_picture, words_of
 from mtl_dist.debug.verdict import Seen, _rate
-from mtl_dist.models.multitask import build_model
+from mtl_dist.models.building import build_model
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.specs import HeadSpec, TaskInfo
 

@@ -14,7 +14,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.exporting.checking import difference
 from mtl_dist.exporting.export import quiet, write_onnx
 from mtl_dist.exporting.graph import Graph, traced
-from mtl_dist.models.multitask import build_model
+from mtl_dist.models.building import build_model
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.specs import HeadSpec
 

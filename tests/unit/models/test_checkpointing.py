@@ -10,8 +10,9 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from mtl_dist.models.backbones import build_network
+from mtl_dist.models.building import build_model
 from mtl_dist.models.checkpointing import cut
-from mtl_dist.models.multitask import MultitaskModel, build_model
+from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.settings import Checkpointing, HeadSettings, ModelSettings
 from mtl_dist.specs import HeadSpec
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from mtl_dist.models.building import build_model
 from mtl_dist.models.describe import parameters_in_words
-from mtl_dist.models.multitask import MultitaskModel, build_model
+from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.specs import HeadSpec
 
@@ -33,4 +34,4 @@ def test_what_is_frozen_is_named_and_what_trains_is_counted() -> None:
 
 
 def test_separate_backbones_are_one_part_when_all_are_frozen() -> None:
-    assert parameters_in_words(model(shared=False, frozen=True)).endswith("frozen: backbones")
+    assert parameters_in_words(model(sharing="separate", frozen=True)).endswith("frozen: backbones")

@@ -15,7 +15,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.models.backbones import build_network
 from mtl_dist.models.decoders import DECODERS
 from mtl_dist.models.decoders.unet import UNetDecoder, plan_decoder
-from mtl_dist.models.heads import VectorHead, build_head, check_heads, chosen_decoder, used_strides
+from mtl_dist.models.heads import Head, VectorHead, build_head, check_heads, chosen_decoder, used_strides
 from mtl_dist.models.settings import (
     DecoderSettings,
     HeadSettings,
@@ -33,6 +33,11 @@ KIND = HeadSpec("kind", "vector", 3)
 def loaded(tmp_path: Path, data: dict[str, Any]) -> ModelSettings:
     (tmp_path / "model.yaml").write_text(json.dumps(data))
     return load_settings(ModelSettings, tmp_path / "model.yaml")
+
+
+def head_of(settings: ModelSettings, spec: HeadSpec, size: int = 32) -> Head:
+    network = build_network(settings, 3, (size, size))
+    return build_head(settings, spec, network.channels, network.vector_size, "vector")
 
 
 def features_of(channels: dict[int, int], height: int, width: int) -> dict[str, torch.Tensor]:
@@ -117,19 +122,19 @@ def test_a_task_changes_only_what_it_names() -> None:
         heads={"kind": TaskHeadSettings(dropout=0.0), "mask": TaskHeadSettings(channels=(8, 4))},
     )
     network = build_network(settings, 3, (32, 32))
-    kind = build_head(settings, KIND, network, "vector")
+    kind = head_of(settings, KIND)
     assert isinstance(kind, VectorHead)
     assert kind.dropout.p == 0.0
     assert len(kind.hidden) == 1
     assert used_strides(settings, MASK, network.channels) == {32}
-    mask = build_head(settings, MASK, network, "vector")
+    mask = head_of(settings, MASK)
     assert isinstance(mask, UNetDecoder)
     assert [level.channels for level in mask.plan.levels] == [8, 4]
 
 
 def test_a_task_can_go_back_to_a_linear_head() -> None:
     settings = ModelSettings(head=HeadSettings(hidden=(16,)), heads={"kind": TaskHeadSettings(hidden=())})
-    head = build_head(settings, KIND, build_network(settings, 3, (32, 32)), "vector")
+    head = head_of(settings, KIND)
     assert isinstance(head, VectorHead)
     assert len(head.hidden) == 0
 
@@ -168,7 +173,7 @@ def test_a_decoder_normalises_as_the_model_does_unless_it_says_otherwise(
     model_norm: str, own: str | None, expected: type[nn.Module]
 ) -> None:
     settings = ModelSettings(norm=model_norm, decoder=DecoderSettings(norm=own))  # type: ignore[arg-type]
-    decoder = build_head(settings, MASK, build_network(settings, 3, (32, 32)), "vector")
+    decoder = head_of(settings, MASK)
     assert any(isinstance(module, expected) for module in decoder.modules())
     norms = (nn.BatchNorm2d, nn.GroupNorm)
     assert all(isinstance(module, expected) for module in decoder.modules() if isinstance(module, norms))
@@ -180,7 +185,7 @@ def test_every_decoder_gives_a_map_of_the_image_size_even_an_odd_one(
     kind: str, size: tuple[int, int], tmp_path: Path
 ) -> None:
     settings = loaded(tmp_path, {"decoder": {"kind": kind}})
-    head = build_head(settings, MASK, build_network(settings, 3, (64, 64)), "vector")
+    head = head_of(settings, MASK, 64)
     assert head(features_of(RESNET18, *size), size).shape == (2, 2, *size)
 
 

@@ -10,19 +10,28 @@ import torch
 from torch import Tensor
 
 from mtl_dist.errors import UserError
+from mtl_dist.models.building import build_model
 from mtl_dist.models.describe import describe
-from mtl_dist.models.multitask import MultitaskModel, build_model
+from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.settings import DecoderSettings, HeadSettings, ModelSettings
 from mtl_dist.specs import HeadSpec
 
 KIND, AGE, MASK = HeadSpec("kind", "vector", 3), HeadSpec("age", "vector", 1), HeadSpec("mask", "map", 2)
 SMALL = ModelSettings(backbone="squeezenet1_1", norm="group")
+SIMPLE = ModelSettings(backbone="simple_cnn")
+
+
+def sharing(way: object, settings: ModelSettings = SMALL, **changes: object) -> ModelSettings:
+    """The settings with another way of sharing."""
+    return ModelSettings.model_validate({**settings.model_dump(), "sharing": way, **changes})
+
+
 VARIANTS = [
     SMALL,
-    SMALL.model_copy(update={"shared": False}),
+    sharing("separate"),
     SMALL.model_copy(update={"frozen": True}),
-    ModelSettings(backbone="simple_cnn"),
-    ModelSettings(backbone="simple_cnn", shared=False),
+    SIMPLE,
+    sharing("separate", SIMPLE),
 ]
 
 
@@ -64,7 +73,7 @@ def test_every_parameter_is_shared_or_of_exactly_one_task(settings: ModelSetting
     ids = [id(parameter) for part in parts for parameter in part]
     assert len(ids) == len(set(ids))
     assert set(ids) == {id(parameter) for parameter in model.parameters()}
-    assert bool(model.shared_parameters()) is settings.shared
+    assert bool(model.shared_parameters()) is (settings.sharing == "hard")
 
 
 @pytest.mark.parametrize("settings", VARIANTS)
@@ -128,12 +137,12 @@ def test_only_the_features_that_heads_read_are_given() -> None:
     assert list(build(no_skips, MASK).features(images())) == ["stride_16"]
     simple = build(ModelSettings(backbone="simple_cnn"))
     assert set(simple.features(images())) == {"vector", "stride_1", "stride_2", "stride_4"}
-    separate = build(SMALL.model_copy(update={"shared": False}), KIND, AGE)
+    separate = build(sharing("separate"), KIND, AGE)
     assert list(separate.features(images())) == ["kind/vector", "age/vector"]
 
 
 def test_separate_backbones_give_what_single_task_models_give() -> None:
-    settings = SMALL.model_copy(update={"shared": False})
+    settings = sharing("separate")
     model = build(settings, KIND, AGE).eval()
     single = build(SMALL, KIND).eval()
     state = {
@@ -185,9 +194,9 @@ def test_outputs_follow_autocast_and_the_parameters_type() -> None:
     assert {output.dtype for output in model.bfloat16()(images()).values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_frozen_backbone_stays_as_it_is_while_heads_train(shared: bool) -> None:
-    settings = ModelSettings(backbone="mobilenet_v3_small", frozen=True, shared=shared)
+@pytest.mark.parametrize("way", ["hard", "separate"])
+def test_a_frozen_backbone_stays_as_it_is_while_heads_train(way: str) -> None:
+    settings = sharing(way, ModelSettings(backbone="mobilenet_v3_small", frozen=True))
     model = build(settings, KIND, AGE)
     before = {
         name: value.clone() for name, value in model.state_dict().items() if name.startswith("backbone")
@@ -225,11 +234,11 @@ def test_names_are_readable_and_do_not_depend_on_checkpointing() -> None:
     assert {name.split(".")[0] for name in names} == {"mean", "std", "backbone", "heads"}
     for mode in ("stage", "block"):
         assert list(build(settings.model_copy(update={"checkpointing": mode})).state_dict()) == names
-    separate = build(settings.model_copy(update={"shared": False}))
+    separate = build(sharing("separate", settings))
     assert "backbones.mask.layer1.0.conv1.weight" in separate.state_dict()
 
 
-@pytest.mark.parametrize("settings", [SMALL, ModelSettings(backbone="simple_cnn", shared=False)])
+@pytest.mark.parametrize("settings", [SMALL, sharing("separate", SIMPLE)])
 def test_a_copied_and_a_pickled_model_give_the_same(settings: ModelSettings) -> None:
     model = build(settings).eval()
     expected = model(images())
@@ -281,7 +290,7 @@ def test_the_description_tells_sizes_and_parameters_and_changes_nothing() -> Non
     assert lines[-1] == f"in all: {sum(p.numel() for p in model.parameters()):,} parameters"
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    frozen = describe(build(SMALL.model_copy(update={"frozen": True, "shared": False})), (32, 32))
+    frozen = describe(build(sharing("separate", frozen=True)), (32, 32))
     assert "of them frozen" in frozen
     assert "backbone of mask" in frozen
 

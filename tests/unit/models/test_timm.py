@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mtl_dist.errors import UserError
 from mtl_dist.models.backbones import build_network, make_backbone, published_normalisation
-from mtl_dist.models.multitask import MultitaskModel, build_model
+from mtl_dist.models.building import build_model
+from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.settings import ModelSettings, TimmSettings
 from mtl_dist.optim import OptimSettings, build_optimizer
 from mtl_dist.specs import HeadSpec

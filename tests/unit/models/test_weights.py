@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mtl_dist.errors import UserError
 from mtl_dist.models.backbones import build_network
-from mtl_dist.models.multitask import build_model
+from mtl_dist.models.building import build_model
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.models.weights import fit_channels
 from mtl_dist.specs import HeadSpec
