@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtl_dist.config.errors import suggest
 from mtl_dist.data.decode import decode_image, decode_map
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.manifest import Manifest, read_manifest
@@ -44,7 +45,10 @@ def webdataset(
     place = location(dataset)
     manifest = read_manifest(place)
     if split not in manifest.splits:
-        raise UserError(f"{place}: expected a split {split!r}, found {', '.join(manifest.splits) or 'none'}.")
+        raise UserError(
+            f"{place}: expected a split {split!r}, found none of this name. "
+            f"{suggest(split, manifest.splits, 'It has')}"
+        )
     if manifest.labels != "json":
         raise UserError(
             f"{place}: expected shards that `mtl prepare` packed, found an index over others' tars. "

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mtl_dist.config.errors import suggest
 from mtl_dist.data.balanced import BalancedStream
 from mtl_dist.data.batch_loader import Batches, BatchLoader
 from mtl_dist.data.batches import BatchBuilder
@@ -420,7 +421,9 @@ def eval_loader(
             "--split: expected val or test of data whose training samples are a stream, found train."
         )
     if split not in data.sources:
-        raise UserError(f"expected a split of the data ({', '.join(data.splits)}), found {split!r}.")
+        raise UserError(
+            f"--split: expected a split of the data, found {split!r}. {suggest(split, data.splits, 'It has')}"
+        )
     own = data.settings.user_transforms(training=False)
     transform = Transform(data.settings.size, data.settings.resize, PRESETS["none"], own, data.fills)
     order = Concatenation([source.reader.num_samples for source in data.sources[split]])

@@ -84,7 +84,10 @@ def source_facts(
     """
     manifest = read_manifest(path)
     if split not in manifest.splits:
-        raise UserError(f"{path}: expected a split {split!r}, found {', '.join(manifest.splits) or 'none'}.")
+        raise UserError(
+            f"{path}: expected a split {split!r}, found none of this name. "
+            f"{suggest(split, manifest.splits, 'It has')}"
+        )
     return SourceFacts(path, manifest, split, derivations(derive or {}, manifest, path), facts or {})
 
 

@@ -113,6 +113,7 @@ def submit(
     require_slurm()
     if profile.check_data:
         check_data(recipes)
+    check_backbones(recipes)
     cluster_here = cluster_name()
     for run, point in zip(runs, recipes, strict=True):
         refuse_if_other(run, point, data_moved)
@@ -247,6 +248,18 @@ def check_data(recipes: Sequence[Recipe]) -> None:
             raise UserError(
                 f"{error} If it is on the nodes alone, say check_data: false in the profile."
             ) from None
+
+
+def check_backbones(recipes: Sequence[Recipe]) -> None:
+    """Refuses names that no backbone has.
+
+    Raises:
+        UserError: torchvision or timm has no such network; timm is not installed.
+    """
+    from mtl_dist.models.backbones import check_backbone  # torch takes seconds
+
+    for recipe in recipes:
+        check_backbone(recipe.model)
 
 
 # -- folders and records ----------------------------------------------------------------------------------

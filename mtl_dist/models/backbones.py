@@ -27,7 +27,7 @@ from mtl_dist.models.norms import convert_norms
 from mtl_dist.models.settings import TIMM, ModelSettings, UserBackboneSettings
 from mtl_dist.models.simple_cnn import SimpleCNN
 from mtl_dist.models.timm_backbone import TimmBackbone
-from mtl_dist.models.timm_library import is_timm, normalisation_of
+from mtl_dist.models.timm_library import configuration, is_timm, normalisation_of
 from mtl_dist.models.timm_network import TimmNetwork, build_timm_network
 from mtl_dist.models.tracing import Trace, Values, needed_steps, run_step, step_shapes, trace
 from mtl_dist.models.weights import input_convolution, load_weights
@@ -42,6 +42,28 @@ _PROBE_SIZE = (512, 832)
 def backbone_names() -> list[str]:
     """Every name that `model.backbone` may be."""
     return [SIMPLE_CNN, *torchvision.models.list_models(module=torchvision.models)]
+
+
+def check_backbone(settings: ModelSettings) -> None:
+    """Refuse a name that no backbone has, before anything is built or waits in a queue for it.
+
+    Raises:
+        UserError: there is no such network; it is one of timm, which is not installed.
+    """
+    name = settings.backbone_name
+    if is_timm(name):
+        configuration(name)
+    elif (
+        settings.network is None
+        and settings.user_backbone is None
+        and name not in (names := backbone_names())
+    ):
+        near = nearest(name, names)
+        hint = f"Did you mean {near}?" if near else f"Choose one of: {', '.join(names)}."
+        raise UserError(
+            f"model.backbone: expected simple_cnn, a torchvision classifier or {TIMM}NAME, "
+            f"found {name!r}. {hint}"
+        )
 
 
 @dataclass(frozen=True)
@@ -81,6 +103,7 @@ def build_network(settings: ModelSettings, in_channels: int, image_size: tuple[i
     Raises:
         UserError: no such network, weights that don't fit it, or images of a size it doesn't take.
     """
+    check_backbone(settings)
     name = settings.backbone_name
     if is_timm(name):
         return build_timm_network(settings, in_channels, image_size)
@@ -236,14 +259,6 @@ def make_backbone(
 
 def _construct(name: str, image_size: tuple[int, int]) -> tuple[nn.Module, tuple[int, int] | None]:
     """A torchvision model and, where it takes only one, its image size."""
-    names = backbone_names()
-    if name not in names:
-        near = nearest(name, names)
-        hint = f"Did you mean {near}?" if near else f"Choose one of: {', '.join(names)}."
-        raise UserError(
-            f"model.backbone: expected simple_cnn, a torchvision classifier or {TIMM}NAME, "
-            f"found {name!r}. {hint}"
-        )
     arguments: dict[str, Any] = {}
     fixed_size: tuple[int, int] | None = None
     match _family(name):

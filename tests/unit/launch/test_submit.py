@@ -183,7 +183,7 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_before_the_queue(work: P
             ["data.train=[{path: data/gone}]"],
             "data/gone: expected a prepared dataset, found no such dir",
         ),
-        (["data.val=[{path: data/digits, split: val}]"], "expected a split 'val', found train"),
+        (["data.val=[{path: data/digits, split: val}]"], "expected a split 'val', found none of this name. It has: train"),
         (["data.train=[{path: data/x*.tar, fields: {digit: {kind: classification, from: cls}}}]"], "no|none"),
         (["tasks.thickness={kind: regression}"], r"tasks\.thickness: expected"),
     ],
@@ -196,6 +196,18 @@ def test_data_that_is_missing_is_found_at_submission(work: Path, overrides: list
     with (work / "profile.yaml").open("a") as profile:
         profile.write("check_data: false\n")
     assert submit_tiny(overrides=overrides).job_ids == ["12"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("resnet19", "Did you mean resnet18"), ("timm/test_vitt", "Did you mean timm/test_vit")],
+)
+def test_a_backbone_that_is_none_is_found_at_submission(work: Path, name: str, said: str) -> None:
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    with pytest.raises(UserError, match=said):
+        submit_tiny(overrides=[f"model.backbone={name}"])
+    assert not (work / "runs").exists()
 
 
 def test_a_missing_shard_is_found_at_submission(work: Path) -> None:
