@@ -48,7 +48,7 @@ def test_it_is_a_pipeline_like_any_other_and_hands_out_files_on_request(tmp_path
 
 def test_a_pipeline_refuses_what_it_cannot_hand_out(tmp_path: Path) -> None:
     write_dataset(tmp_path / "tiny", {"train": 5})
-    with pytest.raises(UserError, match="expected a split 'test', found none of this name. It has: train"):
+    with pytest.raises(UserError, match="expected a split 'test', found none"):
         mtl_dist.webdataset(tmp_path / "tiny", "test")
     (shard,) = (tmp_path / "tiny").glob("*.tar")
     with tarfile.open(shard, "w") as tar:

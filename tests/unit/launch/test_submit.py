@@ -183,7 +183,7 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_before_the_queue(work: P
             ["data.train=[{path: data/gone}]"],
             "data/gone: expected a prepared dataset, found no such dir",
         ),
-        (["data.val=[{path: data/digits, split: val}]"], "expected a split 'val', found none of this name. It has: train"),
+        (["data.val=[{path: data/digits, split: val}]"], "expected a split 'val', found none"),
         (["data.train=[{path: data/x*.tar, fields: {digit: {kind: classification, from: cls}}}]"], "no|none"),
         (["tasks.thickness={kind: regression}"], r"tasks\.thickness: expected"),
     ],
