@@ -130,7 +130,7 @@ def evaluate(
             thresholds[name] = dict(zip(root.tasks[name].decided_labels, chosen, strict=True))
         of_classes = accumulators[name].per_class()
         if of_classes:
-            per_class[name] = dict(zip(root.tasks[name].info.classes, of_classes, strict=True))
+            per_class[name] = dict(zip(root.tasks[name].parts, of_classes, strict=True))
         matrix = accumulators[name].confusion_matrix()
         if matrix is not None:
             confusion[name] = matrix

@@ -55,18 +55,36 @@ class NumberKind(ScalarKind):
         return (int((~np.isnan(column)).sum()),)
 
     def facts(self, column: np.ndarray, info: TaskInfo) -> TaskInfo:
-        """With mean, standard deviation and range."""
+        """With mean, standard deviation and range; of positive numbers also mean and deviation of their
+        logarithms (`log_mean`, `log_std`)."""
         values = column[~np.isnan(column)]
         if not len(values):
             return info
-        deviation = float(values.std())
+        of_logarithms = {}
+        if values.min() > 0:
+            logarithms = np.log(values)
+            of_logarithms = {"log_mean": float(logarithms.mean()), "log_std": _apart(logarithms)}
         return replace(
             info,
             mean=float(values.mean()),
-            std=deviation if deviation > 0 else 1.0,  # a target that never varies must not be divided by 0
+            std=_apart(values),
             minimum=float(values.min()),
             maximum=float(values.max()),
+            facts={**info.facts, **of_logarithms},
         )
+
+    def merge(self, task_infos: Sequence[TaskInfo]) -> TaskInfo:
+        """Pooled; the logarithms where all datasets have them."""
+        merged = super().merge(task_infos)
+        if len(task_infos) == 1:
+            return merged
+        facts = {key: value for key, value in merged.facts.items() if key not in ("log_mean", "log_std")}
+        if all("log_mean" in info.facts for info in task_infos):
+            of_logarithms = super().merge(
+                [replace(i, mean=i.facts["log_mean"], std=i.facts["log_std"]) for i in task_infos]
+            )
+            facts |= {"log_mean": of_logarithms.mean, "log_std": of_logarithms.std}
+        return replace(merged, facts=facts)
 
     def targets(self, batch_size: int, info: TaskInfo) -> np.ndarray:
         return np.zeros(batch_size, np.float32)
@@ -79,6 +97,12 @@ class NumberKind(ScalarKind):
 
     def text(self, label: Label, info: TaskInfo) -> str:
         return f"{label:.4g} {info.unit}".rstrip()
+
+
+def _apart(values: np.ndarray) -> float:
+    """The standard deviation; 1 of values that do not vary: a target must not be divided by 0."""
+    deviation = float(values.std())
+    return deviation if deviation > 0 else 1.0
 
 
 class Regression(NumberKind):

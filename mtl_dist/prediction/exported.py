@@ -207,6 +207,7 @@ def tasks_in_words(network: Network) -> dict[str, dict[str, Any]]:
             "mean": task.info.mean,
             "std": task.info.std,
             "thresholds": dict(zip(task.decided_labels, task.thresholds, strict=False)),
+            **task.how_to_read(),
         }
         for name, task in network.tasks.items()
     }

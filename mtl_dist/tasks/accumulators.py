@@ -266,47 +266,6 @@ class MultilabelMetrics(Accumulator):
         return values | {"num_samples": float(counted_C[0])}
 
 
-class RegressionMetrics(Accumulator):
-    """Errors in the target's own unit, from float64 sums.
-
-    r2 is 1 - (squared error) / (squared deviation from the mean of the split's targets), NaN where the
-    targets do not vary. torchmetrics' own sums targets in float32, which cancels when their mean is far from
-    0, and takes every squared error below 1e-4 for none.
-    """
-
-    sums: Tensor
-
-    def __init__(self, mean: float, scale: float) -> None:
-        super().__init__()
-        self._mean = mean
-        self._scale = scale
-        self.add_state("sums", torch.zeros(5, dtype=torch.float64), "sum")
-
-    def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
-        """Count standardised outputs (B, 1) against targets (B,) in their unit."""
-        centred_B = target.double() - self._mean
-        error_B = output.double().squeeze(1) * self._scale - centred_B
-        terms_5B = torch.stack(
-            [torch.ones_like(error_B), error_B.abs(), error_B.square(), centred_B, centred_B.square()]
-        )
-        self.sums += torch.where(labelled_B, terms_5B, 0.0).sum(dim=1)
-
-    def compute(self) -> dict[str, float]:
-        num, absolute, squared, total, total_squared = self.sums.tolist()
-        if num == 0:
-            return dict.fromkeys(("mae", "rmse", "mse", "r2"), math.nan) | {"num_samples": 0.0}
-        deviation = total_squared - total * total / num
-        # What remains below is the rounding of the subtraction, not a deviation.
-        varies = num >= 2 and deviation > 1e-12 * total_squared
-        return {
-            "mae": absolute / num,
-            "rmse": math.sqrt(squared / num),
-            "mse": squared / num,
-            "r2": 1 - squared / deviation if varies else math.nan,
-            "num_samples": num,
-        }
-
-
 class SegmentationMetrics(Accumulator):
     """Overlap of masks, counted in pixels over the whole split.
 

@@ -115,6 +115,30 @@ def of_errors(columns: Columns, weights_RN: np.ndarray) -> Metrics:
     }
 
 
+def of_quantiles(columns: Columns, weights_RN: np.ndarray, shares: Sequence[float]) -> Metrics:
+    """As `QuantileMetrics` has them, but coverage_error: like ece it would lie above the metric."""
+    labels_N, total_R = columns["label"].astype(np.float64), weights_RN.sum(1)
+    losses_N = np.zeros(len(labels_N))
+    for share in shares:
+        errors_N = labels_N - columns[f"quantiles.{share:g}"].astype(np.float64)
+        losses_N += np.maximum(share * errors_N, (share - 1) * errors_N) / len(shares)
+    metrics = {"pinball": _ratio(weights_RN @ losses_N, total_R)}
+    if len(shares) > 1:
+        metrics["coverage"] = _ratio(weights_RN @ columns["covered"].astype(np.float64), total_R)
+        metrics["interval_width"] = _ratio(weights_RN @ columns["width"].astype(np.float64), total_R)
+    return metrics
+
+
+def of_deviations(columns: Columns, weights_RN: np.ndarray) -> Metrics:
+    """As `GaussianMetrics` has them, but coverage_error: like ece it would lie above the metric."""
+    total_R = weights_RN.sum(1)
+    named = {"nll": "nll", "coverage": "covered", "mean_deviation": "deviation"}
+    return {
+        metric: _ratio(weights_RN @ columns[column].astype(np.float64), total_R)
+        for metric, column in named.items()
+    }
+
+
 def of_grades(columns: Columns, weights_RN: np.ndarray, num_classes: int) -> Metrics:
     """As `OrdinalMetrics` has them."""
     labels_N, grades_N = columns["label_id"].astype(np.int64), columns["class_id"].astype(np.int64)

@@ -196,6 +196,15 @@ class Task(ABC):
         """The metrics of its kind that it reports, with these classes."""
         return tuple(self.settings.modes)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What its metrics are also had of, each for itself, by name: its classes."""
+        return self.info.classes
+
+    def how_to_read(self) -> dict[str, Any]:
+        """What programs of others have to know of the outputs beyond the task's info, as JSON holds it."""
+        return {}
+
     def notes(self) -> list[str]:
         """What is assumed that the settings do not say, for people to read at the start of a run."""
         return []

@@ -441,7 +441,7 @@ def test_the_data_worker_that_is_late_is_named_with_what_it_does() -> None:
 
 # ---------------------------------------------------------------- two ranks
 def train_with_a_sleeping_loss(recipe: Path, run: Path) -> None:
-    from mtl_dist.tasks.regression import Mse
+    from mtl_dist.tasks.number_losses import Mse
 
     if int(os.environ["RANK"]) == 1:
         Mse.numerators = lambda self, output, target: time.sleep(1000)  # type: ignore[assignment]
@@ -449,7 +449,7 @@ def train_with_a_sleeping_loss(recipe: Path, run: Path) -> None:
 
 
 def train_with_one_asleep_and_one_failing(recipe: Path, run: Path) -> None:
-    from mtl_dist.tasks.regression import Mse
+    from mtl_dist.tasks.number_losses import Mse
 
     def numerators(self: Mse, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if int(os.environ["RANK"]) == 0:

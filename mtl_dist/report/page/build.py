@@ -32,6 +32,7 @@ _SHOWN_TASKS = 12
 """Tasks of which pictures are shown."""
 _MORE_CURVES = 5
 _BARS = 24
+_IN_THE_UNIT = ("mae", "rmse", "pinball", "interval_width", "mean_deviation")
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ def number_of(record: RunRecord, task: Task, split: str, metric: str) -> Number 
     if reached is not None and mode is not None:
         edge = value if found is None else found[0] if mode == "max" else found[1]
         better = edge > reached if mode == "max" else edge < reached
-    unit = f" {task.info.unit}" if task.info.unit and metric in ("mae", "rmse") else ""
+    unit = f" {task.info.unit}" if task.info.unit and metric in _IN_THE_UNIT else ""
     return Number(
         metric=words(metric),
         value=three(value) + unit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -19,6 +20,8 @@ _MOST_CURVES = 40
 _MOST_DRAWN = 60
 """Classes of a confusion matrix that are drawn: it grows with their square."""
 _LISTED = 12
+_QUANTILE = "quantiles."
+"""What the columns of quantiles begin with; the share follows."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ def figures_of(task: Task, columns: Columns, confusion: np.ndarray | None) -> li
         found += calibration_figures(columns, truths_NC, scores_NC)
     if "value" in columns and "label" in columns:
         found += regression_figures(columns, task.info.unit)
+    if "covered" in columns:
+        found += coverage_figures(columns)
     main = task.settings.compared[0]
     own = "dice" if "dice" in columns else main
     if kind_of(task.info.kind).is_map and own in columns:
@@ -252,6 +257,31 @@ def regression_figures(columns: Columns, unit: str) -> list[Figure]:
     ]
 
 
+def coverage_figures(columns: Columns) -> list[Figure]:
+    """How many labels lie below each quantile, or that of a predicted normal distribution, against how many
+    are to."""
+    labels = columns["label"].astype(np.float64)
+    of_quantiles = {
+        float(name.removeprefix(_QUANTILE)): float((labels < values.astype(np.float64)).mean())
+        for name, values in columns.items()
+        if name.startswith(_QUANTILE)
+    }
+    what = "quantiles"
+    if "distance" in columns:
+        normal, distances = NormalDist(), columns["distance"].astype(np.float64)
+        shares = (0.025, *(tenth / 10 for tenth in range(1, 10)), 0.975)
+        of_quantiles = {share: float((distances < normal.inv_cdf(share)).mean()) for share in shares}
+        what = "predicted normal distributions"
+    chart = Chart((0.0, 1.0), (0.0, 1.0), "share that is to lie below", "share of labels below")
+    chart.segment((0.0, 0.0), (1.0, 1.0))
+    chart.line(Series("coverage", list(of_quantiles), list(of_quantiles.values()), "s0", dots=True))
+    caption = (
+        f"Of the {what}; on the dashed line they are as wide as they say. "
+        f"{float(columns['covered'].astype(np.float64).mean()):.1%} of the labels lie in their intervals."
+    )
+    return [Figure("Coverage", chart.svg("coverage"), caption)]
+
+
 def words(name: str) -> str:
     """A metric's name for people.
 
@@ -264,6 +294,7 @@ def words(name: str) -> str:
         "rmse": "RMSE",
         "mse": "MSE",
         "r2": "R²",
+        "nll": "NLL",
         "iou": "IoU",
         "dice": "Dice",
     }

@@ -35,7 +35,15 @@ LOSSES = {
         {"kind": "focal", "gamma": 0.5, "class_weights": (1.0, 0.0, 3.0)},
     ],
     "multilabel": [{"kind": "bce"}, {"kind": "bce", "pos_weight": "balanced"}],
-    "regression": [{"kind": "mse"}, {"kind": "l1"}, {"kind": "smooth_l1", "beta": 0.5}],
+    "regression": [
+        {"kind": "mse"},
+        {"kind": "l1"},
+        {"kind": "smooth_l1", "beta": 0.5},
+        {"kind": "huber", "delta": 0.5},
+        {"kind": "quantile"},
+        {"kind": "gaussian_nll"},
+        {"kind": "gaussian_nll", "beta": 0.5, "floor": 0.1},
+    ],
     "masks of two": [
         {"kind": "cross_entropy", "class_weights": "balanced"},
         {"kind": "bce"},

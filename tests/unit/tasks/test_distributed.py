@@ -16,6 +16,7 @@ from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.depth import DepthSettings
 from mtl_dist.tasks.multilabel import MultilabelSettings
 from mtl_dist.tasks.normals import NormalsSettings
+from mtl_dist.tasks.number_losses import GaussianNllSettings, QuantileSettings
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
 from mtl_dist.tasks.task import Task
@@ -30,6 +31,16 @@ TASKS: dict[str, Task] = {
         ("three", ClassificationSettings(), TaskInfo("classification", ("a", "b", "c"), 9)),
         ("tags", MultilabelSettings(), TaskInfo("multilabel", ("a", "b", "c"), 9)),
         ("age", RegressionSettings(), TaskInfo("regression", mean=40.0, std=12.0)),
+        (
+            "age with quantiles",
+            RegressionSettings(loss=QuantileSettings()),
+            TaskInfo("regression", mean=40.0, std=12.0),
+        ),
+        (
+            "age with a deviation",
+            RegressionSettings(loss=GaussianNllSettings()),
+            TaskInfo("regression", mean=40.0, std=12.0),
+        ),
         (
             "depth",
             DepthSettings(),
