@@ -253,6 +253,25 @@ def gpu(
 
 
 @app.command()
+def serve(
+    run: Annotated[Path, typer.Argument(exists=True, metavar="RUN", help="A run folder, or an export.")],
+    image: Annotated[Path, typer.Argument(exists=True, metavar="IMAGE", help="What every request holds.")],
+    clients: Annotated[list[int], typer.Option(min=1, metavar="N", help="At once.")] = [1, 16],  # noqa: B006
+    requests: Annotated[int, typer.Option(min=10, metavar="N", help="Per turn.")] = 200,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Take the median of so many.")] = 5,
+) -> None:
+    """The service under load, with batching beside without: images per second, p50 and p99, memory.
+
+    \b
+      python -m benchmarks serve runs/digits/RUN digit.png
+      python -m benchmarks serve runs/skin/RUN photo.jpg --clients 1 --clients 32
+    """
+    from benchmarks.serve import bench_serve
+
+    bench_serve(run, image, clients, requests, repeats)
+
+
+@app.command()
 def pictures(
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where they go.")] = Path("docs"),
 ) -> None:

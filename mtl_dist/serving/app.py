@@ -123,7 +123,7 @@ def build_app(predictor: Predictor, limits: Limits, name: str, hosts: Sequence[s
 
     @app.post("/predict", responses=_bad(400, 408, 413, 422, 429))
     async def predict(
-        files: Annotated[list[UploadFile], File(description="Images, as files.")],
+        files: Annotated[list[UploadFile], File(description="Images, as files.", min_length=1)],
         maps: Annotated[bool, Query(description="Masks and overlays as PNGs too.")] = False,
     ) -> dict[str, Any]:
         """Every task's answer for each image, in their order."""

@@ -190,6 +190,34 @@ def test_mutated_images_are_answered_or_refused_and_never_a_5xx(client: Any) -> 
     assert codes <= {200, 413, 422}
 
 
+def test_no_request_that_the_schema_allows_or_forbids_is_a_5xx(address: str) -> None:
+    """Made by schemathesis from /openapi.json; every answer has a status and form that the schema names."""
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, seed, settings
+    from schemathesis.specs.openapi.checks import positive_data_acceptance as no_image
+
+    schema = schemathesis.openapi.from_url(f"{address}openapi.json")
+    codes: dict[str, set[int]] = {}
+
+    def answer(case: Any) -> None:
+        response = case.call()
+        codes.setdefault(case.path, set()).add(response.status_code)
+        case.validate_response(response, excluded_checks=[no_image])
+
+    for each in schema.get_all_operations():
+        made = given(case=each.ok().as_strategy())(answer)
+        few = settings(
+            max_examples=40,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        seed(0)(few(made))()
+    assert {"/predict", "/model", "/health", "/metrics"} <= codes.keys()
+    assert max(max(each) for each in codes.values()) < 500
+
+
 def test_a_request_that_takes_too_long_ends() -> None:
     from mtl_dist.serving.guard import Guard
 
