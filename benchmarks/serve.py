@@ -64,8 +64,8 @@ def bench_serve(run: Path, image: Path, clients: list[int], requests: int, repea
 def under_load(
     predictor: Predictor, data: bytes, num_clients: int, requests: int, max_batch: int
 ) -> tuple[float, list[float], float]:
-    """Images per second, the seconds of every answer, and the MiB that the process grew by; each of the clients
-    waits for its answer before it asks again."""
+    """Images per second, the seconds of every answer, and the MiB that the process grew by; each client waits
+    for its answer before it asks again."""
     limits = replace(Limits(), max_batch=max_batch, max_queue=4 * num_clients)
     app = build_app(predictor, limits, "load", ("127.0.0.1",))
     process = psutil.Process(os.getpid())
