@@ -14,6 +14,7 @@ from mtl_dist.data.val_labels import tasks_labelled_in, val_gaps
 from mtl_dist.engine.launched import unused_slurm_tasks
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
+from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.norm_inputs import FEW, fewest_values
 from mtl_dist.plural import plural
 from mtl_dist.recipe import Recipe
@@ -51,6 +52,7 @@ def caveats(recipe: Recipe, data: Data, root: RootModule, world: World) -> Itera
     for name, info in data.task_infos.items():
         if info.num_labelled == 0:
             yield f"task {name} has no label in the training data: its head stays as it is."
+    yield from remarks(root.model)
     yield from val_gaps(data)
     yield from averaged_tasks(recipe, data)
     yield from world.on_main(lambda: list(leakage(data)))
@@ -59,6 +61,16 @@ def caveats(recipe: Recipe, data: Data, root: RootModule, world: World) -> Itera
     unused = unused_slurm_tasks(os.environ)
     if unused:
         yield unused
+
+
+def remarks(model: MultitaskModel) -> Iterator[str]:
+    """What decoders say of the maps that they read, once for all tasks of which it holds."""
+    found: dict[str, list[str]] = {}
+    for name, head in model.heads.items():
+        found.setdefault(getattr(head, "remark", ""), []).append(name)
+    for remark, tasks in found.items():
+        if remark:
+            yield f"{', '.join(tasks)}: {remark}"
 
 
 def check_monitor(recipe: Recipe, data: Data) -> None:

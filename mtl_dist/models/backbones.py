@@ -22,13 +22,13 @@ from torch.fx.proxy import TraceError
 from mtl_dist.config.nearest import nearest
 from mtl_dist.errors import UserError
 from mtl_dist.models.checkpointing import Segment, cut, recomputed
-from mtl_dist.models.features import VECTOR, map_key
+from mtl_dist.models.features import VECTOR, Blocks, Wanted, map_key
 from mtl_dist.models.norms import convert_norms
 from mtl_dist.models.settings import TIMM, ModelSettings, UserBackboneSettings
 from mtl_dist.models.simple_cnn import SimpleCNN
 from mtl_dist.models.timm_backbone import TimmBackbone
 from mtl_dist.models.timm_library import configuration, is_timm, normalisation_of
-from mtl_dist.models.timm_network import TimmNetwork, build_timm_network
+from mtl_dist.models.timm_network import TimmNetwork, build_timm_network, not_dilated
 from mtl_dist.models.tracing import Trace, Values, needed_steps, run_step, step_shapes, trace
 from mtl_dist.models.weights import input_convolution, load_weights
 
@@ -87,6 +87,11 @@ class Network:
         """The channels of the vector."""
         return self.trace.vector_size
 
+    @property
+    def blocks(self) -> Blocks | None:
+        """What it can give of each of its blocks: nothing, as it is cut at strides."""
+        return None
+
     def vector_name(self, with_maps: bool) -> str:
         """The feature that the vector comes from: the deepest map where maps are wanted too.
 
@@ -116,7 +121,7 @@ def build_network(settings: ModelSettings, in_channels: int, image_size: tuple[i
             raise UserError("model.weights: simple_cnn has no weights in torchvision. Give a file, or null.")
         network = _traced(SimpleCNN(in_channels, image_size), in_channels, image_size, has_classifier=False)
     else:
-        module, fixed_size = _construct(name, image_size)
+        module, fixed_size = _construct(name, image_size, settings.output_stride)
         _adapt_input(module, in_channels)
         network = _traced(module, in_channels, fixed_size, has_classifier=True)
         _check_size(network, name, in_channels, image_size)
@@ -164,18 +169,16 @@ class Backbone(nn.Module):
 
     Args:
         network: the traced network; its submodules move in here
-        strides: the maps wanted
+        wanted: the maps
         vector: whether the vector is wanted, beside the maps or alone
         checkpointing: what is computed again in the backward pass
     """
 
-    def __init__(
-        self, network: Network, strides: Collection[int], vector: bool, settings: ModelSettings
-    ) -> None:
+    def __init__(self, network: Network, wanted: Wanted, vector: bool, settings: ModelSettings) -> None:
         super().__init__()
         traced = network.trace
         self._input = traced.input
-        self._stages = [traced.stages[stride] for stride in sorted(strides)]
+        self._stages = [traced.stages[stride] for stride in sorted(wanted.strides)]
         self._vector_step = traced.vector_step if vector else None
         self._pooled = traced.deepest if vector and traced.vector_step is None else None
         results = [stage.step for stage in self._stages]
@@ -248,16 +251,16 @@ AnyNetwork: TypeAlias = Network | TimmNetwork
 AnyBackbone: TypeAlias = Backbone | TimmBackbone
 
 
-def make_backbone(
-    network: AnyNetwork, strides: Collection[int], vector: bool, settings: ModelSettings
-) -> AnyBackbone:
+def make_backbone(network: AnyNetwork, wanted: Wanted, vector: bool, settings: ModelSettings) -> AnyBackbone:
     """The part of a network that gives the wanted features; the network's submodules move in there."""
     if isinstance(network, TimmNetwork):
-        return TimmBackbone(network, strides, vector, settings)
-    return Backbone(network, strides, vector, settings)
+        return TimmBackbone(network, wanted, vector, settings)
+    return Backbone(network, wanted, vector, settings)
 
 
-def _construct(name: str, image_size: tuple[int, int]) -> tuple[nn.Module, tuple[int, int] | None]:
+def _construct(
+    name: str, image_size: tuple[int, int], output_stride: int | None
+) -> tuple[nn.Module, tuple[int, int] | None]:
     """A torchvision model and, where it takes only one, its image size."""
     arguments: dict[str, Any] = {}
     fixed_size: tuple[int, int] | None = None
@@ -273,14 +276,28 @@ def _construct(name: str, image_size: tuple[int, int]) -> tuple[nn.Module, tuple
             arguments, fixed_size = {"input_size": image_size}, image_size
         case "googlenet" | "inception":
             arguments = {"aux_logits": False, "init_weights": True}
+    if output_stride is not None:
+        arguments |= _dilated(name, output_stride)
     try:
         return torchvision.models.get_model(name, weights=None, **arguments), fixed_size
+    except NotImplementedError:  # torchvision's small ResNets
+        raise UserError(not_dilated(name, output_stride)) from None
     except (AssertionError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"model.backbone: {name} can't be built for images of {_pixels(image_size)} ({reason}). "
             "Change data.image_size: a multiple of the patch for vit, of 224 for maxvit."
         ) from None
+
+
+def _dilated(name: str, output_stride: int) -> dict[str, Any]:
+    """The arguments by which torchvision dilates a network."""
+    match _family(name), output_stride:
+        case "resnet", _:
+            return {"replace_stride_with_dilation": [False, output_stride == 8, True]}
+        case "mobilenetv3", 16:
+            return {"dilated": True}
+    raise UserError(not_dilated(name, output_stride))
 
 
 def _family(name: str) -> str:

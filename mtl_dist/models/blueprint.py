@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from mtl_dist.models.backbones import AnyBackbone, AnyNetwork, build_network, make_backbone
-from mtl_dist.models.features import VECTOR
-from mtl_dist.models.heads import Head, build_head, used_strides
+from mtl_dist.models.features import VECTOR, Wanted, map_key
+from mtl_dist.models.heads import Head, build_head, wanted_maps
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.specs import HeadSpec
 
@@ -43,15 +45,24 @@ class Blueprint:
 
     def strides(self, task: str, channels: Mapping[int, int]) -> set[int]:
         """The strides of the maps that the task's head reads, out of those of `channels`."""
-        return used_strides(self.settings, self.specs[task], channels)
+        return set(wanted_maps(self.settings, self.specs[task], channels).strides)
 
     def cut(self, network: AnyNetwork, tasks: Collection[str]) -> tuple[AnyBackbone, dict[str, Head]]:
         """The backbone that gives what the heads of `tasks` read, and these heads."""
-        strides = {stride for task in tasks for stride in self.strides(task, network.channels)}
-        vector_name = network.vector_name(with_maps=bool(strides))
+        channels, blocks = network.channels, network.blocks
+        each = (wanted_maps(self.settings, self.specs[task], channels, blocks) for task in tasks)
+        wanted = reduce(operator.or_, each)
+        vector_name = network.vector_name(with_maps=bool(wanted))
         has_vector_head = any(self.specs[task].layout == "vector" for task in tasks)
-        heads = {task: self.head(task, network.channels, network.vector_size, vector_name) for task in tasks}
-        return self.backbone(network, strides, has_vector_head and vector_name == VECTOR), heads
+        if has_vector_head and vector_name != VECTOR:
+            wanted |= Wanted(frozenset(stride for stride in channels if map_key(stride) == vector_name))
+        size = network.vector_size
+        heads = {
+            task: build_head(self.settings, self.specs[task], channels, size, vector_name, blocks)
+            for task in tasks
+        }
+        vector = has_vector_head and vector_name == VECTOR
+        return make_backbone(network, wanted, vector, self.settings), heads
 
     def head(self, task: str, channels: Mapping[int, int], vector_size: int, vector_name: str) -> Head:
         """The head of a task.
@@ -65,4 +76,4 @@ class Blueprint:
 
     def backbone(self, network: AnyNetwork, strides: Collection[int], vector: bool) -> AnyBackbone:
         """The part of a network that gives these features; the network's submodules move in there."""
-        return make_backbone(network, strides, vector, self.settings)
+        return make_backbone(network, Wanted(frozenset(strides)), vector, self.settings)

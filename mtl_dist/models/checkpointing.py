@@ -1,4 +1,4 @@
-"""Gradient checkpointing: pieces of a backbone that are computed again in the backward pass.
+"""Gradient checkpointing: pieces of a backbone or a decoder that are computed again in the backward pass.
 
 Non-reentrant (`use_reentrant=False`), the only kind that is right with several losses, with
 `torch.autograd.grad`, under DDP and under ZeRO. The random state is kept, so dropout draws the same again,
@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -88,6 +88,44 @@ def recomputed(
         return tuple(checkpoint(run, *inputs, use_reentrant=False))
     contexts = partial(_recompute_contexts, parts)
     return tuple(checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts))
+
+
+class Recomputing:
+    """In place of a module's `forward`: it is computed again for the backward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        run = partial(type(self.module).forward, self.module, **options)
+        trains = is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
+        if not trains:
+            return run(*inputs)
+        return recomputed(lambda *args: (run(*args),), inputs, [self.module])[0]
+
+
+def inner_blocks(module: nn.Module) -> list[nn.Module]:
+    """The parts of a module that have parts themselves; those of a list one by one."""
+    blocks = []
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            blocks += inner_blocks(child)
+        elif any(True for _ in child.children()):
+            blocks.append(child)
+    return blocks
+
+
+def recompute_decoder(decoder: nn.Module, mode: Checkpointing) -> None:
+    """Have a decoder computed again for the backward pass: whole ("stage"), or a block at a time ("block").
+
+    Its blocks are what a method `blocks` of it names, or its parts that have parts themselves.
+    """
+    if mode == "off":
+        return
+    own = getattr(decoder, "blocks", None)
+    blocks = (own() if callable(own) else inner_blocks(decoder)) if mode == "block" else [decoder]
+    for block in blocks:
+        block.forward = Recomputing(block)
 
 
 def _recompute_contexts(

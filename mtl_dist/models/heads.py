@@ -5,15 +5,20 @@ Shape legend: batch.py.
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Collection, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from mtl_dist.config.user_defined import imported
 from mtl_dist.errors import UserError
+from mtl_dist.models.checkpointing import recompute_decoder
+from mtl_dist.models.decoders import DECODERS
 from mtl_dist.models.decoders.unet import UNetDecoder, plan_decoder
-from mtl_dist.models.features import map_key
+from mtl_dist.models.features import Blocks, Wanted, map_key, prefix_key
 from mtl_dist.models.settings import (
     DecoderNorm,
     DecoderSettings,
@@ -42,38 +47,64 @@ class VectorHead(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor], image_size: tuple[int, int]) -> Tensor:
         """The output (B, C)."""
-        source = features[self.reads[0]]
-        vector_BD = source.mean(dim=(2, 3)) if source.dim() == 4 else source
+        vector_BD = _vector(self.reads[0], features)
         for layer in self.hidden:
             vector_BD = self.dropout(self.activation(layer(vector_BD)))
         return self.output(vector_BD if self.hidden else self.dropout(vector_BD))
 
 
 class UserHead(nn.Module):
-    """A head of the user's, over the vector of a vector task or over all maps of a map task; or a decoder."""
+    """A head of the user's or a decoder of the package.
 
-    def __init__(self, module: nn.Module, source: str, strides: Collection[int], spec: HeadSpec) -> None:
+    Args:
+        module: takes what `arrange` makes of the features; of a map task also the image's size (H, W)
+        reads: the names of the features
+        arrange: from all features
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        reads: Sequence[str],
+        arrange: Callable[[Mapping[str, Tensor]], Any],
+        spec: HeadSpec,
+    ) -> None:
         super().__init__()
         self.module = module
-        self._strides = tuple(sorted(strides)) if spec.layout == "map" else ()
-        self._spec = spec
-        self.reads = tuple(map_key(stride) for stride in self._strides) or (source,)
+        self.reads = tuple(reads)
+        self._arrange, self._spec = arrange, spec
+
+    @property
+    def remark(self) -> str:
+        """What its module has to say of the features that it reads, in a line; nothing if none."""
+        return str(getattr(self.module, "remark", ""))
 
     def forward(self, features: Mapping[str, Tensor], image_size: tuple[int, int]) -> Tensor:
         """The output (B, C) or (B, C, h, w)."""
-        if self._strides:
-            maps = {stride: features[map_key(stride)] for stride in self._strides}
-            output = self.module(maps, image_size)
-        else:
-            source = features[self.reads[0]]
-            output = self.module(source.mean(dim=(2, 3)) if source.dim() == 4 else source)
-        rank, wanted = (4, "(B, {}, h, w)") if self._strides else (2, "(B, {})")
+        given, is_map = self._arrange(features), self._spec.layout == "map"
+        output = self.module(given, image_size) if is_map else self.module(given)
+        rank, wanted = (4, "(B, {}, h, w)") if is_map else (2, "(B, {})")
         if output.dim() != rank or output.shape[1] != self._spec.num_outputs:
             raise UserError(
                 f"model.heads.{self._spec.task}: expected an output {wanted.format(self._spec.num_outputs)}, "
                 f"found {tuple(output.shape)}. The constructor's num_outputs says how many the task wants."
             )
         return output
+
+
+def _vector(source: str, features: Mapping[str, Tensor]) -> Tensor:
+    feature = features[source]
+    return feature.mean(dim=(2, 3)) if feature.dim() == 4 else feature
+
+
+def _by_stride(strides: Sequence[int], features: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    return {stride: features[map_key(stride)] for stride in strides}
+
+
+def _by_block(
+    names: Sequence[tuple[str, str | None]], features: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor | None]]:
+    return [(features[own], None if before is None else features[before]) for own, before in names]
 
 
 Head: TypeAlias = VectorHead | UNetDecoder | UserHead
@@ -138,20 +169,57 @@ def chosen_decoder(settings: ModelSettings, task: str) -> DecoderSettings | User
     return settings.decoder.model_copy(update=_own(settings, task))
 
 
-def used_strides(settings: ModelSettings, spec: HeadSpec, channels: Mapping[int, int]) -> set[int]:
-    """The strides of the maps that the task's head reads; none for a vector head."""
+def wanted_maps(
+    settings: ModelSettings, spec: HeadSpec, channels: Mapping[int, int], blocks: Blocks | None = None
+) -> Wanted:
+    """The maps that the task's head reads, of those of `channels` by stride; none for a vector head.
+
+    Args:
+        blocks: what there is of a plain ViT's blocks
+
+    Raises:
+        UserError: the decoder does not fit the network.
+    """
     if spec.layout == "vector":
-        return set()
+        return Wanted()
     decoder = chosen_decoder(settings, spec.task)
-    if isinstance(decoder, UserHeadSettings):
-        return _read_by(decoder, channels)
-    return plan_decoder(decoder, channels, spec.task).strides
+    if not isinstance(decoder, UserHeadSettings):
+        return Wanted(frozenset(plan_decoder(decoder, channels, spec.task).strides))
+    if not _reads_blocks(decoder.part_class):
+        return Wanted(frozenset(_strides_of(decoder, channels)))
+    own_blocks, (numbers, with_prefix) = _blocks_of(decoder, blocks, settings)
+    last = own_blocks.own_stride_from
+    others = frozenset(number for number in numbers if number != last)
+    own = frozenset({own_blocks.stride} if last in numbers else ())
+    return Wanted(own, others, frozenset(numbers if with_prefix else ()))
 
 
-def _read_by(decoder: UserHeadSettings, channels: Mapping[int, int]) -> set[int]:
+def _strides_of(decoder: UserHeadSettings, channels: Mapping[int, int]) -> list[int]:
     """The strides of the maps that a decoder is given: what its class says (`used_strides`), or all."""
     used = getattr(decoder.part_class, "used_strides", None)
-    return set(channels if used is None else used(channels))
+    return sorted(channels if used is None else used(channels))
+
+
+def _reads_blocks(part: type) -> bool:
+    return hasattr(part, "used_blocks")
+
+
+def _blocks_of(
+    decoder: UserHeadSettings, blocks: Blocks | None, settings: ModelSettings
+) -> tuple[Blocks, tuple[list[int], bool]]:
+    """What there is of a plain ViT's blocks, and what the decoder's class says it reads (`used_blocks`)."""
+    if blocks is None:
+        others = [kind for kind, path in DECODERS.items() if not _reads_blocks(imported(path))]
+        sharing = settings.user_sharing
+        with_sharing = "" if sharing is None else f" with model.sharing {sharing.path.rpartition('.')[2]}"
+        kind = getattr(decoder, "kind")  # noqa: B009  (a field of the derived settings)
+        raise UserError(
+            f"model.decoder: expected a plain ViT of timm (timm/vit_...), whose blocks {kind} reads, found "
+            f"{settings.backbone_name}{with_sharing}. Use unet, {', '.join(others[:-1])} or {others[-1]}."
+        )
+    used = decoder.part_class.used_blocks
+    asked = [name for name in inspect.signature(used).parameters if name in type(decoder).model_fields]
+    return blocks, used(blocks, **{name: getattr(decoder, name) for name in asked})
 
 
 def build_head(
@@ -160,22 +228,34 @@ def build_head(
     channels: Mapping[int, int],
     vector_size: int,
     vector_name: str,
+    blocks: Blocks | None = None,
 ) -> Head:
-    """The head of one task over maps of `channels` by stride, and a vector that comes as `vector_name`."""
-    if spec.layout == "map":
-        chosen: object = chosen_decoder(settings, spec.task)
-    else:
-        chosen = settings.heads.get(spec.task)
-    if isinstance(chosen, UserHeadSettings):
-        facts = {"num_features": vector_size, "channels": dict(channels)}
-        module = chosen.make(num_outputs=spec.num_outputs, **facts)
-        return UserHead(module, vector_name, _read_by(chosen, channels), spec)
+    """The head of one task over maps of `channels` by stride, or of a plain ViT's `blocks`, and a vector that
+    comes as `vector_name`."""
+    norm: DecoderNorm = "group" if settings.norm in ("group", "frozen") else "batch"
+    if spec.layout == "vector":
+        own: object = settings.heads.get(spec.task)
+        if isinstance(own, UserHeadSettings):
+            module = own.make(num_outputs=spec.num_outputs, num_features=vector_size, head_norm=norm)
+            return UserHead(module, [vector_name], partial(_vector, vector_name), spec)
+        return VectorHead(vector_name, vector_size, head_settings(settings, spec.task), spec.num_outputs)
+    chosen = chosen_decoder(settings, spec.task)
     if isinstance(chosen, DecoderSettings):
         plan = plan_decoder(chosen, channels, spec.task)
-        norm: DecoderNorm = "group" if settings.norm in ("group", "frozen") else "batch"
-        return UNetDecoder(plan, chosen.output_stride, chosen.norm or norm, spec.num_outputs)
-    own = head_settings(settings, spec.task)
-    return VectorHead(vector_name, vector_size, own, spec.num_outputs)
+        unet = UNetDecoder(plan, chosen.output_stride, chosen.norm or norm, spec.num_outputs)
+        recompute_decoder(unet, settings.checkpointing)
+        return unet
+    if _reads_blocks(chosen.part_class):
+        blocks, (numbers, with_prefix) = _blocks_of(chosen, blocks, settings)
+        pairs = [(blocks.name(number), prefix_key(number) if with_prefix else None) for number in numbers]
+        reads = [name for pair in pairs for name in pair if name is not None]
+        arrange: Callable[[Mapping[str, Tensor]], Any] = partial(_by_block, pairs)
+    else:
+        strides = _strides_of(chosen, channels)
+        reads, arrange = [map_key(stride) for stride in strides], partial(_by_stride, strides)
+    module = chosen.make(num_outputs=spec.num_outputs, channels=dict(channels), blocks=blocks, head_norm=norm)
+    recompute_decoder(module, settings.checkpointing)
+    return UserHead(module, reads, arrange, spec)
 
 
 def _own(settings: ModelSettings, task: str) -> dict[str, object]:

@@ -73,10 +73,12 @@ class UserHeadSettings(UserDefinedSettings):
     num_features  of a vector task: the size D of the vector (B, D) that it is called with
     channels      of a map task: by stride, the channels of the maps that it is called with as
                   {stride: (B, D, H, W)}, together with the image's size (H, W)
+    blocks        of a map task: what a plain ViT of timm gives of its blocks, None of another backbone
+    head_norm     batch or group, as `model.norm` says
     """
 
     part_base = "torch.nn.Module"
-    provides = ("num_outputs", "num_features", "channels")
+    provides = ("num_outputs", "num_features", "channels", "blocks", "head_norm")
 
 
 USER_HEAD = UserDefined((UserHeadSettings,), names=DECODERS)
@@ -135,7 +137,9 @@ class ModelSettings(Settings):
                    backbone: RUN/checkpoints/STEP/model.safetensors
     frozen         the backbone keeps its weights, its normalisation in evaluation mode; heads train
     norm           what becomes of the backbone's BatchNorm layers
-    checkpointing  recompute the backbone in the backward pass, a stage or a block at a time
+    output_stride  of the backbone's deepest map: a convolutional one is dilated to it, as DeepLab has it
+                   (torchvision's resnet50 and larger and mobilenet_v3; of timm what takes `output_stride`)
+    checkpointing  recompute backbone and decoders in the backward pass, a stage or a block at a time
     normalise      `published`: by what the backbone's published weights expect for three channels
                    (ImageNet's), 127.5 and 127.5 otherwise; `data`: by mean and deviation of the training
                    images, as their preparation measured them; `auto`: `published` for 8-bit pictures of
@@ -155,6 +159,7 @@ class ModelSettings(Settings):
     weights: str | None = None
     frozen: bool = False
     norm: NormKind = "batch"
+    output_stride: Literal[8, 16] | None = None
     checkpointing: Checkpointing = "off"
     normalise: Literal["auto", "published", "data"] = "auto"
     mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
@@ -189,6 +194,17 @@ class ModelSettings(Settings):
         if of_timm and self.weights == "torchvision":
             raise ValueError(
                 f"weights: expected timm, a file or null with {self.backbone}, found torchvision."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_dilated(self) -> ModelSettings:
+        if self.output_stride is not None and (
+            self.user_backbone is not None or self.backbone == "simple_cnn"
+        ):
+            raise ValueError(
+                f"output_stride: expected none with {self.backbone_name}, found {self.output_stride}. Remove "
+                "it: it is for networks of torchvision and timm."
             )
         return self
 

@@ -8,15 +8,14 @@ Shape legend: batch.py.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, nn
 
-from mtl_dist.models.checkpointing import recomputed
-from mtl_dist.models.features import VECTOR, map_key
+from mtl_dist.models.checkpointing import Recomputing
+from mtl_dist.models.features import VECTOR, Wanted, block_key, map_key, prefix_key
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.models.timm_library import timm_library
 from mtl_dist.models.timm_network import TimmNetwork, intermediates
@@ -30,40 +29,47 @@ class TimmBackbone(nn.Module):
 
     Args:
         source: the network; its submodules move in here
-        strides: the maps wanted
+        wanted: the maps
         vector: whether the vector is wanted, the mean over the deepest map
     """
 
-    def __init__(
-        self, source: TimmNetwork, strides: Collection[int], vector: bool, settings: ModelSettings
-    ) -> None:
+    def __init__(self, source: TimmNetwork, wanted: Wanted, vector: bool, settings: ModelSettings) -> None:
         super().__init__()
         self.network = source.module
         self.pyramid = nn.ModuleDict(
-            {key: level for key, level in source.pyramid.items() if int(key) in strides}
+            {key: level for key, level in source.pyramid.items() if int(key) in wanted.strides}
         )
-        self._sources = {stride: source.sources[stride] for stride in sorted(strides)}
+        self._sources = {stride: source.sources[stride] for stride in sorted(wanted.strides)}
+        self._blocks, self._prefixes = sorted(wanted.blocks), sorted(wanted.prefixes)
         self._pooled = source.sources[source.vector_stride] if vector else None
         self._sizes = source.sizes
-        indices = sorted({*self._sources.values(), *([] if self._pooled is None else [self._pooled])})
+        numbers = {number - 1 for number in (*self._blocks, *self._prefixes)}
+        numbers |= set() if self._pooled is None else {self._pooled}
+        indices = sorted(numbers | set(self._sources.values()))
         source.module.prune_intermediate_layers(indices, prune_norm=not source.is_plain, prune_head=True)  # type: ignore[operator]
         self._numbers = indices
         # By its call, for what an engine does around that: it may gather the parameters of a module there.
-        source.module.forward = _Intermediates(source.module, indices, source.is_plain)
+        source.module.forward = _Intermediates(
+            source.module, indices, source.is_plain, with_prefix=bool(self._prefixes)
+        )
         self._freeze_unreached(source)
         if settings.checkpointing != "off":
             for module in _blocks(self.network, coarse=settings.checkpointing == "stage"):
-                module.forward = _Recomputing(module)
+                module.forward = Recomputing(module)
 
     @property
     def feature_names(self) -> tuple[str, ...]:
         """The names of the features that `forward` gives."""
-        return (*(() if self._pooled is None else (VECTOR,)), *map(map_key, self._sources))
+        vector = () if self._pooled is None else (VECTOR,)
+        blocks = (*map(block_key, self._blocks), *map(prefix_key, self._prefixes))
+        return (*vector, *map(map_key, self._sources), *blocks)
 
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """The features of normalised images: `vector` (B, D) and `stride_<s>` (B, D, H, W), as wanted."""
-        found = self.network(self._sizes.fit(images_BCHW))
+        """The features of normalised images, as wanted: `vector` (B, D); `stride_<s>` and `block_<n>`
+        (B, D, H, W); `block_<n>_prefix` (B, P, D)."""
+        found, before = self.network(self._sizes.fit(images_BCHW))
         maps = dict(zip(self._numbers, found, strict=True))
+        prefixes = dict(zip(self._numbers, before, strict=True)) if self._prefixes else {}
         features = {}
         for stride, number in self._sources.items():
             key = str(stride)
@@ -72,6 +78,10 @@ class TimmBackbone(nn.Module):
             features[map_key(stride)] = (
                 self.pyramid[key](maps[number]) if key in self.pyramid else maps[number].view_as(maps[number])
             )
+        for number in self._blocks:
+            features[block_key(number)] = maps[number - 1].view_as(maps[number - 1])
+        for number in self._prefixes:
+            features[prefix_key(number)] = prefixes[number - 1].view_as(prefixes[number - 1])
         if self._pooled is not None:
             features[VECTOR] = maps[self._pooled].mean(dim=(2, 3))
         return features
@@ -119,27 +129,14 @@ def _leaves(outputs: Iterable[Tensor]) -> set[Tensor]:
 
 
 class _Intermediates:
-    """In place of a network's `forward`: its maps of these numbers."""
+    """In place of a network's `forward`: its maps of these numbers, and the tokens before them if wanted."""
 
-    def __init__(self, module: nn.Module, indices: list[int], normalised: bool) -> None:
+    def __init__(self, module: nn.Module, indices: list[int], normalised: bool, *, with_prefix: bool) -> None:
         self.module, self.indices, self.normalised = module, indices, normalised
+        self.with_prefix = with_prefix
 
-    def __call__(self, images_BCHW: Tensor) -> list[Tensor]:
-        return intermediates(self.module, images_BCHW, self.indices, self.normalised)
-
-
-class _Recomputing:
-    """In place of a module's `forward`: it is computed again for the backward pass."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, *inputs: Any, **options: Any) -> Any:
-        run = partial(type(self.module).forward, self.module, **options)
-        trains = is_grad_enabled() and any(p.requires_grad for p in self.module.parameters())
-        if not trains:
-            return run(*inputs)
-        return recomputed(lambda *args: (run(*args),), inputs, [self.module])[0]
+    def __call__(self, images_BCHW: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        return intermediates(self.module, images_BCHW, self.indices, self.normalised, self.with_prefix)
 
 
 def _groups(network: nn.Module, coarse: bool) -> list[list[str]]:

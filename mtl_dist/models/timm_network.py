@@ -10,6 +10,7 @@ Shape legend: batch.py.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtl_dist.errors import UserError
-from mtl_dist.models.features import VECTOR, map_key
+from mtl_dist.models.features import VECTOR, Blocks, map_key
 from mtl_dist.models.norms import convert_norms, group_norm
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.models.timm_library import configuration, converter, create, published_weights
@@ -31,6 +32,9 @@ Size: TypeAlias = tuple[int, int]
 
 FINE_STRIDES = (4, 8)
 """What a plain ViT's pyramid adds to its own stride."""
+
+_WITH_PREFIX = "return_prefix_tokens"
+"""timm's word for the tokens before those of the patches: of the class, registers."""
 
 NUM_IMAGES = 2
 """Of a probe on the meta device: layers that take statistics want more than one."""
@@ -77,6 +81,7 @@ class TimmNetwork:
         sources: for each stride, which of the module's intermediate maps it is, or is made of
         vector_stride: of the map whose mean is the vector, the deepest of the module's own
         is_plain: a plain ViT, whose maps are normalised as its last one
+        num_blocks: how many intermediate maps it has
     """
 
     module: nn.Module
@@ -87,6 +92,7 @@ class TimmNetwork:
     in_channels: int
     sizes: Sizes
     is_plain: bool
+    num_blocks: int
 
     @property
     def vector_size(self) -> int:
@@ -96,6 +102,19 @@ class TimmNetwork:
     def vector_name(self, with_maps: bool) -> str:
         """The feature that the vector comes from: the deepest map where maps are wanted too."""
         return map_key(self.vector_stride) if with_maps else VECTOR
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """What it can give of each of its blocks; None where it is no plain ViT."""
+        if not self.is_plain:
+            return None
+        return Blocks(
+            self.num_blocks,
+            self.vector_stride,
+            self.vector_size,
+            _num_prefix(self.module),
+            self.sources[self.vector_stride] + 1,
+        )
 
 
 def build_timm_network(settings: ModelSettings, in_channels: int, image_size: Size) -> TimmNetwork:
@@ -107,7 +126,15 @@ def build_timm_network(settings: ModelSettings, in_channels: int, image_size: Si
     name = settings.backbone_name
     config = configuration(name)
     arguments = {**settings.timm.arguments, "in_chans": in_channels, "num_classes": 0}
-    module, sizes = _of_size(name, arguments, image_size, bool(config.get("fixed_input_size")))
+    is_fixed = bool(config.get("fixed_input_size"))
+    if settings.output_stride is not None:
+        arguments["output_stride"] = settings.output_stride
+    try:
+        module, sizes = _of_size(name, arguments, image_size, is_fixed)
+    except UserError:
+        if settings.output_stride is not None:
+            raise UserError(not_dilated(name, settings.output_stride)) from None
+        raise
     strides = _strides(module)
     is_plain = len(strides) > 1 and len(set(strides.values())) == 1
     sources = _sources(strides, settings.timm.blocks, name, is_plain)
@@ -130,7 +157,17 @@ def build_timm_network(settings: ModelSettings, in_channels: int, image_size: Si
         state = published_weights(name) if settings.weights == "timm" else settings.weights
         load_timm_weights(module, pyramid, config.get("classifier") or (), name, state, converter(name))
     convert_norms(module, settings.norm)
-    return TimmNetwork(module, pyramid, channels, sources, own_stride, in_channels, sizes, is_plain)
+    return TimmNetwork(
+        module, pyramid, channels, sources, own_stride, in_channels, sizes, is_plain, len(strides)
+    )
+
+
+def not_dilated(name: str, output_stride: int | None) -> str:
+    """The line about a network that cannot be dilated to this stride."""
+    return (
+        f"model.output_stride: expected none with {name}, which can't be dilated to {output_stride}, found "
+        "one. Remove it, or take torchvision's resnet50, mobilenet_v3_large (16 alone) or a ResNet of timm."
+    )
 
 
 def _of_size(
@@ -226,18 +263,28 @@ def _probe(
 
 
 def intermediates(
-    module: nn.Module, images_BCHW: Tensor, indices: list[int], normalised: bool
-) -> list[Tensor]:
-    """The maps (B, D, H, W) of these numbers that a network of timm has between its layers."""
-    found: list[Tensor] = module.forward_intermediates(  # type: ignore[operator]
+    module: nn.Module, images_BCHW: Tensor, indices: list[int], normalised: bool, with_prefix: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The maps (B, D, H, W) of these numbers that a network of timm has between its layers, and the tokens
+    (B, P, D) before each; without `with_prefix` none of these."""
+    found: list[Any] = module.forward_intermediates(  # type: ignore[operator]
         images_BCHW,
         indices=indices,
         norm=normalised,
         stop_early=True,
         output_fmt="NCHW",
         intermediates_only=True,
+        **({_WITH_PREFIX: True} if with_prefix else {}),
     )
-    return found
+    if not with_prefix:
+        return found, []
+    return [map_BDHW for map_BDHW, _ in found], [prefix_BPD for _, prefix_BPD in found]
+
+
+def _num_prefix(module: nn.Module) -> int:
+    """The tokens before those of the patches, as far as the network gives them."""
+    gives = _WITH_PREFIX in inspect.signature(module.forward_intermediates).parameters  # type: ignore[arg-type]
+    return int(getattr(module, "num_prefix_tokens", 0)) if gives else 0
 
 
 class _Probe(nn.Module):
@@ -248,7 +295,7 @@ class _Probe(nn.Module):
         self.module, self.indices, self.normalised = module, indices, normalised
 
     def forward(self, images_BCHW: Tensor) -> list[Tensor]:
-        return intermediates(self.module, images_BCHW, self.indices, self.normalised)
+        return intermediates(self.module, images_BCHW, self.indices, self.normalised)[0]
 
 
 def _finer(channels: int, factor: int) -> nn.Sequential:

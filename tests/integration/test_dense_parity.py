@@ -107,14 +107,21 @@ def test_dense_tasks_learn_under_every_engine_what_they_learn_alone(
     assert_same(tmp_path / "run", alone)
 
 
+DPT = ["model.decoder={kind: dpt, width: 16, widths: [8, 8, 8, 8], dropout: 0}", "model.checkpointing=block"]
+
+
+@pytest.mark.parametrize("decoder", [[], DPT], ids=["unet", "dpt"])
 def test_a_transformer_of_timm_balances_dense_tasks_under_zero_3(
-    recipe: Path, ranks: RankPool, tmp_path: Path
+    recipe: Path, ranks: RankPool, tmp_path: Path, decoder: list[str]
 ) -> None:
     pytest.importorskip("timm")
+    if decoder:
+        pytest.importorskip("segmentation_models_pytorch")
     vit = [
         "tasks.surface=null",
         "model.backbone=timm/test_vit",
         "balance={method: cagrad, level: features}",
+        *decoder,
     ]
     assert train_divided(recipe, tmp_path / "alone", vit) == "done"
     divided = [*vit, "engine.zero_stage=3"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mtl_dist.errors import UserError
 from mtl_dist.models.backbones import Backbone, backbone_names, build_network, published_normalisation
+from mtl_dist.models.features import Wanted
 from mtl_dist.models.settings import ModelSettings
 
 PYRAMID = [2, 4, 8, 16, 32]
@@ -41,7 +42,7 @@ PYRAMIDS = {
 
 def backbone_of(settings: ModelSettings, size: int) -> Backbone:
     """A backbone that gives its vector."""
-    return Backbone(build_network(settings, 3, (size, size)), (), vector=True, settings=settings)
+    return Backbone(build_network(settings, 3, (size, size)), Wanted(), vector=True, settings=settings)
 
 
 def on_meta(name: str, size: int) -> tuple[Backbone, dict[str, Tensor]]:
@@ -49,7 +50,9 @@ def on_meta(name: str, size: int) -> tuple[Backbone, dict[str, Tensor]]:
     settings = ModelSettings(backbone=name)
     with init_empty_weights(include_buffers=False):
         network = build_network(settings, 3, (size, size))
-        backbone = Backbone(network, network.channels, network.vector_name(True) == "vector", settings)
+        backbone = Backbone(
+            network, Wanted(frozenset(network.channels)), network.vector_name(True) == "vector", settings
+        )
     backbone.to("meta")
     return backbone, backbone(torch.empty(2, 3, size, size, device="meta"))
 
@@ -103,7 +106,9 @@ def test_resnet_maps_are_the_outputs_of_its_layers() -> None:
     for stride, layer in wanted.items():
         last = network.module.get_submodule(layer)[-1]  # type: ignore[index]
         last.register_forward_hook(lambda _m, _i, output, stride=stride: seen.update({stride: output}))
-    features = Backbone(network, wanted, vector=False, settings=settings)(torch.randn(2, 3, 64, 64))
+    features = Backbone(network, Wanted(frozenset(wanted)), vector=False, settings=settings)(
+        torch.randn(2, 3, 64, 64)
+    )
     assert list(features) == ["stride_4", "stride_8", "stride_16", "stride_32"]
     for stride in wanted:
         assert torch.equal(features[f"stride_{stride}"], seen[stride])
@@ -115,7 +120,9 @@ def test_swin_maps_are_turned_to_channels_first() -> None:
     blocks = network.module.get_submodule("features.1")
     seen: list[Tensor] = []
     blocks[-1].register_forward_hook(lambda _m, _i, output: seen.append(output))  # type: ignore[index]
-    map_BDHW = Backbone(network, [4], vector=False, settings=settings)(torch.randn(2, 3, 64, 64))["stride_4"]
+    map_BDHW = Backbone(network, Wanted(frozenset({4})), vector=False, settings=settings)(
+        torch.randn(2, 3, 64, 64)
+    )["stride_4"]
     assert map_BDHW.shape == (2, 96, 16, 16)
     assert torch.equal(map_BDHW, seen[0].permute(0, 3, 1, 2))
 
@@ -125,16 +132,16 @@ def test_vit_map_is_its_patch_tokens_without_the_class_token() -> None:
     network = build_network(settings, 3, (64, 64))
     seen: list[Tensor] = []
     network.module.get_submodule("encoder.ln").register_forward_hook(lambda _m, _i, out: seen.append(out))
-    map_BDHW = Backbone(network, [32], vector=False, settings=settings).eval()(torch.randn(2, 3, 64, 64))[
-        "stride_32"
-    ]
+    map_BDHW = Backbone(network, Wanted(frozenset({32})), vector=False, settings=settings).eval()(
+        torch.randn(2, 3, 64, 64)
+    )["stride_32"]
     assert map_BDHW.shape == (2, 768, 2, 2)
     assert torch.equal(map_BDHW[:, :, 1, 0], seen[0][:, 1 + 2])
 
 
 def test_only_what_is_wanted_is_computed_and_kept() -> None:
     network = build_network(ModelSettings(), 3, (64, 64))
-    backbone = Backbone(network, [4], vector=False, settings=ModelSettings())
+    backbone = Backbone(network, Wanted(frozenset({4})), vector=False, settings=ModelSettings())
     assert set(dict(backbone.named_children())) == {"conv1", "bn1", "relu", "maxpool", "layer1"}
     assert list(backbone(torch.randn(1, 3, 64, 64))) == ["stride_4"]
 

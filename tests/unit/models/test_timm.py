@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mtl_dist.errors import UserError
 from mtl_dist.models.backbones import build_network, make_backbone, published_normalisation
 from mtl_dist.models.building import build_model
+from mtl_dist.models.features import Wanted
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.settings import ModelSettings, TimmSettings
 from mtl_dist.optim import OptimSettings, build_optimizer
@@ -33,7 +34,7 @@ def model(name: str = VIT, size: tuple[int, int] = (48, 64), channels: int = 3, 
 def backbone(name: str, strides: tuple[int, ...], size: tuple[int, int] = (64, 96), **settings) -> nn.Module:
     torch.manual_seed(0)
     own = ModelSettings(backbone=name, **settings)
-    return make_backbone(build_network(own, 3, size), strides, True, own).eval()
+    return make_backbone(build_network(own, 3, size), Wanted(frozenset(strides)), True, own).eval()
 
 
 def shapes(features: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
