@@ -46,8 +46,10 @@ class Keypoints(ScalarKind):
     help = "Points by name: columns of x, y (and visibility), or NAME,... for NAME_x, NAME_y (and NAME_v)."
     metavar: ClassVar[str] = "TASK=COLUMN,..."
     has_classes: ClassVar[bool] = True
+    class_words: ClassVar[tuple[str, str]] = ("point", "points")
     moves: ClassVar[bool] = True
     has_place: ClassVar[bool] = True
+    is_drawn: ClassVar[bool] = True
     against_mixup: ClassVar[str] = "two faces in one picture have no eyes between theirs"
     against_cutmix: ClassVar[str] = "a rectangle of another image hides points and brings its own"
     shared_facts: ClassVar[tuple[str, ...]] = ("swap", "skeleton")
@@ -250,30 +252,36 @@ class Keypoints(ScalarKind):
         """The points by name, or the task where these are too many for a colour each."""
         return list(info.classes) if len(info.classes) <= _MOST_COLOURS else [task]
 
-    is_drawn: ClassVar[bool] = True
-
-    def draw(self, picture: Image.Image, label: Label, info: TaskInfo, colours: Sequence[Colour]) -> None:
-        """Rings at the points, hollow where they are hidden, joined as the skeleton says."""
+    def draw(
+        self,
+        picture: Image.Image,
+        label: Label,
+        info: TaskInfo,
+        colours: Sequence[Colour],
+        hollow: bool = False,
+    ) -> None:
+        """Discs at the points, rings where they are hidden, joined as the skeleton says."""
         from PIL import ImageDraw
 
         draw = ImageDraw.Draw(picture)
         width, height = label["size"]
         scale = np.array([picture.width / width, picture.height / height])
-        radius = max(2, round(max(picture.size) / 70))
+        radius = max(2, round(max(picture.size) / 70)) + (2 if hollow else 0)
         places = {
-            name: ((np.array([x, y]) + _CENTRE) * scale, visibility, colours[at % len(colours)])
+            name: (((np.array([x, y]) + _CENTRE) * scale).tolist(), visibility, colours[at % len(colours)])
             for at, (name, (x, y, visibility)) in enumerate(zip(info.classes, label["points"], strict=True))
             if visibility
         }
         for one, other in info.facts.get("skeleton", []):
             if one in places and other in places:
-                ends = [tuple(places[name][0].tolist()) for name in (one, other)]
+                ends = [tuple(places[name][0]) for name in (one, other)]
                 draw.line(ends, places[one][2], max(1, radius // 2))
         for (x, y), visibility, colour in places.values():
             box = (x - radius, y - radius, x + radius, y + radius)
-            draw.ellipse(
-                box, None if visibility == HIDDEN else colour, colour if visibility == HIDDEN else _EDGE
-            )
+            if hollow or visibility == HIDDEN:
+                draw.ellipse(box, None, colour, 2)
+            else:
+                draw.ellipse(box, colour, _EDGE)
 
 
 def labelled(points: Sequence[Sequence[float]], size: tuple[int, int] = (0, 0)) -> Label | None:

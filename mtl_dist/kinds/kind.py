@@ -50,6 +50,8 @@ class Kind(ABC):
     """Whether a label has a value for each pixel, and is stored as a file of its own."""
     has_classes: ClassVar[bool] = False
     """Whether labels speak of named classes."""
+    class_words: ClassVar[tuple[str, str]] = ("class", "classes")
+    """What one of these is called, and several are."""
     is_one_class: ClassVar[bool] = False
     """Whether a label is exactly one class, by its index: samples can be balanced and stratified by it."""
     is_number: ClassVar[bool] = False
@@ -205,8 +207,16 @@ class ScalarKind(Kind):
     def text(self, label: Label, info: TaskInfo) -> str:
         """The label in words."""
 
-    def draw(self, picture: Image.Image, label: Label, info: TaskInfo, colours: Sequence[Colour]) -> None:
-        """Draw a label over a picture of its whole image, in place; a colour per legend line."""
+    def draw(
+        self,
+        picture: Image.Image,
+        label: Label,
+        info: TaskInfo,
+        colours: Sequence[Colour],
+        hollow: bool = False,
+    ) -> None:
+        """Draw a label over a picture of its whole image, in place; a colour per legend line. In what is
+        `hollow` another label can be seen."""
         raise NotImplementedError
 
 

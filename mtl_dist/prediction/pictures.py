@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtl_dist.data.overlays import colours_of, legend_colours, overlaid, with_legend
 from mtl_dist.errors import UserError
-from mtl_dist.kinds.kind import Colour, MapKind
+from mtl_dist.kinds.kind import Colour, MapKind, ScalarKind
 from mtl_dist.kinds.registry import kind_of, map_kind
 from mtl_dist.tasks.task import Task
 
@@ -52,29 +52,34 @@ class Pictures:
         self._taken: set[str] = set()
 
     def example(self) -> dict[str, dict[str, str]]:
-        """By task of maps the keys of what `write` returns for it."""
+        """By task that is painted or drawn the keys of what `write` returns for it."""
         keys: dict[str, dict[str, str]] = {}
         for name, info in self._infos.items():
             kind = kind_of(info.kind)
             if isinstance(kind, MapKind):
                 palette = kind.palette(info, colours_of(name, self._colours))
                 keys[name] = {"mask" if palette else "values": "", "overlay": ""}
+            elif isinstance(kind, ScalarKind) and kind.is_drawn:
+                keys[name] = {"overlay": ""}
         return keys
 
     def write(self, name: str, image_CHW: Tensor, answers: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         """By task of maps the paths of its `mask`, or of its `values` (.npy) where these are numbers, and of
-        its `overlay`."""
+        its `overlay`; by task that is drawn that of its `overlay` alone."""
         written: dict[str, dict[str, str]] = {}
         stem = ""
         for task, answer in answers.items():
             values = self._tasks[task].map_of(answer)
-            if values is None:
+            label = self._tasks[task].drawn(answer, (image_CHW.shape[1], image_CHW.shape[2]))
+            if values is None and label is None:
                 continue
             stem = stem or self._stem(name)
             written[task] = {}
             info, colours = self._infos[task], colours_of(task, self._colours)
-            palette = map_kind(info.kind).palette(info, colours)
-            if palette:
+            palette = {} if values is None else map_kind(info.kind).palette(info, colours)
+            if values is None:
+                pass
+            elif palette:
                 place = self._directory / f"{stem}_{task}.png"
                 in_colours(values, palette).save(place)
                 written[task]["mask"] = str(place)
@@ -83,7 +88,9 @@ class Pictures:
                 np.save(place, values)
                 written[task]["values"] = str(place)
             side = min(max(*image_CHW.shape[1:], _SIDES[0]), _SIDES[1])
-            picture = overlaid(image_CHW, {task: values}, self._infos, self._colours, side)
+            maps = {} if values is None else {task: values}
+            drawn = {} if label is None else {task: label}
+            picture = overlaid(image_CHW, maps, self._infos, self._colours, side, drawn)
             lines = {words: colour for (of, words), colour in self._colours.items() if of == task}
             place = self._directory / f"{stem}_{task}_overlay.png"
             with_legend(picture, lines).save(place)

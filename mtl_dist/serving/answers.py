@@ -28,25 +28,32 @@ def as_json(answers: Answers) -> dict[str, dict[str, Any]]:
 
 def maps_of(answers: Answers, image_CHW: Tensor, tasks: Mapping[str, Task]) -> dict[str, dict[str, Any]]:
     """By task of maps its `mask` in the image's size (a PNG of class indices, where it has classes), its
-    `overlay` and `legend`."""
+    `overlay` and `legend`; by task that is drawn the last two."""
     infos = {name: task.info for name, task in tasks.items()}
     colours = legend_colours(infos)
     side = min(max(image_CHW.shape[1:]), _SIDE)
     shown: dict[str, dict[str, Any]] = {}
     for name, answer in answers.items():
         values = tasks[name].map_of(answer)
-        if values is None:
+        label = tasks[name].drawn(answer, (image_CHW.shape[1], image_CHW.shape[2]))
+        if values is None and label is None:
             continue
-        palette = map_kind(infos[name].kind).palette(infos[name], colours_of(name, colours))
+        maps = {} if values is None else {name: values}
+        drawn = {} if label is None else {name: label}
         shown[name] = {
-            "overlay": _png(overlaid(image_CHW, {name: values}, infos, colours, side)),
+            "overlay": _png(overlaid(image_CHW, maps, infos, colours, side, drawn)),
             "legend": {
                 words: "#{:02x}{:02x}{:02x}".format(*colour)
                 for (task, words), colour in colours.items()
                 if task == name
             },
         }
-        if palette:
+        palette = (
+            {}
+            if values is None
+            else map_kind(infos[name].kind).palette(infos[name], colours_of(name, colours))
+        )
+        if values is not None and palette:
             shown[name]["mask"] = _png(in_colours(values, palette))
     return shown
 

@@ -256,7 +256,7 @@ class KeypointsTask(Task, ABC):
         pairs = swapped_names(self.info)
         said = ", ".join(f"{one} and {other}" for one, other in pairs) if pairs else "no names"
         otherwise = f"data.facts.{self.name}.swap says otherwise"
-        return [f"{self.name}: a flip of left and right exchanges {said}; {otherwise}"]
+        return [f"a flip of left and right exchanges {said}; {otherwise}"]
 
     def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
         from mtl_dist.tasks.keypoint_metrics import KeypointMetrics  # torchmetrics is slow to import

@@ -202,7 +202,7 @@ def about(task: Task) -> str:
     info = task.info
     parts = [f"{plural(info.num_labelled, 'label')} in train"]
     if info.classes:
-        parts.insert(0, plural(len(info.classes), "class", "classes"))
+        parts.insert(0, plural(len(info.classes), *kind_of(info.kind).class_words))
     if kind_of(info.kind).has_values:
         unit = f" {info.unit}" if info.unit else ""
         parts.append(f"mean {svg.short(info.mean)} ± {svg.short(info.std)}{unit}")
@@ -430,11 +430,15 @@ def class_figures(record: RunRecord) -> list[Figure]:
         shown = order[:_BARS]
         rest = len(counts) - len(shown)
         caption = f"{rest} classes with fewer are not shown; the rarest has {min(counts):,}." if rest else ""
-        what = "pixels" if kind_of(task.info.kind).is_map else "labels"
+        kind = kind_of(task.info.kind)
+        what = "pixels" if kind.is_map else "labels"
+        by = f"{what} by {kind.class_words[0]}"
         drawn = svg.counts(
-            [task.info.classes[c] for c in shown], [counts[c] for c in shown], f"{what} of {name} by class"
+            [task.info.classes[c] for c in shown],
+            [counts[c] for c in shown],
+            f"{what} of {name} by {kind.class_words[0]}",
         )
-        figures.append(Figure(f"{printable(name)}: {what} by class", drawn, caption))
+        figures.append(Figure(f"{printable(name)}: {by}", drawn, caption))
     return figures
 
 

@@ -65,14 +65,18 @@ def figures_of(task: Task, columns: Columns, confusion: np.ndarray | None) -> li
         found += coverage_figures(columns)
     main = task.settings.compared[0]
     own = "dice" if "dice" in columns else main
-    if kind_of(task.info.kind).is_map and own in columns:
+    kind = kind_of(task.info.kind)
+    if (kind.is_map or kind.is_drawn) and own in columns:
+        each = "map" if kind.is_map else "image"
         values = columns[own].astype(np.float64)
         values = values[np.isfinite(values)]
         if len(values):
             caption = (
-                f"Median {svg.short(float(np.median(values)))} over {len(values):,} maps, each on its own."
+                f"Median {svg.short(float(np.median(values)))} over {len(values):,} {each}s, each on its own."
             )
-            found.append(Figure(f"{words(own)} of each map", svg.histogram(values, own, words(own)), caption))
+            found.append(
+                Figure(f"{words(own)} of each {each}", svg.histogram(values, own, words(own)), caption)
+            )
     return [figure for figure in found if figure.svg]
 
 

@@ -21,7 +21,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.figures import svg
 from mtl_dist.importers.external import with_indexes
 from mtl_dist.kinds.kind import Colour
-from mtl_dist.kinds.registry import kind_of, map_kind
+from mtl_dist.kinds.registry import kind_of, map_kind, scalar_kind
 from mtl_dist.printable import printable
 from mtl_dist.report.page.charts import words
 from mtl_dist.report.page.record import RunRecord
@@ -75,12 +75,13 @@ class Samples:
             self.problem = f"No pictures: the data of this run cannot be read here ({type(error).__name__})."
 
     def galleries(self, task: Task, columns: Mapping[str, np.ndarray]) -> list[Gallery]:
-        """What a task has pictures of: maps best, median and worst; answers that are wrong and sure."""
+        """What a task has pictures of: maps, drawings best, median and worst; answers wrong and sure."""
         if self._data is None or not len(columns.get("position", ())):
             return []
         try:
-            if kind_of(task.info.kind).is_map:
-                return self._maps(task, columns)
+            kind = kind_of(task.info.kind)
+            if kind.is_map or kind.is_drawn:
+                return self._best_to_worst(task, columns)
             if "correct" in columns:
                 return self._mistakes(task, columns)
             if "error" in columns:
@@ -126,7 +127,7 @@ class Samples:
 
         return [Gallery("Farthest off", self._plain(columns, chosen, lines), "The largest errors first.")]
 
-    def _maps(self, task: Task, columns: Mapping[str, np.ndarray]) -> list[Gallery]:
+    def _best_to_worst(self, task: Task, columns: Mapping[str, np.ndarray]) -> list[Gallery]:
         own = "dice" if "dice" in columns else task.settings.compared[0]
         values = columns[own].astype(np.float64)
         known = np.flatnonzero(np.isfinite(values))
@@ -141,7 +142,8 @@ class Samples:
             ("Median", order[middle : middle + _EACH]),
             ("Worst", order[::-1][:_EACH]),
         ):
-            pictures = [self._overlay(task, columns, int(n), own) for n in some.tolist()]
+            show = self._overlay if kind_of(task.info.kind).is_map else self._drawing
+            pictures = [show(task, columns, int(n), own) for n in some.tolist()]
             galleries.append(Gallery(title, pictures, legend=_outlines(task)))
         return galleries
 
@@ -180,6 +182,17 @@ class Samples:
             picture.paste(predicted, (label.width + 4, 0))
         return Picture(_uri(picture), (f"{words(own)} {svg.short(float(columns[own][n]))}", printable(key)))
 
+    def _drawing(self, task: Task, columns: Mapping[str, np.ndarray], n: int, own: str) -> Picture:
+        """Label and answer, drawn over one picture."""
+        key, image_CHW, _, labels = self._sample(int(columns["position"][n]), ())
+        answer = self._model.predict(image_CHW)[task.name]
+        said = task.drawn(answer, (image_CHW.shape[1], image_CHW.shape[2]))
+        picture = overlaid(image_CHW, {}, {}, {}, SIDE)
+        kind = scalar_kind(task.info.kind)
+        kind.draw(picture, labels[task.name], task.info, [_TRUE], hollow=True)
+        kind.draw(picture, said, task.info, [_PREDICTED])
+        return Picture(_uri(picture), (f"{words(own)} {svg.short(float(columns[own][n]))}", printable(key)))
+
     @property
     def _model(self) -> Predictor:
         if self._predictor is None:
@@ -189,15 +202,22 @@ class Samples:
         return self._predictor
 
     def _read(self, position: int, masks: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
+        return self._sample(position, masks)[:3]
+
+    def _sample(
+        self, position: int, masks: Sequence[str]
+    ) -> tuple[str, Any, dict[str, Any], Mapping[str, Any]]:
+        """Key, image, maps and labels."""
         place = self._order.samples(np.array([position]))
         source, row = int(place.sources[0]), int(place.rows[0])
         sample = self._sources[source].reader.read(row, tuple(masks))
         facts = self._record.facts
-        return sample.key, decode_image(sample.image, facts.channels, facts.image_dtype), dict(sample.masks)
+        image_CHW = decode_image(sample.image, facts.channels, facts.image_dtype)
+        return sample.key, image_CHW, dict(sample.masks), sample.labels
 
 
 def _outlines(task: Task) -> tuple[tuple[str, str], ...]:
-    if len(task.info.classes) == 2:
+    if len(task.info.classes) == 2 or not kind_of(task.info.kind).is_map:
         return (_css(_TRUE), "label"), (_css(_PREDICTED), "predicted")
     colours = legend_colours({task.name: task.info})
     lines = zip(colours_of(task.name, colours), (words for _, words in colours), strict=True)
