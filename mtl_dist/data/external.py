@@ -92,8 +92,9 @@ class LabelField:
         extension, _, path = text.partition(":")
         return LabelField(extension.lower().lstrip("."), tuple(path.split(".")) if path else ())
 
-    def cell(self, members: Mapping[str, bytes]) -> Cell:
-        """The value in a sample as text, "" where it has none; a list where JSON has one.
+    def cell(self, members: Mapping[str, bytes], nested: bool = False) -> Cell:
+        """The value in a sample as text, "" where it has none; a list where JSON has one; with `nested` its
+        items may be lists as well, which come as texts.
 
         Raises:
             ValueError: the member is no text, no JSON, or its value is an object.
@@ -107,7 +108,7 @@ class LabelField:
         for name in self.path:
             value = value.get(name) if isinstance(value, dict) else None
         if isinstance(value, list):
-            return [_text(item) for item in value]
+            return [json.dumps(item) if nested and isinstance(item, list) else _text(item) for item in value]
         return _text(value)
 
 

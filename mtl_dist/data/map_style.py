@@ -154,6 +154,8 @@ class MapDataset:
         if array is not None and array.ndim == 1 and num_classes and len(array) == num_classes:
             return [str(index) for index in np.flatnonzero(array).tolist()]
         value = array.item() if array is not None and array.size == 1 else value
+        if array is not None and array.ndim == 2:
+            value = array.tolist()
         if isinstance(value, list | tuple):
             return [_text(item) for item in value]
         if value is None or isinstance(value, str | bool | int | float):

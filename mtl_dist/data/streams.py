@@ -268,7 +268,7 @@ class StreamReader:
         cells: list[Cell] = []
         for one in taken:
             try:
-                cells.append(place.cell(one.members))
+                cells.append(place.cell(one.members, nested=kind_of(info.kind).has_place))
             except ValueError as error:
                 raise UserError(f"its label {task}: {error}.") from None
         return parse_cells(scalar_kind(info.kind), cells, lambda at: f"its field {place}", declared).labels

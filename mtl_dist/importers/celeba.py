@@ -17,10 +17,12 @@ from mtl_dist.importers.jobs import Record, TaskSource
 from mtl_dist.importers.options import Help
 from mtl_dist.importers.sources import Tree
 from mtl_dist.kinds.classification import Classification
+from mtl_dist.kinds.keypoints import VISIBLE, Keypoints, labelled
 from mtl_dist.kinds.kind import Label
 from mtl_dist.kinds.multilabel import Multilabel
 
 _ATTRIBUTES, _PARTITION = "list_attr_celeba.txt", "list_eval_partition.txt"
+_LANDMARKS = "list_landmarks_align_celeba.txt"
 _SPLITS = {"0": "train", "1": "val", "2": "test"}
 _VALUES = {"1": 1, "-1": 0}
 
@@ -31,6 +33,7 @@ class Celeba(Importer):
     \b
       mtl prepare celeba celeba/ data/celeba
       mtl prepare celeba celeba/ data/celeba --as one
+      mtl prepare celeba celeba/ data/celeba --landmarks face
 
     It reads list_attr_celeba.txt, list_eval_partition.txt (0 train, 1 val, 2 test) and the images that they
     name, wherever these lie below the folder.
@@ -46,6 +49,9 @@ class Celeba(Importer):
         attributes: Annotated[
             tuple[str, ...], Help("Only these attributes; without it all.", "NAME,...")
         ] = (),
+        landmarks: Annotated[
+            str, Help("A task of this name too: the five points of list_landmarks_align_celeba.txt.", "NAME")
+        ] = "",
     ) -> None:
         self._source, self._tree = source, Tree(source)
         self._as_tasks = attributes_as == "tasks"
@@ -66,7 +72,9 @@ class Celeba(Importer):
         self._tree.enter(self.account)
         for name in self._rows:
             self.account.became("files", self._images[name], IMAGE)
-        for file in (_ATTRIBUTES, _PARTITION):
+        self._landmarks = landmarks
+        self._point_names, self._points = self._read_landmarks() if landmarks else ((), {})
+        for file in (_ATTRIBUTES, _PARTITION, *([_LANDMARKS] if landmarks else [])):
             self.account.became("files", self._images[file], TABLE)
         self.account.rest("files", "left out: not in the lists")
 
@@ -75,9 +83,11 @@ class Celeba(Importer):
         return self._source.resolve().stem
 
     def tasks(self) -> Mapping[str, TaskSource]:
+        points = {self._landmarks: TaskSource(Keypoints.name, self._point_names)} if self._landmarks else {}
         if self._as_tasks:
-            return {_task_name(name): TaskSource(Classification.name, ("no", "yes")) for name in self._names}
-        return {"attributes": TaskSource(Multilabel.name, self._names)}
+            own = {_task_name(name): TaskSource(Classification.name, ("no", "yes")) for name in self._names}
+            return own | points
+        return {"attributes": TaskSource(Multilabel.name, self._names), **points}
 
     def records(self) -> Iterator[Record]:
         for name, values in self._rows.items():
@@ -87,6 +97,8 @@ class Celeba(Importer):
                 if self._as_tasks
                 else {"attributes": [number for number, value in enumerate(chosen) if value]}
             )
+            if self._landmarks:
+                labels[self._landmarks] = labelled(self._points[name])
             path = self._images[name]
             image = self._tree.source(path)
             yield Record(PurePosixPath(name).stem, image, labels, split=self._splits[name], path=path)
@@ -110,6 +122,30 @@ class Celeba(Importer):
         if len(rows) < len(lines):
             raise UserError(f"{_ATTRIBUTES}: expected each image once, found one twice. Correct the file.")
         return attributes, rows
+
+    def _read_landmarks(self) -> tuple[tuple[str, ...], dict[str, list[list[float]]]]:
+        """The names of the points, and by image each one's (x, y, visibility)."""
+        _, columns, *lines = self._lines(_LANDMARKS, at_least=3)
+        names = tuple(column.removesuffix("_x") for column in columns.split()[::2])
+        rows: dict[str, list[list[float]]] = {}
+        for line in lines:
+            image, *texts = line.split()
+            try:
+                values = [float(text) for text in texts]
+            except ValueError:
+                values = []
+            if len(values) != 2 * len(names):
+                raise UserError(
+                    f"{_LANDMARKS}: expected {2 * len(names)} numbers for {image}, found {line!r:.80}."
+                )
+            rows[image] = [[x, y, VISIBLE] for x, y in zip(values[::2], values[1::2], strict=True)]
+        unknown = [image for image in self._rows if image not in rows]
+        if unknown:
+            raise UserError(
+                f"{_LANDMARKS}: expected the points of each image in {_ATTRIBUTES}, found none for "
+                f"{len(unknown)} ({listed(unknown)}). Take both files of one release."
+            )
+        return names, rows
 
     def _partition(self) -> dict[str, str]:
         """The split of each image."""

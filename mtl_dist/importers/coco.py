@@ -1,6 +1,7 @@
 """COCO: JSON files of images, categories and annotations, of instances or panoptic.
 
-instances   annotations have `bbox` [x, y, width, height] and `segmentation`: polygons or run lengths
+instances   annotations have `bbox` [x, y, width, height] and `segmentation`: polygons or run lengths; and
+            `keypoints` [x, y, visibility, ...] where their category names some
 panoptic    annotations have `segments_info`, and a PNG beside the JSON whose colours are the segments' ids
 
 https://cocodataset.org/#format-data
@@ -31,8 +32,10 @@ from mtl_dist.importers.regions import (
     Crowds,
     Empty,
     Masks,
+    Points,
     Region,
     RegionImporter,
+    Several,
     item,
     numbers,
     read_json,
@@ -40,6 +43,7 @@ from mtl_dist.importers.regions import (
 from mtl_dist.importers.sources import Source, Tree
 from mtl_dist.importers.splitting import is_split_word
 from mtl_dist.importers.summary import listed
+from mtl_dist.kinds.keypoints import Keypoints
 from mtl_dist.kinds.segmentation import Segmentation
 from mtl_dist.specs import IGNORE
 
@@ -91,6 +95,7 @@ class Coco(RegionImporter):
     \b
       mtl prepare coco coco/ data/coco --annotations 'instances_*.json' --categories objects --masks scene
       mtl prepare coco coco/ data/heads --annotations heads.json --box head=head
+      mtl prepare coco coco/ data/poses --annotations 'person_keypoints_*.json' --points pose=person
       mtl prepare coco coco/ data/panoptic --annotations 'panoptic_*.json' --masks scene
 
     Of several files each is a split, by its name or its folder's (instances_train2017.json,
@@ -107,10 +112,12 @@ class Coco(RegionImporter):
         categories: Categories = "",
         masks: Masks = "",
         box: Boxes = {},  # noqa: B006 (never changed)
+        points: Points = {},  # noqa: B006
+        several: Several = "refuse",
         empty: Empty = "none",
         crowds: Crowds = "ignore",
     ) -> None:
-        self.ask(categories, masks, box, empty, crowds)
+        self.ask(categories, masks, box, empty, crowds, points, several)
         self._source = source
         base = source.parent if source.suffix.lower() == ".json" else source
         files = Tree(base)
@@ -120,6 +127,7 @@ class Coco(RegionImporter):
         self._check_splits()
         self._index: dict[int, int] = {}
         names = self._read_categories()
+        self._read_points()
         self._panoptic = any(_is_panoptic(data) for data in self._files.values())
         if self._panoptic and not all(_is_panoptic(data) for data in self._files.values()):
             raise UserError(
@@ -194,6 +202,39 @@ class Coco(RegionImporter):
         self._index = {number: index for index, number in enumerate(sorted(known))}
         return [known[number] for number in sorted(known)]
 
+    def _read_points(self) -> None:
+        """The names of the points of categories, and which are joined: the same in all files."""
+        known: dict[str, tuple[str, ...]] = {}
+        joined: dict[str, list[tuple[str, str]]] = {}
+        for path, data in self._files.items():
+            for category in data["categories"]:
+                points = category.get(Keypoints.name)  # which is its name in COCO, too
+                if not points:
+                    continue
+                name = category["name"].strip()
+                if not isinstance(points, list) or not all(isinstance(each, str) and each for each in points):
+                    raise UserError(f"{path}: expected names of the points of {name}, found {points!r:.60}.")
+                if known.setdefault(name, tuple(points)) != tuple(points):
+                    raise UserError(
+                        f"{path}: expected the points of {name} as in the other files, "
+                        f"{', '.join(known[name])}, found {', '.join(points)}."
+                    )
+                pairs = category.get("skeleton") or []
+                try:
+                    joined[name] = [(points[int(a) - 1], points[int(b) - 1]) for a, b in pairs if a > 0 < b]
+                except (TypeError, ValueError, IndexError):
+                    raise UserError(
+                        f"{path}: expected a skeleton of pairs of points by number, from 1 on, of {name}, "
+                        f"found {str(pairs)[:60]}."
+                    ) from None
+        self.point_names, self.skeletons = known, joined
+        self._points_by_category = {
+            self._index[category["id"]]: known[category["name"].strip()]
+            for data in self._files.values()
+            for category in data["categories"]
+            if category["name"].strip() in known
+        }
+
     def _category(self, annotation: Any, where: str) -> int:
         number = item(annotation, "category_id", int, where)
         if number not in self._index:
@@ -242,7 +283,24 @@ class Coco(RegionImporter):
         if box is None and isinstance(outline, Polygons):
             box = outline.box
         crowd = bool(annotation.get("iscrowd", 0))
-        return Region(where, self._category(annotation, where), box, outline, crowd)
+        category = self._category(annotation, where)
+        points = self._points_in(annotation, category, where) if self._points else []
+        return Region(where, category, box, outline, crowd, points)
+
+    def _points_in(self, annotation: dict[str, Any], category: int, where: str) -> list[list[float]]:
+        """The points of an annotation (x, y, visibility); none where its category or itself has none."""
+        names = self._points_by_category.get(category, ())
+        given = annotation.get(Keypoints.name)
+        if not names or not given:
+            return []
+        values = numbers(given, 3 * len(names), f"{where}, {Keypoints.name}")
+        points = [values[at : at + 3] for at in range(0, len(values), 3)]
+        if any(visibility not in (0, 1, 2) for _, _, visibility in points):
+            raise UserError(f"{where}: expected visibility 0, 1 or 2 of each point, found {given}.")
+        stated, found = annotation.get("num_keypoints"), sum(visibility > 0 for _, _, visibility in points)
+        if stated is not None and stated != found:
+            raise UserError(f"{where}: expected {stated} labelled points (num_keypoints), found {found}.")
+        return [[x, y, int(v)] if v else [0.0, 0.0, 0] for x, y, v in points]
 
     def _segments(
         self, annotations: Sequence[dict[str, Any]], where: str, pngs: FileFinder, split: str

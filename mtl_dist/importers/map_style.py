@@ -27,7 +27,7 @@ import numpy as np
 from mtl_dist.data.columns import label_columns, labels_path
 from mtl_dist.data.content_hashes import HASH_DTYPE, content_hash, content_hashes_path
 from mtl_dist.data.external import FieldSettings, Indexing
-from mtl_dist.data.images import UnreadableImage, examine_image
+from mtl_dist.data.images import ImageFacts, UnreadableImage, examine_image
 from mtl_dist.data.inspect import spread
 from mtl_dist.data.manifest import (
     MANIFEST_NAME,
@@ -45,9 +45,11 @@ from mtl_dist.data.shards import check_task_names, index_dtype, index_path, map_
 from mtl_dist.durable import locked, sha256_of
 from mtl_dist.errors import UserError
 from mtl_dist.importers.conversion import pixels_of
+from mtl_dist.importers.orientation import DISPLAYED
 from mtl_dist.importers.pixel_counts import PixelCounts, pixel_facts
+from mtl_dist.importers.shard_counts import PlacedLabels
 from mtl_dist.importers.splitting import held_out_note, split_by_fractions
-from mtl_dist.importers.summary import duplicate_notes, image_format, label_notes, with_facts
+from mtl_dist.importers.summary import duplicate_notes, image_format, label_notes, placed_notes, with_facts
 from mtl_dist.kinds.cells import parse_cells
 from mtl_dist.kinds.kind import Label, MapKind, ScalarKind
 from mtl_dist.kinds.registry import kind_of
@@ -154,6 +156,8 @@ class _Found:
     hashes: list[bytes] = field(default_factory=list)
     kinds: dict[str, tuple[str, int]] = field(default_factory=dict)
     pixels: dict[str, PixelCounts] = field(default_factory=dict)
+    pictures: list[ImageFacts] = field(default_factory=list)
+    """Where labels have a place in their image."""
 
 
 def _make(
@@ -171,13 +175,22 @@ def _make(
     found = _pass(dataset, infos)
     labels: dict[str, Sequence[Label | None]] = {}
     notes: list[str] = []
+    sized = False
     for name, info in infos.items():
         kind = kind_of(info.kind)
         if isinstance(kind, ScalarKind):
             parsed = parse_cells(kind, found.cells[name], dataset.where, declared[name])
             infos[name] = kind.declare(name, replace(declared[name], classes=parsed.classes or None))
             labels[name] = parsed.labels
+            sized = sized or kind.has_place
             notes += [f"{name}: {note}" for note in parsed.notes]
+    if sized:
+        placed = PlacedLabels(infos, DISPLAYED)
+        for at, picture in enumerate(found.pictures):
+            of_sample = {name: labels[name][at] for name in placed.labels if labels[name][at] is not None}
+            placed.beside(dataset.where(at), of_sample, picture)
+        labels |= placed.labels
+        notes += placed_notes([placed.noted])
     splits, more = _splits(len(dataset), labels, infos, indexing, split)
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that died
@@ -248,6 +261,7 @@ def _pass(dataset: MapDataset, infos: Mapping[str, TaskInfo]) -> _Found:
     maps = {name: kind for name, info in infos.items() if isinstance(kind := kind_of(info.kind), MapKind)}
     scalars = [name for name in infos if name not in maps]
     found = _Found({name: [] for name in scalars}, {name: [] for name in maps})
+    has_place = any(kind_of(infos[name].kind).has_place for name in scalars)
     measured = set(spread(len(dataset), _MEASURED))
     said = time.monotonic()
     for number in range(len(dataset)):
@@ -274,6 +288,7 @@ def _pass(dataset: MapDataset, infos: Mapping[str, TaskInfo]) -> _Found:
         described = f"{facts.channels} {facts.dtype}"
         found.kinds[described] = (str(number), found.kinds.get(described, ("", 0))[1] + 1)
         found.sizes.append(len(image))
+        found.pictures += [facts] if has_place else []
         found.hashes.append(content_hash(image))
         if number in measured:
             counts = found.pixels.setdefault(described, PixelCounts(facts.channels, facts.dtype))

@@ -4,6 +4,7 @@
     --masks NAME            segmentation: background and a class for each category
     --box NAME=CATEGORY     four numbers, NAME_xmin, NAME_ymin, NAME_xmax, NAME_ymax: the box of the image's
                             largest region of the category
+    --points NAME=CATEGORY  keypoints: those of the image's region of the category
 
 An importer of such a format reads its files into `AnnotatedImage`s and says what its categories are.
 """
@@ -33,6 +34,7 @@ from mtl_dist.importers.outlines import Edges, Outline, Polygons, Rectangle, Reg
 from mtl_dist.importers.sources import Readable, Source, Tree
 from mtl_dist.importers.splitting import is_split_word
 from mtl_dist.importers.summary import listed
+from mtl_dist.kinds.keypoints import Keypoints, labelled
 from mtl_dist.kinds.kind import Label
 from mtl_dist.kinds.multilabel import Multilabel
 from mtl_dist.kinds.regression import Regression
@@ -49,6 +51,14 @@ Masks: TypeAlias = Annotated[
 Boxes: TypeAlias = Annotated[
     dict[str, str],
     Help("Four numbers NAME_xmin, ...: the box of an image's largest region of CATEGORY.", "NAME=CATEGORY"),
+]
+Points: TypeAlias = Annotated[
+    dict[str, str],
+    Help("A task of points by name: those of an image's region of CATEGORY.", "NAME=CATEGORY"),
+]
+Several: TypeAlias = Annotated[
+    Literal["refuse", "largest"],
+    Help("What an image with the points of several regions is: refused, or that of the largest.", "WHAT"),
 ]
 Empty: TypeAlias = Annotated[
     Literal["none", "unknown"],
@@ -69,6 +79,7 @@ NO_AREA = Polygons(())
 _NO_EXTENT = "left out: a box without extent"
 _NOT_ASKED = "left out: no task is made of it"
 _NOT_LARGEST = "left out: not the largest of its category in its image"
+_NO_POINT = "left out: none of its points is labelled"
 _UNLISTED = "left out: in no list of a split"
 _NOT_NAMED = "left out: no annotation names it"
 
@@ -82,6 +93,8 @@ class Region:
     box: Edges | None
     outline: Outline | None = None
     crowd: bool = False
+    points: Sequence[Sequence[float]] = ()
+    """(x, y, visibility) of each of the category's points, where it has some."""
 
     @property
     def area(self) -> float:
@@ -115,8 +128,21 @@ class RegionImporter(Importer):
 
     mask_classes: tuple[str, ...] = ()
     """The classes of ready masks; else background and the categories."""
+    point_names: Mapping[str, tuple[str, ...]] = {}
+    """The names of the points of each category that has some."""
+    skeletons: Mapping[str, Sequence[tuple[str, str]]] = {}
+    """The pairs of them that are joined, by category."""
 
-    def ask(self, categories: str, masks: str, box: Mapping[str, str], empty: str, crowds: str) -> None:
+    def ask(
+        self,
+        categories: str,
+        masks: str,
+        box: Mapping[str, str],
+        empty: str,
+        crowds: str,
+        points: Mapping[str, str] | None = None,
+        several: str = "refuse",
+    ) -> None:
         """What tasks are to be made.
 
         Raises:
@@ -124,14 +150,15 @@ class RegionImporter(Importer):
         """
         names = [name for name in (categories, masks) if name]
         names += [f"{name}_{side}" for name in box for side in SIDES]
+        names += points or {}
         if not names:
-            raise UserError(
-                "tasks: expected --categories NAME, --masks NAME or --box NAME=CATEGORY, found none of them."
-            )
+            last = "--box NAME=CATEGORY" if points is None else "--box or --points NAME=CATEGORY"
+            raise UserError(f"tasks: expected --categories NAME, --masks NAME or {last}, found none of them.")
         if len(set(names)) < len(names):
             raise UserError(f"tasks: expected each name once, found {', '.join(names)}.")
         check_task_names(names)
         self._multilabel, self._masks, self._boxes = categories, masks, box
+        self._points, self._several = points or {}, several
         self._empty, self._crowds = empty, crowds
         self._noted: list[str] = []
 
@@ -145,12 +172,19 @@ class RegionImporter(Importer):
         if len(set(categories)) < len(categories):
             twice = [name for name, number in Counter(categories).items() if number > 1]
             raise UserError(f"{tree}: expected each category once, found {listed(twice)} several times.")
-        for name, category in self._boxes.items():
-            if category not in self._names:
-                near = nearest(category, self._names)
+        for option, wanted in (("box", self._boxes), ("points", self._points)):
+            for name, category in wanted.items():
+                if category not in self._names:
+                    near = nearest(category, self._names)
+                    raise UserError(
+                        f"--{option} {name}: expected a category of {', '.join(self._names)}, found "
+                        f"{category!r}.{f' Did you mean {near!r}?' if near else ''}"
+                    )
+        for name, category in self._points.items():
+            if category not in self.point_names:
+                having = ", ".join(self.point_names) or "no category has some"
                 raise UserError(
-                    f"--box {name}: expected a category of {', '.join(self._names)}, found {category!r}."
-                    f"{f' Did you mean {near!r}?' if near else ''}"
+                    f"--points {name}: expected a category with points ({having}), found {category!r}."
                 )
         regions = [region for image in images for region in image.regions]
         ready = any(image.mask is not None for image in images)
@@ -172,6 +206,10 @@ class RegionImporter(Importer):
         for name in self._boxes:
             for side in SIDES:
                 tasks[f"{name}_{side}"] = TaskSource(Regression.name, unit="px")
+        for name, category in self._points.items():
+            joined = [list(pair) for pair in self.skeletons.get(category, ())]
+            facts = {"skeleton": joined} if joined else {}
+            tasks[name] = TaskSource(Keypoints.name, self.point_names[category], facts=facts)
         return tasks
 
     def records(self) -> Iterator[Record | LeftOut]:
@@ -193,6 +231,9 @@ class RegionImporter(Importer):
                 labels[self._multilabel] = sorted({region.category for region in image.regions})
             for name, category in self._boxes.items():
                 labels |= self._box(name, category, image)
+            for name, category in self._points.items():
+                label = self._points_of(name, category, image)
+                labels |= {} if label is None else {name: label}
             masks: dict[str, Readable] = {}
             if self._masks:
                 masks[self._masks] = image.mask or self._drawn(image)
@@ -254,6 +295,27 @@ class RegionImporter(Importer):
                 self.account.became(REGIONS, region.name, _NOT_LARGEST)
         assert largest.box is not None
         return {f"{name}_{side}": float(edge) for side, edge in zip(SIDES, largest.box, strict=True)}
+
+    def _points_of(self, name: str, category: str, image: AnnotatedImage) -> Label | None:
+        """The points of the region of a category that has some; None where there is none.
+
+        Raises:
+            UserError: there are several, and nothing is said of them.
+        """
+        of_category = [r for r in image.regions if r.category == self._names.index(category) and not r.crowd]
+        regions = [region for region in of_category if any(visibility for _, _, visibility in region.points)]
+        if len(regions) > 1 and self._several == "refuse":
+            raise UserError(
+                f"{image.where or image.path}: expected the points of one {category}, found those of "
+                f"{len(regions)}. Say --several largest, or cut the images out first."
+            )
+        chosen = max(regions, key=lambda region: region.area, default=None)
+        if len(regions) > 1:
+            self._chosen[f"images with the points of several {category}, whose largest is {name}"] += 1
+        for region in of_category if not self._uses_all else ():
+            fate = _USED if region is chosen else _NOT_LARGEST if region in regions else _NO_POINT
+            self.account.became(REGIONS, region.name, fate)
+        return None if chosen is None else labelled(chosen.points)
 
     @property
     def _uses_all(self) -> bool:

@@ -61,6 +61,8 @@ class TarScan:
     verify: bool
     values: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     columns: Mapping[str, LabelField] = field(default_factory=dict)
+    places: frozenset[str] = frozenset()
+    """The tasks whose labels have a place in their image, and may be lists of lists."""
 
 
 @dataclass
@@ -71,7 +73,7 @@ class TarFacts:
     other fields, row by row, and `tallies` what is counted of each map (None without one). `members` counts
     what became of each member, `conventions` has an example of each way in which maps were read, and
     `unlabelled` the maps that say nothing. `skipped` are the samples left out, and why. `content_hashes` are
-    those of the images, in a row.
+    those of the images, in a row, and `pictures` what each is, where labels have a place in it.
     """
 
     info: ShardInfo
@@ -88,6 +90,7 @@ class TarFacts:
     skipped: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     content_hashes: bytes = b""
+    pictures: list[ImageFacts] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def scan_tar(scan: TarScan, tick: Callable[[], None]) -> TarFacts:
             for fields, found in ((scan.labels, facts.cells), (scan.columns, facts.columns)):
                 for name, label in fields.items():
                     try:
-                        found[name].append(label.cell(contents))
+                        found[name].append(label.cell(contents, nested=name in scan.places))
                     except ValueError as error:
                         raise UserError(f"{where}: {name!r}: expected a label in {label}: {error}.") from None
             for extension in members:
@@ -198,6 +201,7 @@ def _row(
     example, number = facts.image_kinds.get(image_kind, (where, 0))
     facts.image_kinds[image_kind] = (example, number + 1)
     oddities.update(picture.oddities)
+    facts.pictures += [picture] if scan.places else []
     hashes.append(content_hash(image.data))
     return tuple(row)
 

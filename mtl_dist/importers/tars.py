@@ -41,9 +41,11 @@ from mtl_dist.importers.conversion import pixels_of
 from mtl_dist.importers.importer import Importer
 from mtl_dist.importers.jobs import Record, TaskSource, check_skipped, run_jobs
 from mtl_dist.importers.options import STANDARD, Help, PackOptions, fractions_in, names_groups
+from mtl_dist.importers.orientation import DISPLAYED
 from mtl_dist.importers.packing import Progress, silent
 from mtl_dist.importers.pixel_counts import PixelCounts, pixel_facts
 from mtl_dist.importers.road import splits_of
+from mtl_dist.importers.shard_counts import PlacedLabels
 from mtl_dist.importers.splitting import SPLIT_NAMES, is_split_word, split_name
 from mtl_dist.importers.summary import (
     duplicate_notes,
@@ -51,6 +53,7 @@ from mtl_dist.importers.summary import (
     image_notes,
     label_notes,
     listed,
+    placed_notes,
     with_facts,
 )
 from mtl_dist.importers.tables import Row
@@ -137,6 +140,7 @@ class Tars(Importer):
                 verify=options.verify,
                 values=values,
                 columns=self._columns,
+                places=frozenset(task.task for task in self._scalars if kind_of(task.kind).has_place),
             )
             for path in self.tars
         ]
@@ -163,7 +167,24 @@ class Tars(Importer):
             ]
             sources[name], self.labels[name], notes = task.read(rows)
             self._notes += notes
+        self._place(sources)
         return sources
+
+    def _place(self, sources: Mapping[str, TaskSource]) -> None:
+        """Put the labels that have a place in their image beside it."""
+        placed = PlacedLabels({name: source.info for name, source in sources.items()}, DISPLAYED)
+        if not placed.labels:
+            return
+        at = 0
+        for facts in self.found:
+            for key, picture in zip(facts.keys, facts.pictures, strict=True):
+                of_sample = {
+                    task: self.labels[task][at] for task in placed.labels if self.labels[task][at] is not None
+                }
+                placed.beside(f"{facts.info.path}, sample {key}", of_sample, picture)
+                at += 1
+        self.labels |= placed.labels
+        self._notes += placed_notes([placed.noted])
 
     def records(self) -> Iterator[Record]:
         """Each sample in its order; its image is read where it lies, and is not in the record."""

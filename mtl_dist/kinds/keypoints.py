@@ -24,7 +24,7 @@ _CENTRE = 0.5  # of a pixel: labels count from the centre of the first one, view
 _FACTS = ("swap", "skeleton", "positions")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _BETWEEN = re.compile(r"[\s,;\[\]()'\"]*")
-_SIDES = (("left", "right"), ("l", "r"))
+_RIGHT = {"l": "r", "L": "R"}
 _OUTSIDE = "points outside of their image, taken as missing"
 _MOST_COLOURS = 7
 _EDGE = (33, 37, 41)
@@ -299,9 +299,9 @@ def swapped_names(info: TaskInfo) -> list[tuple[str, str]]:
         return [(one, other) for one, other in stated]
     pairs = []
     for name in info.classes:
-        for left, right in _SIDES:
-            parts = re.split(r"([_\W]+)", name)
-            other = "".join(right if part.lower() == left else part for part in parts)
+        parts = re.split(r"([_\W]+)", name)
+        by_letter = "".join(_RIGHT.get(part, part) for part in parts)
+        for other in dict.fromkeys((name.replace("left", "right"), name.replace("Left", "Right"), by_letter)):
             if other != name and other in info.classes:
                 pairs.append((name, other))
     return pairs

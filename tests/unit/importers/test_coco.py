@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mtl_dist.data.manifest import Manifest
 from mtl_dist.errors import UserError
 from mtl_dist.importers import run
 from mtl_dist.importers.outlines import Polygons, Runs
-from tests.source_files import HERE, fill, picture, read_back
+from tests.source_files import HERE, fill, labels, picture, read_back
 
 TRIANGLE = [2.3, 1.1, 12.9, 4.2, 5.5, 11.8]
 
@@ -209,3 +210,80 @@ def test_what_is_wrong_is_said_in_one_line(
     with pytest.raises(UserError, match=match) as caught:
         run("coco", tmp_path / "out", {"source": src, **settings}, HERE)
     assert "\n" not in str(caught.value)
+
+
+def poses(*annotations: dict[str, Any]) -> bytes:
+    data = json.loads(instances(*annotations))
+    data["categories"][0] |= {"keypoints": ["rim", "left_foot", "right_foot"], "skeleton": [[1, 2], [1, 3]]}
+    return json.dumps(data).encode()
+
+
+def posed(number: int, image: int, points: list[float], wide: float = 6, **more: Any) -> dict[str, Any]:
+    found = sum(visibility > 0 for visibility in points[2::3])
+    own = {"keypoints": points, "num_keypoints": found, "bbox": [2, 2, wide, 4]}
+    return annotation(number, image, 7, **own, **more)
+
+
+THREE = [2.5, 3, 2, 4, 5, 1, 0, 0, 0]
+SMALL = [1, 1, 2, 1, 2, 2, 3, 3, 2]
+
+
+def counted(manifest: Manifest, task: str) -> list[int]:
+    """How often each point occurs, over all splits."""
+    return np.sum([split.labels[task].class_counts for split in manifest.splits.values()], axis=0).tolist()
+
+
+def test_points_of_instances_become_a_task(tmp_path: Path) -> None:
+    data = poses(
+        posed(1, 1, THREE), posed(2, 2, [0] * 9), annotation(3, 3, 3), posed(4, 3, [99, 3, 2, *SMALL[3:]])
+    )
+    manifest = run(
+        "coco", tmp_path / "out", {"source": source(tmp_path, data), "points": {"cup": "cup"}}, HERE
+    )
+    info = manifest.tasks["cup"]
+    assert info.classes == ("rim", "left_foot", "right_foot")
+    assert counted(manifest, "cup") == [1, 2, 1]
+    assert info.facts["skeleton"] == [["rim", "left_foot"], ["rim", "right_foot"]]
+    found = [of_image.get("cup", {}) for of_image in labels(tmp_path / "out").values()]
+    assert sorted(label.get("points", []) for label in found) == sorted(
+        [[], [[2.5, 3, 2], [4, 5, 1], [0, 0, 0]], [[0, 0, 0], [1, 2, 2], [3, 3, 2]]]
+    )
+    assert "cup: points outside of their image, taken as missing: 1" in manifest.notes
+    assert manifest.account["regions"] == {
+        "label": 2,
+        "left out: none of its points is labelled": 1,
+        "left out: no task is made of it": 1,
+    }
+
+
+def test_the_points_of_several_instances_are_refused_unless_the_largest_is_asked_for(tmp_path: Path) -> None:
+    src = source(tmp_path, poses(posed(1, 1, SMALL, wide=2), posed(2, 1, THREE)))
+    with pytest.raises(UserError, match="image 1: expected the points of one cup, found those of 2"):
+        run("coco", tmp_path / "out", {"source": src, "points": {"cup": "cup"}}, HERE)
+    manifest = run(
+        "coco", tmp_path / "out", {"source": src, "points": {"cup": "cup"}, "several": "largest"}, HERE
+    )
+    assert counted(manifest, "cup") == [1, 1, 0]
+    assert "images with the points of several cup, whose largest is cup: 1" in manifest.notes
+    assert manifest.account["regions"]["left out: not the largest of its category in its image"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keypoints": [1, 2, 2]}, "annotation 1, keypoints: expected 9 numbers"),
+        ({"keypoints": [1, 2, 5] * 3}, "expected visibility 0, 1 or 2 of each point"),
+        ({"num_keypoints": 1}, "expected 1 labelled points .num_keypoints., found 2"),
+    ],
+)
+def test_points_that_are_none_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    src = source(tmp_path, poses(posed(1, 1, THREE) | change))
+    with pytest.raises(UserError, match=message):
+        run("coco", tmp_path / "out", {"source": src, "points": {"cup": "cup"}}, HERE)
+    with pytest.raises(UserError, match=r"expected a category with points \(cup\), found 'table'"):
+        run(
+            "coco",
+            tmp_path / "out",
+            {"source": source(tmp_path / "b", poses()), "points": {"it": "table"}},
+            HERE,
+        )

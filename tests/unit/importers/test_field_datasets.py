@@ -136,6 +136,20 @@ def test_an_attribute_of_celeba_that_starts_with_a_digit_is_a_task_all_the_same(
     assert labels(tmp_path / "out")["000001"]["is_5_o_Clock_Shadow"] == 0
 
 
+def test_the_landmarks_of_celeba_are_a_task_beside_its_attributes(tmp_path: Path) -> None:
+    source = celeba(tmp_path)
+    columns = "lefteye_x lefteye_y righteye_x righteye_y nose_x nose_y"
+    lines = [f"00000{number}.jpg  {number} 2 3   4 5 6" for number in range(1, 5)]
+    file = source / "list_landmarks_align_celeba.txt"
+    file.write_text("\n".join(["4", columns, *lines]))
+    manifest = run("celeba", tmp_path / "out", {"source": source, "landmarks": "face"}, HERE)
+    assert manifest.tasks["face"].classes == ("lefteye", "righteye", "nose")
+    assert labels(tmp_path / "out")["000003"]["face"]["points"] == [[3, 2, 2], [3, 4, 2], [5, 6, 2]]
+    file.write_text("\n".join(["4", columns, *lines[:3], "000004.jpg 1 2"]))
+    with pytest.raises(UserError, match="expected 6 numbers for 000004"):
+        run("celeba", tmp_path / "again", {"source": source, "landmarks": "face"}, HERE)
+
+
 def test_celeba_is_one_multilabel_task_where_that_is_wanted(tmp_path: Path) -> None:
     settings = {"source": celeba(tmp_path), "attributes_as": "one", "attributes": ("Bald", "Young")}
     run("celeba", tmp_path / "out", settings, HERE)

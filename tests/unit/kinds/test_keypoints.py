@@ -217,7 +217,8 @@ def test_what_leaves_the_view_is_missing() -> None:
     ("names", "pairs"),
     [
         (("left_eye", "right_eye", "nose"), [("left_eye", "right_eye")]),
-        (("eye.L", "eye.R"), []),
+        (("eye.L", "eye.R", "RightHip", "LeftHip"), [("eye.L", "eye.R"), ("LeftHip", "RightHip")]),
+        (("lefteye", "righteye", "leftmouth"), [("lefteye", "righteye")]),
         (("eye_l", "eye_r", "l_ear", "r_ear"), [("eye_l", "eye_r"), ("l_ear", "r_ear")]),
         (("lips_top", "rips_top", "a"), []),
     ],
