@@ -183,7 +183,7 @@ class CoordinateLoss(Loss):
         return 2 * self.num_points
 
     def numerators(self, output: Tensor, target: Tensor) -> Tensor:
-        return self.points(output.view(len(output), -1, 2), target).sum(dim=1)
+        return self.points(output.unflatten(1, (self.num_points, 2)), target).sum(dim=1)
 
     def denominators(self, target: Tensor) -> Tensor:
         return (target[..., 2] > 0).sum(dim=1, dtype=torch.float32)
@@ -342,7 +342,7 @@ class RegressionPointsTask(KeypointsTask):
         return (2 * len(self.info.classes),)
 
     def read(self, output: Tensor) -> Tensor:
-        return output.double().view(len(output), -1, 2)
+        return output.double().unflatten(1, (len(self.info.classes), 2))
 
     def example(self) -> tuple[Tensor, Tensor]:
         return made(NUM_MADE, 2 * len(self.info.classes)), self._made_target()

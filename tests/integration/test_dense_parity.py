@@ -1,4 +1,4 @@
-"""Dense tasks under every engine: three maps and a number of made scenes, labels missing."""
+"""Dense tasks under every engine: three maps, points and a number of made scenes, labels missing."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ tasks:
   distance: {kind: depth, loss: {kind: huber}}
   surface: {kind: normals}
   light: {kind: regression}
+  ends: {kind: keypoints}
+  marks: {kind: keypoints, head: regression}
 data:
   train:
     - dataset: {kind: tests.integration.test_dense_parity.Scenes}
@@ -33,6 +35,8 @@ data:
         distance: {kind: depth, unit: m}
         surface: {kind: normals}
         light: {kind: regression}
+        ends: {kind: keypoints, classes: [near, far]}
+        marks: {kind: keypoints, classes: [left, right, top]}
       index: INDEX
   image_size: 32
   augment: none
@@ -58,6 +62,14 @@ class Scenes(Dataset[Any]):
         }
         sample["distance"] = scene.depth.astype(np.float32)
         sample["surface"] = scene.normals.astype(np.float32)
+        where = np.argwhere(np.isfinite(scene.depth))
+        if len(where):
+            depths = scene.depth[np.isfinite(scene.depth)]
+            sample["ends"] = where[[depths.argmin(), depths.argmax()]][:, ::-1].astype(np.float32)
+        things = np.argwhere(scene.classes > 1)[:, ::-1]
+        if len(things) and index % 3:
+            marks = things[[things[:, 0].argmin(), things[:, 0].argmax(), things[:, 1].argmin()]]
+            sample["marks"] = np.column_stack([marks, [2, index % 3 - 1, 1]])
         if index % 2:
             del sample[("things", "distance", "surface", "light")[index // 2 % 4]]
         return sample

@@ -22,6 +22,8 @@ INFOS = {
     "regression": TaskInfo(
         "regression", (), 10, (), mean=40.0, std=12.0, minimum=1.0, maximum=90.0, unit="years"
     ),
+    "points": TaskInfo("keypoints", ("a", "b", "c"), 10, (5, 9, 2)),
+    "points of numbers": TaskInfo("keypoints", ("a", "b", "c"), 10, (5, 9, 2)),
     "masks of two": TaskInfo("segmentation", ("background", "lesion"), 10, (900, 100)),
     "masks of three": TaskInfo("segmentation", ("background", "cat", "border"), 10, (700, 200, 100)),
 }
@@ -44,6 +46,8 @@ LOSSES = {
         {"kind": "gaussian_nll"},
         {"kind": "gaussian_nll", "beta": 0.5, "floor": 0.1},
     ],
+    "points": [{"kind": "l1"}, {"kind": "smooth_l1", "beta": 0.1}],
+    "points of numbers": [{"kind": "l1"}, {"kind": "mse"}],
     "masks of two": [
         {"kind": "cross_entropy", "class_weights": "balanced"},
         {"kind": "bce"},
@@ -66,6 +70,7 @@ every_loss = pytest.mark.parametrize(
 def build(which: str, loss: dict[str, Any] | None = None) -> Task:
     info = INFOS[which]
     raw = {"kind": info.kind} | ({"loss": loss} if loss else {})
+    raw |= {"head": "regression"} if which == "points of numbers" else {}
     return build_tasks({"it": SETTINGS.validate_python(raw)}, {"it": info})["it"]
 
 
@@ -83,6 +88,10 @@ def random_batch(task: Task, num: int, seed: int) -> tuple[Tensor, Tensor, Tenso
             target = torch.randint(2, (num, num_classes), generator=key).float()
         case "regression":
             target = 40 + 12 * torch.randn(num, generator=key)
+        case "keypoints":
+            target = 2 * torch.rand(num, num_classes + 3, 3, generator=key) - 1
+            target[:, :-3, 2] = torch.randint(3, (num, num_classes), generator=key)
+            target[:, 0, 2] = 2
         case "segmentation":
             target = torch.randint(num_classes, (num, 8, 10), generator=key).to(torch.uint8)
             target[torch.rand(num, 8, 10, generator=key) > 0.7] = 255

@@ -14,6 +14,7 @@ from mtl_dist.engine.settings import EngineSettings
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.depth import DepthSettings
+from mtl_dist.tasks.keypoints import KeypointsSettings
 from mtl_dist.tasks.multilabel import MultilabelSettings
 from mtl_dist.tasks.normals import NormalsSettings
 from mtl_dist.tasks.number_losses import GaussianNllSettings, QuantileSettings
@@ -47,6 +48,12 @@ TASKS: dict[str, Task] = {
             TaskInfo("depth", num_labelled=9, mean=3.0, std=1.5, minimum=0.5),
         ),
         ("normals", NormalsSettings(), TaskInfo("normals")),
+        ("points", KeypointsSettings(), TaskInfo("keypoints", ("a", "b", "c"))),
+        (
+            "points of numbers",
+            KeypointsSettings(head="regression", reference="extent"),
+            TaskInfo("keypoints", ("a", "b", "c")),
+        ),
         ("mask", SegmentationSettings(), TaskInfo("segmentation", ("background", "a", "b"), 9)),
     ]
 }
@@ -84,6 +91,10 @@ def batches(task: Task, labelled: list[bool], rank: int) -> list[Batch]:
             case "normals":
                 target = F.normalize(torch.randn(num, 3, *size, generator=key), dim=1)
                 target[:, :, 1] = math.nan
+            case "keypoints":
+                target = torch.rand(num, num_classes + 3, 3, generator=key)
+                target[:, :-3, 2] = torch.randint(3, (num, num_classes), generator=key)
+                target[:, 0, 2] = target[:, 1, 2] = 2  # there is a length to measure by
             case "segmentation":
                 target = torch.randint(num_classes, (num, *size), generator=key).to(torch.uint8)
         labelled_B = torch.full((num,), has_labels)
