@@ -21,9 +21,9 @@ from mtl_dist.data.overlays import (
     PAPER,
     LegendLine,
     fitted,
-    font,
     legend_colours,
     overlaid,
+    write,
 )
 from mtl_dist.data.reader import Sample, UnreadableSample
 from mtl_dist.data.remote import Location
@@ -114,26 +114,24 @@ def _draw_head(
     colours: Mapping[LegendLine, Colour],
 ) -> None:
     title = f"{manifest.name}  {split}"
-    draw.text((_MARGIN, _MARGIN - 8), title, INK, font(_TITLE))
-    end = _MARGIN + draw.textlength(title, font(_TITLE)) + 16
+    end = _MARGIN + write(draw, (_MARGIN, _MARGIN - 8), title, INK, _TITLE) + 16
     about = f"{num_shown} of {num_samples:,} samples"
     if manifest.channels not in (1, 3):
         some = min(manifest.channels, CHANNELS_SHOWN)
         of = f" of {manifest.channels}" if some < manifest.channels else ""
         about += f", channels 0 to {some - 1}{of} side by side, row by row"
-    draw.text((end, _MARGIN), about, FAINT, font(_TEXT))
+    write(draw, (end, _MARGIN), about, FAINT)
     x, y = float(_MARGIN), _MARGIN + _TITLE + 6
     for (_, words), colour in colours.items():
         draw.rectangle((x, y + 2, x + 12, y + 14), fill=colour)
-        draw.text((x + 18, y), words, INK, font(_TEXT))
-        x += 18 + draw.textlength(words, font(_TEXT)) + 24
+        x += 18 + write(draw, (x + 18, y), words, INK) + 24
 
 
 def _draw_labels(
     draw: ImageDraw.ImageDraw, corner: tuple[int, int], sample: Sample, tasks: Mapping[str, TaskInfo]
 ) -> None:
     x, y = corner
-    draw.text((x, y), fitted(draw, sample.key, _BOX), FAINT, font(_TEXT - 2))
+    write(draw, (x, y), fitted(draw, sample.key, _BOX), FAINT, _TEXT - 2)
     missing_masks = []
     for name, info in tasks.items():
         kind = kind_of(info.kind)
@@ -143,11 +141,8 @@ def _draw_labels(
         y += _LINE
         label = sample.labels.get(name)
         value = "" if label is None else kind.text(label, info)
-        draw.text((x, y), name, FAINT, font(_TEXT))
-        start = x + draw.textlength(f"{name}  ", font(_TEXT))
+        start = x + write(draw, (x, y), f"{name}  ", FAINT)
         words = fitted(draw, value or "no label", x + _BOX - start)
-        draw.text((start, y), words, INK if value else FAINT, font(_TEXT))
+        write(draw, (start, y), words, INK if value else FAINT)
     if missing_masks:
-        draw.text(
-            (x, y + _LINE), fitted(draw, f"no mask: {', '.join(missing_masks)}", _BOX), FAINT, font(_TEXT)
-        )
+        write(draw, (x, y + _LINE), fitted(draw, f"no mask: {', '.join(missing_masks)}", _BOX), FAINT)

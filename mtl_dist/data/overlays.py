@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import TypeAlias
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mtl_dist.fonts import font_for
 from mtl_dist.kinds.kind import Colour, Label
 from mtl_dist.kinds.registry import kind_of, map_kind, scalar_kind
 from mtl_dist.specs import TaskInfo
@@ -117,7 +117,7 @@ def with_legend(picture: Image.Image, lines: Mapping[str, Colour]) -> Image.Imag
     x, y = _MARGIN, picture.height + _MARGIN
     for words, colour in lines.items():
         shown = fitted(draw, words, picture.width - 2 * _MARGIN - _SWATCH - 6)
-        width = _SWATCH + 6 + round(draw.textlength(shown, font(_TEXT)))
+        width = _SWATCH + 6 + round(draw.textlength(shown, font(_TEXT, shown)))
         if x > _MARGIN and x + width > picture.width - _MARGIN:
             x, y = _MARGIN, y + _LINE
         places.append((x, y, shown, colour))
@@ -127,22 +127,32 @@ def with_legend(picture: Image.Image, lines: Mapping[str, Colour]) -> Image.Imag
     draw = ImageDraw.Draw(page)
     for x, y, shown, colour in places:
         draw.rectangle((x, y + 2, x + _SWATCH, y + 2 + _SWATCH), fill=colour)
-        draw.text((x + _SWATCH + 6, y), shown, INK, font(_TEXT))
+        write(draw, (x + _SWATCH + 6, y), shown, INK)
     return page
 
 
 def fitted(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
     """The text, shortened until it is no wider than `width`."""
-    if draw.textlength(text, font(_TEXT)) <= width:
+    face = font(_TEXT, text)
+    if draw.textlength(text, face) <= width:
         return text
-    while text and draw.textlength(f"{text}...", font(_TEXT)) > width:
+    while text and draw.textlength(f"{text}...", face) > width:
         text = text[:-1]
     return f"{text}..."
 
 
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's copy of DejaVu Sans: class names are not only ASCII, and Pillow's own font is."""
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+def write(
+    draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, ink: Colour, size: int = _TEXT
+) -> float:
+    """Draw a line of text; its width."""
+    face = font(size, text)
+    draw.text(at, text, ink, face)
+    return draw.textlength(text, face)
+
+
+def font(size: int, text: str) -> ImageFont.FreeTypeFont:
+    """A font that has the characters of the text: class names are of any script."""
+    return ImageFont.truetype(str(font_for(text)), size)
 
 
 def _in_size(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:

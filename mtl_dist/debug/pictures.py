@@ -15,10 +15,10 @@ from mtl_dist.data.overlays import (
     PAPER,
     LegendLine,
     fitted,
-    font,
     legend_colours,
     overlaid,
     with_legend,
+    write,
 )
 from mtl_dist.kinds.kind import Colour, ScalarKind
 from mtl_dist.kinds.registry import kind_of
@@ -48,7 +48,7 @@ def batch_picture(sections: Sequence[Section], tasks: Mapping[str, TaskInfo]) ->
     draw = ImageDraw.Draw(page)
     top = _MARGIN
     for section, count in zip(sections, rows, strict=True):
-        draw.text((_MARGIN, top), fitted(draw, section.title, width - 2 * _MARGIN), INK, font(_TITLE - 2))
+        write(draw, (_MARGIN, top), fitted(draw, section.title, width - 2 * _MARGIN), INK, _TITLE - 2)
         top += _TITLE + _GAP
         for row in range(len(section.batch)):
             x = _MARGIN + row % _ACROSS * (_BOX + _GAP)
@@ -97,13 +97,12 @@ def _draw_words(
     draw: ImageDraw.ImageDraw, corner: tuple[int, int], batch: Batch, row: int, tasks: Mapping[str, TaskInfo]
 ) -> None:
     x, y = corner
-    draw.text((x, y), fitted(draw, batch.keys[row], _BOX), FAINT, font(_TEXT - 2))
+    write(draw, (x, y), fitted(draw, batch.keys[row], _BOX), FAINT, _TEXT - 2)
     for task, info in tasks.items():
         words = words_of(batch, row, task, info)
         if not words:
             continue
         y += _LINE
-        draw.text((x, y), fitted(draw, task, _BOX / 2), FAINT, font(_TEXT))
-        start = x + draw.textlength(f"{fitted(draw, task, _BOX / 2)}  ", font(_TEXT))
+        start = x + write(draw, (x, y), f"{fitted(draw, task, _BOX / 2)}  ", FAINT)
         ink = INK if batch.labelled[task][row] else FAINT
-        draw.text((start, y), fitted(draw, words, x + _BOX - start), ink, font(_TEXT))
+        write(draw, (start, y), fitted(draw, words, x + _BOX - start), ink)

@@ -19,7 +19,7 @@ import mtl_dist
 PACKAGE = Path(mtl_dist.__file__).parent
 
 LAYERS: dict[int, str] = {
-    0: "errors specs batch plural durable json_files lazy randomness status heartbeat printable "
+    0: "errors specs batch plural durable json_files lazy randomness status heartbeat printable fonts "
     "cell_table processes tensor_files not_finite config kinds",
     1: "tasks models balance data",
     2: "importers engine gradients checkpoint optim user_optimizer ema batch_statistics monitor "
