@@ -74,6 +74,7 @@ def traced(
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         if any_size:
+            traced(graph, network, size, False)  # where this fails too, the size is not why
             raise UserError(
                 f"--any-size: expected a model that takes images of any size, found one of "
                 f"model.backbone: {network.recipe.model.backbone_name} that fixes {size[0]} x {size[1]} "

@@ -79,6 +79,21 @@ def test_an_output_is_found_by_its_tasks_name_whatever_the_order(tmp_path: Path)
     }
 
 
+class Undecided(nn.Module):
+    """Asks for a number in the middle, which no graph has."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        mean = images.float().mean(dim=(1, 2, 3))[:, None]
+        return {"a": mean if float(mean.sum()) > 0 else -mean}
+
+
+@pytest.mark.parametrize("any_size", [False, True])
+def test_a_model_that_no_graph_holds_is_not_told_that_its_size_is_why(any_size: bool) -> None:
+    made = network(Undecided(), ["a"], 4)
+    with quiet(), pytest.raises(UserError, match=r"expected a model that torch\.export can trace"):
+        traced(Graph(made, (4, 4), resize=False), made, (4, 4), any_size)
+
+
 @pytest.mark.parametrize(
     "other", [{"a": torch.ones(1, 2)}, {"b": torch.zeros(1, 2)}, {"a": torch.zeros(1, 3)}]
 )
