@@ -1,4 +1,4 @@
-"""Dense tasks under every engine: three maps, points and a number of made scenes, labels missing."""
+"""Dense tasks under every engine: three maps and a number of made scenes, labels missing; points in them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ tasks:
   distance: {kind: depth, loss: {kind: huber}}
   surface: {kind: normals}
   light: {kind: regression}
-  ends: {kind: keypoints}
-  marks: {kind: keypoints, head: regression}
 data:
   train:
     - dataset: {kind: tests.integration.test_dense_parity.Scenes}
@@ -35,8 +33,6 @@ data:
         distance: {kind: depth, unit: m}
         surface: {kind: normals}
         light: {kind: regression}
-        ends: {kind: keypoints, classes: [near, far]}
-        marks: {kind: keypoints, classes: [left, right, top]}
       index: INDEX
   image_size: 32
   augment: none
@@ -44,6 +40,16 @@ data:
 model: {backbone: simple_cnn, norm: group}
 optim: {kind: sgd, lr: 0.02, clip_norm: 1.0, schedule: {kind: constant}}
 train: {epochs: 1, max_steps: 3, global_batch: 8, log_every: 1, evaluate_at_end: false, metrics: false}
+"""
+
+POINTS = """
+tasks: {light: {kind: regression}, ends: {kind: keypoints}, marks: {kind: keypoints, head: regression}}
+data:"""
+POINT_FIELDS = """      fields:
+        light: {kind: regression}
+        ends: {kind: keypoints, classes: [near, far]}
+        marks: {kind: keypoints, classes: [left, right, top]}
+      index: INDEX
 """
 
 
@@ -138,4 +144,20 @@ def test_a_transformer_of_timm_balances_dense_tasks_under_zero_3(
     assert train_divided(recipe, tmp_path / "alone", vit) == "done"
     divided = [*vit, "engine.zero_stage=3"]
     assert ranks.run(train_divided, recipe, tmp_path / "run", divided) == ["done", "done"]
+    assert_same(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_points_are_learnt_on_two_ranks_as_on_one(
+    recipe: Path, ranks: RankPool, tmp_path: Path, engine: str
+) -> None:
+    points = recipe.with_name("points.yaml")
+    before, after = RECIPE.split("      fields:")
+    points.write_text(
+        POINTS + before.partition("data:")[2] + POINT_FIELDS + after.partition("      index: INDEX\n")[2]
+    )
+    points.write_text(points.read_text().replace("INDEX", str(recipe.with_name("points"))))
+    assert train_divided(points, tmp_path / "alone", []) == "done"
+    overrides = ["train.micro_batch=2"] + (["engine.zero_stage=3"] if engine == "zero3" else [])
+    assert ranks.run(train_divided, points, tmp_path / "run", overrides) == ["done", "done"]
     assert_same(tmp_path / "run", tmp_path / "alone")
