@@ -149,6 +149,7 @@ def check_balancing(recipe: Recipe, root: RootModule, data: Data, choice: Engine
             for term, tasks in root.terms.items()
         },
         disjoint=disjoint_tasks(data) if root.balancer.level == "features" else [],
+        meet_at_features=root.model.compared_at_features,
     )
 
 

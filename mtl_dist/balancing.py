@@ -77,6 +77,8 @@ class Balancing:
             return "there is one task alone"
         if not self.root.shared:
             return "the tasks share no weights that are trained"
+        if not model.compared_at_features:
+            return "the tasks meet before the features too"
         names = [name for task in tasks for name in model.feature_names(task)]
         if len(names) == len(set(names)):
             return "no two heads read the same features"

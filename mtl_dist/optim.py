@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
@@ -216,8 +216,18 @@ def build_optimizer(
     for name in settings.task_lr:
         if name not in tasks:
             raise UserError(f"optim.task_lr.{name}: expected one of the tasks {', '.join(tasks)}.")
-    parts = [("backbone", settings.backbone_lr or settings.lr, model.shared_parameters())]
+    in_backbones = {p for backbone in model.all_backbones() for p in backbone.parameters()}
+    shared = model.shared_parameters()
+    parts = [
+        (
+            "backbone",
+            settings.backbone_lr or settings.lr,
+            [p for p in shared if p in in_backbones or not in_backbones],
+        ),
+        ("sharing", settings.lr, [p for p in shared if in_backbones and p not in in_backbones]),
+    ]
     parts += [(task, settings.task_lr.get(task, settings.lr), model.task_parameters(task)) for task in tasks]
+    factors = model.lr_factors()
     if settings.layer_decay < 1:
         layers = model.backbone_layers()
         if not layers:
@@ -225,7 +235,8 @@ def build_optimizer(
                 "optim.layer_decay: expected a model of backbone and heads, found model.network, "
                 "whose layers nobody knows. Remove it."
             )
-        parts = [part for whole in parts for part in _by_layer(*whole, layers, settings.layer_decay)]
+        factors |= _layer_factors(layers, settings.layer_decay)
+    parts = [part for whole in parts for part in _by_rate(*whole, factors)]
     undecayed = model.undecayed_parameters()
     groups = []
     for name, lr, parameters in parts:
@@ -247,21 +258,23 @@ def build_optimizer(
     return adam(groups, betas=settings.betas, eps=settings.eps, fused=True)
 
 
-def _by_layer(
-    name: str,
-    lr: float,
-    parameters: list[nn.Parameter],
-    layers: Sequence[Sequence[Sequence[nn.Parameter]]],
-    decay: float,
-) -> list[tuple[str, float, list[nn.Parameter]]]:
-    """A part divided by the layers of its backbone, the last one with the whole rate at the end."""
-    factors = {
+def _layer_factors(
+    layers: Sequence[Sequence[Sequence[nn.Parameter]]], decay: float
+) -> dict[nn.Parameter, float]:
+    """What multiplies the rate of each layer of each backbone: the last one's by 1."""
+    return {
         parameter: decay ** (len(backbone) - 1 - number)
         for backbone in layers
         for number, layer in enumerate(backbone)
         for parameter in layer
     }
-    rates = sorted({factors.get(parameter, 1.0) for parameter in parameters})
+
+
+def _by_rate(
+    name: str, lr: float, parameters: list[nn.Parameter], factors: Mapping[nn.Parameter, float]
+) -> list[tuple[str, float, list[nn.Parameter]]]:
+    """A part divided by what multiplies its rate, the whole rate at the end."""
+    rates = sorted({factors.get(p, 1.0) for p in parameters}, key=lambda rate: (rate == 1.0, rate))
     return [(name, lr * rate, [p for p in parameters if factors.get(p, 1.0) == rate]) for rate in rates]
 
 

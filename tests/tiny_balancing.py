@@ -229,6 +229,7 @@ def refusal(case: Case, connection: Connection) -> str:
             num_shared=len(root.shared),
             features={name: root.model.feature_names(name) for name in root.tasks},
             disjoint=[("kind", "age")] if case.labels == "disjoint" else [],
+            meet_at_features=root.model.compared_at_features,
         )
     except UserError as error:
         return str(error)

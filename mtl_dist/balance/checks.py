@@ -31,6 +31,7 @@ def check_balance(
     num_shared: int,
     features: Mapping[str, Sequence[str]],
     disjoint: Sequence[tuple[str, str]],
+    meet_at_features: bool = True,
 ) -> None:
     """Refuse a method that would be wrong, or would do nothing, with this engine, model and data.
 
@@ -41,6 +42,7 @@ def check_balance(
         num_shared: the trainable parameters that all tasks share
         features: by task, the names of those that its head reads
         disjoint: the pairs of tasks which are labelled, but never in the same training sample
+        meet_at_features: whether all that tasks share lies before the features that they have in common
 
     Raises:
         UserError: one line per problem.
@@ -48,7 +50,7 @@ def check_balance(
     problems = [
         *_sharing_problems(balancer, method, num_shared),
         *_engine_problems(balancer, method, engine),
-        *_feature_problems(balancer, engine, features, disjoint),
+        *_feature_problems(balancer, engine, features, disjoint, meet_at_features),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -84,12 +86,18 @@ def _feature_problems(
     engine: EngineCapabilities,
     features: Mapping[str, Sequence[str]],
     disjoint: Sequence[tuple[str, str]],
+    meet_at_features: bool,
 ) -> list[str]:
     if balancer.level != "features":
         return []
     way_out = "Set it to parameters"
     if engine.shards_parameters:
         way_out += f", and {engine.WHOLE_PARAMETERS}"
+    if not meet_at_features:
+        return [
+            "balance.level: expected tasks that meet at the features alone, found a model (model.sharing "
+            f"cross_stitch) whose tasks meet before them too: conflicts there would not be seen. {way_out}."
+        ]
     for first, second in combinations(features, 2):
         if not set(features[first]) & set(features[second]):
             return [

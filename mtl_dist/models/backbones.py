@@ -24,12 +24,12 @@ from mtl_dist.errors import UserError
 from mtl_dist.models.checkpointing import Segment, cut, recomputed
 from mtl_dist.models.features import VECTOR, Blocks, Wanted, map_key
 from mtl_dist.models.norms import convert_norms
-from mtl_dist.models.settings import TIMM, ModelSettings, UserBackboneSettings
+from mtl_dist.models.settings import TIMM, Checkpointing, ModelSettings, UserBackboneSettings
 from mtl_dist.models.simple_cnn import SimpleCNN
 from mtl_dist.models.timm_backbone import TimmBackbone
 from mtl_dist.models.timm_library import configuration, is_timm, normalisation_of
 from mtl_dist.models.timm_network import TimmNetwork, build_timm_network, not_dilated
-from mtl_dist.models.tracing import Trace, Values, needed_steps, run_step, step_shapes, trace
+from mtl_dist.models.tracing import Stage, Trace, Values, needed_steps, run_step, step_shapes, trace
 from mtl_dist.models.weights import input_convolution, load_weights
 
 SIMPLE_CNN = "simple_cnn"
@@ -171,10 +171,18 @@ class Backbone(nn.Module):
         network: the traced network; its submodules move in here
         wanted: the maps
         vector: whether the vector is wanted, beside the maps or alone
-        checkpointing: what is computed again in the backward pass
+        settings: which say what is computed again in the backward pass
+        in_stages: whether it can be run a stage at a time, by `start`, `advance` and `finish`
     """
 
-    def __init__(self, network: Network, wanted: Wanted, vector: bool, settings: ModelSettings) -> None:
+    def __init__(
+        self,
+        network: Network,
+        wanted: Wanted,
+        vector: bool,
+        settings: ModelSettings,
+        in_stages: bool = False,
+    ) -> None:
         super().__init__()
         traced = network.trace
         self._input = traced.input
@@ -187,7 +195,10 @@ class Backbone(nn.Module):
         steps = needed_steps(traced.steps, results)
         self._fixed_size = network.fixed_size
         self._recompute = settings.checkpointing != "off"
-        self._segments = cut(network.module, steps, traced.stages, results, settings.checkpointing)
+        mode: Checkpointing = "stage" if in_stages and not self._recompute else settings.checkpointing
+        self._segments = cut(network.module, steps, traced.stages, results, mode)
+        ends = {stage.step: stage for stage in traced.stages.values()}
+        self._ends = [ends.get(segment.steps[-1].name) for segment in self._segments]
         self._blocks = cut(network.module, steps, traced.stages, results, "block")
         _move_parts(network.module, self, {step.part for step in steps})
 
@@ -199,20 +210,47 @@ class Backbone(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """The features of normalised images: `vector` (B, D) and `stride_<s>` (B, D, H, W), as wanted."""
+        values = self.start(images_BCHW)
+        for number in range(self.num_segments):
+            self.advance(values, number)
+        return self.finish(values)
+
+    @property
+    def num_segments(self) -> int:
+        """In how many pieces it runs."""
+        return len(self._segments)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages that it goes through, in order."""
+        return [stage for stage in self._ends if stage is not None]
+
+    def stage_after(self, number: int) -> Stage | None:
+        """The stage whose last map a piece ends with, if it does."""
+        return self._ends[number]
+
+    def start(self, images_BCHW: Tensor) -> Values:
+        """The values before the first piece, of normalised images."""
         if self._fixed_size is not None and tuple(images_BCHW.shape[2:]) != self._fixed_size:
             raise UserError(
                 f"images: expected {_pixels(self._fixed_size)}, the size that this backbone was built for, "
                 f"found {_pixels(tuple(images_BCHW.shape[2:]))}. Resize them."
             )
-        values: Values = {self._input: images_BCHW}
+        return {self._input: images_BCHW}
+
+    def advance(self, values: Values, number: int) -> None:
+        """Run a piece: what it gives comes into `values`, what no later one needs leaves them."""
+        segment = self._segments[number]
         recompute = self._recompute and is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        for segment in self._segments:
-            inputs = [values[name] for name in segment.inputs]
-            run = partial(self._run, segment)
-            outputs = recomputed(run, inputs, self._parts(segment)) if recompute else run(*inputs)
-            values.update(zip(segment.outputs, outputs, strict=True))
-            for name in segment.last_used:
-                del values[name]
+        inputs = [values[name] for name in segment.inputs]
+        run = partial(self._run, segment)
+        outputs = recomputed(run, inputs, self._parts(segment)) if recompute else run(*inputs)
+        values.update(zip(segment.outputs, outputs, strict=True))
+        for name in segment.last_used:
+            del values[name]
+
+    def finish(self, values: Values) -> dict[str, Tensor]:
+        """The features, from the values after the last piece."""
         features = {map_key(stage.stride): stage.to_map(values[stage.step]) for stage in self._stages}
         if self._vector_step is not None:
             features[VECTOR] = values[self._vector_step]

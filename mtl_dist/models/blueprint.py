@@ -10,7 +10,7 @@ from functools import reduce
 from mtl_dist.models.backbones import AnyBackbone, AnyNetwork, build_network, make_backbone
 from mtl_dist.models.features import VECTOR, Wanted, map_key
 from mtl_dist.models.heads import Head, build_head, wanted_maps
-from mtl_dist.models.settings import ModelSettings
+from mtl_dist.models.settings import DecoderNorm, ModelSettings
 from mtl_dist.specs import HeadSpec
 
 
@@ -46,6 +46,16 @@ class Blueprint:
     def strides(self, task: str, channels: Mapping[int, int]) -> set[int]:
         """The strides of the maps that the task's head reads, out of those of `channels`."""
         return set(wanted_maps(self.settings, self.specs[task], channels).strides)
+
+    def strides_by_task(self, channels: Mapping[int, int]) -> dict[str, set[int]]:
+        """The strides of the maps that each task reads; a vector head takes the mean over the deepest one."""
+        deepest = {max(channels)}
+        return {task: self.strides(task, channels) or deepest for task in self.specs}
+
+    @property
+    def norm(self) -> DecoderNorm:
+        """The normalisation of what is made beside the backbone."""
+        return self.settings.made_norm
 
     def cut(self, network: AnyNetwork, tasks: Collection[str]) -> tuple[AnyBackbone, dict[str, Head]]:
         """The backbone that gives what the heads of `tasks` read, and these heads."""

@@ -20,7 +20,6 @@ from mtl_dist.models.decoders import DECODERS
 from mtl_dist.models.decoders.unet import UNetDecoder, plan_decoder
 from mtl_dist.models.features import Blocks, Wanted, map_key, prefix_key
 from mtl_dist.models.settings import (
-    DecoderNorm,
     DecoderSettings,
     HeadSettings,
     ModelSettings,
@@ -232,7 +231,7 @@ def build_head(
 ) -> Head:
     """The head of one task over maps of `channels` by stride, or of a plain ViT's `blocks`, and a vector that
     comes as `vector_name`."""
-    norm: DecoderNorm = "group" if settings.norm in ("group", "frozen") else "batch"
+    norm = settings.made_norm
     if spec.layout == "vector":
         own: object = settings.heads.get(spec.task)
         if isinstance(own, UserHeadSettings):

@@ -56,6 +56,8 @@ class MultitaskModel(nn.Module, ABC):
     heads: TaskModules
     heads_follow_features: ClassVar[bool] = True
     """Whether the parameters of one task alone lie behind the features, and the shared ones before them."""
+    compared_at_features: ClassVar[bool] = True
+    """Whether tasks meet at the features: their gradients there then show how they stand to one another."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -133,6 +135,10 @@ class MultitaskModel(nn.Module, ABC):
     def undecayed_parameters(self) -> set[nn.Parameter]:
         """Parameters of several dimensions on which weight decay does not act."""
         return {p for backbone in self.all_backbones() for p in backbone.undecayed()}
+
+    def lr_factors(self) -> dict[nn.Parameter, float]:
+        """What multiplies the learning rate of parameters that have one of their own."""
+        return {}
 
     def use_memory_format(self, memory_format: torch.memory_format) -> None:
         """Lay out weights, and from now on images and so all maps, in `memory_format`."""

@@ -130,8 +130,8 @@ class ModelSettings(Settings):
     backbone       `simple_cnn`, a torchvision classification model by its name, one of timm as `timm/NAME`
                    (extra `timm`), or a network of the user's by its import path
     timm           more about one of timm
-    sharing        what the tasks share: `hard`, one backbone for all; `separate`, a backbone for each; or a
-                   way of the user's by its import path
+    sharing        what the tasks share: `hard`, one backbone for all; `separate`, a backbone for each;
+                   `cross_stitch`, `mtan`, `mmoe` (models/sharing); or a way of the user's by import path
     weights        None; "torchvision" or "timm" for the default weights of its registry; or a file (.pth,
                    .safetensors) with the names of the whole model there, or that of a run with this
                    backbone: RUN/checkpoints/STEP/model.safetensors
@@ -219,6 +219,11 @@ class ModelSettings(Settings):
         """The way of sharing, where it is not `hard`."""
         sharing: object = self.sharing
         return sharing if isinstance(sharing, UserSharingSettings) else None
+
+    @property
+    def made_norm(self) -> DecoderNorm:
+        """The normalisation of what is made beside the backbone, a decoder or what tasks share."""
+        return "group" if self.norm in ("group", "frozen") else "batch"
 
     @property
     def backbone_name(self) -> str:

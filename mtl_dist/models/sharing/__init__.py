@@ -7,6 +7,9 @@ default, `hard` (`hard.py`).
 """
 
 SHARINGS = {
+    "cross_stitch": "mtl_dist.models.sharing.cross_stitch.CrossStitch",
+    "mmoe": "mtl_dist.models.sharing.mmoe.MMoE",
+    "mtan": "mtl_dist.models.sharing.mtan.MTAN",
     "separate": "mtl_dist.models.sharing.separate.Separate",
 }
 """The class of each way beside `hard`."""
