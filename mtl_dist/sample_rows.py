@@ -133,6 +133,8 @@ def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     very many classes."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        if name == "units":
+            continue
         if _is_vector(value):
             value = {str(number): one for number, one in enumerate(value)}
         if isinstance(value, Mapping):

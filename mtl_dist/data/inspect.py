@@ -177,7 +177,11 @@ def render(inspection: Inspection) -> RenderableType:
     """The inspection as tables, for a rich console."""
     manifest = inspection.manifest
     tables = [_split_table(inspection), _label_table(manifest)]
-    measured = {name: info for name, info in manifest.tasks.items() if kind_of(info.kind).has_values}
+    measured = {
+        f"{name}.{part}" if part else name: number
+        for name, info in manifest.tasks.items()
+        for part, number in kind_of(info.kind).numbers(info).items()
+    }
     tables += [_value_table(measured)] if measured else []
     tables += [_pixel_table(manifest.pixels, manifest.channels)] if manifest.pixels is not None else []
     tables += [_class_table(name, info, manifest) for name, info in manifest.tasks.items() if info.classes]

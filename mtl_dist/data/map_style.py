@@ -140,10 +140,10 @@ class MapDataset:
             array = array.transpose(1, 2, 0)  # a tensor
         return _npy(array)
 
-    def cell(self, sample: Any, task: str, num_classes: int = 0) -> Cell:
+    def cell(self, sample: Any, task: str, num_classes: int = 0, of_parts: bool = False) -> Cell:
         """The label of a sample as text, "" where it has none; a list of several.
 
-        A vector of 0 and 1 over all classes says which there are.
+        A vector of 0 and 1 over all classes says which there are; `of_parts` it is the list of its numbers.
 
         Raises:
             UnreadableSample: it has a label of another form.
@@ -153,7 +153,9 @@ class MapDataset:
         array = None if isinstance(value, list | tuple | str) else _array(value)
         if array is not None and array.ndim == 1 and num_classes and len(array) == num_classes:
             return [str(index) for index in np.flatnonzero(array).tolist()]
-        value = array.item() if array is not None and array.size == 1 else value
+        if array is not None and array.ndim == 1 and of_parts:
+            value = array.tolist()
+        value = array.item() if array is not None and array.size == 1 and not of_parts else value
         if array is not None and array.ndim == 2:
             value = array.tolist()
         if isinstance(value, list | tuple):

@@ -51,7 +51,7 @@ from mtl_dist.importers.shard_counts import PlacedLabels
 from mtl_dist.importers.splitting import held_out_note, split_by_fractions
 from mtl_dist.importers.summary import duplicate_notes, image_format, label_notes, placed_notes, with_facts
 from mtl_dist.kinds.cells import parse_cells
-from mtl_dist.kinds.kind import Label, MapKind, ScalarKind
+from mtl_dist.kinds.kind import Kind, Label, MapKind, ScalarKind
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.kinds.vocabulary import Cell, Declared
 from mtl_dist.specs import TaskInfo
@@ -239,17 +239,29 @@ def _declared(
 ) -> Declared:
     """What is known of a task beforehand; class names also from the Dataset's own `classes`."""
     classes: Any = stated.classes
-    named = [name for name, each in fields.items() if kind_of(each.kind).has_classes]
+    kind = kind_of(stated.kind)
+    named = [name for name, each in fields.items() if _is_of_classes(kind_of(each.kind))]
     own = getattr(dataset.made, "classes", None)
     if isinstance(own, Mapping):
         name = next(name for name, each in fields.items() if each is stated)
         own = own.get(name)
-    elif len(named) > 1:
+    elif len(named) > 1 or not _is_of_classes(kind):
         own = None
     is_list = isinstance(own, list | tuple) and all(isinstance(each, str) for each in own)
-    if classes is None and kind_of(stated.kind).has_classes and is_list:
+    if classes is None and kind.has_classes and is_list:
         classes = tuple(own or ())
     return Declared(classes or None, stated.unit, indexing.separator, missing=indexing.missing)
+
+
+def _classes_and_parts(info: TaskInfo) -> tuple[int, bool]:
+    """How many classes a vector of 0 and 1 is over, and whether one is a list of numbers instead."""
+    kind = kind_of(info.kind)
+    return (len(info.classes), False) if kind.class_words == Kind.class_words else (0, True)
+
+
+def _is_of_classes(kind: Kind) -> bool:
+    """Whether the names of a kind are of classes, and not of parts that every label has."""
+    return kind.has_classes and kind.class_words == Kind.class_words
 
 
 def _pass(dataset: MapDataset, infos: Mapping[str, TaskInfo]) -> _Found:
@@ -273,7 +285,7 @@ def _pass(dataset: MapDataset, infos: Mapping[str, TaskInfo]) -> _Found:
             image = bytes(dataset.image_of(sample))
             facts = examine_image(image, decode=False)
             for name in scalars:
-                found.cells[name].append(dataset.cell(sample, name, len(infos[name].classes)))
+                found.cells[name].append(dataset.cell(sample, name, *_classes_and_parts(infos[name])))
             for name, kind in maps.items():
                 stored = dataset.map_of(sample, name, kind, infos[name])
                 if stored is not None and (stored.height, stored.width) != (facts.height, facts.width):

@@ -114,6 +114,12 @@ class Tars(Importer):
         }
         self._maps = [task for task in self._wanted.values() if task.is_map]
         self._scalars = [task for task in self._wanted.values() if not task.is_map]
+        for task in self._scalars:
+            if "," in task.column:
+                raise UserError(
+                    f"--{task.kind} {task.task}: expected one field, such as json:NAME, perhaps of a list, "
+                    f"found {task.column}."
+                )
         self.tars = _tars(source)
         self._notes: list[str] = []
 

@@ -87,6 +87,10 @@ class Kind(ABC):
         names = names_of(declared.classes) if self.has_classes and declared.classes is not None else ()
         return TaskInfo(self.name, names, unit=declared.unit, facts=dict(declared.facts))
 
+    def numbers(self, info: TaskInfo) -> dict[str, TaskInfo]:
+        """What mean, deviation, range and unit say of each number of a label, by name; "" of the only one."""
+        return {"": info} if self.has_values else {}
+
     def check_facts(self, info: TaskInfo) -> None:
         """Refuse `TaskInfo.facts` that mean nothing to the kind.
 

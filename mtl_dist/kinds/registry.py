@@ -16,6 +16,7 @@ from mtl_dist.kinds.normals import Normals
 from mtl_dist.kinds.ordinal import Ordinal
 from mtl_dist.kinds.regression import Regression
 from mtl_dist.kinds.segmentation import Segmentation
+from mtl_dist.kinds.vector import Vector
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
@@ -28,6 +29,7 @@ KINDS: dict[str, Kind] = {
         Normals(),
         Ordinal(),
         Keypoints(),
+        Vector(),
     )
 }
 

@@ -75,7 +75,7 @@ def _task_lines(name: str, info: TaskInfo, missing: int) -> list[str]:
     changes, why = settings.suited_to(info) if settings else ({}, "")
     facts = [f"{info.num_labelled:,} labels" + (f", {missing:,} missing" if missing else "")]
     if info.classes:
-        facts.append(f"{len(info.classes)} classes")
+        facts.append(f"{len(info.classes)} {kind_of(info.kind).class_words[1]}")
     elif kind_of(info.kind).has_values:
         facts.append(f"{info.mean:.3g} ± {info.std:.2g} {info.unit}".rstrip())
     line = f"  {_flow(name)}: {_flow({'kind': info.kind} | changes)}  # {', '.join(facts)}"

@@ -19,6 +19,9 @@ from mtl_dist.tracking.tracker import Tracker
 from mtl_dist.training.plan import Outcome
 from mtl_dist.training.trainer import Trainer
 
+_NUMBERS = 4
+"""Numbers of a vector that are described."""
+
 
 def introduce(
     trainer: Trainer, recipe: Recipe, data: Data, folder: RunFolder, engine: str, parameters: str
@@ -64,16 +67,20 @@ def introduce(
 def described(info: TaskInfo, in_val: int) -> str:
     """A task in words: its kind, its labels, and the constant answer that it is to be better than."""
     kind = kind_of(info.kind)
-    what = info.kind + (f" of {plural(len(info.classes), 'class', 'classes')}" if info.classes else "")
+    what = info.kind + (f" of {plural(len(info.classes), *kind.class_words)}" if info.classes else "")
     labels = f"{plural(info.num_labelled, 'label')} in train, {in_val:,} in val"
     counted = sum(info.class_counts)
     if kind.is_one_class and counted:
         largest = max(info.class_counts)
         most = info.classes[info.class_counts.index(largest)]
         return f"{what}, {labels}, majority {most} {largest / counted:.1%}"
-    if kind.has_values and info.num_labelled:
-        unit = f" {info.unit}" if info.unit else ""
-        return f"{what}, {labels}, mean {info.mean:.4g} +- {info.std:.4g}{unit}"
+    if info.num_labelled and (numbers := kind.numbers(info)):
+        said = [
+            f"{f'{name} ' if name else ''}{one.mean:.4g} +- {one.std:.4g} {one.unit}".rstrip()
+            for name, one in list(numbers.items())[:_NUMBERS]
+        ]
+        more = ", ..." if len(numbers) > _NUMBERS else ""
+        return f"{what}, {labels}, mean {', '.join(said)}{more}"
     return f"{what}, {labels}"
 
 

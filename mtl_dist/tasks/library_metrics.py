@@ -20,6 +20,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from mtl_dist.errors import UserError
+from mtl_dist.kinds.registry import kind_of
 from mtl_dist.specs import IGNORE
 from mtl_dist.tasks.multilabel import MultilabelTask
 from mtl_dist.tasks.task import Task
@@ -36,7 +37,8 @@ def form_of(metric: Metric, task: Task, where: str) -> Form:
         UserError: the metric is for another sort of task.
     """
     family = family_of(metric)
-    num_classes, is_multilabel = len(task.info.classes), isinstance(task, MultilabelTask)
+    of_numbers = bool(kind_of(task.info.kind).numbers(task.info))
+    num_classes, is_multilabel = 0 if of_numbers else len(task.info.classes), isinstance(task, MultilabelTask)
     name = type(metric).__name__
     if family is None:
         return lambda seen, wanted: (seen, wanted)

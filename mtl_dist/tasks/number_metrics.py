@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -180,6 +181,74 @@ class GaussianMetrics(RegressionMetrics):
         values |= _covered(float(_over(self.covered, num)), NOMINAL_95)
         values["mean_deviation"] = float(_over(self.widths, num)) * self._of_deviations.unit_scale
         return values | {"num_samples": num}
+
+
+class VectorMetrics(Accumulator):
+    """Errors of several numbers: of each in its own unit, and the means of these over the numbers.
+
+    nrmse is the root mean squared error in deviations of the training labels, so that numbers of different
+    units have a mean. A number without a label in the split is left out.
+    """
+
+    sums: Tensor
+    num_samples: Tensor
+
+    def __init__(
+        self, read: Callable[[Tensor], Tensor], means: Sequence[float], scales: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self._read = read
+        self._means, self._scales = tuple(means), tuple(scales)
+        self.add_state("sums", torch.zeros(5, len(self._means), dtype=torch.float64), "sum")
+        self.add_state("num_samples", torch.zeros((), dtype=torch.int64), "sum")
+
+    def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
+        """Count outputs (B, K) as they are learnt against targets (B, K) in their units."""
+        target = target.double()
+        there_BK = target.isfinite() & labelled_B[:, None]
+        error_BK = self._read(output) - target
+        centred_BK = target - target.new_tensor(self._means)
+        terms_5BK = torch.stack(
+            [
+                torch.ones_like(error_BK),
+                error_BK.abs(),
+                error_BK.square(),
+                centred_BK,
+                centred_BK.square(),
+            ]
+        )
+        self.sums += torch.where(there_BK, terms_5BK, 0.0).sum(dim=1)
+        self.num_samples += labelled_B.sum()
+
+    def compute(self) -> dict[str, float]:
+        self._per_class = [
+            _of_number(sums, scale) for sums, scale in zip(self.sums.T.tolist(), self._scales, strict=True)
+        ]
+        means = {
+            name: _mean([row[name] for row in self._per_class]) for name in ("nrmse", "mae", "rmse", "r2")
+        }
+        return means | {"num_samples": float(self.num_samples)}
+
+
+def _of_number(sums: Sequence[float], scale: float) -> dict[str, float]:
+    num, absolute, squared, total, total_squared = sums
+    if not num:
+        return dict.fromkeys(("nrmse", "mae", "rmse", "r2"), math.nan) | {"support": 0.0}
+    deviation = total_squared - total * total / num
+    varies = num >= 2 and deviation > 1e-12 * total_squared
+    rmse = math.sqrt(squared / num)
+    return {
+        "nrmse": rmse / scale,
+        "mae": absolute / num,
+        "rmse": rmse,
+        "r2": 1 - squared / deviation if varies else math.nan,
+        "support": num,
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
 
 
 def _covered(share: float, nominal: float) -> dict[str, float]:

@@ -21,6 +21,7 @@ from mtl_dist.tasks.ordinal import OrdinalSettings
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
 from mtl_dist.tasks.task import CommonTaskSettings, Task
+from mtl_dist.tasks.vector import VectorSettings
 
 
 class UserTaskSettings(UserDefinedSettings):
@@ -48,7 +49,8 @@ TaskSettings: TypeAlias = Annotated[
     | DepthSettings
     | NormalsSettings
     | OrdinalSettings
-    | KeypointsSettings,
+    | KeypointsSettings
+    | VectorSettings,
     Field(discriminator="kind"),
     UserDefined((UserTaskSettings,)),
 ]

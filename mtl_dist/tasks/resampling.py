@@ -139,6 +139,21 @@ def of_deviations(columns: Columns, weights_RN: np.ndarray) -> Metrics:
     }
 
 
+def of_vectors(columns: Columns, weights_RN: np.ndarray, scales: Mapping[str, float]) -> Metrics:
+    """As `VectorMetrics` has them; `scales` by name."""
+    found: dict[str, list[np.ndarray]] = {}
+    for name, scale in scales.items():
+        if f"error.{name}" not in columns:
+            continue
+        there_N = np.isfinite(columns[f"error.{name}"].astype(np.float64))
+        own = {key: columns[f"{key}.{name}"][there_N] for key in ("label", "error")}
+        for metric, values_R in of_errors(own, weights_RN[:, there_N]).items():
+            found.setdefault(metric, []).append(values_R)
+        found.setdefault("nrmse", []).append(found["rmse"][-1] / scale)
+    of_numbers = {metric: np.stack(rows, axis=1) for metric, rows in found.items() if metric != "mse"}
+    return {metric: _mean(values_RK, np.isfinite(values_RK)) for metric, values_RK in of_numbers.items()}
+
+
 def of_grades(columns: Columns, weights_RN: np.ndarray, num_classes: int) -> Metrics:
     """As `OrdinalMetrics` has them."""
     labels_N, grades_N = columns["label_id"].astype(np.int64), columns["class_id"].astype(np.int64)

@@ -32,6 +32,8 @@ _SHOWN_TASKS = 12
 """Tasks of which pictures are shown."""
 _MORE_CURVES = 5
 _BARS = 24
+_NUMBERS = 6
+"""Numbers of a vector that are described."""
 _IN_THE_UNIT = ("mae", "rmse", "pinball", "interval_width", "mean_deviation")
 
 
@@ -203,9 +205,9 @@ def about(task: Task) -> str:
     parts = [f"{plural(info.num_labelled, 'label')} in train"]
     if info.classes:
         parts.insert(0, plural(len(info.classes), *kind_of(info.kind).class_words))
-    if kind_of(info.kind).has_values:
-        unit = f" {info.unit}" if info.unit else ""
-        parts.append(f"mean {svg.short(info.mean)} ± {svg.short(info.std)}{unit}")
+    for name, one in list(kind_of(info.kind).numbers(info).items())[:_NUMBERS]:
+        unit = f" {one.unit}" if one.unit else ""
+        parts.append(f"mean {f'{name} ' if name else ''}{svg.short(one.mean)} ± {svg.short(one.std)}{unit}")
     loss = getattr(task.settings, "loss", None)
     name = str(getattr(loss, "kind", "")).rpartition(".")[2]
     parts += [f"loss {name}"] if name else []
@@ -240,7 +242,8 @@ def number_of(record: RunRecord, task: Task, split: str, metric: str) -> Number 
     if reached is not None and mode is not None:
         edge = value if found is None else found[0] if mode == "max" else found[1]
         better = edge > reached if mode == "max" else edge < reached
-    unit = f" {task.info.unit}" if task.info.unit and metric in _IN_THE_UNIT else ""
+    own = task.info.unit if metric in _IN_THE_UNIT and "," not in task.info.unit else ""
+    unit = f" {own}" if own else ""
     return Number(
         metric=words(metric),
         value=three(value) + unit,

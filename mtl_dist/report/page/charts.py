@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -20,6 +20,8 @@ _MOST_CURVES = 40
 _MOST_DRAWN = 60
 """Classes of a confusion matrix that are drawn: it grows with their square."""
 _LISTED = 12
+_MOST_PARTS = 4
+"""Numbers of a vector that are drawn."""
 _QUANTILE = "quantiles."
 """What the columns of quantiles begin with; the share follows."""
 
@@ -61,6 +63,8 @@ def figures_of(task: Task, columns: Columns, confusion: np.ndarray | None) -> li
         found += calibration_figures(columns, truths_NC, scores_NC)
     if "value" in columns and "label" in columns:
         found += regression_figures(columns, task.info.unit)
+    for part in [part for part in task.parts if f"values.{part}" in columns][:_MOST_PARTS]:
+        found += _part_figures(task, part, columns)
     if "covered" in columns:
         found += coverage_figures(columns)
     main = task.settings.compared[0]
@@ -261,6 +265,19 @@ def regression_figures(columns: Columns, unit: str) -> list[Figure]:
     ]
 
 
+def _part_figures(task: Task, part: str, columns: Columns) -> list[Figure]:
+    """The figures of one number of a vector, over the samples that have its label."""
+    labels = columns.get(f"label.{part}")
+    if labels is None:
+        return []
+    there = np.isfinite(labels.astype(np.float64))
+    if not there.any():
+        return []
+    own = {"label": labels[there], "value": columns[f"values.{part}"][there]}
+    unit = kind_of(task.info.kind).numbers(task.info)[part].unit
+    return [replace(figure, title=f"{part}: {figure.title}") for figure in regression_figures(own, unit)]
+
+
 def coverage_figures(columns: Columns) -> list[Figure]:
     """How many labels lie below each quantile, or that of a predicted normal distribution, against how many
     are to."""
@@ -299,6 +316,7 @@ def words(name: str) -> str:
         "mse": "MSE",
         "r2": "R²",
         "nll": "NLL",
+        "nrmse": "normalised RMSE",
         "iou": "IoU",
         "dice": "Dice",
     }

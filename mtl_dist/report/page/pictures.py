@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mtl_dist.prediction.predictor import Predictor
 
 SIDE = 184
-_EACH, _MISTAKES = 3, 8
+_EACH, _MISTAKES, _MOST_NUMBERS = 3, 8, 3
 _TRUE: Colour = (46, 204, 113)
 _PREDICTED: Colour = (255, 127, 14)
 
@@ -84,7 +84,7 @@ class Samples:
                 return self._best_to_worst(task, columns)
             if "correct" in columns:
                 return self._mistakes(task, columns)
-            if "error" in columns:
+            if "error" in columns or "off" in columns:
                 return self._outliers(task, columns)
         except (UnreadableSample, UnreadableImage, UserError, OSError) as error:
             self.problem = f"Pictures are missing: a sample could not be read ({type(error).__name__})."
@@ -116,14 +116,20 @@ class Samples:
         ]
 
     def _outliers(self, task: Task, columns: Mapping[str, np.ndarray]) -> list[Gallery]:
-        chosen = np.argsort(-np.abs(columns["error"].astype(np.float64)), kind="stable")[:_MISTAKES]
-        unit = f" {task.info.unit}" if task.info.unit else ""
+        off = columns["error" if "error" in columns else "off"].astype(np.float64)
+        chosen = np.argsort(-np.abs(off), kind="stable")[:_MISTAKES]
+        numbers = list(kind_of(task.info.kind).numbers(task.info).items())[:_MOST_NUMBERS]
+
+        def said(what: str, key: str, n: int) -> str:
+            shown = []
+            for part, one in numbers:
+                value = columns[f"{key}.{part}" if part else key][n]
+                number = svg.short(float(value)) if np.isfinite(float(value)) else "-"
+                shown.append(" ".join(filter(None, (part, number, one.unit))))
+            return f"{what} {', '.join(shown)}"
 
         def lines(n: int) -> tuple[str, ...]:
-            return (
-                f"says {svg.short(columns['value'][n])}{unit}",
-                f"label {svg.short(columns['label'][n])}{unit}",
-            )
+            return said("says", "value" if "value" in columns else "values", n), said("label", "label", n)
 
         return [Gallery("Farthest off", self._plain(columns, chosen, lines), "The largest errors first.")]
 

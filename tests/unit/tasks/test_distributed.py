@@ -21,6 +21,7 @@ from mtl_dist.tasks.number_losses import GaussianNllSettings, QuantileSettings
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
 from mtl_dist.tasks.task import Task
+from mtl_dist.tasks.vector import VectorSettings
 from tests.ranks import shared_pool
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -41,6 +42,22 @@ TASKS: dict[str, Task] = {
             "age with a deviation",
             RegressionSettings(loss=GaussianNllSettings()),
             TaskInfo("regression", mean=40.0, std=12.0),
+        ),
+        (
+            "pose",
+            VectorSettings(),
+            TaskInfo(
+                "vector",
+                ("a", "b"),
+                9,
+                facts={
+                    "labels": [9, 9],
+                    "mean": [1.0, 2.0],
+                    "std": [1.0, 3.0],
+                    "minimum": [0.0] * 2,
+                    "maximum": [9.0] * 2,
+                },
+            ),
         ),
         (
             "depth",
@@ -83,6 +100,9 @@ def batches(task: Task, labelled: list[bool], rank: int) -> list[Batch]:
                 target = torch.randint(2, (num, num_classes), generator=key).float()
             case "regression":
                 target = 40 + 12 * torch.randn(num, generator=key)
+            case "vector":
+                target = torch.randn(num, 2, generator=key)
+                target[2, 1] = math.nan
             case "classification":
                 target = torch.randint(num_classes, (num,), generator=key)
             case "depth":

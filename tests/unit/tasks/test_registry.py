@@ -88,7 +88,7 @@ def test_without_ranking_only_the_metrics_of_an_order_are_missing():
 def test_errors_are_minimised_and_scores_maximised():
     minimised = {"mae", "rmse", "mse", "abs_rel", "sq_rel", "rmse_log", "log10", "silog"}
     minimised |= {"mean_angle", "median_angle", "ece", "brier", "nme", "pixel_error"}
-    minimised |= {"pinball", "nll", "coverage_error", "interval_width", "mean_deviation"}
+    minimised |= {"pinball", "nll", "coverage_error", "interval_width", "mean_deviation", "nrmse"}
     for settings in TASKS.values():
         for metric, mode in settings.modes.items():
             assert mode == ("min" if metric in minimised else "max")
