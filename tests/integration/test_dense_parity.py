@@ -1,4 +1,4 @@
-"""Dense tasks under every engine: three maps and a number of made scenes, labels missing; points in them."""
+"""Dense tasks under every engine: three maps, numbers and a vector of made scenes, labels missing; points in them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ tasks:
   things: {kind: segmentation, loss: {kind: cross_entropy}}
   distance: {kind: depth, loss: {kind: huber}}
   surface: {kind: normals}
-  light: {kind: regression}
+  light: {kind: regression, loss: {kind: gaussian_nll, floor: 0.5}}
+  spread: {kind: regression, space: log, loss: {kind: quantile}}
+  colour: {kind: vector, loss: {kind: huber}}
 data:
   train:
     - dataset: {kind: tests.integration.test_dense_parity.Scenes}
@@ -33,6 +35,8 @@ data:
         distance: {kind: depth, unit: m}
         surface: {kind: normals}
         light: {kind: regression}
+        spread: {kind: regression}
+        colour: {kind: vector, classes: [red, green, blue]}
       index: INDEX
   image_size: 32
   augment: none
@@ -65,6 +69,8 @@ class Scenes(Dataset[Any]):
             "image": scene.picture,
             "things": scene.classes,
             "light": float(scene.picture.mean()),
+            "spread": float(scene.picture.std()),
+            "colour": np.where(np.arange(3) == index % 5, np.nan, scene.picture.mean(axis=(0, 1))),
         }
         sample["distance"] = scene.depth.astype(np.float32)
         sample["surface"] = scene.normals.astype(np.float32)
@@ -101,7 +107,8 @@ def assert_same(run: Path, alone: Path) -> None:
     for name, tensor in expected.items():
         scale = float(tensor.abs().max()) if tensor.numel() else 0.0
         apart = float((found[name] - tensor).abs().max()) if tensor.numel() else 0.0
-        assert apart <= 2e-5 * scale + 2e-6, f"{name}: {apart:g} of {scale:g}"
+        # Of a bias before a norm the gradient is rounding alone.
+        assert apart <= 2e-5 * scale + 5e-6, f"{name}: {apart:g} of {scale:g}"
     for ours, theirs in zip(rows(run, "step"), rows(alone, "step"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, nan_ok=True)
 
