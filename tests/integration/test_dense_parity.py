@@ -1,4 +1,4 @@
-"""Dense tasks under every engine: maps, numbers and a vector of made scenes, labels missing; points in them."""
+"""Dense tasks under every engine: maps, numbers and a vector of scenes, labels missing; points in them."""
 
 from __future__ import annotations
 
