@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -39,7 +39,7 @@ from mtl_dist.models.whole import model_of
 from mtl_dist.monitor import Monitor
 from mtl_dist.recipe import Recipe, load_recipe, load_recipe_of
 from mtl_dist.run_folder import RunFolder
-from mtl_dist.step import RootModule, decided_by
+from mtl_dist.step import RootModule, at_temperatures, decided_by
 from mtl_dist.tasks.registry import build_tasks
 from mtl_dist.tasks.task import Task
 from mtl_dist.training.plan import Plan
@@ -255,6 +255,8 @@ class Trained:
     weights: dict[str, Tensor]
     thresholds: Mapping[str, Mapping[str, float]]
     """By which it decides, where they were chosen on val."""
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    """What logits are divided by, where that was asked."""
 
     def root(self, world: World) -> RootModule:
         """The root module with these weights, in evaluation mode.
@@ -273,6 +275,7 @@ class Trained:
                 "Use another copy of the run."
             ) from error
         root.decide_by(self.thresholds)
+        root.tasks = at_temperatures(root.tasks, self.temperatures)
         return root.to(world.device).eval()
 
 
@@ -283,12 +286,23 @@ def tasks_of(
     return decided_by(build_tasks(recipe.tasks, facts.task_infos), thresholds)
 
 
-def read_trained(folder: RunFolder, say: Callable[[str], None], which: WhichCheckpoint = "best") -> Trained:
-    """The best weights of a run, or others, and what they were trained for.
+def read_trained(
+    folder: RunFolder,
+    say: Callable[[str], None],
+    which: WhichCheckpoint = "best",
+    temperature: bool = False,
+) -> Trained:
+    """The best weights of a run, or others, and what they were trained for; with `temperature` also the
+    temperatures that were fitted for the best ones.
 
     Raises:
-        UserError: the run has no such checkpoint that is whole.
+        UserError: the run has no such checkpoint that is whole, or no temperatures for it.
     """
+    if temperature and which != "best":
+        raise UserError(
+            f"--temperature: expected the best weights, for which temperatures are kept, found {which}. "
+            "Leave one of the two out."
+        )
     load_recipe_of(folder.directory)  # a stranger's is refused before anything else of it is read
     path = chosen_checkpoint(folder, which, say)
     checkpoint = read_checkpoint(path)
@@ -304,6 +318,7 @@ def read_trained(folder: RunFolder, say: Callable[[str], None], which: WhichChec
         folder.checked(facts),
         inference_weights(checkpoint),
         folder.read_thresholds(),
+        folder.read_temperatures(path.name) if temperature else {},
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,7 @@ from mtl_dist.heartbeat import beat
 from mtl_dist.sample_rows import SampleRows
 from mtl_dist.step import RootModule
 from mtl_dist.tasks.metrics import TaskMetrics, mean_accuracy
+from mtl_dist.tasks.temperature import Calibrated
 
 _VALUES_HELD = 1 << 25
 """Values of outputs in their maps' own size that are held at once, where one sample alone has not more."""
@@ -37,7 +38,7 @@ class Evaluation:
     task without a label in the split has no entry in `tasks` beyond `num_samples` 0. `confusion` holds (C, C)
     counts, rows true, columns predicted. `thresholds` are those that were chosen from this split, by task and
     label. `baselines` are the metrics of each task's constant answer on this split. `per_class` holds the
-    metrics of each class, by task and class.
+    metrics of each class, by task and class. `calibrated` are the probabilities of tasks at a temperature.
     """
 
     loss: float
@@ -47,6 +48,7 @@ class Evaluation:
     thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
     baselines: dict[str, BaselineMetrics] = field(default_factory=dict)
     per_class: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    calibrated: dict[str, Calibrated] = field(default_factory=dict)
 
     def flat(self, split: str) -> dict[str, float]:
         """The metrics by path, as in `val/digit/accuracy`; `val/mean_accuracy` is over the tasks with one."""
@@ -64,14 +66,16 @@ def evaluate(
     choosing: bool = False,
     rows: SampleRows | None = None,
     with_baselines: bool = False,
+    temperatures: Mapping[str, float | None] | None = None,
 ) -> Evaluation:
     """Run the model over a split and compute loss and metrics of each task.
 
     `loader` yields this rank's part, padded with invalid samples to equally many batches on every rank.
     Losses are at the model's size, the metrics of maps at their own where a batch holds them so.
     The same metrics come back on every rank. With `choosing` the thresholds that a recipe leaves to the
-    validation split are chosen from this one. `rows` are told of every sample; `with_baselines` the constant
-    answers are measured as well.
+    validation split are chosen from this one. With `temperatures` the probabilities of these tasks are
+    measured at theirs as well; None is that which fits this split. `rows` are told of every sample;
+    `with_baselines` the constant answers are measured as well.
     """
     # torchmetrics takes seconds to import.
     from mtl_dist.tasks.user_metrics import AllMetrics
@@ -82,6 +86,8 @@ def evaluate(
         name: AllMetrics(task, world.gather, choosing=choosing).to(world.device)
         for name, task in root.tasks.items()
     }
+    for name, temperature in (temperatures or {}).items():
+        accumulators[name].calibrate(temperature)
     baselines = _Baselines(root, world) if with_baselines else None
     num_tasks = len(root.terms)
     sums_T = torch.zeros(num_tasks, dtype=torch.float64)
@@ -117,6 +123,7 @@ def evaluate(
     confusion = {}
     thresholds: dict[str, dict[str, float]] = {}
     per_class: dict[str, dict[str, dict[str, float]]] = {}
+    calibrated: dict[str, Calibrated] = {}
     loss = 0.0
     for t, name in enumerate(root.tasks):
         beat(f"the metrics of {name}", slow=True)
@@ -134,12 +141,15 @@ def evaluate(
         matrix = accumulators[name].confusion_matrix()
         if matrix is not None:
             confusion[name] = matrix
+        at_temperature = accumulators[name].calibrated()
+        if at_temperature is not None:
+            calibrated[name] = at_temperature
     for t, joint in enumerate(root.joints, start=len(root.tasks)):
         if counts_T[t] > 0:
             metrics[joint.name] = {"loss": float(sums_T[t] / counts_T[t])}
             loss += joint.weight * metrics[joint.name]["loss"]
     constant = baselines.compute() if baselines is not None else {}
-    return Evaluation(loss, metrics, confusion, int(totals[-1]), thresholds, constant, per_class)
+    return Evaluation(loss, metrics, confusion, int(totals[-1]), thresholds, constant, per_class, calibrated)
 
 
 @dataclass(frozen=True)

@@ -130,3 +130,21 @@ def print_per_class(evaluation: Evaluation) -> None:
     plain_console().print(
         per_class_table(evaluation) if evaluation.per_class else "No task of the run has classes."
     )
+
+
+def calibration_table(evaluation: Evaluation) -> CellTable:
+    """One row per task: its temperature, and what its probabilities are worth before and after."""
+    table = CellTable(box=None, pad_edge=False)
+    for column in ("task", "temperature", "", "ece", "nll", "brier"):
+        table.add_column(column, justify="right" if column else "left")
+    for task, found in evaluation.calibrated.items():
+        for number, (when, values) in enumerate((("before", found.before), ("after", found.after))):
+            first = (task, _shown("", found.temperature)) if number == 0 else ("", "")
+            table.add_row(*first, when, *(_shown(name, value) for name, value in values.items()))
+    return table
+
+
+def print_calibration(split: str, evaluation: Evaluation) -> None:
+    console = plain_console()
+    console.print(f"Probabilities on {split} by temperature:")
+    console.print(calibration_table(evaluation))

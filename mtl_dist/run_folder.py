@@ -10,8 +10,10 @@ runs/<name>/<run id>/
     callbacks.json          up to which step callbacks were called
     tags.json               words by which `mtl status` and `mtl runs` find it
     checkpoints/            see checkpoint.py
-    evaluation/             metrics.json, baselines.json, thresholds.json, SPLIT_predictions.csv (and
-    .parquet), confusion matrices, conflicts.png report.html             what `mtl report` makes of all that
+    evaluation/             metrics.json, baselines.json, thresholds.json, temperatures.json,
+                            calibration.json, SPLIT_predictions.csv (and .parquet), confusion matrices,
+                            conflicts.png
+    report.html             what `mtl report` makes of all that
 """
 
 from __future__ import annotations
@@ -318,6 +320,45 @@ class RunFolder:
         """Keep the chosen thresholds, by which the run's weights decide from now on."""
         self.evaluation.mkdir(exist_ok=True)
         write_text(self.evaluation / "thresholds.json", json.dumps(thresholds, indent=1, ensure_ascii=False))
+
+    def read_temperatures(self, checkpoint: str) -> dict[str, float]:
+        """The temperatures that were fitted on the validation split for the weights of a checkpoint, by task.
+
+        Raises:
+            UserError: none were, or the file is damaged.
+        """
+        path = self.evaluation / "temperatures.json"
+        try:
+            found = (read_json(dict[str, dict[str, float]], path) or {}).get(checkpoint)
+        except DamagedFile as error:
+            raise UserError(
+                f"{path}: expected temperatures by checkpoint and task, found a damaged file ({error}). "
+                "Remove it and fit them again: mtl evaluate RUN --temperature."
+            ) from None
+        if not found:
+            raise UserError(
+                f"{self.directory}: expected temperatures for {checkpoint}, found none. Fit them: "
+                f"mtl evaluate {self.directory} --temperature."
+            )
+        return found
+
+    def write_temperatures(self, checkpoint: str, temperatures: Mapping[str, float]) -> None:
+        """Keep temperatures that were fitted for the best weights, those of a checkpoint."""
+        self.evaluation.mkdir(exist_ok=True)
+        write_text(
+            self.evaluation / "temperatures.json", json.dumps({checkpoint: dict(temperatures)}, indent=1)
+        )
+
+    def write_calibration(self, split: str, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+        """Put one split into evaluation/calibration.json: by task its temperature, and `ece`, `nll` and
+        `brier` before and after."""
+        found = self._read_by_split("calibration", dict[str, dict[str, Any]])
+        found[split] = {
+            task: _with_null({"temperature": row["temperature"]})
+            | {when: _with_null(row[when]) for when in ("before", "after")}
+            for task, row in tasks.items()
+        }
+        write_text(self.evaluation / "calibration.json", json.dumps(found, indent=1))
 
     def write_metrics(
         self,

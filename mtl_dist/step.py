@@ -107,6 +107,14 @@ def decided_by(tasks: Mapping[str, Task], thresholds: Mapping[str, Mapping[str, 
     }
 
 
+def at_temperatures(tasks: Mapping[str, Task], temperatures: Mapping[str, float]) -> dict[str, Task]:
+    """The tasks, whose logits are divided by temperatures that were fitted on a split."""
+    return {
+        name: replace(task, temperature=temperatures[name]) if name in temperatures else task
+        for name, task in tasks.items()
+    }
+
+
 class RootModule(nn.Module):
     """The model, its losses and the method of balancing, behind one `forward`.
 

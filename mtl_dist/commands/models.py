@@ -50,6 +50,13 @@ def export(
         ),
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="With --push-to: for everybody to see.")] = False,
+    temperature: Annotated[
+        bool,
+        typer.Option(
+            "--temperature",
+            help="With the temperatures that mtl evaluate RUN --temperature has fitted: answers are by them.",
+        ),
+    ] = False,
 ) -> None:
     """Take a run's model out, to run it elsewhere; held against the run on real images before it is kept.
 
@@ -66,7 +73,9 @@ def export(
 
     if push_to is not None:
         check_push(push_to, format)
-    made = export_run(run, format, out, _which(checkpoint), Form(any_size, resize_inside), images, say)
+    made = export_run(
+        run, format, out, _which(checkpoint), Form(any_size, resize_inside), images, say, temperature
+    )
     say(
         f"{made.file}: {made.num_bytes / 1e6:.1f} MB in {made.seconds:.0f} s; outputs differ from the run's "
         f"by at most {made.difference:.1g}, on {made.images}"

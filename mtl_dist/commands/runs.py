@@ -289,6 +289,13 @@ def evaluate(
     per_class: Annotated[
         bool, typer.Option("--per-class", help="Print the metrics of each class too. docs/metrics.md")
     ] = False,
+    temperature: Annotated[
+        bool,
+        typer.Option(
+            "--temperature",
+            help="Fit temperatures of probabilities on val, show what they do, keep them. docs/predict.md",
+        ),
+    ] = False,
 ) -> None:
     """Measure a run's best weights on a split: test, or val where there is none.
 
@@ -301,12 +308,14 @@ def evaluate(
       mtl evaluate runs/digits/ID --split val --data data/other-digits
       mtl evaluate runs/digits/ID --checkpoint best/digit
       mtl evaluate runs/digits/ID --per-class
+      mtl evaluate runs/digits/ID --temperature       then mtl predict ... --temperature
     """
     from mtl_dist.data.remote import location
     from mtl_dist.runs.evaluation import evaluate_run
 
     which = int(checkpoint) if checkpoint.isdecimal() else checkpoint
-    evaluate_run(run, split, None if data is None else location(data), predictions, which, per_class)
+    dataset = None if data is None else location(data)
+    evaluate_run(run, split, dataset, predictions, which, per_class, temperature)
 
 
 def predict(
@@ -348,6 +357,13 @@ def predict(
         str | None,
         typer.Option(metavar="NAME", show_default=False, help="Of prepared datasets: this split alone."),
     ] = None,
+    temperature: Annotated[
+        bool,
+        typer.Option(
+            "--temperature",
+            help="Give probabilities at the temperatures that mtl evaluate RUN --temperature has fitted.",
+        ),
+    ] = False,
 ) -> None:
     """Answer for images: one line of JSON, or row of a table, for each.
 
@@ -370,6 +386,7 @@ def predict(
             overlays=overlays,
             threshold=threshold,
             split=split,
+            temperature=temperature,
             stdin=sys.stdin.buffer,
             note=lambda line: say(line, sys.stderr),
             done=show if out is not None else None,

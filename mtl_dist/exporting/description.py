@@ -53,4 +53,5 @@ def describe(folder: RunFolder, trained: Trained, network: Network, form: Form) 
         "recipe": portable(trained.recipe),
         "data": plain_facts(trained.facts),
         "thresholds": {task: dict(chosen) for task, chosen in trained.thresholds.items()},
+        "temperatures": dict(trained.temperatures),
     }

@@ -72,11 +72,13 @@ def export_run(
     form: Form = Form(),  # noqa: B008  (frozen)
     images: Path | None = None,
     say: Callable[[str], None] = say,
+    temperature: bool = False,
 ) -> Exported:
     """Write a run's model into the folder `out`, by default RUN/export/FORMAT, and hold it against the run.
 
     Args:
         images: what to check with, in place of the run's data.
+        temperature: whether the description has the run's temperatures, by which it is read back.
 
     Raises:
         UserError: no such checkpoint, a package is missing, the model cannot be taken out so, or `out` holds
@@ -89,7 +91,7 @@ def export_run(
         raise UserError(f"--format: expected {', '.join(FILES)}, found {format!r}.")
     check_packages(format)
     folder = RunFolder.open(run)
-    trained = read_trained(folder, say, checkpoint)
+    trained = read_trained(folder, say, checkpoint, temperature)
     if form.resize_inside:
         check_resize(trained.recipe.data)
     network = network_of(trained, "cpu")

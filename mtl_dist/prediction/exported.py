@@ -26,6 +26,7 @@ from mtl_dist.engine.settings import EngineSettings
 from mtl_dist.errors import UserError
 from mtl_dist.json_files import DamagedFile, parsed
 from mtl_dist.recipe import Recipe
+from mtl_dist.step import at_temperatures
 from mtl_dist.tasks.task import Task
 from mtl_dist.tensor_files import read_tensors
 
@@ -109,6 +110,11 @@ def described(path: Path, record: Mapping[str, Any], file: str) -> tuple[Recipe,
     return recipe, facts, thresholds
 
 
+def _temperatures(record: Mapping[str, Any]) -> dict[str, float]:
+    """What logits are divided by, of an export that was made so."""
+    return {task: float(value) for task, value in record.get("temperatures", {}).items()}
+
+
 def _open_onnx(path: Path, device: torch.device | str | None) -> Network:
     """By onnxruntime: on a GPU where its package for GPUs is installed."""
     try:
@@ -135,7 +141,7 @@ def _open_onnx(path: Path, device: torch.device | str | None) -> Network:
     except ValueError:
         record = {}
     recipe, facts, thresholds = described(path, record, path.name)
-    tasks = tasks_of(recipe, facts, thresholds)
+    tasks = at_temperatures(tasks_of(recipe, facts, thresholds), _temperatures(record))
     names = list(tasks)
 
     def predict(images_BCHW: Tensor) -> dict[str, Tensor]:
@@ -168,7 +174,7 @@ def _open_torch(path: Path, device: torch.device | str | None) -> Network:
     recipe, facts, thresholds = described(path, record, path.name)
     wanted = connect_without_engine(EngineSettings(), device).device
     module = program.module().to(wanted)
-    tasks = tasks_of(recipe, facts, thresholds)
+    tasks = at_temperatures(tasks_of(recipe, facts, thresholds), _temperatures(record))
     return Network(recipe, facts, tasks, module, wanted, module)
 
 
@@ -179,7 +185,9 @@ def _open_folder(path: Path, device: torch.device | str | None) -> Network:
     except (OSError, DamagedFile) as error:
         raise UserError(f"{config}: expected the description of {path.name}, found: {error}.") from None
     recipe, facts, thresholds = described(config, record, CONFIG_FILE)
-    return network_of(Trained(path, recipe, facts, read_tensors(path), thresholds), device)
+    return network_of(
+        Trained(path, recipe, facts, read_tensors(path), thresholds, _temperatures(record)), device
+    )
 
 
 def images_in_words(network: Network) -> dict[str, Any]:
@@ -207,6 +215,7 @@ def tasks_in_words(network: Network) -> dict[str, dict[str, Any]]:
             "mean": task.info.mean,
             "std": task.info.std,
             "thresholds": dict(zip(task.decided_labels, task.thresholds, strict=False)),
+            **({"temperature": task.temperature} if task.temperature != 1 else {}),
             **task.how_to_read(),
         }
         for name, task in network.tasks.items()

@@ -24,6 +24,7 @@ def predict_files(
     stdin: BinaryIO,
     note: Note,
     done: Callable[[int, int | None], None] | None = None,
+    temperature: bool = False,
 ) -> tuple[int, int]:
     """Predict every image of what is `given` (see `inputs_of`); how many there were, and how many had errors.
 
@@ -32,7 +33,7 @@ def predict_files(
     """
     check_format(out)
     check_given(given)
-    predictor = Predictor(run)
+    predictor = Predictor(run, temperature=temperature)
     pictures = Pictures(overlays, predictor.tasks) if overlays is not None else None
     example = {task: plain(answer) for task, answer in predictor.example().items()}
     if pictures is not None:

@@ -73,11 +73,20 @@ class Predictor:
     """A trained multi-task model in evaluation mode; threads may share it."""
 
     def __init__(
-        self, run: Path, device: torch.device | str | None = None, checkpoint: WhichCheckpoint = "best"
+        self,
+        run: Path,
+        device: torch.device | str | None = None,
+        checkpoint: WhichCheckpoint = "best",
+        temperature: bool = False,
     ) -> None:
         """Load a run's best weights, those of another checkpoint, or an exported model; see `load`."""
         exported = exported_in(run)
         if exported is not None:
+            if temperature:
+                raise UserError(
+                    f"{run}: expected a run folder for temperature, found an exported model. "
+                    "mtl export RUN --temperature makes one that has its own."
+                )
             if checkpoint != "best":
                 raise UserError(f"checkpoint: expected none beside an exported model, found {checkpoint!r}.")
             self._take(open_exported(exported, device))
@@ -90,7 +99,7 @@ class Predictor:
                 )
             run, checkpoint = run.resolve().parents[1], step_of(run.resolve())
         folder = RunFolder.open(run)
-        trained = read_trained(folder, lambda line: say(line, sys.stderr), checkpoint)
+        trained = read_trained(folder, lambda line: say(line, sys.stderr), checkpoint, temperature)
         self._take(network_of(trained, device))
 
     @classmethod
@@ -331,6 +340,7 @@ def load(
     device: torch.device | str | None = None,
     checkpoint: WhichCheckpoint = "best",
     trust: bool = False,
+    temperature: bool = False,
 ) -> Predictor:
     """The predictor of a trained run.
 
@@ -338,10 +348,11 @@ def load(
     `mtl export` made of it: a folder, or the .onnx, .pt2 or .safetensors file in it. `device` is where
     the model runs: a GPU if there is one, without it. `checkpoint` is "best", "last", or a step that is kept;
     a damaged best or last one is passed over, and reported on stderr. With `trust` the code that a run of
-    somebody else names is imported.
+    somebody else names is imported. With `temperature` probabilities are those at the temperatures that
+    `mtl evaluate RUN --temperature` has fitted for the best weights.
 
     Raises:
         UserError: no such run, device or checkpoint, or no whole one.
     """
     with trusted(trust):
-        return Predictor(Path(run), device, checkpoint)
+        return Predictor(Path(run), device, checkpoint, temperature)

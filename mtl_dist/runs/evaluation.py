@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from mtl_dist.assemble import WhichCheckpoint, best_or_newest, inference_weights, read_trained
+from mtl_dist.assemble import Trained, WhichCheckpoint, best_or_newest, inference_weights, read_trained
 from mtl_dist.checkpoint import read_checkpoint
 from mtl_dist.config.errors import suggest
 from mtl_dist.data.facts import DataFacts, identities, meaning_differences, source_differences
@@ -24,7 +25,7 @@ from mtl_dist.heartbeat import beat, during, getting_on
 from mtl_dist.importers.external import with_indexes
 from mtl_dist.prediction.evaluated import announce, write_predictions
 from mtl_dist.recipe import load_recipe_of
-from mtl_dist.results import headlines, print_per_class, print_results, write_evaluation
+from mtl_dist.results import headlines, print_calibration, print_per_class, print_results, write_evaluation
 from mtl_dist.run_folder import RunFolder, writing_to
 from mtl_dist.runs.announcements import warn
 from mtl_dist.runs.checking import checking_shards
@@ -44,10 +45,13 @@ def evaluate_run(
     predictions: bool = False,
     checkpoint: WhichCheckpoint = "best",
     per_class: bool = False,
+    temperature: bool = False,
 ) -> str:
     """Evaluate the best weights of a run, or others, on one split; metrics go to its evaluation/ folder, with
     `predictions` a table with a row for each sample as well. With `per_class` the metrics of each class are
-    printed too.
+    printed too. With `temperature` the temperature of each task with probabilities is fitted on the run's val
+    split; what it does to the split that is measured is printed, and the temperatures of the best weights are
+    kept.
 
     Without a `split` it is test or, where the data has none, val; that is said. The classes and statistics
     are those of the run. With `dataset` the split is one of that dataset, which may be another one, or the
@@ -82,9 +86,19 @@ def evaluate_run(
                     f"tasks.{name}.threshold: {task.rule} was not chosen yet, 0.5 is used. "
                     f"mtl evaluate {run} --split val chooses it."
                 )
+    temperatures = None
+    if temperature:
+        temperatures = _temperatures(folder, trained, root, batch_size, world, label)
     with checking_shards(data, [split], world, warn) as check:
         evaluation, table = evaluate_samples(
-            root, data, split, batch_size, world, choosing=choosing, predictions=predictions
+            root,
+            data,
+            split,
+            batch_size,
+            world,
+            choosing=choosing,
+            predictions=predictions,
+            temperatures=temperatures,
         )
         check.finish()
     world.barrier()
@@ -92,13 +106,61 @@ def evaluate_run(
         print_results({label: evaluation})
         if per_class:
             print_per_class(evaluation)
+        if temperatures is not None:
+            print_calibration(label, evaluation)
         with writing_to(run):
             if evaluation.thresholds:
                 folder.write_thresholds(evaluation.thresholds)
+            if temperatures is not None:
+                found = {task: asdict(one) for task, one in evaluation.calibrated.items()}
+                folder.write_calibration(label, found)
+                known = {task: row["temperature"] for task, row in found.items()}
+                known = {task: value for task, value in known.items() if not math.isnan(value)}
+                if checkpoint == "best" and known:
+                    folder.write_temperatures(trained.path.name, known)
             write_evaluation(folder, label, evaluation, trained.facts.task_infos, warn)
             if table is not None:
                 announce(write_predictions(folder, label, table), len(table), print)
     return label
+
+
+def _temperatures(
+    folder: RunFolder, trained: Trained, root: RootModule, batch_size: int, world: World, label: str
+) -> dict[str, float | None]:
+    """Collective: of each task with probabilities the temperature that fits the run's val split; None where
+    that split is to be measured itself, so that it is fitted there.
+
+    Raises:
+        UserError: no task has probabilities, there is no val split, or it is another than in training.
+    """
+    wanted: dict[str, float | None] = {
+        name: None for name, task in root.tasks.items() if task.has_temperature
+    }
+    if not wanted:
+        raise UserError("--temperature: expected a task of classes or labels, found none in the run.")
+    if label == "val":
+        if world.is_main:
+            warn("temperatures are fitted on val, which is measured: what they gain looks too good")
+        return wanted
+    try:
+        data, _ = _opened(load_recipe_of(folder.directory).data, trained.facts, "val", None)
+    except UserError as error:
+        raise UserError(
+            f"--temperature: expected the run's val split, on which temperatures are fitted, found: {error}"
+        ) from None
+    if world.on_main(lambda: _label_of(folder, trained.facts, data, "val", False)) != "val":
+        raise AssertionError("val of the run is called val")
+    if world.is_main:
+        warn("temperatures are fitted on val")
+    fitted = evaluate_split(root, data, "val", batch_size, world, temperatures=wanted).calibrated
+    known: dict[str, float | None] = {}
+    for name in wanted:
+        value = fitted[name].temperature if name in fitted else math.nan
+        if not math.isnan(value):
+            known[name] = value
+        elif world.is_main:
+            warn(f"{name} has no label in val: no temperature is fitted")
+    return known
 
 
 def _opened(
@@ -191,10 +253,11 @@ def evaluate_split(
     choosing: bool = False,
     rows: SampleRows | None = None,
     with_baselines: bool = False,
+    temperatures: Mapping[str, float | None] | None = None,
 ) -> Evaluation:
     """Collective: the metrics of one split, by thresholds that are chosen from it where `choosing`.
 
-    `rows` and `with_baselines` are `evaluate`'s own.
+    `rows`, `with_baselines` and `temperatures` are `evaluate`'s own.
 
     Raises:
         StopAsked: a rank was asked to stop before the end.
@@ -210,7 +273,7 @@ def evaluate_split(
     )
     until_then = loader if stop is None else until_stopped(loader, stop, world)
     with during(f"evaluation of {split}"):
-        return evaluate(root, until_then, world, choosing, rows, with_baselines)
+        return evaluate(root, until_then, world, choosing, rows, with_baselines, temperatures)
 
 
 def evaluate_samples(
@@ -222,6 +285,7 @@ def evaluate_samples(
     stop: StopSignal | None = None,
     choosing: bool = False,
     predictions: bool = True,
+    temperatures: Mapping[str, float | None] | None = None,
 ) -> tuple[Evaluation, Table | None]:
     """Collective: the metrics of one split and of constant answers, and on rank 0 with `predictions` a row
     for each sample. From then on the root module decides by the thresholds that were chosen.
@@ -231,7 +295,9 @@ def evaluate_samples(
     """
     datasets = [(source.facts.path.name, source.reader.num_samples) for source in data.sources[split]]
     rows = SampleRows(root.tasks, world, datasets) if predictions else None
-    evaluation = evaluate_split(root, data, split, batch_size, world, stop, choosing, rows, True)
+    evaluation = evaluate_split(
+        root, data, split, batch_size, world, stop, choosing, rows, True, temperatures
+    )
     root.decide_by(evaluation.thresholds)
     if rows is not None and evaluation.thresholds:  # the rows are to say what is decided by these
         rows = SampleRows(root.tasks, world, datasets)

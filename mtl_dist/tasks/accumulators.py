@@ -21,11 +21,10 @@ from torchmetrics.utilities import dim_zero_cat
 from mtl_dist.specs import IGNORE
 from mtl_dist.tasks.maps import predicted_classes, resized
 from mtl_dist.tasks.ranking import auroc, average_precision
+from mtl_dist.tasks.temperature import NUM_BINS, Calibrated, Scores, calibrated
 from mtl_dist.tasks.thresholds import Decision, Rule, choose, log_odds
 
 UNLABELLED = -1
-NUM_BINS = 15
-"""The bins of equal width in which the expected calibration error compares probabilities."""
 
 
 class Accumulator(Metric):
@@ -44,6 +43,18 @@ class Accumulator(Metric):
         self._confusion: np.ndarray | None = None
         self._chosen: tuple[float, ...] = ()
         self._per_class: list[dict[str, float]] = []
+        self._calibrates = False
+        self._temperature: float | None = None
+        self._calibrated: Calibrated | None = None
+
+    def calibrate(self, temperature: float | None) -> None:
+        """Let `compute` measure the probabilities at a temperature too; None: at that which fits them."""
+        self._calibrates, self._temperature = True, temperature
+
+    def calibrated(self) -> Calibrated | None:
+        """Collective: the probabilities at a temperature; None where it was not asked or there are none."""
+        self.compute()
+        return self._calibrated
 
     @property
     def update_called(self) -> bool:
@@ -158,6 +169,11 @@ class ClassificationMetrics(Accumulator):
             truth_N = dim_zero_cat(self.truths)
             labelled_N = truth_N != UNLABELLED
             truth_N, scores_NC = truth_N[labelled_N], dim_zero_cat(self.scores)[labelled_N]
+            if self._calibrates:
+                scores = Scores(scores_NC, truth_N)
+                if positive is not None:
+                    scores = Scores.of_two(scores_NC[:, 0], truth_N == positive)
+                self._calibrated = calibrated(scores, self._temperature)
             if self._rule is not None and positive is not None:
                 self._chosen = (choose(self._rule, scores_NC[:, 0], truth_N == positive),)
                 above_N = scores_NC[:, 0].double() > log_odds(self._chosen[0])
@@ -246,6 +262,8 @@ class MultilabelMetrics(Accumulator):
             labelled_N = truth_NC[:, 0] != UNLABELLED
             truth_NC, scores_NC = truth_NC[labelled_N], dim_zero_cat(self.scores)[labelled_N]
             columns = list(zip(scores_NC.T, truth_NC.T, strict=True))
+            if self._calibrates:
+                self._calibrated = calibrated(Scores(scores_NC, truth_NC), self._temperature)
             if self._rule is not None:
                 self._chosen = tuple(choose(self._rule, *column) for column in columns)
                 limits = self.limits.new_tensor([log_odds(threshold) for threshold in self._chosen])

@@ -215,6 +215,7 @@ class ClassificationTask(Task):
     """One class per sample."""
 
     settings: ClassificationSettings
+    has_temperature = True
 
     @property
     def positive(self) -> int | None:
@@ -288,8 +289,9 @@ class ClassificationTask(Task):
         if threshold is not None:
             require_threshold(threshold)
         decoded = []
-        probabilities_BC = output.detach().float().softmax(dim=1).tolist()
-        decided_B = self.decision(threshold).classes(output).tolist()
+        scaled = output.detach().float() / self.temperature
+        probabilities_BC = scaled.softmax(dim=1).tolist()
+        decided_B = self.decision(threshold).classes(output if threshold is None else scaled).tolist()
         for probabilities, class_id in zip(probabilities_BC, decided_B, strict=True):
             decoded.append(
                 {

@@ -100,6 +100,7 @@ class MultilabelTask(Task):
     """Any number of labels per sample."""
 
     settings: MultilabelSettings
+    has_temperature = True
 
     @property
     def rule(self) -> Rule | None:
@@ -137,8 +138,10 @@ class MultilabelTask(Task):
         decoded = []
         limits = [log_odds(own if threshold is None else threshold) for own in self.thresholds]
         for logits_C in output.detach().double():
-            named = dict(zip(self.info.classes, logits_C.float().sigmoid().tolist(), strict=True))
-            above = zip(self.info.classes, logits_C.tolist(), limits, strict=True)
+            scaled_C = logits_C / self.temperature
+            named = dict(zip(self.info.classes, scaled_C.float().sigmoid().tolist(), strict=True))
+            scores_C = logits_C if threshold is None else scaled_C
+            above = zip(self.info.classes, scores_C.tolist(), limits, strict=True)
             labels = [name for name, score, limit in above if score > limit]
             decoded.append({"labels": labels, "probabilities": named})
         return decoded

@@ -149,6 +149,11 @@ class Task(ABC):
     chosen: tuple[float, ...] = field(default=(), kw_only=True)
     """The thresholds that a run has chosen on its validation split, where the settings ask for that."""
 
+    temperature: float = field(default=1.0, kw_only=True)
+    """What logits are divided by before they are read as probabilities (`temperature.py`)."""
+
+    has_temperature: ClassVar[bool] = False
+    """Whether a temperature changes its probabilities; it changes no decision by the task's own threshold."""
     layout: ClassVar[Literal["vector", "map"]] = "vector"
     harmless_target: ClassVar[float] = 0
     answers_pixels: ClassVar[bool] = True

@@ -25,6 +25,7 @@ from mtl_dist.tasks.accumulators import Accumulator
 from mtl_dist.tasks.library_metrics import form_of
 from mtl_dist.tasks.metric_states import State, merged, state_of, value_of
 from mtl_dist.tasks.task import Task, UserMetricSettings
+from mtl_dist.tasks.temperature import Calibrated
 
 STANDARD = ""
 """The name of the metrics of the task's kind, among the parts."""
@@ -80,6 +81,15 @@ class AllMetrics:
     def per_class(self) -> list[dict[str, float]]:
         """Collective: the metrics of each class; none of a kind without classes or of the user's."""
         return self._standard.per_class() if isinstance(self._standard, Accumulator) else []
+
+    def calibrate(self, temperature: float | None) -> None:
+        """Let `calibrated` measure the probabilities at a temperature; None: at that which fits them."""
+        if isinstance(self._standard, Accumulator):
+            self._standard.calibrate(temperature)
+
+    def calibrated(self) -> Calibrated | None:
+        """Collective: the probabilities at a temperature; None where it was not asked or there are none."""
+        return self._standard.calibrated() if isinstance(self._standard, Accumulator) else None
 
     def to(self, device: torch.device) -> Self:
         self._standard = self._standard.to(device)

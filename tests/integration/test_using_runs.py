@@ -19,6 +19,7 @@ from mtl_dist.config.loading import to_yaml
 from mtl_dist.debug import overfit
 from mtl_dist.errors import UserError
 from mtl_dist.recipe import load_recipe
+from mtl_dist.runs.evaluation import evaluate_run
 from tests.browser import chromium
 from tests.ranks import RankPool
 from tests.tiny_datasets import HEIGHT, WIDTH, image_of
@@ -223,6 +224,37 @@ def test_other_weights_than_the_best_are_measured_under_a_name_of_their_own(
     assert mtl_dist.Run(copy).evaluate("val", checkpoint=newest) == last
     with pytest.raises(UserError, match=r"whose best is kept \(none, without monitor\.per_task\)"):
         mtl_dist.Run(copy).evaluate("val", checkpoint="best/digit")
+
+
+def test_temperatures_are_fitted_on_val_kept_and_used_where_they_are_asked_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    image = image_of(5)
+    with pytest.raises(UserError, match="expected temperatures for step_.*mtl evaluate .* --temperature"):
+        mtl_dist.load(again, temperature=True)
+    evaluate_run(again, temperature=True)
+    said = capsys.readouterr()
+    assert "temperatures are fitted on val" in said.err
+    assert "Probabilities on test by temperature" in said.out
+    (temperatures,) = json.loads((again / "evaluation" / "temperatures.json").read_text()).values()
+    assert temperatures.keys() == {"digit", "tags"}
+    test = json.loads((again / "evaluation" / "calibration.json").read_text())["test"]
+    assert test["digit"]["temperature"] == temperatures["digit"]
+    evaluate_run(again, "val", temperature=True)
+    assert "fitted on val, which is measured" in capsys.readouterr().err
+    val = json.loads((again / "evaluation" / "calibration.json").read_text())["val"]
+    assert val["digit"]["temperature"] == pytest.approx(temperatures["digit"], rel=1e-9)
+    assert val["digit"]["after"]["nll"] <= val["digit"]["before"]["nll"]
+    plain, scaled = mtl_dist.load(again), mtl_dist.load(again, temperature=True)
+    assert scaled.tasks["digit"].temperature == pytest.approx(temperatures["digit"])
+    one, other = plain.predict(image)["digit"], scaled.predict(image)["digit"]
+    assert one["class_id"] == other["class_id"]
+    assert one["probabilities"] != other["probabilities"]
+    assert plain.tasks["digit"].temperature == 1
+    with pytest.raises(UserError, match="expected the best weights, for which temperatures are kept"):
+        mtl_dist.load(again, checkpoint="last", temperature=True)
 
 
 def test_without_a_test_split_a_run_is_evaluated_on_val_and_says_so(

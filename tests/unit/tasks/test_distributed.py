@@ -125,9 +125,13 @@ def batches(task: Task, labelled: list[bool], rank: int) -> list[Batch]:
 
 def measure(task: Task, given: list[Batch]) -> tuple[dict[str, float], Any]:
     metrics = task.metrics()
+    metrics.calibrate(None)  # type: ignore[attr-defined]
     for batch in given:
         metrics.update(*batch)
-    return metrics.compute(), metrics.confusion_matrix()
+    values, found = metrics.compute(), metrics.calibrated()  # type: ignore[attr-defined]
+    if found is not None:
+        values = values | {"temperature": found.temperature, "nll after it": found.after["nll"]}
+    return values, metrics.confusion_matrix()
 
 
 def measured_on_a_rank() -> dict[tuple[str, str], Any]:
