@@ -232,7 +232,7 @@ def test_temperatures_are_fitted_on_val_kept_and_used_where_they_are_asked_for(
     again = tmp_path / "again"
     shutil.copytree(run, again)
     image = image_of(5)
-    with pytest.raises(UserError, match="expected temperatures for step_.*mtl evaluate .* --temperature"):
+    with pytest.raises(UserError, match=r"expected temperatures for step_.*mtl evaluate .* --temperature"):
         mtl_dist.load(again, temperature=True)
     evaluate_run(again, temperature=True)
     said = capsys.readouterr()
