@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,10 +31,13 @@ from mtl_dist.config.trust import parts_of
 from mtl_dist.data.disjoint_tasks import disjoint_tasks
 from mtl_dist.data.facts import DataFacts, identities
 from mtl_dist.data.loader import Data
-from mtl_dist.engine.connect import EngineChoice
+from mtl_dist.engine.connect import EngineChoice, connect_without_engine
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 from mtl_dist.json_files import DamagedFile
+from mtl_dist.models.adapters import merge_adapters
+from mtl_dist.models.settings import ModelSettings
+from mtl_dist.models.weights import is_adapter, without_base
 from mtl_dist.models.whole import model_of
 from mtl_dist.monitor import Monitor
 from mtl_dist.recipe import Recipe, load_recipe, load_recipe_of
@@ -278,6 +281,24 @@ class Trained:
         root.tasks = at_temperatures(root.tasks, self.temperatures)
         return root.to(world.device).eval()
 
+    def merged(self) -> Trained:
+        """The same model with its adapters in the weights that they are beside; itself where it has none.
+
+        Raises:
+            UserError: no model can be made of it.
+        """
+        adapter = self.recipe.model.adapter
+        if adapter is None:
+            return self
+        root = self.root(connect_without_engine(self.recipe.engine, "cpu"))
+        merge_adapters(root.model)
+        changes: dict[str, Any] = {"adapter": None}
+        if adapter.per_task:
+            changes["sharing"] = ModelSettings(sharing="separate").sharing  # type: ignore[arg-type]
+        model = self.recipe.model.model_copy(update=changes)
+        weights = {name: tensor.clone() for name, tensor in root.state_dict().items()}
+        return replace(self, recipe=self.recipe.model_copy(update={"model": model}), weights=weights)
+
 
 def tasks_of(
     recipe: Recipe, facts: DataFacts, thresholds: Mapping[str, Mapping[str, float]]
@@ -332,12 +353,15 @@ def begin_with(root: RootModule, run: Path, say: Callable[[str], None]) -> None:
     """
     trained = read_trained(RunFolder.open(run), say)
     state = root.model.state_dict()
-    prefix = "model."
-    found = {name.removeprefix(prefix): t for name, t in trained.weights.items() if name.startswith(prefix)}
+    found = _of_model(trained)
+    own = [name for name in state if is_adapter(name)]
+    if not own or not all(name in found and found[name].shape == state[name].shape for name in own):
+        found = _of_model(trained.merged())
     fitting = {
-        name: tensor
-        for name, tensor in found.items()
-        if name in state and state[name].shape == tensor.shape and name not in ("mean", "std")
+        name: found[known]
+        for name, tensor in state.items()
+        for known in [name if name in found else without_base(name)]
+        if known in found and found[known].shape == tensor.shape and name not in ("mean", "std")
     }
     if not any(name in fitting for name, _ in root.model.named_parameters()):
         raise UserError(
@@ -345,7 +369,13 @@ def begin_with(root: RootModule, run: Path, say: Callable[[str], None]) -> None:
             "Choose its model, or another run."
         )
     root.model.load_state_dict(fitting, strict=False)
-    missing = [name for name, _ in root.model.named_parameters() if name not in fitting]
+    parameters = [name for name, _ in root.model.named_parameters() if not is_adapter(name)]
+    missing = [name for name in parameters if name not in fitting]
     untrained = dict.fromkeys(".".join(name.split(".")[:2]) for name in missing)
     rest = f"; untrained: {', '.join(untrained)}" if untrained else ""
     say(f"begins with the weights of {trained.path}{rest}")
+
+
+def _of_model(trained: Trained) -> dict[str, Tensor]:
+    prefix = "model."
+    return {name.removeprefix(prefix): t for name, t in trained.weights.items() if name.startswith(prefix)}

@@ -61,7 +61,8 @@ def _sharing_problems(balancer: Balancer, method: str, num_shared: int) -> list[
         return []
     return [
         f"balance.method: expected weights that the tasks share and train, which {method} balances, found "
-        "none (model.frozen, or model.sharing separate). Use a method on losses, such as fixed."
+        "none (model.frozen, model.sharing separate, model.adapter.per_task). Use a method on losses, "
+        "such as fixed."
     ]
 
 

@@ -12,6 +12,7 @@ from mtl_dist.batch import Batch
 from mtl_dist.cell_table import CellTable
 from mtl_dist.debug.pictures import words_of
 from mtl_dist.kinds.registry import kind_of
+from mtl_dist.models.weights import is_adapter
 from mtl_dist.step import RootModule
 
 _FAR_MEAN, _FAR_STD = 2.0, 5.0
@@ -137,6 +138,8 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _frozen(root: RootModule, name: str) -> str:
     if not root.model.frozen:
         return ""
+    if any(is_adapter(name) for name, _ in root.model.named_parameters()):
+        return "The backbone is frozen but for its adapters: try a larger model.adapter.rank"
     return "The backbone is frozen, so that only heads learn: try model.frozen=false"
 
 

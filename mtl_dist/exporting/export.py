@@ -94,18 +94,19 @@ def export_run(
     trained = read_trained(folder, say, checkpoint, temperature)
     if form.resize_inside:
         check_resize(trained.recipe.data)
-    network = network_of(trained, "cpu")
-    description = describe(folder, trained, network, form)
+    taken = trained.merged()
+    network = network_of(taken, "cpu")
+    description = describe(folder, taken, network, form)
     found = images_for(trained.recipe, network, images)
     with _folder(out, say) as partial:
         if format == "safetensors":
             save_file(
-                {k: t.contiguous() for k, t in trained.weights.items()},
+                {k: t.contiguous() for k, t in taken.weights.items()},
                 partial / WEIGHTS_FILE,
                 {"format": "pt"},
             )
             write_text(partial / CONFIG_FILE, json.dumps(description, indent=1))
-            write_text(partial / CARD, card(description, trained, network, folder.read_metrics()))
+            write_text(partial / CARD, card(description, taken, network, folder.read_metrics()))
         else:
             with quiet():
                 graph = Graph(network, trained.recipe.data.size, form.resize_inside)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from mtl_dist.errors import UserError
+from mtl_dist.models.adapters import add_adapters
 from mtl_dist.models.backbones import published_normalisation
 from mtl_dist.models.blueprint import Blueprint
 from mtl_dist.models.heads import check_heads
@@ -13,6 +14,7 @@ from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.norms import convert_norms
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.models.sharing.hard import Hard
+from mtl_dist.models.sharing.separate import Separate
 from mtl_dist.specs import HeadSpec
 
 Measured: TypeAlias = tuple[Sequence[float], Sequence[float]]
@@ -44,8 +46,13 @@ def build_model(
     specs = {spec.task: spec for spec in heads}
     blueprint = Blueprint(settings, specs, in_channels, image_size, mean, std)
     own = settings.user_sharing
-    model: MultitaskModel = Hard(blueprint) if own is None else own.make(blueprint=blueprint)
-    if settings.frozen:
+    if settings.adapter is not None and settings.adapter.per_task:
+        model: MultitaskModel = Separate(blueprint)
+    else:
+        model = Hard(blueprint) if own is None else own.make(blueprint=blueprint)
+    if settings.adapter is not None:
+        add_adapters(model, settings, image_size)
+    elif settings.frozen:
         model.freeze_backbones()
     if settings.norm == "sync":
         convert_norms(model, "sync")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mtl_dist.config.describe import listed
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.tracing import on_meta
+from mtl_dist.models.weights import is_adapter
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
@@ -45,15 +46,18 @@ def parameters_in_words(module: nn.Module) -> str:
     frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
     if not frozen:
         return words
+    training = sum(parameter.numel() for name, parameter in named.items() if name not in frozen)
+    adapters = {name for name in named if is_adapter(name)}
+    named = {name: parameter for name, parameter in named.items() if name not in adapters}
     parts: list[str] = []
     for name in named:
         outer = [name.rsplit(".", cut)[0] for cut in range(name.count("."), 0, -1)]
         whole = next((part for part in outer if _all_in(part, named, frozen)), name)
         if name in frozen and whole not in parts:
             parts.append(whole)
-    training = sum(parameter.numel() for name, parameter in named.items() if name not in frozen)
     shown = [part.removeprefix("model.") for part in parts]
-    return f"{words}, of which {training:,} train; frozen: {listed(shown)}"
+    but = ", but for adapters" if adapters else ""
+    return f"{words}, of which {training:,} train; frozen: {listed(shown)}{but}"
 
 
 def _all_in(part: str, named: Iterable[str], frozen: Set[str]) -> bool:

@@ -13,7 +13,7 @@ Shape legend: batch.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -25,6 +25,10 @@ from mtl_dist.models.backbones import AnyBackbone
 
 FeatureDict: TypeAlias = dict[str, Tensor]
 """`vector` (B, D) and `stride_<s>` (B, D, H, W), as the way of sharing names them."""
+
+
+ADAPTER_DROPOUT = "lora_dropout"
+"""What drops values before an adapter of a frozen backbone, in training."""
 
 
 class TaskModules(nn.ModuleDict):
@@ -149,11 +153,14 @@ class MultitaskModel(nn.Module, ABC):
         """What is run by calling it: all before the heads, and the heads."""
         return [*self.trunk().values(), *self.heads.values()]
 
-    def freeze_backbones(self) -> None:
-        """The backbones keep their weights, and stay in evaluation mode when the rest trains."""
+    def freeze_backbones(self, keep: Callable[[str], bool] = lambda name: False) -> None:
+        """The backbones keep their weights, and stay in evaluation mode when the rest trains; parameters of
+        theirs whose names `keep` takes go on as they are."""
         self.frozen = True
         for backbone in self.all_backbones():
-            backbone.requires_grad_(False)
+            for name, parameter in backbone.named_parameters():
+                if not keep(name):
+                    parameter.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> MultitaskModel:
@@ -162,4 +169,7 @@ class MultitaskModel(nn.Module, ABC):
         if self.frozen:
             for backbone in self.all_backbones():
                 backbone.eval()
+                for name, module in backbone.named_modules():
+                    if name.endswith(f".{ADAPTER_DROPOUT}"):
+                        module.train(mode)
         return self

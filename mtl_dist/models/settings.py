@@ -124,6 +124,27 @@ class TimmSettings(Settings):
     blocks: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
 
 
+class AdapterSettings(Settings):
+    """What trains of a backbone that is frozen (extra `adapters`).
+
+    kind      low-rank updates beside the weights (Hu et al. 2021): (alpha / rank) B A x, where A and B train
+    rank      of the updates
+    alpha     their scale
+    dropout   of single values before them, in training
+    targets   the layers, by the last words of their names: [qkv, proj]. None: all linear layers, or all
+              convolutions of one group, of whichever the backbone has more
+    per_task  an adapter for each task, for which the backbone then runs once; nothing is shared but what is
+              frozen
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: Width = 8
+    alpha: PositiveFloat = 16.0
+    dropout: Dropout = 0.0
+    targets: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
+    per_task: bool = False
+
+
 class ModelSettings(Settings):
     """The model: a backbone, shared by all tasks or one per task, and a head per task.
 
@@ -136,6 +157,7 @@ class ModelSettings(Settings):
                    .safetensors) with the names of the whole model there, or that of a run with this
                    backbone: RUN/checkpoints/STEP/model.safetensors
     frozen         the backbone keeps its weights, its normalisation in evaluation mode; heads train
+    adapter        the same, and low-rank updates of the backbone's layers train with the heads
     norm           what becomes of the backbone's BatchNorm layers
     output_stride  of the backbone's deepest map: a convolutional one is dilated to it, as DeepLab has it
                    (torchvision's resnet50 and larger and mobilenet_v3; of timm what takes `output_stride`)
@@ -158,6 +180,7 @@ class ModelSettings(Settings):
     sharing: Annotated[Literal["hard"], UserDefined((UserSharingSettings,), names=SHARINGS)] = "hard"
     weights: str | None = None
     frozen: bool = False
+    adapter: AdapterSettings | None = None
     norm: NormKind = "batch"
     output_stride: Literal[8, 16] | None = None
     checkpointing: Checkpointing = "off"
@@ -194,6 +217,15 @@ class ModelSettings(Settings):
         if of_timm and self.weights == "torchvision":
             raise ValueError(
                 f"weights: expected timm, a file or null with {self.backbone}, found torchvision."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_fits(self) -> ModelSettings:
+        if self.adapter is not None and self.user_sharing is not None:
+            raise ValueError(
+                f"sharing: expected hard with model.adapter, found {self.user_sharing.path}. Remove it; "
+                "model.adapter.per_task gives each task an adapter of its own."
             )
         return self
 

@@ -25,6 +25,10 @@ _OF_A_RUN = "model.backbone."
 _NETWORK, _PYRAMID = "network.", "pyramid."
 """How those of a backbone of timm begin in there."""
 
+_BASE = ".base_layer."
+_ADAPTER = re.compile(r"\.lora_[AB]\.")
+"""How an adapter (adapters.py) names what it is beside, and itself."""
+
 _OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 
@@ -93,8 +97,27 @@ def load_timm_weights(
         pyramid.load_state_dict(made)
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return _ADAPTER.search(name) is not None
+
+
+def without_base(name: str) -> str:
+    """The name that a parameter beside an adapter has where there is none."""
+    return name.replace(_BASE, ".")
+
+
 def _shared_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's weights out of a checkpoint of a run; any other state as it is."""
+    """The backbone's weights out of a checkpoint of a run; any other state as it is.
+
+    Raises:
+        UserError: of a run with an adapter.
+    """
+    if any(map(is_adapter, state)):
+        raise UserError(
+            "model.weights: expected the weights of a network, found those of a run with model.adapter "
+            "beside them. Merge them: mtl export RUN --format safetensors."
+        )
     own = {key.removeprefix(_OF_A_RUN): value for key, value in state.items() if key.startswith(_OF_A_RUN)}
     return own or state
 
