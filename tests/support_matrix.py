@@ -45,6 +45,12 @@ RECOMPUTING_ENGINES: tuple[EngineName, ...] = ("single", "ddp", "zero3")
 """Where the whole product has low precisions with gradient checkpointing; ZeRO 1 and 2 have the weights of
 DDP, in minutes."""
 
+SHARINGS = ("separate", "cross_stitch", "mtan", "mmoe")
+"""The ways of sharing besides that of all other trainings."""
+
+SHARING_BALANCES = (Balance("equal"), Balance("cagrad", "features"), Balance("cagrad", "parameters"))
+"""One for each place where gradients are told apart, or none."""
+
 LARGEST_DIFFERENCE = 1e-5
 """Between float32 sums of another order, see `difference`; in one process 3e-6 was the largest seen."""
 
@@ -83,6 +89,22 @@ def low_precision_cases(engine: EngineName) -> list[Case]:
         for precision, recomputing in zip(LOW_PRECISIONS, CHECKPOINTINGS, strict=True)
         for checkpointing in (("off", recomputing) if engine in RECOMPUTING_ENGINES else ("off",))
         for balance in BALANCES
+    ]
+
+
+def sharing_cases() -> list[Case]:
+    """Every way of sharing, with all sorts of labels."""
+    return [
+        Case(balance, labels, 1 if labels == "full" else 2, sharing=sharing)
+        for sharing, balance, labels in product(SHARINGS, SHARING_BALANCES, LABELS)
+    ]
+
+
+def some_sharing_cases() -> list[Case]:
+    """Every way of sharing with each method, and each sort of labels with some of these."""
+    return [
+        Case(balance, LABELS[(s + b) % len(LABELS)], 1 + (s + b) % 2, sharing=sharing)
+        for (s, sharing), (b, balance) in product(enumerate(SHARINGS), enumerate(SHARING_BALANCES))
     ]
 
 
@@ -197,6 +219,12 @@ def checkpointing_outcomes(engine: EngineName) -> Outcomes:
 
 
 @cache
+def sharing_outcomes(engine: EngineName) -> Outcomes:
+    """Every way of sharing."""
+    return outcomes(engine, sharing_cases())
+
+
+@cache
 def low_precision_outcomes(engine: EngineName) -> Outcomes:
     """Every method in bf16 and fp16."""
     return outcomes(engine, low_precision_cases(engine))
@@ -217,6 +245,10 @@ def render() -> str:
         "one process with the same micro-batches and without checkpointing (bf16 by stage, fp16 by block:",
         "in one process, under DDP and ZeRO 3). The last three columns are of all engines which are not",
         "refused. A number is a refusal at the start of the run, below the table.",
+        "",
+        "All of this is with one backbone for all tasks; the other ways of `model.sharing` are held",
+        "to the same with equal, and with cagrad at the features and at the parameters",
+        "([sharing.md](sharing.md)).",
         "",
         "| method | level | one process | DDP | ZeRO 1 | ZeRO 2 | ZeRO 3 | disjoint labels | bf16 | fp16 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

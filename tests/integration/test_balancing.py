@@ -23,7 +23,9 @@ from tests.support_matrix import (
     pairs,
     promised,
     render,
+    sharing_outcomes,
     size_of,
+    some_sharing_cases,
 )
 from tests.tiny_balancing import Balance, Case, EngineName, Result, difference, train, train_all
 
@@ -84,6 +86,22 @@ def test_every_method_works_in_low_precision(engine: EngineName) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradient_checkpointing_changes_nothing_for_any_method(engine: EngineName) -> None:
     assert wrong(checkpointing_outcomes(engine)) == {}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_every_way_of_sharing_gives_the_update_of_one_process_or_is_refused(engine: EngineName) -> None:
+    found = outcomes(engine, some_sharing_cases())
+    assert wrong(found) == {}
+    stitched = [said for case, said in found.items() if case.sharing == "cross_stitch" and case.balance.level]
+    assert any("tasks that meet at the features alone" in said for said in stitched)
+    kept = {case.sharing for case, said in found.items() if not said and case.balance.level}
+    assert kept >= {"mtan", "mmoe"}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_way_of_sharing_works_with_all_sorts_of_labels(engine: EngineName) -> None:
+    assert wrong(sharing_outcomes(engine)) == {}
 
 
 @pytest.mark.exhaustive
