@@ -181,8 +181,11 @@ def guess(source: Path, given: Mapping[str, Any]) -> Guess:
         return Guess(regions.importer, regions.what, regions.because, asked)
     pictures = [path for path in tree.files if extension_of(path) in IMAGE_EXTENSIONS]
     if not pictures:
+        packed = by_suffix.get(".zip", ())
+        advice = f" Give one archive, such as {source / packed[0]}." if packed and not tree.is_archive else ""
         raise UserError(
-            f"{source}: expected pictures, records, tables or tars, found {listed(tree.files) or 'none'}."
+            f"{source}: expected pictures, records, tables or tars, found "
+            f"{listed(tree.files) or 'none'}.{advice}"
         )
     if all(extension_of(path) in _TIFF for path in pictures) and _has_pages(tree, pictures[:_LOOKED_AT]):
         return _of_stacks(source, pictures, by_suffix, given)

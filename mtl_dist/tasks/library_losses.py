@@ -42,6 +42,8 @@ def build_library_loss(module: nn.Module, info: TaskInfo, where: str) -> Loss:
             f"{where}.kind: expected a loss of outputs and targets, found {type(module).__name__}, which is "
             f"none of a task of {info.kind}."
         )
+    for name, weights in list(module.named_buffers(recurse=False)):
+        setattr(module, name, weights.float())  # [1, 5] in a recipe, whole numbers
     is_map = isinstance(kind_of(info.kind), MapKind)
     if is_map and len(info.classes) == 2 and isinstance(module, _OF_YES_AND_NO):
         return LibraryLoss(module, 1, is_map, of_foreground=True)

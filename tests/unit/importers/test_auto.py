@@ -91,6 +91,7 @@ def test_what_cannot_be_known_is_asked_for_by_its_options(tmp_path: Path) -> Non
             ({"a/b/0.png": FLAT["0.png"], "c/d/1.png": FLAT["1.png"]}, "--levels label,TASK"),
             (FLAT, "found 6 pictures in one folder alone"),
             ({"a.docx": b"x"}, "expected pictures, records, tables or tars, found a.docx"),
+            ({"README.md": b"x", "a.zip": b"x"}, "found README.md; a.zip. Give one archive, such as .*a.zip"),
         )
     ):
         with pytest.raises(UserError, match=rf"{said}") as error:

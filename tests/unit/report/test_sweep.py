@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typer.testing import CliRunner
 from mtl_dist.cli import app
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.errors import UserError
+from mtl_dist.launch.local import Launch
 from mtl_dist.recipe import load_recipe
 from mtl_dist.report.sweep import Point, plan_sweep, run_sweep
 from mtl_dist.run_folder import RunFolder
@@ -129,6 +133,39 @@ def test_a_point_that_fails_is_told_and_the_others_go_on(tmp_path: Path, trained
     assert code == 1
     assert "lr=9 failed: the loss is nan" in said
     assert trained == ["lr=9", "lr=1e-2"]
+
+
+WAITS = "import signal, time; signal.signal(15, lambda *_: exit(143)); open({!r}, 'w'); time.sleep(60)"
+
+
+def test_a_sweep_that_was_stopped_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    stops = True
+
+    def pretend(point: Point, nproc: int | None, parallel: int, slot: int, tags: Sequence[str]) -> Launch:
+        started.append(point.directory.name)
+        code = "pass"
+        if stops and len(started) == 2:
+            write_run(point.directory, point.recipe, None, "stopped")
+            os.kill(os.getpid(), signal.SIGTERM)
+            code = WAITS.format(str(tmp_path / "waits"))
+        else:
+            write_run(point.directory, point.recipe, ACCURACIES[point.values["optim.lr"]])
+        return Launch((sys.executable, "-S", "-c", code), 1, 1)
+
+    monkeypatch.setattr("mtl_dist.launch.series._launch", pretend)
+    recipe, out = write_recipe(tmp_path), tmp_path / "out"
+    code, said = sweep(recipe, out, "optim.lr=1e-3,1e-2,0.1")
+    assert code == 128 + signal.SIGTERM
+    assert "Stopped; the same command goes on from here." in said
+    assert started == ["lr=1e-3", "lr=1e-2"] and not (out / "sweep.json").exists()
+    stops = False
+    code, said = sweep(recipe, out, "optim.lr=1e-3,1e-2,0.1")
+    assert code == 0 and "3 trainings, 1 of them done" in said
+    assert started[2:] == ["lr=1e-2", "lr=0.1"]
+    assert [run["state"] for run in json.loads((out / "sweep.json").read_text())["runs"]] == ["done"] * 3
 
 
 @pytest.mark.parametrize(

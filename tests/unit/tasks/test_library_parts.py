@@ -57,6 +57,11 @@ LOSSES: dict[str, tuple[str, dict[str, Any], nn.Module]] = {
         nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0]), ignore_index=1, label_smoothing=0.1),
     ),
     "NLL": ("three", {"weight": [1.0, 2.0, 5.0]}, nn.NLLLoss(torch.tensor([1.0, 2.0, 5.0]))),
+    "whole class weights": (
+        "three",
+        {"weight": [1, 2, 5]},
+        nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0])),
+    ),
     "a margin": ("three", {"p": 2}, nn.MultiMarginLoss(p=2)),
     "labels": ("tags", {"pos_weight": [1, 2, 3]}, nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1, 2, 3]))),
     "soft margins": ("tags", {}, nn.MultiLabelSoftMarginLoss()),
