@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,7 @@ from mtl_dist.models.settings import ModelSettings
 from mtl_dist.models.weights import is_adapter, without_base
 from mtl_dist.models.whole import model_of
 from mtl_dist.monitor import Monitor
+from mtl_dist.plural import plural
 from mtl_dist.recipe import Recipe, load_recipe, load_recipe_of
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.step import RootModule, at_temperatures, decided_by
@@ -133,6 +135,27 @@ def check_labels(data: Data, recipe: Recipe) -> None:
         raise UserError(
             f"tasks: expected training labels for at least one of {names}, found none in data.train."
         )
+
+
+def check_numbers(data: Data, root: RootModule) -> None:
+    """Refuse labels of any split that a task could not learn or measure.
+
+    Raises:
+        UserError: one line for each task with such labels.
+    """
+    problems = []
+    for name in (name for name, task in root.tasks.items() if task.wants_positive):
+        for split, sources in data.sources.items():
+            columns = [source.reader.label_columns() for source in sources]
+            values = [own[name] for own in columns if own is not None and name in (own.dtype.names or ())]
+            refused = np.concatenate([own[own <= 0] for own in values]) if values else np.empty(0)
+            if len(refused):
+                problems.append(
+                    f"tasks.{name}.space: expected positive labels for log, found {refused.min():.6g} in "
+                    f"{split} ({plural(len(refused), 'label')}). Correct these labels, or use linear."
+                )
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def check_balancing(recipe: Recipe, root: RootModule, data: Data, choice: EngineChoice) -> None:

@@ -95,6 +95,13 @@ def serve(
     checkpoint: Annotated[
         str, typer.Option(metavar="best|last|STEP|best/TASK", help="Which weights.")
     ] = "best",
+    temperature: Annotated[
+        bool,
+        typer.Option(
+            "--temperature",
+            help="Give probabilities at the temperatures that mtl evaluate RUN --temperature has fitted.",
+        ),
+    ] = False,
     max_mb: Annotated[float, typer.Option(min=0.001, help="Of one request, all files together.")] = 32,
     max_files: Annotated[int, typer.Option(min=1, help="In one request.")] = 16,
     max_megapixels: Annotated[float, typer.Option(min=0.0001, help="Of an image.")] = 16,
@@ -118,7 +125,7 @@ def serve(
 
     check_packages()
     limits = Limits(int(max_mb * 1e6), max_files, int(max_megapixels * 1e6), queue, batch, wait_ms, timeout)
-    run_service(run, host, port, limits, device, _which(checkpoint), say)
+    run_service(run, host, port, limits, device, _which(checkpoint), temperature, say)
 
 
 def _which(checkpoint: str) -> str | int:

@@ -223,8 +223,10 @@ class ModelSettings(Settings):
     @model_validator(mode="after")
     def _adapter_fits(self) -> ModelSettings:
         if self.adapter is not None and self.user_sharing is not None:
+            short = {path: name for name, path in SHARINGS.items()}
+            found = short.get(self.user_sharing.path, self.user_sharing.path)
             raise ValueError(
-                f"sharing: expected hard with model.adapter, found {self.user_sharing.path}. Remove it; "
+                f"sharing: expected hard with model.adapter, found {found}. Remove it; "
                 "model.adapter.per_task gives each task an adapter of its own."
             )
         return self

@@ -19,6 +19,7 @@ from mtl_dist.assemble import (
     check_device,
     check_labels,
     check_metrics,
+    check_numbers,
     facts_of,
     identified,
     plan_of,
@@ -110,6 +111,7 @@ def train_connected(
     root = build_root(recipe, facts_of(data), world)
     check_balancing(recipe, root, data, connection.choice)
     check_metrics(recipe, root, data)
+    check_numbers(data, root)
     check_monitor(recipe, data)
     try_parts(root.tasks, root.joints)
     few = check_norms(

@@ -36,6 +36,7 @@ def serve(
     limits: Limits,
     device: str | None,
     checkpoint: WhichCheckpoint,
+    temperature: bool,
     say: Callable[[str], None],
 ) -> None:
     """Load the model, then answer at host and port.
@@ -48,7 +49,7 @@ def serve(
 
     from mtl_dist.serving.app import build_app
 
-    predictor = Predictor(run, device, checkpoint)
+    predictor = Predictor(run, device, checkpoint, temperature)
     hosts = LOOPBACK if host in LOOPBACK else ("*",)
     app = build_app(predictor, limits, run.resolve().name, hosts)
     if host not in LOOPBACK:

@@ -138,6 +138,10 @@ class RegressionTask(Task):
     def reported(self) -> tuple[str, ...]:
         return _OF_ERRORS
 
+    @property
+    def wants_positive(self) -> bool:
+        return self.logarithms
+
     # ---- what outputs say
     def values(self, learnt: Tensor) -> Tensor:
         """What numbers of the space in which is learnt are in the unit, float64."""

@@ -210,6 +210,11 @@ class Task(ABC):
         """What programs of others have to know of the outputs beyond the task's info, as JSON holds it."""
         return {}
 
+    @property
+    def wants_positive(self) -> bool:
+        """Whether its labels, numbers in a column, have to be positive in every split."""
+        return False
+
     def notes(self) -> list[str]:
         """What is assumed that the settings do not say, for people to read at the start of a run."""
         return []

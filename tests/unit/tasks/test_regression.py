@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from pydantic import ValidationError
 from scipy import stats
 
+from mtl_dist.assemble import check_numbers
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.regression import Regression
 from mtl_dist.specs import TaskInfo
@@ -252,3 +254,16 @@ def test_metrics_of_the_rows_are_those_of_the_split(loss: Any, space: str) -> No
     assert set(found) == set(values) - {"coverage_error", "num_samples"}
     for name, (value,) in found.items():
         assert value == pytest.approx(values[name], rel=1e-6), name
+
+
+def test_labels_of_any_split_that_have_no_logarithm_are_refused_before_training() -> None:
+    def split(*values: float) -> Any:
+        column = np.array([(value,) for value in values], [("age", "<f8")])
+        return (SimpleNamespace(reader=SimpleNamespace(label_columns=lambda: column)),)
+
+    data: Any = SimpleNamespace(sources={"train": split(1, 2), "val": split(3, math.nan, -1, 0)})
+    root: Any = SimpleNamespace(tasks={"age": task_of("log")})
+    with pytest.raises(UserError, match=r"age\.space: .*found -1 in val \(2 labels\)"):
+        check_numbers(data, root)
+    root.tasks["age"] = task_of()
+    check_numbers(data, root)
