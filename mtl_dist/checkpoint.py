@@ -42,7 +42,7 @@ from mtl_dist.tensor_files import read_tensors, shapes_of
 MANIFEST, STATE, BEST = "manifest.json", "state.json", "best.json"
 RECIPE, DATA, RECORD = "recipe.yaml", "data.json", "metrics.jsonl"
 FORMAT = "mtl_dist checkpoint"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 

@@ -57,6 +57,39 @@ def _merge(reduction: Any, values: Sequence[Tensor | list[Tensor]]) -> Tensor | 
     return stacked if reduction is None else reduction(stacked)
 
 
+def without_repetition(metric: Metric, by_rank: Sequence[Sequence[State]]) -> list[list[State]]:
+    """The same, sums of whole numbers in the first part alone: they are exact wherever they stand, and large
+    where classes are counted against one another."""
+    parts = [state for states in by_rank for state in states]
+    counts = [
+        name
+        for name, reduction in metric._reductions.items()
+        if reduction is dim_zero_sum and not metric._defaults[name].is_floating_point()  # type: ignore[union-attr]
+    ]
+    if len(parts) < 2 or not counts:
+        return [list(states) for states in by_rank]
+    totals = {name: _merge(dim_zero_sum, [state[name] for state in parts]) for name in counts}
+    return [
+        [
+            state | totals
+            if state is parts[0]
+            else {name: value for name, value in state.items() if name not in counts}
+            for state in states
+        ]
+        for states in by_rank
+    ]
+
+
+def restore(metric: Metric, state: State) -> None:
+    """Let a metric that has seen nothing go on from what it had counted."""
+    for name, value in state.items():
+        is_list = isinstance(value, list)
+        copies = [tensor.to(metric.device, copy=True) for tensor in (value if is_list else [value])]  # type: ignore[union-attr]
+        setattr(metric, name, copies if is_list else copies[0])
+    metric._update_count = 1
+    metric._computed = None
+
+
 def value_of(metric: Metric, states: Sequence[State]) -> Any:
     """What `metric` computes of all these parts; its own state stays as it is.
 
@@ -100,6 +133,6 @@ def from_flat(metric: Metric, tensors: Mapping[str, Tensor]) -> list[State]:
                 indices = sorted(int(key.removeprefix(prefix)) for key in tensors if key.startswith(prefix))
                 state[name] = [tensors[f"{prefix}{index}"] for index in indices]
             else:
-                state[name] = tensors[f"{number}/{name}"]
+                state[name] = tensors.get(f"{number}/{name}", default)
         states.append(state)
     return states

@@ -114,20 +114,19 @@ class AllMetrics:
         standard = self.parts.get(STANDARD)
         return (*(() if standard is None else type(standard).compute(standard)), *self._own)
 
-    def collected(self, earlier: Mapping[str, Sequence[State]]) -> dict[str, list[State]]:
-        """Collective: by part what all ranks have counted, and `earlier` what one had before."""
+    def collected(self, earlier: Mapping[str, Sequence[State]]) -> dict[str, list[list[State]]]:
+        """Collective: by part what each rank has counted, and before it `earlier`, what it had before."""
         collected = {}
         for name, metric in self.parts.items():
             own = state_of(metric)
-            everything = self._gather([*earlier.get(name, ()), *([] if own is None else [own])])
-            collected[name] = merged(metric, [state for states in everything for state in states])
+            collected[name] = self._gather([*earlier.get(name, ()), *([] if own is None else [own])])
         return collected
 
-    def values(self, collected: Mapping[str, Sequence[State]]) -> dict[str, float]:
+    def values(self, collected: Mapping[str, Sequence[Sequence[State]]]) -> dict[str, float]:
         """The metrics of what was collected."""
         values: dict[str, float] = {}
         for name, metric in self.parts.items():
-            states = collected[name]
+            states = merged(metric, [state for of_rank in collected[name] for state in of_rank])
             if name != STANDARD:
                 values[name] = self._number(name, metric, states)
             else:  # where nothing was counted all of them are NaN

@@ -17,7 +17,7 @@ from mtl_dist.batch import Batch, Outputs
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
-from mtl_dist.tasks.metric_states import State, flat, from_flat
+from mtl_dist.tasks.metric_states import State, flat, from_flat, restore, without_repetition
 from mtl_dist.tasks.metrics import mean_accuracy
 from mtl_dist.tasks.task import Task
 from mtl_dist.tasks.user_metrics import AllMetrics
@@ -49,7 +49,7 @@ class RunningMetrics:
         self._waiting: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in tasks}
         self._num_waiting = dict.fromkeys(tasks, 0)
         self._earlier: dict[str, dict[str, list[State]]] = {name: {} for name in tasks}
-        """What an earlier start of the run had counted, over its ranks; on rank 0."""
+        """What earlier starts of the run on other ranks had counted; on rank 0."""
 
     def exceptions(self, data: DataSettings) -> list[str]:
         """What the training metrics lack, and why, for people to read at the start of a run."""
@@ -121,7 +121,7 @@ class RunningMetrics:
         found = {f"train/{name}/{key}": value for name, own in values.items() for key, value in own.items()}
         return mean_accuracy("train", values) | found
 
-    def _collected(self) -> dict[str, dict[str, list[State]]]:
+    def _collected(self) -> dict[str, dict[str, list[list[State]]]]:
         for name in self._tasks:
             self._count(name)
         return {name: metrics.collected(self._earlier[name]) for name, metrics in self._metrics.items()}
@@ -134,22 +134,30 @@ class RunningMetrics:
 
     # ------------------------------------------------------------------ state
     def tensors(self) -> dict[str, Tensor]:
-        """Collective: what all ranks have counted, for a checkpoint."""
+        """Collective: what each rank has counted, for a checkpoint."""
         return {
-            f"{task}/{part}/{key}": tensor
+            f"{task}/{part}/{rank}/{key}": tensor
             for task, parts in self._collected().items()
-            for part, states in parts.items()
+            for part, by_rank in parts.items()
+            for rank, states in enumerate(without_repetition(self._metrics[task].parts[part], by_rank))
             for key, tensor in flat(states).items()
         }
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from a checkpoint: rank 0 carries on what was counted."""
+    def load(self, tensors: Mapping[str, Tensor], num_ranks: int) -> None:
+        """Go on from a checkpoint of so many ranks: on as many each takes its own again, so that sums are to
+        the bit those of a run that was never stopped; else rank 0 takes all."""
         self.begin_epoch()
-        if not self._world.is_main:
+        ranks = [self._world.rank] if num_ranks == self._world.size else range(num_ranks)
+        if num_ranks != self._world.size and not self._world.is_main:
             return
         for name, metrics in self._metrics.items():
             for part, metric in metrics.parts.items():
-                self._earlier[name][part] = _parts_of(metric, tensors, f"{name}/{part}/")
+                states = [
+                    state for rank in ranks for state in _parts_of(metric, tensors, f"{name}/{part}/{rank}/")
+                ]
+                if num_ranks == self._world.size and states:
+                    restore(metric, states.pop())
+                self._earlier[name][part] = states
 
 
 def _parts_of(metric: Metric, tensors: Mapping[str, Tensor], prefix: str) -> list[State]:

@@ -103,7 +103,7 @@ class Saving:
         self._monitor.load_state_dict(state["monitor"])
         self._losses.load_state_dict(state)
         if self._metrics is not None:
-            self._metrics.load(tensors.get("metrics", {}))
+            self._metrics.load(tensors.get("metrics", {}), state["world_size"])
         unfinished_epoch = state.get("unfinished_epoch")
         # Where an evaluation was broken off, the one to come may make this step the best: saved again.
         self._saved_step = state["step"] if unfinished_epoch is None else -1

@@ -16,8 +16,8 @@ from sklearn import metrics as reference
 
 from mtl_dist.tracking.files import history_of, read_rows
 from mtl_dist.training.running_metrics import RunningMetrics, Seen
-from tests.ranks import RankPool
-from tests.tiny_runs import rows, train_run
+from tests.ranks import RankPool, shared_pool
+from tests.tiny_runs import rows, tensors_at, train_run
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +121,27 @@ def test_a_run_that_stopped_within_an_epoch_goes_on_to_the_same_ones_on_other_ra
     ranks.run(train_run, recipe, resumed, overrides, False)
     for first, second in zip(rows(whole, "epoch"), rows(resumed, "epoch"), strict=True):
         assert second == pytest.approx(first, rel=1e-4, nan_ok=True)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_run_that_goes_on_on_as_many_ranks_has_the_same_sums_to_the_bit(
+    recipe: Path, tmp_path: Path, num_ranks: int
+) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    overrides = ["train.checkpoint_every=1", "train.epochs=3"]
+    pool = shared_pool(num_ranks)
+    pool.run(train_run, recipe, whole, overrides)
+    shutil.copytree(whole, resumed)
+    for path in (resumed / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > 5:
+            shutil.rmtree(path)
+    pool.run(train_run, recipe, resumed, overrides)
+    for step in (6, 7, 8):
+        found, expected = tensors_at(resumed, step), tensors_at(whole, step)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), (step, name)
+    assert rows(resumed, "epoch") == rows(whole, "epoch")
 
 
 def test_blended_images_count_in_none(recipe: Path, tmp_path: Path) -> None:
