@@ -35,7 +35,7 @@ def check_norms(root: RootModule, data: Data, micro_batch: int, world: World) ->
     if found is None:
         return ""
     name, per_image = found
-    if isinstance(root.model.get_submodule(name), torch.nn.SyncBatchNorm):
+    if isinstance(dict(root.model.named_modules())[name], torch.nn.SyncBatchNorm):
         micro_batch *= world.size
     values = micro_batch * per_image
     of = f"{name}, of {plural(micro_batch, 'image')} at a time"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ from mtl_dist.caveats import averaged_tasks, caveats, check_monitor, check_norms
 from mtl_dist.data.loader import Data, open_data
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
+from mtl_dist.models.building import build_model
+from mtl_dist.models.settings import ModelSettings
 from mtl_dist.monitor import MonitorSettings
 from mtl_dist.recipe import Recipe, load_recipe
+from mtl_dist.specs import HeadSpec
 from mtl_dist.step import RootModule
 from tests.tiny_datasets import write_dataset
 from tests.tiny_runs import write_recipe
@@ -44,6 +48,17 @@ def test_one_value_per_channel_under_batchnorm_is_refused_with_the_layer(tmp_pat
     assert check_norms(root, data, 4, WORLD) == ""
     assert all(torch.equal(value, buffers[name]) for name, value in root.model.named_buffers())
     assert root.model.training
+
+
+def test_a_layer_of_a_task_that_is_called_as_a_method_of_modules_is_found() -> None:
+    settings = ModelSettings.model_validate({"backbone": "resnet18", "sharing": "separate"})
+    model = build_model(
+        settings, [HeadSpec("type", "vector", 2), HeadSpec("values", "vector", 2)], 3, (32, 32)
+    )
+    data: Any = SimpleNamespace(image_dtype="uint8", channels=3, image_size=(32, 32))
+    root: Any = SimpleNamespace(model=model)
+    with pytest.raises(UserError, match=r"found one in backbones\.type\."):
+        check_norms(root, data, 1, WORLD)
 
 
 @pytest.mark.parametrize("norm", ["group", "frozen"])
