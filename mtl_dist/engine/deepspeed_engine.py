@@ -171,7 +171,7 @@ class _Zero(Engine):
 
     # ------------------------------------------------------------------ state
     def full_state(self) -> FullState:
-        require_finite(self.shards(), self.world)
+        require_finite(self._held(), self.world)
         scaler = self.scaler.state_dict() if self.scaler is not None else {}
         optimizer: dict[str, Tensor] = {}
         for group in self._groups:
@@ -232,6 +232,10 @@ class _Zero(Engine):
         scatter(shard, group.layout[self.world.rank], values)
         self.optimizer.state[group.flat][slot] = shard
 
+    def _held(self) -> dict[str, Tensor]:
+        """The weights that this rank holds: its shards without what only fills them up."""
+        return self.shards()
+
     @abstractmethod
     def _whole_model(self) -> dict[str, Tensor]:
         """Collective: weights and buffers, on the host of rank 0; elsewhere empty."""
@@ -261,6 +265,15 @@ class _ShardedZero(_Zero):
 
     def shards(self) -> dict[str, Tensor]:
         return {name: p.ds_tensor.data for name, p in self._parameters().items() if p.requires_grad}
+
+    def _held(self) -> dict[str, Tensor]:
+        # DeepSpeed never writes what fills up the last shard: it may be anything, NaN too.
+        parameters = self._parameters()
+        held = {}
+        for name, shard in self.shards().items():
+            segments = self._layout(name, parameters[name].ds_numel)[self.world.rank]
+            held[name] = shard.view(-1)[: sum(segment.length for segment in segments)]
+        return held
 
     def shard_of(self, name: str, whole: Tensor) -> Tensor:
         shard = torch.empty_like(self._parameters()[name].ds_tensor.data)

@@ -95,6 +95,10 @@ def test_a_run_whose_disk_is_full_fails_with_one_line_and_its_status_says_so(
     run = tmp_path / "run"
 
     def fill() -> None:
+        deadline = time.monotonic() + 60
+        while newest_good(run / "checkpoints", print) is None:  # it is written in the background
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         monkeypatch.setattr(os, "fsync", refused(errno.ENOSPC))
         monkeypatch.setattr(status, "write_text", refused(errno.ENOSPC))
 

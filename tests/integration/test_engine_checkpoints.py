@@ -9,7 +9,17 @@ import torch
 
 from mtl_dist.engine.engine import FullState
 from tests.ranks import shared_pool
-from tests.tiny_training import EngineName, Result, Setup, problem_of, reference, train, train_all
+from tests.tiny_training import (
+    EngineName,
+    Result,
+    Setup,
+    build_engine,
+    problem_of,
+    reference,
+    train,
+    train_all,
+    train_step,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +38,26 @@ RUNS: list[tuple[EngineName, int]] = [
 WHOLE = Setup(labels="sometimes_absent", clip_norm=0.5, last_step=5)
 """gamma has labels in steps 1 and 4 alone: the heads' step counters differ in a checkpoint."""
 MIDDLE = 3
+
+
+def state_with_odd_padding(setup: Setup) -> FullState:
+    """After a step, what fills up the last shards being no number."""
+    engine, root = build_engine(setup)
+    train_step(engine, root, setup, 0)
+    rank = engine.world.rank
+    for parameter in root.parameters():
+        part: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        own = max(min(part, parameter.ds_numel - rank * part), 0)  # type: ignore[attr-defined]
+        parameter.ds_tensor.data.view(-1)[own:] = float("nan")  # type: ignore[attr-defined]
+    return engine.full_state()
+
+
+def test_what_fills_up_a_shard_is_no_weight() -> None:
+    setup = Setup(engine="zero3", last_step=1)
+    found = shared_pool(2).run(state_with_odd_padding, setup)[0]
+    expected = plain(setup.with_(engine="single")).state
+    for name, tensor in expected.model.items():
+        torch.testing.assert_close(found.model[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 @cache

@@ -145,7 +145,7 @@ def test_the_module_and_the_logits_are_what_the_answers_are_made_of(run: Path) -
         )
     assert logits["shape"].ndim == 4
     module = predictor.module
-    assert type(module).__mro__[1] is torch.nn.Module and not module.training
+    assert isinstance(module, torch.nn.Module) and not module.training
     with torch.no_grad():
         outputs = module(predictor.preprocess(pictures[:2]))
     assert set(outputs) == set(logits)
