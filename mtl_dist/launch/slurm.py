@@ -256,10 +256,11 @@ def check_backbones(recipes: Sequence[Recipe]) -> None:
     Raises:
         UserError: torchvision or timm has no such network; timm is not installed.
     """
-    from mtl_dist.models.backbones import check_backbone  # torch takes seconds
+    for model in {recipe.model.backbone_name: recipe.model for recipe in recipes}.values():
+        if model.backbone_name != "simple_cnn":  # torch takes seconds
+            from mtl_dist.models.backbones import check_backbone
 
-    for recipe in recipes:
-        check_backbone(recipe.model)
+            check_backbone(model)
 
 
 # -- folders and records ----------------------------------------------------------------------------------
