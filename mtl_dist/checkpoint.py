@@ -387,6 +387,8 @@ class CheckpointWriter:
         self._keep_last = keep_last
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self.newest = 0
+        """The step of the newest checkpoint that is on disk; 0 before there is one."""
         self._whole: set[Path] = set()
         """Checkpoints that this process has written or checked."""
 
@@ -403,6 +405,7 @@ class CheckpointWriter:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.directory.parent))
         state = checkpoint.state | {"best": None if best is None else asdict(best)}
         self._whole.add(write_checkpoint(self.directory, replace(checkpoint, state=state)))
+        self.newest = checkpoint.step
         if best is not None:
             write_best(self.directory, best)
         prune(self.directory, self._keep_last, self._is_whole, checkpoint.step)

@@ -13,7 +13,7 @@ from mtl_dist.balance.methods import BalanceSettings
 from mtl_dist.config.errors import Location, Mistake, suggest
 from mtl_dist.config.loading import load_settings, resolved_settings
 from mtl_dist.config.settings import Settings
-from mtl_dist.config.trust import parts_of
+from mtl_dist.config.trust import parts_of, parts_of_recipe
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.engine.deepspeed_keys import said as deepspeed_said
 from mtl_dist.engine.launcher import Launcher
@@ -34,6 +34,9 @@ from mtl_dist.tracking.registry import TrackingSettings
 from mtl_dist.training.callbacks import CallbacksSettings
 
 Count = Annotated[int, Field(ge=1)]
+
+_LONGEST_NAME = 255
+"""Bytes of a folder's name, on every file system in use."""
 
 
 class TrainSettings(Settings):
@@ -149,6 +152,10 @@ class Recipe(Settings):
     def _below_runs(cls, name: str | None) -> str | None:
         if name is not None and (not name.isprintable() or name in ("", ".", "..") or "/" in name):
             raise ValueError(f"expected a folder's name, which is made below runs/, found {name!r}.")
+        if name is not None and len(name.encode()) > _LONGEST_NAME:
+            raise ValueError(
+                f"expected a folder's name of at most {_LONGEST_NAME} bytes, found {len(name.encode())}."
+            )
         return name
 
     @model_validator(mode="after")
@@ -291,8 +298,11 @@ def load_recipe(
             f"{source}: expected a recipe, found no such file. `mtl init {source.stem}` writes "
             f"{source.stem}.yaml, the one that comes with the package."
         )
-    recipe = load_settings(Recipe, source, overrides, _filled)
-    if recipe.name or not isinstance(source, Path):
+    if not isinstance(source, Path):
+        return load_settings(Recipe, source, overrides, _filled)
+    with parts_of_recipe(source):
+        recipe = load_settings(Recipe, source, overrides, _filled)
+    if recipe.name:
         return recipe
     return recipe.model_copy(update={"name": source.stem})
 

@@ -15,6 +15,7 @@ from mtl_dist.evaluator import Evaluation
 from mtl_dist.figures.confusion import draw_confusion
 from mtl_dist.heartbeat import getting_on
 from mtl_dist.intervals import Interval, intervals
+from mtl_dist.printable import cell
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.sample_rows import Table
 from mtl_dist.specs import TaskInfo
@@ -45,8 +46,9 @@ def write_evaluation(
         getting_on()
         text = io.StringIO()
         writer = csv.writer(text)
-        writer.writerow(["true \\ predicted", *classes])
-        writer.writerows([name, *row] for name, row in zip(classes, matrix.astype(int).tolist(), strict=True))
+        names = [cell(name) for name in classes]
+        writer.writerow(["true \\ predicted", *names])
+        writer.writerows([name, *row] for name, row in zip(names, matrix.astype(int).tolist(), strict=True))
         write_text(stem.with_suffix(".csv"), text.getvalue())
         try:
             draw_confusion(matrix, classes, f"{task} ({split})", stem.with_suffix(".png"))

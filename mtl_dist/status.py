@@ -30,6 +30,7 @@ class Status:
     position      global samples consumed, of `end_position`
     images_per_s  over all ranks
     metric, best  the monitored metric and its best value so far
+    saved         the step of the newest checkpoint that was written; 0 before there is one
     reason        why it stopped or failed; the last line says it all
     retry         false if starting again can't help: the user has something to fix
     updated       seconds since 1970; `host` and `pid` are those of rank 0
@@ -44,6 +45,7 @@ class Status:
     images_per_s: float = 0.0
     metric: str = ""
     best: float | None = None
+    saved: int = 0
     reason: str = ""
     retry: bool = True
     updated: float = field(default_factory=time.time)

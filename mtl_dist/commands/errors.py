@@ -7,6 +7,7 @@ exit code 130  Ctrl-C
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import sys
@@ -32,6 +33,17 @@ _SECONDS_FOR_RANK_0 = 2.0
 """What the other ranks wait before they speak."""
 
 _POLL_S = 0.05
+
+_NOT_TO_BE_USED = {
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+}
+"""What is wrong with a path, or its disk, and with no code."""
 
 TRUST = "--trust"
 
@@ -70,6 +82,12 @@ class CommandGroup(Listing):
             return super().invoke(ctx)
         except UserError as error:
             report(error)
+            raise typer.Exit(USER_ERROR) from None
+        except OSError as error:
+            if error.filename is None or error.errno not in _NOT_TO_BE_USED:
+                raise
+            name = os.fsdecode(error.filename)
+            report(UserError(f"{name}: expected a path that can be used, found: {error.strerror}."))
             raise typer.Exit(USER_ERROR) from None
 
 

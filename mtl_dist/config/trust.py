@@ -79,6 +79,17 @@ def parts_of(folder: Path, file: str) -> Iterator[None]:
 
 
 @contextmanager
+def parts_of_recipe(path: Path) -> Iterator[None]:
+    """What is imported within is named by a recipe: by the user, or by who made the run in which it lies."""
+    is_of_run = path.name == "recipe.yaml" and os.path.isfile(path.parent / "data.json")
+    if not is_of_run or _origin.get() is not None:
+        yield
+        return
+    with parts_of(path.parent, path.name):
+        yield
+
+
+@contextmanager
 def trusted(trust: bool = True) -> Iterator[None]:
     """Within, whatever a run or dataset names is imported."""
     token = _trusting.set(trust or _trusting.get())

@@ -50,9 +50,10 @@ def user_modules(of: Iterable[str] | None = None) -> dict[str, list[Path]]:
 def imported_hashes() -> dict[str, str]:
     """The SHA-256 of the source of each of the user's modules that is imported now, by its name."""
     hashes = {}
+    script = sys.modules.get("__main__")  # multiprocessing gives it a second name
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if name != "__main__" and file and _is_users(file) and os.path.isfile(file):
+        if module is not script and file and _is_users(file) and os.path.isfile(file):
             hashes[name] = sha256_of(Path(file))
     return hashes
 

@@ -22,6 +22,7 @@ from mtl_dist.recipe import Recipe, load_recipe
 from mtl_dist.resuming import refuse_other_data, refuse_other_run
 from mtl_dist.run_folder import RunFolder, writing_to
 from mtl_dist.runs.announcements import warn
+from mtl_dist.status import read_status
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of the model's weights and buffers, by name."""
@@ -85,6 +86,8 @@ def _open(
     folder.directory.mkdir(parents=True, exist_ok=True)
     held.enter_context(folder.locked())
     saved = newest_good(folder.checkpoints, warn)
+    if saved is None:
+        _check_nothing_is_lost(folder)
     changes: list[str] = []
     restarts_best = False
     kept = saved / RECIPE if saved is not None else folder.recipe_path
@@ -104,6 +107,16 @@ def _open(
     changes += folder.write_start(to_yaml(recipe), facts, world.size, str(world.device), decoder_name())
     mark(folder.directory, folder.recipe_path.name)
     return Opened(folder, saved, facts, tuple(changes), restarts_best)
+
+
+def _check_nothing_is_lost(folder: RunFolder) -> None:
+    """Refuse a run that has saved checkpoints, and has none: beginning again would erase its record."""
+    status = read_status(folder.directory)
+    if status is not None and status.saved > 0:
+        raise UserError(
+            f"{folder.checkpoints}: expected the checkpoint of step {status.saved}, found none. Bring it "
+            "back from a copy of the run, or begin again in another --run-dir; nothing here was changed."
+        )
 
 
 def _facts_before(folder: RunFolder, saved: Path | None) -> DataFacts | None:

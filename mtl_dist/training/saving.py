@@ -104,11 +104,18 @@ class Saving:
         self._losses.load_state_dict(state)
         if self._metrics is not None:
             self._metrics.load(tensors.get("metrics", {}), state["world_size"])
+        if self._writer is not None:
+            self._writer.newest = checkpoint.step
         unfinished_epoch = state.get("unfinished_epoch")
         # Where an evaluation was broken off, the one to come may make this step the best: saved again.
         self._saved_step = state["step"] if unfinished_epoch is None else -1
         best = Best(**state["best"]) if state["best"] is not None else None
         return Progress(state["step"], state["position"], best, unfinished_epoch)
+
+    @property
+    def newest(self) -> int:
+        """The step of the newest checkpoint that rank 0 has written; 0 before there is one."""
+        return self._writer.newest if self._writer is not None else 0
 
     def finish(self) -> None:
         """Wait until everything is written."""

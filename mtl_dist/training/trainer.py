@@ -307,5 +307,6 @@ class Trainer:
             images_per_s=images_per_s,
             metric=self.monitor.metric,
             best=self.monitor.state.best,
+            saved=self.saving.newest,
             reason=reason,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,16 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_left_as_it_was(recipe: 
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="expected a whole checkpoint, found 1 of which none is"):
         train_run(recipe, run, ["train.max_steps=2", "optim.lr=1e-2"])
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_whose_checkpoints_are_gone_is_refused_and_left_as_it_was(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_run(recipe, run, ["train.max_steps=1"])
+    shutil.rmtree(run / "checkpoints")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="checkpoints: expected the checkpoint of step 1, found none"):
+        train_run(recipe, run, ["train.max_steps=2"])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from mtl_dist.data.manifest import read_manifest
 from mtl_dist.data.reader import SplitReader, UnreadableSample
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
+from mtl_dist.report.page.build import confusion_of
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.status import Status, read_status, write_status
 from mtl_dist.tracking.files import FilesSink, history_of, read_rows
@@ -161,6 +163,20 @@ def test_a_damaged_line_of_a_finished_record_is_marked(run: RunFolder) -> None:
         ("damaged", 2),
         ("epoch", None),
     ]
+
+
+def test_every_bit_of_a_confusion_matrix_is_counts_or_a_line(tmp_path: Path) -> None:
+    task = SimpleNamespace(name="digit", info=TASKS["digit"])
+    record = SimpleNamespace(folder=RunFolder(tmp_path))
+    path = tmp_path / "evaluation" / "test_digit_confusion.csv"
+    path.parent.mkdir()
+    good = b"true \\ predicted,a,b,c\na,1,2,3\nb,4,5,6\nc,7,8,9\n"
+    cut = good[: len(good) // 2]
+    for content in (*spoilt(good, 200), cut):
+        path.write_bytes(content)
+        lines = lines_of(lambda: confusion_of(record, task, "test"), path)  # type: ignore[arg-type]
+        assert lines or content not in (cut, *SWAPPED)
+    assert confusion_of(record, task, "val") is None  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- of a dataset

@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import mtl_dist
-from mtl_dist import commands
+from mtl_dist import commands, results
 from mtl_dist.cell_table import CellTable
 from mtl_dist.cli import app
 from mtl_dist.config import trust
@@ -27,10 +27,12 @@ from mtl_dist.data.decode import decode_image, open_picture
 from mtl_dist.data.images import MAX_PIXELS, UnreadableImage, examine_image, open_image
 from mtl_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from mtl_dist.errors import UserError
+from mtl_dist.evaluator import Evaluation
 from mtl_dist.importers.sources import Source
 from mtl_dist.prediction.records import open_records, to_json
 from mtl_dist.printable import cell, printable
 from mtl_dist.recipe import load_recipe_of
+from mtl_dist.run_folder import RunFolder
 from mtl_dist.specs import TaskInfo
 from tests.tiny_datasets import write_dataset
 
@@ -82,6 +84,15 @@ def test_with_trust_its_parts_are_imported(run: Path) -> None:
     with trust.trusted():
         load_recipe_of(run)
     assert imported(run)
+
+
+def test_the_recipe_of_a_strangers_run_given_to_a_command_imports_nothing_either(run: Path) -> None:
+    (run / "data.json").write_text("{}")
+    for recipe, is_theirs in ((run / "recipe.yaml", True), (run.parent / "mine.yaml", False)):
+        recipe.write_text(RECIPE)
+        result = CliRunner().invoke(app, ["train", str(recipe), "--print-config"])
+        assert ("add --trust" in result.stderr) == is_theirs
+        assert imported(run) != is_theirs
 
 
 def test_trust_is_taken_at_any_place_of_a_command(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +197,18 @@ def test_no_spreadsheet_formula_is_written_into_a_table(tmp_path: Path) -> None:
     assert [cell(text) for text in ("+1", "-x", "\tx")] == ["+1", "'-x", "'\tx"]
 
 
-@pytest.mark.parametrize("name", ["../out", "a/b", "..", ".", "/etc", "a\0b", "a\nb", ""])
+def test_no_class_makes_a_formula_in_a_confusion_matrix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "draw_confusion", lambda *arguments: None)
+    info = TaskInfo(kind="classification", classes=("=1+1", "@b"))
+    found = Evaluation(0.0, {}, {"digit": np.array([[1, 2], [3, 4]])}, 10)
+    results.write_evaluation(RunFolder(tmp_path), "test", found, {"digit": info}, print)
+    (table,) = tmp_path.rglob("*_confusion.csv")
+    assert table.read_text().splitlines() == ["true \\ predicted,'=1+1,'@b", "'=1+1,1,2", "'@b,3,4"]
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "..", ".", "/etc", "a\0b", "a\nb", "", "x" * 300])
 def test_a_runs_name_stays_below_runs(run: Path, name: str) -> None:
     (run / "recipe.yaml").write_text(
         f"name: {json.dumps(name)}\ndata: {{train: [{{path: data}}], image_size: 8}}\n"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mtl_dist.errors import UserError
 from mtl_dist.figures import svg
 from mtl_dist.figures.conflicts import PREFIX, conflicts_in
 from mtl_dist.figures.svg import Series
@@ -313,14 +314,26 @@ def metrics_listing(record: RunRecord, task: Task) -> Listing:
 
 
 def confusion_of(record: RunRecord, task: Task, split: str) -> np.ndarray | None:
-    """The counts that the evaluation has written, rows true; None where there are none."""
+    """The counts that the evaluation has written, rows true; None where there are none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = record.folder.evaluation / f"{split}_{task.name}_confusion.csv"
     if not path.is_file():
         return None
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    matrix = np.array([[float(cell) for cell in row[1:]] for row in rows])
-    return matrix if matrix.shape == (len(task.info.classes),) * 2 else None
+    number = len(task.info.classes)
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))[1:]
+        if [len(row) for row in rows] != [number + 1] * number:
+            raise ValueError(f"it has not {number} rows of {number} counts")
+        return np.array([[float(cell) for cell in row[1:]] for row in rows])
+    except (ValueError, csv.Error) as error:
+        raise UserError(
+            f"{path}: expected how often each class was taken for each, found a damaged file ({error}). "
+            f"Write it again: mtl evaluate RUN --split {split}."
+        ) from None
 
 
 def curves_of(record: RunRecord, task: Task) -> list[Figure]:

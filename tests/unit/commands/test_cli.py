@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -93,6 +95,47 @@ def test_the_version_is_printed() -> None:
 
 
 # ---------------------------------------------------------------- exit codes
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", LONG],
+        ["inspect", LONG],
+        ["runs", LONG],
+        ["train", f"{LONG}.yaml"],
+        ["prepare", "idx", LONG, "out"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_path_that_cannot_be_one_is_a_line(arguments: list[str]) -> None:
+    result = mtl(*arguments)
+    assert result.exit_code == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert LONG in line and line.endswith("expected a path that can be used, found: File name too long.")
+
+
+def test_a_path_that_is_not_the_users_is_a_line_and_a_bug_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(number: int) -> None:
+        def is_file(path: Path) -> bool:
+            raise OSError(number, os.strerror(number), str(path))
+
+        monkeypatch.setattr(Path, "is_file", is_file)
+
+    refuse(errno.EACCES)
+    result = mtl("evaluate", "theirs")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "theirs/recipe.yaml: expected a path that can be used, found: Permission denied.\n",
+    )
+    refuse(errno.EBADF)
+    result = mtl("evaluate", "theirs")
+    assert result.exit_code == 1 and isinstance(result.exception, OSError)
+
+
 def test_mistakes_of_the_user_are_lines_on_stderr_and_exit_code_2() -> None:
     result = mtl("train", DIGITS, "optim.lr=-1", "tasks.digit.kind=clasification", "train.epoch=3")
     assert result.exit_code == 2
