@@ -22,6 +22,7 @@ IMAGE, MASK, TABLE, SAMPLE = "image", "mask", "table", "sample"
 HIDDEN = "left out: hidden, or left behind by an operating system"
 NO_FILE = "left out: neither a file nor a folder"
 LOOP = "left out: a link to a folder above it"
+AGAIN = "left out: the archive holds it again, later"
 UNREADABLE = "left out: unreadable"
 NO_IMAGE = "left out: no image by its name"
 

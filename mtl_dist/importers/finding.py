@@ -43,6 +43,8 @@ class FileFinder:
             below = PurePosixPath(*parts[len(parts) - parts[::-1].index(home) :])
             if (found := self.tree.find(str(below))) is not None:
                 return str(below), found
+        if "\\" in path and (found_so := self.find(path.replace("\\", "/"), split)):  # as Windows writes it
+            return found_so
         ending = f"/{PurePosixPath(path)}"
         candidates = [name for name in self._by_name[PurePosixPath(path).name] if f"/{name}".endswith(ending)]
         candidates = candidates or [
@@ -73,9 +75,12 @@ class FileFinder:
         """What was looked for and where, when `find` found nothing."""
         name = PurePosixPath(path).name
         here = listed(self.tree.files) or "nothing"
+        stem = PurePosixPath(name.replace("\\", "/")).stem.casefold()
+        near = next((file for file in self.tree.files if PurePosixPath(file).stem.casefold() == stem), "")
         return (
             f"in {self.tree}, found no such file: neither {self._folder + path}, nor {name} in another "
-            f"folder, nor a picture {name} of any extension. It holds {here}."
+            f"folder, nor a picture {name} of any extension. "
+            + (f"Did you mean {near}?" if near else f"It holds {here}.")
         )
 
     @cached_property

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated
 from unicodedata import normalize
 
+from mtl_dist.config.nearest import nearest
 from mtl_dist.data.images import IMAGE_EXTENSIONS, extension_of
 from mtl_dist.errors import UserError
 from mtl_dist.importers.account import IMAGE, NO_IMAGE, TABLE
@@ -17,12 +18,12 @@ from mtl_dist.importers.lists import SplitLists, is_list_of_a_split, splits_in_l
 from mtl_dist.importers.made_masks import MadeMask, mask_maker
 from mtl_dist.importers.options import Help
 from mtl_dist.importers.sources import Tree
-from mtl_dist.importers.splitting import SPLIT_NAMES, is_split_word, split_name
+from mtl_dist.importers.splitting import is_bare_split_word, is_split_word, split_name, split_names
 from mtl_dist.importers.summary import listed
 from mtl_dist.importers.wanted import Missing, Strict
 from mtl_dist.kinds.classification import Classification
 from mtl_dist.kinds.segmentation import BACKGROUND, Segmentation
-from mtl_dist.kinds.vocabulary import MISSING, class_order, plain
+from mtl_dist.kinds.vocabulary import MISSING, Declared, plain, vocabulary
 
 SKIP = "-"
 """In place of a level's task: folders that say nothing."""
@@ -145,8 +146,11 @@ class Folders(Importer):
             if path.count("/") <= depth:
                 raise UserError(
                     f"{self._source}/{base}{path}: expected images inside class folders, found one beside "
-                    "them."
+                    "them. Move it away, or into a folder of its class (a folder NA has no label)."
                 )
+        if not above and any(map(is_split_word, (top := {path.split("/")[0] for path in self._images}))):
+            named = sorted(filter(is_split_word, top))
+            self._notes.append(f"taken for classes, since no folder is called train: {', '.join(named)}")
         self._check_filled([path for path in folders if path.count("/") == depth])
         parts = [path.split("/")[:-1] for path in self._images]
         if above:
@@ -175,19 +179,23 @@ class Folders(Importer):
                 raise UserError(
                     f"{self._source}/{self._base}{path}: expected {len(levels)} folder(s) of classes "
                     f"above an image, found {len(inside)} ({'/'.join(inside)}). Name a task for each "
-                    f"level, or - for one that is none: --levels {advice}."
+                    f"level, or - for one that is none: --levels {advice}.{_unknown_splits(folders)}"
                 )
         classes: dict[str, tuple[str, ...]] = {}
         labels: dict[str, list[int]] = {}
         for depth, task in enumerate(levels):
             if task == SKIP:
                 continue
-            paths = [tuple(normalize("NFC", part) for part in inside[: depth + 1]) for inside in folders]
+            named = [at for at, level in enumerate(levels[: depth + 1]) if level != SKIP]
+            paths = [tuple(plain(inside[at]) for at in named) for inside in folders]
             parents: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
             for names_above in paths:
                 parents[names_above[-1]].add(names_above[:-1])
             texts = [each[-1] if len(parents[each[-1]]) == 1 else "/".join(each) for each in paths]
-            unlabelled = Counter(each[-1] for each in paths if each[-1] in self._missing)
+            is_labelled = [each[-1] not in self._missing | {""} for each in paths]
+            unlabelled = Counter(
+                each[-1] for each, labelled in zip(paths, is_labelled, strict=True) if not labelled
+            )
             if unlabelled:
                 words = ", ".join(f"{word!r} ({number:,})" for word, number in sorted(unlabelled.items()))
                 self._notes.append(f"{task}: read as no label: {words}")
@@ -195,43 +203,35 @@ class Folders(Importer):
                 self._notes.append(
                     f"{task}: one name in several folders, distinguished by them: {listed(shared)}"
                 )
-            names = class_order(
-                text for text, each in zip(texts, paths, strict=True) if each[-1] not in self._missing
+            written = self._written(depth)
+            terms = Counter(
+                f"{text.rpartition('/')[0]}/{name}" if "/" in text else name
+                for text, name, labelled in zip(texts, written, is_labelled, strict=True)
+                if labelled
             )
-            if len(names) < 2:
+            words = vocabulary(Declared(), terms)
+            if len(words.names) < 2:
                 raise UserError(
-                    f"{self._source}: expected one folder per class, found {len(names) or 'no'} with images."
+                    f"{self._source}: expected one folder per class, found {len(words.names) or 'no'} with "
+                    "images."
                 )
-            index = {name: number for number, name in enumerate(names)}
-            classes[task], labels[task] = tuple(names), [index.get(text, -1) for text in texts]
-            self._note_spellings(task, names, self._written(depth))
+            if self._strict and (alike := words.merged(terms)):
+                raise UserError(
+                    f"{self._source}: expected one folder for each class, found "
+                    f"{' and '.join(map(ascii, alike))}. Merge them, or leave out --strict."
+                )
+            self._notes += [f"{task}: {said}" for said in words.spellings(terms)]
+            classes[task] = words.names
+            labels[task] = [
+                words.index(text) if labelled else -1
+                for text, labelled in zip(texts, is_labelled, strict=True)
+            ]
         return classes, labels
 
     def _written(self, depth: int) -> list[str]:
         """The folder of each image at a depth, as it is written where it lies."""
         above = self._base.count("/") + int(self._has_splits_above) + depth
         return [self._tree.written(self._base + path).split("/")[above] for path in self._images]
-
-    def _note_spellings(self, task: str, names: Sequence[str], written: Sequence[str]) -> None:
-        """What is said of folders whose names look alike."""
-        forms: defaultdict[str, set[str]] = defaultdict(set)
-        for name in written:
-            forms[normalize("NFC", name)].add(name)
-        for name, found in sorted(forms.items()):
-            if len(found) > 1 and self._strict:
-                raise UserError(
-                    f"{self._source}: expected one folder for each class, found "
-                    f"{' and '.join(map(ascii, sorted(found)))}. "
-                    "Merge them, or leave out --strict."
-                )
-            if len(found) > 1:
-                self._notes.append(f"{task}: folders {name} in {len(found)} Unicode forms are one class")
-        cases: defaultdict[str, list[str]] = defaultdict(list)
-        for name in names:
-            cases[name.casefold()].append(name)
-        for alike in cases.values():
-            if len(alike) > 1:
-                self._notes.append(f"{task}: classes that differ only in case: {', '.join(alike)}")
 
     def _check_splits(self, folders: Sequence[str]) -> None:
         top = [path for path in folders if "/" not in path]
@@ -241,8 +241,7 @@ class Folders(Importer):
                 f"{self._tree}: expected train, val and test side by side, found {others[0]!r} with them. "
                 "Move it away, or keep class folders only."
             )
-        names = [split_name(path) for path in top]
-        if "train" not in names:
+        if "train" not in split_names(top).values():
             raise UserError(f"{self._tree}: expected a train folder, found only {', '.join(top)}.")
 
     def _check_filled(self, folders: Sequence[str]) -> None:
@@ -259,24 +258,48 @@ class Folders(Importer):
         """Refuse a class outside train that train lacks."""
         if not any(self._splits):
             return
-        splits = [split_name(word) for word in self._splits]
+        names = split_names(self._splits)
+        splits = [names[word] for word in self._splits]
         for task, labels in self._labels.items():
             trained = {label for label, split in zip(labels, splits, strict=True) if split == "train"}
             for label, split in zip(labels, splits, strict=True):
                 if label >= 0 and label not in trained:
+                    name = self._classes[task][label]
+                    near = nearest(name, [self._classes[task][known] for known in sorted(trained)])
                     raise UserError(
-                        f"{self._source}: expected the classes of train in every split, found "
-                        f"{self._classes[task][label]!r} in {split}. Add training images of it, or "
+                        f"{self._source}: expected the classes of train in every split, found {name!r} in "
+                        f"{split}.{f' Did you mean {near!r}?' if near else ''} Add training images of it, or "
                         "remove the folder."
                     )
 
 
 def _has_splits_above(folders: Sequence[str]) -> bool:
-    """Whether the outermost folders are splits: a usual name, or all of them words for splits."""
+    """Whether the outermost folders are splits: one is called train, or all are words for splits.
+
+    A class `test` beside a class `control` is a class.
+    """
     top = [path for path in folders if "/" not in path]
-    usual = any(path.lower() in (*SPLIT_NAMES, "training", "valid", "validation", "testing") for path in top)
-    words = all(is_split_word(path) for path in top)
-    return usual or (words and any(split_name(path) == "train" for path in top))
+    usual = any(is_bare_split_word(path) and split_name(path) == "train" for path in top)
+    return usual or (len(top) > 1 and all(is_split_word(path) for path in top)) or _is_lone_split(top)
+
+
+def _unknown_splits(folders: Sequence[tuple[str, ...]]) -> str:
+    """How to say that the outermost folders are splits, where each holds the same classes."""
+    inside: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for names in folders:
+        inside[names[0]].add(names[1:])
+    if len(inside) < 2 or len({frozenset(classes) for classes in inside.values()}) > 1:
+        return ""
+    group = "{group}" + "/*" * max(map(len, folders))
+    return (
+        f" If {', '.join(sorted(inside)[:5])} are splits, name them: --levels -,TASK --group '{group}' "
+        "--split 'train=...;test=...'."
+    )
+
+
+def _is_lone_split(top: Sequence[str]) -> bool:
+    """Whether everything is in one folder called as a split and nothing more: `train`, not `train_images`."""
+    return len(top) == 1 and is_bare_split_word(top[0])
 
 
 def _base(tree: Tree) -> str:
@@ -286,6 +309,6 @@ def _base(tree: Tree) -> str:
         below = [path.removeprefix(base) for path in tree.directories if path.startswith(base)]
         top = [path for path in below if "/" not in path]
         has_files = any("/" not in path.removeprefix(base) for path in tree.files if path.startswith(base))
-        if len(top) != 1 or len(below) == 1 or has_files or is_split_word(top[0]):
+        if len(top) != 1 or len(below) == 1 or has_files or _is_lone_split(top):
             return base
         base = f"{base}{PurePosixPath(top[0])}/"

@@ -18,7 +18,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from mtl_dist.config.nearest import nearest
@@ -32,7 +32,7 @@ from mtl_dist.importers.lists import SplitLists, is_list_of_a_split, splits_in_l
 from mtl_dist.importers.options import Help
 from mtl_dist.importers.outlines import Edges, Outline, Polygons, Rectangle, RegionMask
 from mtl_dist.importers.sources import Readable, Source, Tree
-from mtl_dist.importers.splitting import is_split_word
+from mtl_dist.importers.splitting import splits_of_folders
 from mtl_dist.importers.summary import listed
 from mtl_dist.kinds.keypoints import Keypoints, labelled
 from mtl_dist.kinds.kind import Label
@@ -407,20 +407,15 @@ def categories_of(named: Sequence[str], classes: Sequence[str]) -> list[str]:
     return names
 
 
-def split_folder(path: str) -> str:
-    """The word for a split in whose folder a file is, or nothing."""
-    return next((part for part in reversed(PurePosixPath(path).parts[:-1]) if is_split_word(part)), "")
-
-
 def splits_by_place(
     tree: Tree, images: Sequence[AnnotatedImage], notes: list[str]
 ) -> tuple[list[AnnotatedImage], list[str]]:
     """The images with the splits that they have, those of their folders, or of lists; and the lists."""
     if any(image.split for image in images):
         return list(images), []
-    folders = [split_folder(image.path) for image in images]
+    folders = splits_of_folders([image.path for image in images])
     lists = SplitLists(tree, [path for path in tree.files if is_list_of_a_split(path)])
-    if all(folders):
+    if any(folders):
         notes.append("splits taken from the folders of the images")
         words, used = folders, []
     else:

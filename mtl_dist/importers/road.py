@@ -30,6 +30,7 @@ from mtl_dist.importers.jobs import Record, TaskSource, check_skipped
 from mtl_dist.importers.options import STANDARD, PackOptions, fractions_in, groups_by_split
 from mtl_dist.importers.packing import SPOOL, Progress, pack_into, partial_directory, refuse_existing, silent
 from mtl_dist.importers.registry import IMPORTERS
+from mtl_dist.importers.split_columns import check_folds, split_column, split_words
 from mtl_dist.importers.splitting import (
     SPLIT_WORDS,
     held_out_note,
@@ -227,7 +228,8 @@ def splits_of(
     by, strata = _strata(importer, records, tasks, options.stratify)
     groups = groups_of(records, options.group)
     grouped = any(groups)
-    brought = _brought(records, groups, options)
+    brought, said = _brought(importer, records, groups, options)
+    notes.extend(said)
     fractions = fractions_in(options.split)
 
     def divided(positions: Sequence[int], shares: Sequence[float]) -> list[str]:
@@ -316,8 +318,10 @@ def _strata(
     return ", ".join(used), strata
 
 
-def _brought(records: Sequence[Record], groups: Sequence[str], options: PackOptions) -> list[str]:
-    """The word for each record's split that the data has, or that `--split` takes from it; else ""."""
+def _brought(
+    importer: Importer, records: Sequence[Record], groups: Sequence[str], options: PackOptions
+) -> tuple[list[str], list[str]]:
+    """The word for each record's split that the data has or `--split` takes from it, else ""; and notes."""
     by_group = groups_by_split(options.split)
     if by_group is not None:
         for group, word in by_group.items():
@@ -345,19 +349,33 @@ def _brought(records: Sequence[Record], groups: Sequence[str], options: PackOpti
                 f"--split: expected a split for every group, since those of train are named, found none for "
                 f"{listed(unnamed)}. Name them, or leave train out: it is the rest."
             )
-        return [split_word(by_group.get(group, "train"), f"--split, group {group}") for group in groups]
+        return [split_word(by_group.get(group, "train"), f"--split, group {group}") for group in groups], []
     if isinstance(options.split, str) and fractions_in(options.split) is None:
-        return [_in_column(record, options.split) for record in records]
-    return [record.split for record in records]
+        return _in_column(records, options.split), []
+    brought = [record.split for record in records]
+    if any(brought) or options.split is not None or not records:
+        return brought, []
+    unused = [name for name in records[0].columns if name not in (importer.ungrouped() | {options.group})]
+    columns = {name: [record.columns.get(name, "") for record in records] for name in unused}
+    if column := split_column(columns):
+        return _in_column(records, column), [f"splits taken from the column {column!r}"]
+    check_folds(columns)
+    return brought, []
 
 
-def _in_column(record: Record, column: str) -> str:
-    if column not in record.columns:
-        raise UserError(
-            f"--split: expected fractions or a column ({', '.join(record.columns) or 'there is none'}), "
-            f"found {column!r}."
-        )
-    return split_word(record.columns[column], f"{record.place}, column {column!r}")
+def _in_column(records: Sequence[Record], column: str) -> list[str]:
+    """The word for each record's split that a column says."""
+    for record in records:
+        if column not in record.columns:
+            raise UserError(
+                f"--split: expected fractions or a column ({', '.join(record.columns) or 'there is none'}), "
+                f"found {column!r}."
+            )
+    words = split_words(column, [record.columns[column] for record in records])
+    return [
+        split_word(word, f"{record.place}, column {column!r}")
+        for word, record in zip(words, records, strict=True)
+    ]
 
 
 def split_word(cell: str | list[str], where: str) -> str:
@@ -367,6 +385,11 @@ def split_word(cell: str | list[str], where: str) -> str:
         UserError: it is no word.
     """
     name = split_name(cell) if isinstance(cell, str) else ""
+    if name.isdigit():
+        raise UserError(
+            f"{where}: expected a word for a split (train, val, test), found {cell!r}. Say what each number "
+            "is: --group COLUMN --split 'val=1;test=2'"
+        )
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise UserError(
             f"{where}: expected a split (train, val, test or another word), found {cell or 'nothing'!r}."

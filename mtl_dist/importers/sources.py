@@ -7,6 +7,7 @@ import os
 import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -14,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from mtl_dist.errors import UserError
-from mtl_dist.importers.account import HIDDEN, LOOP, NO_FILE, Account
+from mtl_dist.importers.account import AGAIN, HIDDEN, LOOP, NO_FILE, Account
 
 _UNPACKED, _MAX_RATIO = 64 * 1024**2, 200
 """A member of a zip may be of so many bytes, or of so many times those that it takes in it."""
@@ -133,12 +134,13 @@ class Tree:
         names: dict[str, str] = {}
         left_out: dict[str, str] = {}
         for name, fate in sorted(listed):
-            hidden = any(is_hidden(part) for part in PurePosixPath(name).parts)
+            path = name.replace("\\", "/") if self.is_archive else name  # some archives are made on Windows
+            hidden = any(is_hidden(part) for part in PurePosixPath(path).parts)
             if hidden or fate:
-                if fate or not name.endswith("/"):
+                if fate or not path.endswith("/"):
                     left_out[name] = fate or HIDDEN
                 continue
-            composed = unicodedata.normalize("NFC", name)
+            composed = unicodedata.normalize("NFC", path)
             if composed == name and composed in names:  # the composed form has the first right to the name
                 names[names[composed]] = names[composed]
             names[name if composed in names and composed != name else composed] = name
@@ -192,7 +194,8 @@ class Tree:
 
     def written(self, path: str) -> str:
         """The name of a file out of `files` as it is written where it lies, in whichever Unicode form."""
-        return self._names[path]
+        name = self._names[path]
+        return name.replace("\\", "/") if self.is_archive else name
 
     def relative(self, path: str) -> str:
         """The path of a source's file from the root of the tree on."""
@@ -216,8 +219,11 @@ def is_hidden(name: str) -> bool:
 
 
 def _zip_names(root: Path) -> Iterator[tuple[str, str]]:
-    """(name, why it is left out or nothing) of each member."""
-    yield from ((name, "") for name in _open_zip(str(root), os.getpid()).namelist() if name.strip("/"))
+    """(name, why it is left out or nothing) of each member; of two of one name the last is read."""
+    names = [name for name in _open_zip(str(root), os.getpid()).namelist() if name.strip("/\\")]
+    for name, count in Counter(names).items():
+        yield name, ""
+        yield from ((f"{name} ({number} of {count})", AGAIN) for number in range(1, count) if name[-1] != "/")
 
 
 def _directory_names(root: Path) -> Iterator[tuple[str, str]]:

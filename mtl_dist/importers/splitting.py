@@ -20,24 +20,43 @@ SPLIT_NAMES = ("train", "val", "test")
 _ALIASES = {
     **dict.fromkeys(("train", "training", "fit"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "development"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-    **dict.fromkeys(("eval", "evaluation"), "val"),
+    **dict.fromkeys(("test", "testing", "privatetest"), "test"),
+    **dict.fromkeys(("eval", "evaluation", "publictest"), "val"),
     **dict.fromkeys(("hold", "holdout", "hold_out", "hold-out", "heldout", "held_out", "held-out"), "test"),
 }
 SPLIT_WORDS = tuple(_ALIASES)
 """The words by which splits are usually called."""
 _EITHER = frozenset(("eval", "evaluation", "hold", "holdout", "hold_out", "heldout", "held_out", "dev"))
 """What is called so is val in some places and test in others: it gives way where its usual name is taken."""
+_DEVELOPED = frozenset(("dev", "development"))
+"""What is called so is train where nothing else is."""
+_OTHER_WORDS = "images?|imgs?|data|dataset|set|split|labels?|list"
+_DECORATED = re.compile(
+    rf"(?:(?:{_OTHER_WORDS})[_. -]?)?(?P<word>{'|'.join(sorted(_ALIASES, key=len, reverse=True))})"
+    rf"(?:[_. -]?(?:{_OTHER_WORDS}|(?:19|20)\d\d))*"
+)
 
 
 def is_split_word(text: str) -> bool:
-    """Whether a word is one of those by which splits are usually called."""
+    """Whether a word is one by which splits are usually called: `train`, `train2017`, `test_images`."""
+    return bool(_DECORATED.fullmatch(text.strip().lower()))
+
+
+def is_bare_split_word(text: str) -> bool:
+    """Whether a word is one by which splits are called and nothing more."""
     return text.strip().lower() in _ALIASES
+
+
+def _bare(text: str) -> str:
+    """The word for a split without what stands around it: `train` of `Train_images`."""
+    name = text.strip().lower()
+    match = _DECORATED.fullmatch(name)
+    return match["word"] if match else name
 
 
 def split_name(text: str) -> str:
     """The split's usual name: `valid` and `Validation` are `val`."""
-    name = text.strip().lower()
+    name = _bare(text)
     return _ALIASES.get(name, name)
 
 
@@ -48,7 +67,10 @@ def split_names(words: Iterable[str]) -> dict[str, str]:
         UserError: two words mean the same split.
     """
     unique = sorted(set(words))
-    names = {word: split_name(word) for word in unique if word.strip().lower() not in _EITHER}
+    names = {word: split_name(word) for word in unique if _bare(word) not in _EITHER}
+    developed = [word for word in unique if _bare(word) in _DEVELOPED]
+    if len(developed) == 1 and len(unique) > 1 and "train" not in names.values():
+        names[developed[0]] = "train"
     for word in unique:
         if word not in names:
             usual = split_name(word)
@@ -62,6 +84,24 @@ def split_names(words: Iterable[str]) -> dict[str, str]:
                 f"splits: expected one name for {names[word]}, found {before} and {word}. Merge the two."
             )
     return names
+
+
+def split_folder(path: str) -> str:
+    """The word for a split in whose folder a file is, or nothing."""
+    return next((part for part in reversed(PurePosixPath(path).parts[:-1]) if is_split_word(part)), "")
+
+
+def splits_of_folders(paths: Iterable[str]) -> list[str]:
+    """The word for the split of each file by its folders; nothing for all where they say none.
+
+    One folder of everything says little if it is called `train_images`; if `train`, it is a split.
+    Where some files lie in folders of splits and others beside them, those have none, which the road refuses.
+    """
+    words = [split_folder(path) for path in paths]
+    meanings = set(map(split_name, filter(None, words)))
+    several = len(meanings) > 1 and "train" in meanings
+    told = several or (all(words) and (len(meanings) > 1 or all(map(is_bare_split_word, words))))
+    return words if told else [""] * len(words)
 
 
 def unique_keys(paths: Sequence[str]) -> list[str]:

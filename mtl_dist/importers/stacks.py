@@ -22,10 +22,11 @@ from mtl_dist.importers.jobs import Record, TaskSource, run_jobs
 from mtl_dist.importers.options import Help
 from mtl_dist.importers.road import split_word
 from mtl_dist.importers.sources import Source, Tree
-from mtl_dist.importers.splitting import is_split_word
+from mtl_dist.importers.split_columns import SPLIT
+from mtl_dist.importers.splitting import splits_of_folders
 from mtl_dist.importers.stack_table import NO_TABLE, read_stack_table
 from mtl_dist.importers.summary import listed
-from mtl_dist.importers.tables import SPLIT, Row
+from mtl_dist.importers.tables import Row
 from mtl_dist.importers.tiff import Bounds, Stack, StackPage, open_stack, percentiles
 from mtl_dist.importers.wanted import (
     Classes,
@@ -201,18 +202,13 @@ class Stacks(Importer):
                 split_word(row.cells[SPLIT], f"{row.where}, column {SPLIT!r}, for {stack.path}")
                 for row, (stack, _) in zip(self._rows, self._samples, strict=True)
             ]
-        folders = [_split_folder(stack.path) for stack, _ in self._samples]
-        return folders if all(folders) else [""] * len(folders)
+        return splits_of_folders([stack.path for stack, _ in self._samples])
 
 
 def _with_place(row: Row, stack: FrameStack, frame: int) -> Row:
     """The row with the columns that every page has, where the table has none of that name."""
     place = {STACK: stack.name, PAGE: str(frame), FOLDER: PurePosixPath(stack.path).parent.name}
     return Row(row.where, {**place, **row.cells})
-
-
-def _split_folder(path: str) -> str:
-    return next((part for part in reversed(PurePosixPath(path).parts[:-1]) if is_split_word(part)), "")
 
 
 def _find_stacks(

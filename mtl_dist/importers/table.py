@@ -18,12 +18,12 @@ from mtl_dist.importers.jobs import Record, TaskSource
 from mtl_dist.importers.lists import SplitLists, lists_beside, looks_like_a_file, splits_in_lists
 from mtl_dist.importers.options import Help
 from mtl_dist.importers.patterns import check_pattern, columns_in, filled_in, is_pattern
-from mtl_dist.importers.regions import split_folder
 from mtl_dist.importers.road import split_word
 from mtl_dist.importers.sources import Source
-from mtl_dist.importers.splitting import is_split_word, split_name
+from mtl_dist.importers.split_columns import SPLIT, split_column, split_words
+from mtl_dist.importers.splitting import split_name, splits_of_folders
 from mtl_dist.importers.summary import listed
-from mtl_dist.importers.tables import FILE, SPLIT, Row, read_table
+from mtl_dist.importers.tables import FILE, Row, read_table
 from mtl_dist.importers.wanted import (
     Classes,
     Colours,
@@ -40,7 +40,6 @@ from mtl_dist.importers.wanted import (
 from mtl_dist.kinds.kind import Label
 from mtl_dist.kinds.vocabulary import MISSING
 
-_SPLIT_COLUMNS = (SPLIT, "set", "subset", "partition", "phase")
 _NO_IMAGE = "left out: its image is not there"
 _REPEATED = "left out: it repeats another"
 _BLANK = "left out: blank"
@@ -337,14 +336,12 @@ class TableImporter(Importer):
         return SplitLists(home, [] if set(beside) & set(names) else beside)
 
     def _find_split_column(self) -> str:
-        """The column of splits: `split`, or one of another usual name whose cells are words for splits."""
-        for column in _SPLIT_COLUMNS:
-            if column in self._columns and column not in self._label_columns:
-                cells = [row.cells[column] for row in self._rows]
-                words = all(isinstance(cell, str) and is_split_word(cell) for cell in cells)
-                if column == SPLIT or (words and len(set(map(str, cells))) > 1):
-                    return column
-        return ""
+        """The column that says the splits of the rows with an image."""
+        used = {*self._label_columns, self._image}
+        rows = [row for row in self._rows if self._image_name(row)]
+        return split_column(
+            {name: [row.cells[name] for row in rows] for name in self._columns if name not in used}
+        )
 
     def _splits(self) -> list[str]:
         """The word for each row's split that the data has, or nothing."""
@@ -352,12 +349,13 @@ class TableImporter(Importer):
         if column:
             if column != SPLIT:
                 self._notes.append(f"splits taken from the column {column!r}")
+            words = split_words(column, [image.row.cells[column] for image in self._images])
             return [
-                split_word(image.row.cells[column], f"{image.row.where}, column {column!r}")
-                for image in self._images
+                split_word(word, f"{image.row.where}, column {column!r}")
+                for word, image in zip(words, self._images, strict=True)
             ]
-        folders = [split_folder(image.path) for image in self._images]
-        if all(folders):
+        folders = splits_of_folders([image.path for image in self._images])
+        if any(folders):
             self._notes.append("splits taken from the folders of the images")
             return folders
         return splits_in_lists(self._lists, [image.path for image in self._images], self._notes)

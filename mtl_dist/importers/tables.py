@@ -23,6 +23,7 @@ from mtl_dist.importers.lists import (
     text_of,
 )
 from mtl_dist.importers.sources import Tree
+from mtl_dist.importers.split_columns import SPLIT
 from mtl_dist.importers.splitting import is_split_word
 from mtl_dist.importers.summary import listed
 from mtl_dist.kinds.cells import Parsed, parse_cells
@@ -32,9 +33,11 @@ from mtl_dist.kinds.vocabulary import Cell, Declared
 TABLES = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".ndjson")
 _FORMS = "csv, tsv, json, jsonl or a list as txt"
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "pipes"}
+BLANKS = " "
+"""In place of a separator: the cells of a line are separated by any number of blanks."""
 METADATA, FILE_NAME = "metadata", "file_name"
 """The table in a folder of images of Hugging Face's imagefolder, and its column of them."""
-FILE, SPLIT, LABEL = "file", "split", "label"
+FILE, LABEL = "file", "label"
 """The columns that a `labels.json` of file names gives: FILE and LABEL, and SPLIT from `splits.json`."""
 
 
@@ -160,6 +163,8 @@ def _read_file(home: Tree, name: str, finder: FileFinder) -> _Read:
         return _Read(*_json_rows(f"{home}/{name}", content))
     usual = "\t" if suffix in (".tsv", ".tab") else ","
     separator = _separator(home, name, usual)
+    if separator == BLANKS:
+        return _list_rows(home, name, finder)
     read = _csv_rows(home, name, separator)
     if separator != usual:
         read.notes.append(f"columns of {name} are separated by {_SEPARATORS[separator]}")
@@ -226,11 +231,17 @@ def _find_tables(home: Tree) -> list[str]:
 
 def _separator(home: Tree, name: str, usual: str) -> str:
     """What stands between the columns: the usual, or where the first line lacks it what it holds most of."""
-    first = next((line for line in text_of(home, name).splitlines() if line.strip()), "")
+    lines = [line for line in text_of(home, name).splitlines() if line.strip()]
+    first = lines[0] if lines else ""
+    if len(first) == len("sep=") + 1 and first.lower().startswith("sep=") and first[-1] in _SEPARATORS:
+        return first[-1]
     if usual in first:
         return usual
     most = max(_SEPARATORS, key=first.count)
-    return most if most in first else usual
+    if most in first:
+        return most
+    widths = {len(line.split()) for line in lines}
+    return BLANKS if len(widths) == 1 and widths.pop() > 1 else usual
 
 
 def _csv_rows(home: Tree, name: str, delimiter: str) -> _Read:
@@ -239,6 +250,8 @@ def _csv_rows(home: Tree, name: str, delimiter: str) -> _Read:
     read = _Read([], [])
     try:
         lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
+        if lines and len(lines) > 1 and lines[0][1][0].lower() == "sep=":  # what a spreadsheet puts before
+            lines.pop(0)
     except csv.Error as error:
         raise UserError(f"{where} line {reader.line_num}: expected a table, found: {error}.") from None
     while len(lines) > 1 and lines[0][1][0].startswith("#") and len(lines[0][1]) != len(lines[1][1]):
@@ -254,6 +267,8 @@ def _csv_rows(home: Tree, name: str, delimiter: str) -> _Read:
     if repeated:
         raise UserError(f"{where}: expected one column of each name, found {repeated[0]!r} twice.")
     for number, cells in lines:
+        while len(cells) > len(read.columns) and not cells[-1]:
+            cells.pop()
         if len(cells) > len(read.columns):
             raise UserError(
                 f"{where} line {number}: expected {len(read.columns)} cells as in the first line, "

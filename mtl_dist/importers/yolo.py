@@ -24,10 +24,9 @@ from mtl_dist.importers.regions import (
     AnnotatedImage,
     Region,
     TreeImporter,
-    split_folder,
 )
 from mtl_dist.importers.sources import Tree
-from mtl_dist.importers.splitting import is_split_word
+from mtl_dist.importers.splitting import is_split_word, splits_of_folders
 from mtl_dist.importers.summary import listed
 
 _YAML = (".yaml", ".yml")
@@ -158,10 +157,10 @@ class Yolo(TreeImporter):
         if found:
             self._noted.append(f"splits taken from {self._settings[0]}")
             return {path: found.get(path, "") for path in images}, lists
-        folders = {path: split_folder(path) for path in images}
-        if all(folders.values()):
+        folders = splits_of_folders(images)
+        if any(folders):
             self._noted.append("splits taken from the folders of the images")
-            return folders, []
+            return dict(zip(images, folders, strict=True)), []
         named = SplitLists(self._tree, [path for path in self._tree.files if is_list_of_a_split(path)])
         words = splits_in_lists(named, images, self._noted)
         return dict(zip(images, words, strict=True)), list(named.files) if any(words) else []

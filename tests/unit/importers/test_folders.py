@@ -326,4 +326,14 @@ def test_two_unicode_forms_of_a_class_are_refused_under_strict(tmp_path: Path) -
     with pytest.raises(UserError, match=r"expected one folder for each class, found 'cafe.u0301' and 'caf"):
         prepare_folders(src, tmp_path / "out", "t", strict=True)
     manifest = prepare_folders(src, tmp_path / "out", "t", split=(0.5, 0.5))
-    assert "t: folders caf\u00e9 in 2 Unicode forms are one class" in manifest.notes
+    assert r"t: texts that are one class, 'café': 'cafe\u0301' (2), 'caf\xe9' (2)" in manifest.notes
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_with_a_name_twice_or_made_on_windows_loses_nothing_unsaid(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, number in (("a/0.jpg", 0), ("a/0.jpg", 1), ("a/1.jpg", 2), ("b\\2.jpg", 3), ("b/3.jpg", 4)):
+            archive.writestr(name, picture(number))
+    manifest = prepare_folders(tmp_path / "x.zip", tmp_path / "out", "t", split=(0.5, 0.5))
+    assert manifest.tasks["t"].classes == ("a", "b")
+    assert manifest.account["files"] == {"image": 4, "left out: the archive holds it again, later": 1}

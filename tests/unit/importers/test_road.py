@@ -230,7 +230,7 @@ def test_one_name_in_two_unicode_forms_is_one_class(tmp_path: Path) -> None:
     manifest = prepare_folders(fill(tmp_path / "src", files), tmp_path / "out", "drink", (0.8, 0.2))
     assert manifest.tasks["drink"].classes == ("caf\u00e9", "tea")
     assert Counter(label["drink"] for label in labels(tmp_path / "out").values()) == {0: 10, 1: 5}
-    assert "drink: folders caf\u00e9 in 2 Unicode forms are one class" in manifest.notes
+    assert r"drink: texts that are one class, 'café': 'cafe\u0301' (5), 'caf\xe9' (5)" in manifest.notes
 
 
 def test_levels_of_folders_are_tasks_and_are_not_passed_over(tmp_path: Path) -> None:

@@ -192,3 +192,27 @@ def test_masks_of_indices_and_masks_of_greys_do_not_mix_in_a_task(tmp_path: Path
     by_value = {"lesion": {0: "skin", 1: "lesion"}}
     manifest = prepare(src, tmp_path / "out", **ALL, classes=by_value)
     assert manifest.tasks["lesion"].class_counts == (180, 30)  # the 255 of the other is ignored now
+
+
+# ---------------------------------------------------------------- what spreadsheets and Windows write
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sep=;\nfile;dx\na.jpg;x\nb.jpg;y\n",
+        "file,dx\na.jpg,x,\nb.jpg,y,,,\n",
+        "file,dx\na.jpg,x\n,,,\nb.jpg,y\n",
+        "file  dx\na.jpg x\nb.jpg   y\n",
+        "file,dx\nin\\a.jpg,x\n.\\in\\b.jpg,y\n",
+    ],
+)
+def test_what_spreadsheets_and_windows_write_is_read(tmp_path: Path, text: str) -> None:
+    src = fill(tmp_path / "src", {"in/a.jpg": picture(1), "in/b.jpg": picture(2), "t.csv": text.encode()})
+    manifest = prepare(src / "t.csv", tmp_path / "out", classification={"dx": "dx"}, split=(0.5, 0.5))
+    assert manifest.tasks["dx"].classes == ("x", "y")
+    assert sum(split.num_samples for split in manifest.splits.values()) == 2
+
+
+def test_a_name_that_differs_in_case_or_extension_is_offered(tmp_path: Path) -> None:
+    src = fill(tmp_path / "src", {"a.jpg": picture(1), "t.csv": b"file,dx\nA.JPG,x\n"})
+    with pytest.raises(UserError, match=r"expected the image 'A.JPG' .* Did you mean a\.jpg\?"):
+        prepare(src / "t.csv", tmp_path / "out", classification={"dx": "dx"})
