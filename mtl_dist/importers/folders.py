@@ -209,21 +209,21 @@ class Folders(Importer):
                 for text, name, labelled in zip(texts, written, is_labelled, strict=True)
                 if labelled
             )
-            words = vocabulary(Declared(), terms)
-            if len(words.names) < 2:
+            vocab = vocabulary(Declared(), terms)
+            if len(vocab.names) < 2:
                 raise UserError(
-                    f"{self._source}: expected one folder per class, found {len(words.names) or 'no'} with "
+                    f"{self._source}: expected one folder per class, found {len(vocab.names) or 'no'} with "
                     "images."
                 )
-            if self._strict and (alike := words.merged(terms)):
+            if self._strict and (alike := vocab.merged(terms)):
                 raise UserError(
                     f"{self._source}: expected one folder for each class, found "
                     f"{' and '.join(map(ascii, alike))}. Merge them, or leave out --strict."
                 )
-            self._notes += [f"{task}: {said}" for said in words.spellings(terms)]
-            classes[task] = words.names
+            self._notes += [f"{task}: {said}" for said in vocab.spellings(terms)]
+            classes[task] = vocab.names
             labels[task] = [
-                words.index(text) if labelled else -1
+                vocab.index(text) if labelled else -1
                 for text, labelled in zip(texts, is_labelled, strict=True)
             ]
         return classes, labels

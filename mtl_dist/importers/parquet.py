@@ -160,8 +160,8 @@ class Parquet(Importer):
                     if (found := self._picture(values[column], row.where)[0]) is not None
                 }
                 self.account.became(_ROWS, row.where, SAMPLE)
-                stem = PurePosixPath(name).stem
-                path = path or f"{stem}_{row.where.rpartition(' ')[2]}.png"
+                number = row.where.rpartition(" ")[2]
+                path = path or f"{PurePosixPath(name).with_suffix('')}_{number}.png"
                 yield Record("", image, labels, masks, split, "", path, row.cells)
 
     def notes(self) -> Iterator[str]:

@@ -44,9 +44,9 @@ def split_column(columns: Mapping[str, Sequence[Cell]]) -> str:
     first = named[0]
     if first in _USUAL:
         return first
-    meant = [split_name(word) for word in split_words(first, columns[first])]
+    meant = [split_name(str(word)) for word in split_words(first, columns[first])]
     for other in named[1:]:
-        if [split_name(word) for word in split_words(other, columns[other])] != meant:
+        if [split_name(str(word)) for word in split_words(other, columns[other])] != meant:
             raise UserError(
                 f"splits: expected one column of them, found {first} and {other}, which differ. Name one: "
                 f"--split {first}"

@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
@@ -108,15 +108,18 @@ def unique_keys(paths: Sequence[str]) -> list[str]:
     """A sample key for each path: its stem where all stems differ, else its whole path.
 
     Keys hold only ASCII letters, digits, `_` and `-` (WebDataset splits names at dots and slashes). Where
-    that makes two alike, or a name is too long, the hash of the path is appended.
+    that makes two alike, or a name is too long, the hash of the path is appended; of two that are the same
+    the second counts as `PATH#2`.
     """
     stems = [_sanitised(PurePosixPath(path).stem) for path in paths]
     bases = stems if len(set(stems)) == len(stems) else [_sanitised(_without_suffix(path)) for path in paths]
-    keys, taken = [], set()
+    keys, taken, seen = [], set(), Counter[str]()
     for base, path in zip(bases, paths, strict=True):
         key = base
+        seen[path] += 1
         if len(key) > MAX_KEY_LENGTH or key in taken:
-            key = f"{base[: MAX_KEY_LENGTH - 9]}-{key_hash(path).hex()[:8]}"
+            place = path if seen[path] == 1 else f"{path}#{seen[path]}"
+            key = f"{base[: MAX_KEY_LENGTH - 9]}-{key_hash(place).hex()[:8]}"
         taken.add(key)
         keys.append(key)
     return keys

@@ -27,6 +27,7 @@ from mtl_dist.importers.regions import (
     Region,
     RegionImporter,
     read_xml,
+    splits_by_place,
 )
 from mtl_dist.importers.sources import Source, Tree
 from mtl_dist.importers.splitting import is_split_word
@@ -103,11 +104,12 @@ class Voc(RegionImporter):
             if mask is not None:
                 pngs.append(self._tree.inside(mask))
             read.append(AnnotatedImage(place, found, 0, 0, regions, splits.get(stem, ""), mask, path))
+        read, others = splits_by_place(self._tree, read, self._noted)
         self.has(self._tree, names, read)
         images = [self._tree.inside(image.source) for image in read if image.source is not None]
         if len(set(images)) < len(images):
             raise UserError(f"{source}: expected an XML file for each image, found two for one.")
-        self.enter_files(images, [*used, *lists], pngs, unlisted)
+        self.enter_files(images, [*used, *lists, *others], pngs, unlisted)
         if unlisted:
             self._noted.append(
                 f"XML files that no list of {_SETS} names, left out: {len(unlisted)} ({listed(unlisted)})"

@@ -125,3 +125,22 @@ def test_an_imagefolder_is_a_table_in_each_split(tmp_path: Path, form: str) -> N
     manifest = prepare(src, tmp_path / "out", image="file_name", classification={"y": "text"})
     assert {name: split.num_samples for name, split in manifest.splits.items()} == {"train": 2, "test": 2}
     assert manifest.account["files"] == {"image": 4, "table": 2}
+
+
+def test_files_and_images_of_one_name_in_several_splits_are_all_kept(tmp_path: Path) -> None:
+    for split, numbers in (("train", (0, 1)), ("validation", (2, 3)), ("test", (4, 5))):
+        made = table(*numbers)
+        pictures = [
+            {"bytes": picture(n, format="PNG"), "path": "image.png" if n < 4 else None} for n in numbers
+        ]
+        at = made.schema.get_field_index("image")
+        made = made.set_column(at, "image", pyarrow.array(pictures, made.schema.field("image").type))
+        (tmp_path / "in" / split).mkdir(parents=True)
+        pq.write_table(made, tmp_path / "in" / split / "data-00000-of-00001.parquet")
+    settings = {"source": tmp_path / "in", "labels": {"y": "classification:label"}}
+    manifest = run("parquet", tmp_path / "out", settings, HERE)
+    assert {name: split.num_samples for name, split in manifest.splits.items()} == {
+        "train": 2,
+        "val": 2,
+        "test": 2,
+    }

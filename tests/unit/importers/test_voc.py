@@ -87,3 +87,14 @@ def test_without_lists_splits_are_made_and_a_missing_mask_is_said(tmp_path: Path
     src = fill(tmp_path / "bad", {"e.xml": "<annotation/>"})
     with pytest.raises(UserError, match=r"e\.xml: expected <filename>, found none"):
         run("voc", tmp_path / "x", {"source": src, "categories": "c"}, HERE)
+
+
+def test_vocs_files_in_folders_of_splits_are_not_mixed(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {}
+    for number, split in enumerate(("train", "train", "valid")):
+        files[f"{split}/{number}.xml"] = xml(str(number), ("cat", (1, 1, 5, 6), 0))
+        files[f"{split}/{number}.jpg"] = picture(number)
+    settings = {"source": fill(tmp_path / "voc", files), "categories": "objects"}
+    manifest = run("voc", tmp_path / "out", settings, HERE)
+    assert {name: split.num_samples for name, split in manifest.splits.items()} == {"train": 2, "val": 1}
+    assert "splits taken from the folders of the images" in manifest.notes
