@@ -15,8 +15,9 @@ from mtl_dist.engine.world import World
 from mtl_dist.heartbeat import beat
 from mtl_dist.sample_rows import SampleRows
 from mtl_dist.step import RootModule
-from mtl_dist.tasks.metrics import TaskMetrics, mean_accuracy
+from mtl_dist.tasks.metrics import mean_accuracy
 from mtl_dist.tasks.temperature import Calibrated
+from mtl_dist.tasks.user_metrics import AllMetrics
 
 _VALUES_HELD = 1 << 25
 """Values of outputs in their maps' own size that are held at once, where one sample alone has not more."""
@@ -77,9 +78,6 @@ def evaluate(
     measured at theirs as well; None is that which fits this split. `rows` are told of every sample;
     `with_baselines` the constant answers are measured as well.
     """
-    # torchmetrics takes seconds to import.
-    from mtl_dist.tasks.user_metrics import AllMetrics
-
     was_training = root.training
     root.eval()
     accumulators = {
@@ -182,11 +180,11 @@ class _Baselines:
     """The metrics of the tasks' constant answers."""
 
     def __init__(self, root: RootModule, world: World) -> None:
-        self._answers: dict[str, tuple[str, Tensor, TaskMetrics]] = {}
+        self._answers: dict[str, tuple[str, Tensor, AllMetrics]] = {}
         for name, task in root.tasks.items():
             baseline = task.baseline()
             if baseline is not None:
-                metrics = task.metrics(ranking=False).to(world.device)
+                metrics = AllMetrics(task, world.gather, ranking=False, added=False).to(world.device)
                 self._answers[name] = baseline.name, baseline.output_C.to(world.device).float(), metrics
 
     def update(self, task: str, part: _Part) -> None:

@@ -1,100 +1,28 @@
-"""The metrics of each kind of task, as torchmetrics metrics whose states are counts and sums.
+"""The metrics of each kind of task, whose states are counts and sums.
 
 Everything that can be computed from a confusion matrix or from a few sums is: memory is constant, and merging
 ranks is an exact addition. Only the metrics of an order (AUROC, mean average precision) keep every sample's
 scores, and `ranking=False` leaves those out.
 
-`update` never waits for the device: unlabelled samples are masked, not selected.
+`count` never waits for the device: unlabelled samples are masked, not selected.
 """
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from mtl_dist.specs import IGNORE
+from mtl_dist.tasks.accumulator import Accumulator, joined
 from mtl_dist.tasks.maps import predicted_classes, resized
 from mtl_dist.tasks.ranking import auroc, average_precision
-from mtl_dist.tasks.temperature import NUM_BINS, Calibrated, Scores, calibrated
+from mtl_dist.tasks.temperature import NUM_BINS, Scores, calibrated
 from mtl_dist.tasks.thresholds import Decision, Rule, choose, log_odds
 
 UNLABELLED = -1
-
-
-class Accumulator(Metric):
-    """What the metrics of all kinds share: `TaskMetrics` on the ground of torchmetrics.
-
-    torchmetrics gathers list states by the shape of what a rank holds, so a rank without samples breaks or
-    stalls the others. Every list therefore starts with an empty tensor of the right shape and dtype.
-    """
-
-    full_state_update = False
-    is_differentiable = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._empties: dict[str, Tensor] = {}
-        self._confusion: np.ndarray | None = None
-        self._chosen: tuple[float, ...] = ()
-        self._per_class: list[dict[str, float]] = []
-        self._calibrates = False
-        self._temperature: float | None = None
-        self._calibrated: Calibrated | None = None
-
-    def calibrate(self, temperature: float | None) -> None:
-        """Let `compute` measure the probabilities at a temperature too; None: at that which fits them."""
-        self._calibrates, self._temperature = True, temperature
-
-    def calibrated(self) -> Calibrated | None:
-        """Collective: the probabilities at a temperature; None where it was not asked or there are none."""
-        self.compute()
-        return self._calibrated
-
-    @property
-    def update_called(self) -> bool:
-        """True: a split without a sample has metrics too, all NaN, and torchmetrics need not warn of it."""
-        return True
-
-    def add_list(self, name: str, empty: Tensor) -> None:
-        """Add a list state of tensors like `empty`, which has no row."""
-        self.add_state(name, [], dist_reduce_fx="cat")
-        self._empties[name] = empty
-        getattr(self, name).append(empty.to(self.device))
-
-    def reset(self) -> None:
-        super().reset()
-        for name, empty in self._empties.items():
-            getattr(self, name).append(empty.to(self.device))
-
-    @abstractmethod
-    def compute(self) -> dict[str, float]:
-        """The metrics; torchmetrics has merged the ranks' states before."""
-
-    def of_one(self, output: Tensor, target: Tensor) -> dict[str, float]:
-        """The metrics of one labelled sample, without asking other ranks."""
-        self.update(output, target, torch.ones(1, dtype=torch.bool, device=output.device))
-        return type(self).compute(self)
-
-    def confusion_matrix(self) -> np.ndarray | None:
-        """The counts over all ranks, as `compute` saw them."""
-        self.compute()
-        return self._confusion
-
-    def chosen_thresholds(self) -> tuple[float, ...]:
-        """The thresholds that `compute` has chosen; none where it was not to."""
-        self.compute()
-        return self._chosen
-
-    def per_class(self) -> list[dict[str, float]]:
-        """The metrics of each class over all ranks, NaN where undefined; none where there are no classes."""
-        self.compute()
-        return self._per_class
 
 
 class ClassificationMetrics(Accumulator):
@@ -130,19 +58,17 @@ class ClassificationMetrics(Accumulator):
         self._num_classes = decision.num_classes
         self._ranking = ranking
         self._rule = rule if decision.positive is not None else None
-        self.add_state(
-            "confusion", torch.zeros(self._num_classes, self._num_classes, dtype=torch.int64), "sum"
-        )
+        self.add_sum("confusion", torch.zeros(self._num_classes, self._num_classes, dtype=torch.int64))
         if top_k is not None:
-            self.add_state("in_top_k", torch.zeros((), dtype=torch.int64), "sum")
-        self.add_state("bins", torch.zeros(2, NUM_BINS, dtype=torch.float64), "sum")
-        self.add_state("squares", torch.zeros((), dtype=torch.float64), "sum")
+            self.add_sum("in_top_k", torch.zeros((), dtype=torch.int64))
+        self.add_sum("bins", torch.zeros(2, NUM_BINS, dtype=torch.float64))
+        self.add_sum("squares", torch.zeros((), dtype=torch.float64))
         if ranking:
             # Of two classes one's scores say all.
             self.add_list("scores", torch.empty(0, self._num_classes if decision.positive is None else 1))
             self.add_list("truths", torch.empty(0, dtype=torch.int64))
 
-    def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
+    def count(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         """Count logits (B, C) against classes (B,)."""
         predicted_B = self._decision.classes(output)
         self.confusion += count_pairs(target[None], predicted_B[None], labelled_B[None], self._num_classes)
@@ -163,12 +89,12 @@ class ClassificationMetrics(Accumulator):
                 self.scores.append(self._decision.log_odds(output)[:, None].float())
             self.truths.append(torch.where(labelled_B, target, UNLABELLED))
 
-    def compute(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         positive, confusion = self._decision.positive, self.confusion
         if self._ranking:
-            truth_N = dim_zero_cat(self.truths)
+            truth_N = joined(self.truths)
             labelled_N = truth_N != UNLABELLED
-            truth_N, scores_NC = truth_N[labelled_N], dim_zero_cat(self.scores)[labelled_N]
+            truth_N, scores_NC = truth_N[labelled_N], joined(self.scores)[labelled_N]
             if self._calibrates:
                 scores = Scores(scores_NC, truth_N)
                 if positive is not None:
@@ -224,7 +150,6 @@ class MultilabelMetrics(Accumulator):
     counts: Tensor
     bins: Tensor
     squares: Tensor
-    limits: Tensor
     scores: list[Tensor]
     truths: list[Tensor]
 
@@ -233,20 +158,23 @@ class MultilabelMetrics(Accumulator):
         num_classes = len(thresholds)
         self._ranking = ranking
         self._rule = rule
-        limits = torch.tensor([log_odds(threshold) for threshold in thresholds], dtype=torch.float64)
-        self.register_buffer("limits", limits, persistent=False)
-        self.add_state("counts", torch.zeros(4, num_classes, dtype=torch.int64), "sum")
-        self.add_state("bins", torch.zeros(2, NUM_BINS, dtype=torch.float64), "sum")
-        self.add_state("squares", torch.zeros((), dtype=torch.float64), "sum")
+        self._limits = torch.tensor([log_odds(threshold) for threshold in thresholds], dtype=torch.float64)
+        self.add_sum("counts", torch.zeros(4, num_classes, dtype=torch.int64))
+        self.add_sum("bins", torch.zeros(2, NUM_BINS, dtype=torch.float64))
+        self.add_sum("squares", torch.zeros((), dtype=torch.float64))
         if ranking:
             self.add_list("scores", torch.empty(0, num_classes))
             self.add_list("truths", torch.empty(0, num_classes, dtype=torch.int8))
 
-    def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
+    def to(self, device: torch.device) -> Self:
+        self._limits = self._limits.to(device)
+        return super().to(device)
+
+    def count(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         """Count logits (B, C) against labels (B, C) of 0 and 1."""
         counted_BC = labelled_B[:, None].expand_as(target)
         true_BC = (target > 0.5) & counted_BC
-        predicted_BC = (output.double() > self.limits) & counted_BC
+        predicted_BC = (output.double() > self._limits) & counted_BC
         self.counts += _decisions(true_BC, predicted_BC, counted_BC)
         p_BC = summable(output.detach().double().sigmoid())
         self.bins += binned(p_BC.flatten(), true_BC.flatten(), counted_BC.flatten())
@@ -255,18 +183,18 @@ class MultilabelMetrics(Accumulator):
             self.scores.append(output.detach().float())
             self.truths.append(torch.where(counted_BC, true_BC.to(torch.int8), UNLABELLED))
 
-    def compute(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         counts = self.counts
         if self._ranking:
-            truth_NC = dim_zero_cat(self.truths)
+            truth_NC = joined(self.truths)
             labelled_N = truth_NC[:, 0] != UNLABELLED
-            truth_NC, scores_NC = truth_NC[labelled_N], dim_zero_cat(self.scores)[labelled_N]
+            truth_NC, scores_NC = truth_NC[labelled_N], joined(self.scores)[labelled_N]
             columns = list(zip(scores_NC.T, truth_NC.T, strict=True))
             if self._calibrates:
                 self._calibrated = calibrated(Scores(scores_NC, truth_NC), self._temperature)
             if self._rule is not None:
                 self._chosen = tuple(choose(self._rule, *column) for column in columns)
-                limits = self.limits.new_tensor([log_odds(threshold) for threshold in self._chosen])
+                limits = self._limits.new_tensor([log_odds(threshold) for threshold in self._chosen])
                 everyone = torch.ones_like(truth_NC, dtype=torch.bool)
                 counts = _decisions(truth_NC > 0, scores_NC.double() > limits, everyone)
         hits_C, true_C, predicted_C, counted_C = counts.double()
@@ -299,10 +227,10 @@ class SegmentationMetrics(Accumulator):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self._num_classes = num_classes
-        self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), "sum")
-        self.add_state("num_samples", torch.zeros((), dtype=torch.int64), "sum")
+        self.add_sum("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64))
+        self.add_sum("num_samples", torch.zeros((), dtype=torch.int64))
 
-    def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
+    def count(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         """Count logits (B, C, h, w) against masks (B, H, W)."""
         predicted_BHW = predicted_classes(resized(output, target.shape[-2:]))
         valid_BN = ((target != IGNORE) & labelled_B[:, None, None]).flatten(1)
@@ -311,7 +239,7 @@ class SegmentationMetrics(Accumulator):
         )
         self.num_samples += labelled_B.sum()
 
-    def compute(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         self._confusion = self.confusion.cpu().numpy().copy()
         hits_C, true_C, predicted_C = _margins(self.confusion)
         both_C = true_C + predicted_C

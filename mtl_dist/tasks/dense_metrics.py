@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtl_dist.specs import TaskInfo
-from mtl_dist.tasks.accumulators import Accumulator
+from mtl_dist.tasks.accumulator import Accumulator
 from mtl_dist.tasks.maps import resized
 
 BINS_PER_DEGREE = 100
@@ -34,9 +34,9 @@ class DepthMetrics(Accumulator):
         self._read = read
         self._floor = info.minimum if info.minimum > 0 else 1e-6
         self._mean = info.mean
-        self.add_state("sums", torch.zeros(16, dtype=torch.float64), "sum")
+        self.add_sum("sums", torch.zeros(16, dtype=torch.float64))
 
-    def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
+    def count(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         """Count outputs (B, 1, h, w) against values (B, H, W) in their unit."""
         predicted = self._read(resized(output, target.shape[-2:]))
         valid = torch.isfinite(target) & labelled_B[:, None, None]
@@ -71,7 +71,7 @@ class DepthMetrics(Accumulator):
             ]
         )
 
-    def compute(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         samples, num, absolute, squared, total, deviation, positive, *rest = self.sums.tolist()
         relative, squared_relative, squared_log, absolute_log, *within, images, silog = rest
         spread = deviation - total * total / num if num else 0.0
@@ -103,10 +103,10 @@ class NormalsMetrics(Accumulator):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("sums", torch.zeros(3 + len(_WITHIN), dtype=torch.float64), "sum")
-        self.add_state("histogram", torch.zeros(180 * BINS_PER_DEGREE + 2, dtype=torch.int64), "sum")
+        self.add_sum("sums", torch.zeros(3 + len(_WITHIN), dtype=torch.float64))
+        self.add_sum("histogram", torch.zeros(180 * BINS_PER_DEGREE + 2, dtype=torch.int64))
 
-    def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
+    def count(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         """Count vectors (B, 3, h, w) of any length against unit vectors (B, 3, H, W)."""
         valid = torch.isfinite(target).all(dim=1) & labelled_B[:, None, None]
         true = torch.where(valid[:, None], target, 1.0).double()
@@ -126,7 +126,7 @@ class NormalsMetrics(Accumulator):
         bins = torch.where(valid, (angles * BINS_PER_DEGREE).long().clamp(max=last - 1), last).flatten()
         self.histogram.scatter_add_(0, bins, bins.new_ones(1).expand(len(bins)))
 
-    def compute(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         samples, num, total, *within = self.sums.tolist()
         names = ("within_11_25", "within_22_5", "within_30")
         return {

@@ -100,7 +100,7 @@ class DepthTask(Task):
         return learnt_BHW.exp() if self.logarithms else learnt_BHW
 
     def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
-        from mtl_dist.tasks.dense_metrics import DepthMetrics  # torchmetrics is slow to import
+        from mtl_dist.tasks.dense_metrics import DepthMetrics  # imports torch
 
         return DepthMetrics(self.read, self.info)
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtl_dist.tasks.accumulators import Accumulator
+from mtl_dist.tasks.accumulator import Accumulator
 
 Reference = Literal["diagonal", "extent"] | tuple[str, str]
 
@@ -34,11 +34,11 @@ class KeypointMetrics(Accumulator):
         self._pair = [names.index(name) for name in reference] if isinstance(reference, tuple) else []
         self._reference = reference
         self._alpha = alpha
-        self.add_state("sums", torch.zeros(2, len(names), dtype=torch.float64), "sum")
-        self.add_state("counts", torch.zeros(3, len(names), dtype=torch.int64), "sum")
-        self.add_state("num_samples", torch.zeros((), dtype=torch.int64), "sum")
+        self.add_sum("sums", torch.zeros(2, len(names), dtype=torch.float64))
+        self.add_sum("counts", torch.zeros(3, len(names), dtype=torch.int64))
+        self.add_sum("num_samples", torch.zeros((), dtype=torch.int64))
 
-    def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
+    def count(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         """Count outputs against targets (B, K + 3, 3)."""
         there_BK = (target[:, :-3, 2] > 0) & labelled_B[:, None]
         apart_BK = errors(self._read(output), target)
@@ -55,7 +55,7 @@ class KeypointMetrics(Accumulator):
         self.counts += torch.stack([there_BK.sum(dim=0), measured_BK.sum(dim=0), right_BK.sum(dim=0)])
         self.num_samples += labelled_B.sum()
 
-    def compute(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         names = ("nme", "pck", "pixel_error")
         per_point = zip(self.sums.T.tolist(), self.counts.T.tolist(), strict=True)
         self._per_class = [

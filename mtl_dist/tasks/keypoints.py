@@ -259,7 +259,7 @@ class KeypointsTask(Task, ABC):
         return [f"a flip of left and right exchanges {said}; {otherwise}"]
 
     def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
-        from mtl_dist.tasks.keypoint_metrics import KeypointMetrics  # torchmetrics is slow to import
+        from mtl_dist.tasks.keypoint_metrics import KeypointMetrics  # imports torch
 
         return KeypointMetrics(self.read, self.info.classes, self.settings.reference, self.settings.alpha)
 

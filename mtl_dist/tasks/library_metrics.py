@@ -13,11 +13,10 @@ samplewise`) gets (B, C, H W). Any other metric, and a user-defined one, sees `T
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.registry import kind_of
@@ -30,7 +29,7 @@ Form: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Family = Literal["Binary", "Multiclass", "Multilabel", "segmentation", "regression"]
 
 
-def form_of(metric: Metric, task: Task, where: str) -> Form:
+def form_of(metric: Any, task: Task, where: str) -> Form:
     """The form of a metric for a task; `where` is the path of its settings.
 
     Raises:
@@ -70,7 +69,7 @@ def form_of(metric: Metric, task: Task, where: str) -> Form:
     return _one_hot
 
 
-def family_of(metric: Metric) -> Family | None:
+def family_of(metric: Any) -> Family | None:
     """Which of torchmetrics' families a metric is of; None: of none, or user-defined."""
     for part in type(metric).__mro__:
         package = part.__module__.split(".")[:2]

@@ -1,35 +1,57 @@
 """What metrics have counted, as plain tensors: merged over ranks, and over the starts of a run.
 
-As torchmetrics merges its metrics' states, but over any number of parts: whoever has seen no label of a task
-(a rank, an earlier start) has no part, where torchmetrics would gather what is not there.
+Those of our own metrics and of torchmetrics' alike, over any number of parts: a metric of torchmetrics that
+has seen no label (on a rank, in an earlier start) has no part, where torchmetrics would gather what is not
+there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, get_args
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 
-State: TypeAlias = dict[str, Tensor | list[Tensor]]
-"""What one part has counted, by the names of torchmetrics' states, on the host."""
+from mtl_dist.tasks.accumulator import Accumulator, Counted, Way, joined, moved
 
-_MERGING = (dim_zero_sum, dim_zero_cat, dim_zero_max, dim_zero_min)
+if TYPE_CHECKING:
+    import torchmetrics
+
+Metric: TypeAlias = "Accumulator | torchmetrics.Metric"
+State: TypeAlias = dict[str, Counted]
+"""What one part has counted, by the names of its states, on the host."""
+Merging: TypeAlias = Way | Callable[[Tensor], Tensor] | None
+"""A way; or what torchmetrics was told to do with the stacked states of the parts, None: nothing."""
+
+
+def has_states(metrics: object) -> TypeGuard[Metric]:
+    """Whether they are merged here."""
+    library: Any = sys.modules.get("torchmetrics")  # not imported: nobody has a metric of it
+    return isinstance(metrics, Accumulator) or (library is not None and isinstance(metrics, library.Metric))
+
+
+def _merging(metric: Metric) -> dict[str, Merging]:
+    if isinstance(metric, Accumulator):
+        return dict(metric.ways)
+    known = {f"dim_zero_{way}": way for way in get_args(Way)}
+    return {
+        name: known.get(getattr(reduction, "__name__", ""), reduction)
+        for name, reduction in metric._reductions.items()
+    }
 
 
 def state_of(metric: Metric) -> State | None:
     """What `metric` has counted; None where it has seen nothing."""
-    if not metric._update_count:
+    if not isinstance(metric, Accumulator) and not metric._update_count:
         return None
     state: State = {}
-    for name, reduction in metric._reductions.items():
+    for name, merging in _merging(metric).items():
         value: Any = getattr(metric, name)
         if isinstance(value, list):
-            joined = [dim_zero_cat(value)] if reduction is dim_zero_cat and value else value
-            state[name] = [tensor.detach().cpu() for tensor in joined]
+            rows = [joined(value)] if merging == "cat" and value else value
+            state[name] = [tensor.detach().cpu() for tensor in rows]
         else:
             state[name] = value.detach().cpu()
     return state
@@ -37,24 +59,32 @@ def state_of(metric: Metric) -> State | None:
 
 def merged(metric: Metric, states: Sequence[State]) -> list[State]:
     """The same in as few parts as possible: one, unless a state of the metric has no associative merge."""
-    if len(states) < 2 or any(reduction not in _MERGING for reduction in metric._reductions.values()):
+    ways = get_args(Way)
+    if len(states) < 2 or any(merging not in ways for merging in _merging(metric).values()):
         return list(states)
     return [_reduced(metric, states)]
 
 
 def _reduced(metric: Metric, states: Sequence[State]) -> State:
-    return {
-        name: _merge(reduction, [s[name] for s in states]) for name, reduction in metric._reductions.items()
-    }
+    return {name: _merge(merging, [s[name] for s in states]) for name, merging in _merging(metric).items()}
 
 
-def _merge(reduction: Any, values: Sequence[Tensor | list[Tensor]]) -> Tensor | list[Tensor]:
+def _merge(merging: Merging, values: Sequence[Counted]) -> Counted:
     lists = [value for value in values if isinstance(value, list)]
     if lists:
         tensors = [tensor for each in lists for tensor in each]
-        return [dim_zero_cat(tensors)] if reduction is dim_zero_cat and tensors else tensors
+        return [joined(tensors)] if merging == "cat" and tensors else tensors
     stacked = torch.stack([value for value in values if isinstance(value, Tensor)])
-    return stacked if reduction is None else reduction(stacked)
+    match merging:
+        case "sum":
+            return stacked.sum(dim=0)
+        case "max":
+            return stacked.amax(dim=0)
+        case "min":
+            return stacked.amin(dim=0)
+        case "cat" | None:
+            return stacked
+    return merging(stacked)
 
 
 def without_repetition(metric: Metric, by_rank: Sequence[Sequence[State]]) -> list[list[State]]:
@@ -63,12 +93,12 @@ def without_repetition(metric: Metric, by_rank: Sequence[Sequence[State]]) -> li
     parts = [state for states in by_rank for state in states]
     counts = [
         name
-        for name, reduction in metric._reductions.items()
-        if reduction is dim_zero_sum and not metric._defaults[name].is_floating_point()  # type: ignore[union-attr]
+        for name, merging in _merging(metric).items()
+        if merging == "sum" and not metric._defaults[name].is_floating_point()  # type: ignore[union-attr]
     ]
     if len(parts) < 2 or not counts:
         return [list(states) for states in by_rank]
-    totals = {name: _merge(dim_zero_sum, [state[name] for state in parts]) for name in counts}
+    totals = {name: _merge("sum", [state[name] for state in parts]) for name in counts}
     return [
         [
             state | totals
@@ -82,32 +112,35 @@ def without_repetition(metric: Metric, by_rank: Sequence[Sequence[State]]) -> li
 
 def restore(metric: Metric, state: State) -> None:
     """Let a metric that has seen nothing go on from what it had counted."""
-    for name, value in state.items():
-        is_list = isinstance(value, list)
-        copies = [tensor.to(metric.device, copy=True) for tensor in (value if is_list else [value])]  # type: ignore[union-attr]
-        setattr(metric, name, copies if is_list else copies[0])
+    copies = {name: _copied(value) for name, value in state.items()}
+    if isinstance(metric, Accumulator):
+        metric.hold(copies)
+        return
+    for name, value in copies.items():
+        setattr(metric, name, moved(value, metric.device))
     metric._update_count = 1
     metric._computed = None
 
 
+def _copied(value: Counted) -> Counted:
+    return [tensor.clone() for tensor in value] if isinstance(value, list) else value.clone()
+
+
 def value_of(metric: Metric, states: Sequence[State]) -> Any:
-    """What `metric` computes of all these parts; its own state stays as it is.
+    """What `metric` computes of all these parts, of none where it has seen nothing; its own state stays as it
+    is.
 
     torchmetrics' own `compute` would ask all ranks for theirs.
     """
-    state = states[0] if len(states) == 1 else _reduced(metric, states)
+    state = states[0] if len(states) == 1 else _reduced(metric, states) if states else {}
     own = {name: getattr(metric, name) for name in state}
     try:
         for name, value in state.items():
-            setattr(metric, name, _moved(value, metric.device))
-        return type(metric).compute(metric)
+            setattr(metric, name, moved(value, metric.device))
+        return metric.recompute() if isinstance(metric, Accumulator) else type(metric).compute(metric)
     finally:
         for name, value in own.items():
             setattr(metric, name, value)
-
-
-def _moved(value: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
-    return [tensor.to(device) for tensor in value] if isinstance(value, list) else value.to(device)
 
 
 def flat(states: Sequence[State]) -> dict[str, Tensor]:

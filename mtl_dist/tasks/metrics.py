@@ -1,6 +1,6 @@
 """What the metrics of a task are, whoever computes them; `accumulators` has those of the built-in kinds.
 
-This module loads without torchmetrics, which takes seconds to import.
+This module loads without torch.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ def mean_accuracy(split: str, tasks: Mapping[str, Mapping[str, float]]) -> dict[
 class TaskMetrics(Protocol):
     """The metrics of one task over one pass through a split.
 
-    `compute` and `confusion_matrix` are collective where a process group stands: every rank must call them,
-    also a rank that saw no label of the task.
+    Those of several ranks are merged by `user_metrics.AllMetrics`, from the states of an `Accumulator` or of
+    a metric of torchmetrics. Anything else merges itself: then `compute` and `confusion_matrix` are
+    collective, and every rank calls them, also one that saw no label of the task.
     """
 
     def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         """Count the labelled samples of one batch; the others leave no trace."""
 
     def compute(self) -> dict[str, float]:
-        """The metrics over all ranks, in the order of the settings' `modes`, and `num_samples`: labels.
+        """The metrics, in the order of the settings' `modes`, and `num_samples`: labels.
 
         NaN where a metric is undefined: no label, an AUROC of one class, an R2 of one sample.
         """
 
     def confusion_matrix(self) -> np.ndarray | None:
-        """The (C, C) int64 counts over all ranks, rows true, columns predicted; None where there are no
-        classes.
+        """The (C, C) int64 counts, rows true, columns predicted; None where there are no classes.
 
         Samples for classification, pixels for segmentation.
         """

@@ -116,7 +116,7 @@ class MultilabelTask(Task):
         return self.chosen or (DEFAULT if isinstance(stated, str) else stated,) * len(self.info.classes)
 
     def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
-        from mtl_dist.tasks.accumulators import MultilabelMetrics  # torchmetrics is slow to import
+        from mtl_dist.tasks.accumulators import MultilabelMetrics  # imports torch
 
         return MultilabelMetrics(self.thresholds, ranking, self.rule if choosing and ranking else None)
 

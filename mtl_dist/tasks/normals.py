@@ -143,7 +143,7 @@ class NormalsTask(Task):
         return (3,)
 
     def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
-        from mtl_dist.tasks.dense_metrics import NormalsMetrics  # torchmetrics is slow to import
+        from mtl_dist.tasks.dense_metrics import NormalsMetrics  # imports torch
 
         return NormalsMetrics()
 

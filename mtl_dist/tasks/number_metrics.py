@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
-from mtl_dist.tasks.accumulators import Accumulator, summable
+from mtl_dist.tasks.accumulator import Accumulator
+from mtl_dist.tasks.accumulators import summable
 from mtl_dist.tasks.number_losses import Quantiles
 
 NOMINAL_95 = 0.95
@@ -62,9 +63,9 @@ class RegressionMetrics(Accumulator):
     def __init__(self, task: OfNumbers) -> None:
         super().__init__()
         self._task = task
-        self.add_state("sums", torch.zeros(6, dtype=torch.float64), "sum")
+        self.add_sum("sums", torch.zeros(6, dtype=torch.float64))
 
-    def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
+    def count(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         """Count outputs (B, num_outputs) as they are learnt against targets (B,) in their unit."""
         centred_B = target.double() - self._task.info.mean
         error_B = self._task.errors(output, target)
@@ -81,7 +82,7 @@ class RegressionMetrics(Accumulator):
         )
         self.sums += torch.where(labelled_B, terms_6B, 0.0).sum(dim=1)
 
-    def compute(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         num, absolute, squared, total, total_squared, refused = self.sums.tolist()
         if refused:
             raise UserError(
@@ -117,13 +118,13 @@ class QuantileMetrics(RegressionMetrics):
         super().__init__(task)
         self._of_quantiles = task
         num_quantiles = len(task.loss.shares)
-        self.add_state("pinballs", torch.zeros(num_quantiles, dtype=torch.float64), "sum")
-        self.add_state("below", torch.zeros(num_quantiles, dtype=torch.int64), "sum")
-        self.add_state("covered", torch.zeros((), dtype=torch.int64), "sum")
-        self.add_state("widths", torch.zeros((), dtype=torch.float64), "sum")
+        self.add_sum("pinballs", torch.zeros(num_quantiles, dtype=torch.float64))
+        self.add_sum("below", torch.zeros(num_quantiles, dtype=torch.int64))
+        self.add_sum("covered", torch.zeros((), dtype=torch.int64))
+        self.add_sum("widths", torch.zeros((), dtype=torch.float64))
 
-    def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
-        super().update(output, target, labelled_B)
+    def count(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
+        super().count(output, target, labelled_B)
         task = self._of_quantiles
         values_BQ = task.quantiles(output)
         pinballs_BQ = summable(task.pinballs(output, target) / task.unit_scale)
@@ -133,8 +134,8 @@ class QuantileMetrics(RegressionMetrics):
         widths_B = summable((values_BQ[:, -1] - values_BQ[:, 0]) / task.unit_scale)
         self.widths += torch.where(labelled_B, widths_B, 0.0).sum()
 
-    def compute(self) -> dict[str, float]:
-        values = super().compute()
+    def figures(self) -> dict[str, float]:
+        values = super().figures()
         num = values.pop("num_samples")
         task = self._of_quantiles
         pinballs_Q = _over(self.pinballs, num) * task.unit_scale
@@ -161,12 +162,12 @@ class GaussianMetrics(RegressionMetrics):
     def __init__(self, task: OfDeviations) -> None:
         super().__init__(task)
         self._of_deviations = task
-        self.add_state("surprise", torch.zeros((), dtype=torch.float64), "sum")
-        self.add_state("covered", torch.zeros((), dtype=torch.int64), "sum")
-        self.add_state("widths", torch.zeros((), dtype=torch.float64), "sum")
+        self.add_sum("surprise", torch.zeros((), dtype=torch.float64))
+        self.add_sum("covered", torch.zeros((), dtype=torch.int64))
+        self.add_sum("widths", torch.zeros((), dtype=torch.float64))
 
-    def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
-        super().update(output, target, labelled_B)
+    def count(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
+        super().count(output, target, labelled_B)
         task = self._of_deviations
         surprise_B = summable(task.surprise(output, target))
         self.surprise += torch.where(labelled_B, surprise_B, 0.0).sum()
@@ -174,8 +175,8 @@ class GaussianMetrics(RegressionMetrics):
         deviations_B = summable(task.deviations(output) / task.unit_scale)
         self.widths += torch.where(labelled_B, deviations_B, 0.0).sum()
 
-    def compute(self) -> dict[str, float]:
-        values = super().compute()
+    def figures(self) -> dict[str, float]:
+        values = super().figures()
         num = values.pop("num_samples")
         values["nll"] = float(_over(self.surprise, num))
         values |= _covered(float(_over(self.covered, num)), NOMINAL_95)
@@ -199,10 +200,10 @@ class VectorMetrics(Accumulator):
         super().__init__()
         self._read = read
         self._means, self._scales = tuple(means), tuple(scales)
-        self.add_state("sums", torch.zeros(5, len(self._means), dtype=torch.float64), "sum")
-        self.add_state("num_samples", torch.zeros((), dtype=torch.int64), "sum")
+        self.add_sum("sums", torch.zeros(5, len(self._means), dtype=torch.float64))
+        self.add_sum("num_samples", torch.zeros((), dtype=torch.int64))
 
-    def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
+    def count(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         """Count outputs (B, K) as they are learnt against targets (B, K) in their units."""
         target = target.double()
         there_BK = target.isfinite() & labelled_B[:, None]
@@ -220,7 +221,7 @@ class VectorMetrics(Accumulator):
         self.sums += torch.where(there_BK, terms_5BK, 0.0).sum(dim=1)
         self.num_samples += labelled_B.sum()
 
-    def compute(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         self._per_class = [
             _of_number(sums, scale) for sums, scale in zip(self.sums.T.tolist(), self._scales, strict=True)
         ]

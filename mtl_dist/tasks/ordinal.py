@@ -166,7 +166,7 @@ class OrdinalTask(Task):
         return (self.loss.beyond(output.double()) > 0.5).sum(dim=1)
 
     def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
-        from mtl_dist.tasks.ordinal_metrics import OrdinalMetrics  # torchmetrics is slow to import
+        from mtl_dist.tasks.ordinal_metrics import OrdinalMetrics  # imports torch
 
         return OrdinalMetrics(self.grades, len(self.info.classes))
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mtl_dist.tasks.accumulators import Accumulator, count_pairs, of_decisions
+from mtl_dist.tasks.accumulator import Accumulator
+from mtl_dist.tasks.accumulators import count_pairs, of_decisions
 
 
 class OrdinalMetrics(Accumulator):
@@ -21,14 +22,14 @@ class OrdinalMetrics(Accumulator):
         super().__init__()
         self._grades = grades
         self._num_classes = num_classes
-        self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), "sum")
+        self.add_sum("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64))
 
-    def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
+    def count(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         """Count outputs (B, C - 1) against grades (B,)."""
         found_B = self._grades(output)
         self.confusion += count_pairs(target[None], found_B[None], labelled_B[None], self._num_classes)
 
-    def compute(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         self._confusion = self.confusion.cpu().numpy().copy()
         counts_CC = self.confusion.double()
         self._per_class = of_decisions(counts_CC.diagonal(), counts_CC.sum(dim=1), counts_CC.sum(dim=0))

@@ -174,7 +174,7 @@ class RegressionTask(Task):
         return {"space": self.settings.space, "mean": self.mean, "std": self.scale}
 
     def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
-        from mtl_dist.tasks.number_metrics import RegressionMetrics  # torchmetrics is slow to import
+        from mtl_dist.tasks.number_metrics import RegressionMetrics  # imports torch
 
         return RegressionMetrics(self)
 

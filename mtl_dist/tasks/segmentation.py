@@ -74,7 +74,7 @@ class SegmentationTask(Task):
         return (num_classes, 1) if num_classes == 2 else (num_classes,)
 
     def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
-        from mtl_dist.tasks.accumulators import SegmentationMetrics  # torchmetrics is slow to import
+        from mtl_dist.tasks.accumulators import SegmentationMetrics  # imports torch
 
         return SegmentationMetrics(len(self.info.classes))
 

@@ -64,6 +64,6 @@ def _try_loss(task: Task) -> None:
 
 def _try_metrics(task: Task) -> None:
     if task.settings.metrics:
-        from mtl_dist.tasks.user_metrics import try_metrics  # torchmetrics is slow to import
+        from mtl_dist.tasks.user_metrics import try_metrics  # imports torch
 
         try_metrics(task)

@@ -13,19 +13,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from mtl_dist.errors import UserError
-from mtl_dist.tasks.accumulators import Accumulator
+from mtl_dist.tasks.accumulator import Accumulator
 from mtl_dist.tasks.library_metrics import form_of
-from mtl_dist.tasks.metric_states import State, merged, state_of, value_of
+from mtl_dist.tasks.metric_states import Metric, State, has_states, merged, state_of, value_of
 from mtl_dist.tasks.task import Task, UserMetricSettings
 from mtl_dist.tasks.temperature import Calibrated
+
+if TYPE_CHECKING:
+    import torchmetrics
 
 STANDARD = ""
 """The name of the metrics of the task's kind, among the parts."""
@@ -34,7 +36,8 @@ STANDARD = ""
 class AllMetrics:
     """A task's metrics and those that its recipe adds, as one.
 
-    `gather` collects a value of every rank. `ranking` and `choosing` are `Task.metrics`' own.
+    `gather` collects a value of every rank. `ranking` and `choosing` are `Task.metrics`' own; without `added`
+    there are those of the kind alone.
 
     Raises:
         UserError: an added one cannot be made.
@@ -46,12 +49,14 @@ class AllMetrics:
         gather: Callable[[Any], list[Any]] = lambda value: [value],
         ranking: bool = True,
         choosing: bool = False,
+        added: bool = True,
     ) -> None:
         self._task = task
         self._gather = gather
         choosing = choosing and task.rule is not None
         self._standard = task.metrics(ranking, choosing=True) if choosing else task.metrics(ranking)
-        self._own = {name: _built(task, name, own) for name, own in task.settings.metrics.items()}
+        by_path = task.settings.metrics if added else {}
+        self._own = {name: _built(task, name, own) for name, own in by_path.items()}
         self._forms = {name: form_of(metric, task, _where(task, name)) for name, metric in self._own.items()}
 
     def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
@@ -64,22 +69,19 @@ class AllMetrics:
                     metric.update(inputs, targets)
 
     def compute(self) -> dict[str, float]:
-        """Collective: the metrics over all ranks."""
-        values = self._standard.compute()
-        for name, metric in self._own.items():
-            states = [state for state in self._gather(state_of(metric)) if state is not None]
-            values[name] = self._number(name, metric, states)
-        return values
+        """Collective: the metrics over all ranks; what is asked of them after it is over all ranks too."""
+        values = {} if has_states(self._standard) else self._standard.compute()
+        return values | self.values(self.collected({}))
 
     def confusion_matrix(self) -> np.ndarray | None:
         return self._standard.confusion_matrix()
 
     def chosen_thresholds(self) -> tuple[float, ...]:
-        """Collective: the thresholds chosen from what was counted, where the task was to choose."""
+        """The thresholds chosen from what was counted, where the task was to choose."""
         return self._standard.chosen_thresholds() if isinstance(self._standard, Accumulator) else ()
 
     def per_class(self) -> list[dict[str, float]]:
-        """Collective: the metrics of each class; none of a kind without classes or of the user's."""
+        """The metrics of each class; none of a kind without classes or of the user's."""
         return self._standard.per_class() if isinstance(self._standard, Accumulator) else []
 
     def calibrate(self, temperature: float | None) -> None:
@@ -88,7 +90,7 @@ class AllMetrics:
             self._standard.calibrate(temperature)
 
     def calibrated(self) -> Calibrated | None:
-        """Collective: the probabilities at a temperature; None where it was not asked or there are none."""
+        """The probabilities at a temperature; None where it was not asked or there are none."""
         return self._standard.calibrated() if isinstance(self._standard, Accumulator) else None
 
     def to(self, device: torch.device) -> Self:
@@ -104,15 +106,15 @@ class AllMetrics:
     # ------------------------------------------------------------------ as parts of a longer pass
     @property
     def parts(self) -> dict[str, Metric]:
-        """The metrics by name, those of the kind as `STANDARD` where they are a torchmetrics metric."""
-        standard = {STANDARD: self._standard} if isinstance(self._standard, Metric) else {}
+        """The metrics by name, those of the kind as `STANDARD` where they have states."""
+        standard = {STANDARD: self._standard} if has_states(self._standard) else {}
         return standard | self._own
 
     @property
     def names(self) -> tuple[str, ...]:
         """The metrics that it computes."""
         standard = self.parts.get(STANDARD)
-        return (*(() if standard is None else type(standard).compute(standard)), *self._own)
+        return (*(() if standard is None else value_of(standard, [])), *self._own)
 
     def collected(self, earlier: Mapping[str, Sequence[State]]) -> dict[str, list[list[State]]]:
         """Collective: by part what each rank has counted, and before it `earlier`, what it had before."""
@@ -129,8 +131,8 @@ class AllMetrics:
             states = merged(metric, [state for of_rank in collected[name] for state in of_rank])
             if name != STANDARD:
                 values[name] = self._number(name, metric, states)
-            else:  # where nothing was counted all of them are NaN
-                values |= value_of(metric, states) if states else type(metric).compute(metric)
+            else:
+                values |= value_of(metric, states)
         return values
 
     def _number(self, name: str, metric: Metric, states: Sequence[State]) -> float:
@@ -190,9 +192,9 @@ def _where(task: Task, name: str) -> str:
     return f"tasks.{task.name}.metrics.{name}"
 
 
-def _built(task: Task, name: str, settings: UserMetricSettings) -> Metric:
+def _built(task: Task, name: str, settings: UserMetricSettings) -> torchmetrics.Metric:
     try:
-        metric: Metric = settings.make(info=task.info)
+        metric: torchmetrics.Metric = settings.make(info=task.info)
     except (TypeError, ValueError) as error:
         raise UserError(f"{_where(task, name)}: expected arguments that fit, found: {error}") from error
     return metric

@@ -111,7 +111,7 @@ class VectorTask(Task):
         return output * output.new_tensor(self.scales) + output.new_tensor(self.means)
 
     def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
-        from mtl_dist.tasks.number_metrics import VectorMetrics  # torchmetrics is slow to import
+        from mtl_dist.tasks.number_metrics import VectorMetrics  # imports torch
 
         return VectorMetrics(self.read, self.means, self.scales)
 

@@ -11,13 +11,12 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from mtl_dist.batch import Batch, Outputs
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
-from mtl_dist.tasks.metric_states import State, flat, from_flat, restore, without_repetition
+from mtl_dist.tasks.metric_states import Metric, State, flat, from_flat, restore, without_repetition
 from mtl_dist.tasks.metrics import mean_accuracy
 from mtl_dist.tasks.task import Task
 from mtl_dist.tasks.user_metrics import AllMetrics

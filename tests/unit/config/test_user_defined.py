@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -349,22 +349,22 @@ def test_a_network_that_cannot_be_traced_is_refused() -> None:
 def test_a_metric_that_keeps_lists_is_merged_also_where_a_rank_has_none() -> None:
     from torchmetrics.functional.classification import multiclass_calibration_error
 
-    from mtl_dist.tasks.metric_states import state_of
     from mtl_dist.tasks.user_metrics import AllMetrics
 
     path = "torchmetrics.classification.MulticlassCalibrationError"
     task = build_tasks(load(f"tasks.breed.metrics.s={{kind: {path}, num_classes: 3}}").tasks, INFOS)["breed"]
     output, target = torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3
-    others = AllMetrics(task)
-    others.update(output[:4], target[:4], torch.ones(4, dtype=torch.bool))
-    elsewhere = [None, state_of(others.parts["s"])]
-    here = AllMetrics(task, lambda own: [own, *elsewhere])
-    here.update(output[4:], target[4:], torch.ones(5, dtype=torch.bool))
-    expected = multiclass_calibration_error(output.softmax(dim=1), target, 3).item()
-    assert here.compute()["s"] == pytest.approx(expected)
-    without_label = AllMetrics(task, lambda own: [own, *elsewhere])
-    without_label.update(output, target, torch.zeros(9, dtype=torch.bool))
-    assert without_label.compute()["s"] == others.compute()["s"]
+    ranks = [AllMetrics(task) for _ in range(3)]
+    ranks[0].update(output, target, torch.zeros(9, dtype=torch.bool))
+    ranks[1].update(output[:4], target[:4], torch.ones(4, dtype=torch.bool))
+    ranks[2].update(output[4:], target[4:], torch.ones(5, dtype=torch.bool))
+
+    def together(some: Sequence[AllMetrics]) -> dict[str, float]:
+        own = [metrics.collected({}) for metrics in some]
+        return some[0].values({name: [states for each in own for states in each[name]] for name in own[0]})
+
+    assert together(ranks)["s"] == pytest.approx(multiclass_calibration_error(output.softmax(1), target, 3))
+    assert together(ranks[:2])["s"] == ranks[1].compute()["s"]
 
 
 def test_a_metric_may_not_have_the_name_of_another_figure() -> None:

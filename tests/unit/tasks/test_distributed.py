@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,10 +22,12 @@ from mtl_dist.tasks.number_losses import GaussianNllSettings, QuantileSettings
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
 from mtl_dist.tasks.task import Task
+from mtl_dist.tasks.user_metrics import AllMetrics
 from mtl_dist.tasks.vector import VectorSettings
 from tests.ranks import shared_pool
 
 Batch = tuple[Tensor, Tensor, Tensor]
+Gather = Callable[[Any], list[Any]]
 
 TASKS: dict[str, Task] = {
     name: settings.build(name, info)
@@ -123,23 +126,25 @@ def batches(task: Task, labelled: list[bool], rank: int) -> list[Batch]:
     return made
 
 
-def measure(task: Task, given: list[Batch]) -> tuple[dict[str, float], Any]:
-    metrics = task.metrics()
-    metrics.calibrate(None)  # type: ignore[attr-defined]
+def measure(
+    task: Task, given: list[Batch], gather: Gather = lambda own: [own]
+) -> tuple[dict[str, float], Any]:
+    metrics = AllMetrics(task, gather)
+    metrics.calibrate(None)
     for batch in given:
         metrics.update(*batch)
-    values, found = metrics.compute(), metrics.calibrated()  # type: ignore[attr-defined]
+    values, found = metrics.compute(), metrics.calibrated()
     if found is not None:
         values = values | {"temperature": found.temperature, "nll after it": found.after["nll"]}
     return values, metrics.confusion_matrix()
 
 
 def measured_on_a_rank() -> dict[tuple[str, str], Any]:
-    rank = connect(EngineSettings(), "fp32").world.rank
+    world = connect(EngineSettings(), "fp32").world
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return {
-            (case, name): measure(task, batches(task, labelled[rank], rank))
+            (case, name): measure(task, batches(task, labelled[world.rank], world.rank), world.gather)
             for case, labelled in BATCHES.items()
             for name, task in TASKS.items()
         }

@@ -14,7 +14,7 @@ from torchmetrics.functional import classification as functional
 
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
-from mtl_dist.tasks.accumulators import Accumulator
+from mtl_dist.tasks.accumulator import Accumulator
 from mtl_dist.tasks.classification import ClassificationSettings, ClassificationTask
 from mtl_dist.tasks.metrics import TaskMetrics
 from mtl_dist.tasks.multilabel import MultilabelSettings
@@ -425,7 +425,7 @@ def test_metrics_hold_no_gradient_graph(kind):
     metrics = task.metrics()
     metrics.update(output.clone().requires_grad_(), target, torch.ones(9, dtype=torch.bool))
     assert isinstance(metrics, Accumulator)
-    for state in metrics.metric_state.values():
+    for state in metrics.states().values():
         assert not any(tensor.requires_grad for tensor in (state if isinstance(state, list) else [state]))
 
 
