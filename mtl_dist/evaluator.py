@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl_dist.batch import Batch
+from mtl_dist.batch import Batch, Outputs
 from mtl_dist.data.device_prefetch import device_prefetch
 from mtl_dist.engine.world import World
 from mtl_dist.heartbeat import beat
 from mtl_dist.sample_rows import SampleRows
-from mtl_dist.step import RootModule
+from mtl_dist.step import RootModule, count_labels
 from mtl_dist.tasks.metrics import mean_accuracy
+from mtl_dist.tasks.task import Task
 from mtl_dist.tasks.temperature import Calibrated
 from mtl_dist.tasks.user_metrics import AllMetrics
 
@@ -51,6 +52,22 @@ class Evaluation:
     per_class: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     calibrated: dict[str, Calibrated] = field(default_factory=dict)
 
+    def add(self, task: Task, metrics: AllMetrics, loss: float | None) -> None:
+        """Collective: take up what was measured of a task, and its mean loss if it has a label."""
+        name = task.name
+        values = metrics.compute()
+        self.tasks[name] = values if loss is None else {"loss": loss, **values}
+        chosen, of_classes = metrics.chosen_thresholds(), metrics.per_class()
+        if chosen:
+            self.thresholds[name] = dict(zip(task.decided_labels, chosen, strict=True))
+        if of_classes:
+            self.per_class[name] = dict(zip(task.parts, of_classes, strict=True))
+        matrix, at_temperature = metrics.confusion_matrix(), metrics.calibrated()
+        if matrix is not None:
+            self.confusion[name] = matrix
+        if at_temperature is not None:
+            self.calibrated[name] = at_temperature
+
     def flat(self, split: str) -> dict[str, float]:
         """The metrics by path, as in `val/digit/accuracy`; `val/mean_accuracy` is over the tasks with one."""
         metrics = {f"{split}/loss": self.loss} | mean_accuracy(split, self.tasks)
@@ -80,32 +97,25 @@ def evaluate(
     """
     was_training = root.training
     root.eval()
-    accumulators = {
+    measured = {
         name: AllMetrics(task, world.gather, choosing=choosing).to(world.device)
         for name, task in root.tasks.items()
     }
     for name, temperature in (temperatures or {}).items():
-        accumulators[name].calibrate(temperature)
+        measured[name].calibrate(temperature)
+    losses = _Losses(root)
     baselines = _Baselines(root, world) if with_baselines else None
-    num_tasks = len(root.terms)
-    sums_T = torch.zeros(num_tasks, dtype=torch.float64)
-    counts_T = torch.zeros(num_tasks, dtype=torch.float64)
-    num_samples = torch.zeros(1, dtype=torch.float64)
     for host_batch, batch in device_prefetch(loader, world.device):
         outputs = root.predict(batch.images_BCHW)
-        sums_T += root.loss_sums(outputs, batch).double().cpu()
-        num_samples += host_batch.valid_B.sum()
+        losses.update(outputs, host_batch, batch)
         if rows is not None:
             rows.begin(host_batch)
-        for t, joint in enumerate(root.joints, start=len(root.tasks)):
-            counts_T[t] += joint.count(host_batch).double()
-        for t, (name, task) in enumerate(root.tasks.items()):
-            target, labelled_B = batch.targets[name], batch.labelled[name]
-            counts_T[t] += task.count(host_batch.targets[name], host_batch.labelled[name]).double()
+        for name, task in root.tasks.items():
+            output = outputs[name]
             if rows is not None:
-                rows.losses(name, task.sample_losses(outputs[name], target, labelled_B))
-            for part in _measured(batch, name, outputs[name], every_sample=rows is not None):
-                accumulators[name].update(part.output, part.target, part.labelled_B)
+                rows.losses(name, task.sample_losses(output, batch.targets[name], batch.labelled[name]))
+            for part in _measured(batch, name, output, every_sample=rows is not None):
+                measured[name].update(part.output, part.target, part.labelled_B)
                 if baselines is not None:
                     baselines.update(name, part)
                 if rows is not None:
@@ -115,39 +125,41 @@ def evaluate(
     root.train(was_training)
 
     beat("the metrics", slow=True)
-    totals = world.sum(torch.cat([sums_T, counts_T, num_samples]))
-    sums_T, counts_T = totals[:num_tasks], totals[num_tasks : 2 * num_tasks]
-    metrics: dict[str, dict[str, float]] = {}
-    confusion = {}
-    thresholds: dict[str, dict[str, float]] = {}
-    per_class: dict[str, dict[str, dict[str, float]]] = {}
-    calibrated: dict[str, Calibrated] = {}
-    loss = 0.0
-    for t, name in enumerate(root.tasks):
+    loss, means, num_samples = losses.over_ranks(world)
+    evaluation = Evaluation(loss, {}, {}, num_samples)
+    for name, metrics in measured.items():
         beat(f"the metrics of {name}", slow=True)
-        metrics[name] = accumulators[name].compute()
-        if counts_T[t] > 0:
-            task_loss = float(sums_T[t] / counts_T[t])
-            metrics[name] = {"loss": task_loss, **metrics[name]}
-            loss += root.term_weights[name] * task_loss
-        chosen = accumulators[name].chosen_thresholds()
-        if chosen:
-            thresholds[name] = dict(zip(root.tasks[name].decided_labels, chosen, strict=True))
-        of_classes = accumulators[name].per_class()
-        if of_classes:
-            per_class[name] = dict(zip(root.tasks[name].parts, of_classes, strict=True))
-        matrix = accumulators[name].confusion_matrix()
-        if matrix is not None:
-            confusion[name] = matrix
-        at_temperature = accumulators[name].calibrated()
-        if at_temperature is not None:
-            calibrated[name] = at_temperature
-    for t, joint in enumerate(root.joints, start=len(root.tasks)):
-        if counts_T[t] > 0:
-            metrics[joint.name] = {"loss": float(sums_T[t] / counts_T[t])}
-            loss += joint.weight * metrics[joint.name]["loss"]
-    constant = baselines.compute() if baselines is not None else {}
-    return Evaluation(loss, metrics, confusion, int(totals[-1]), thresholds, constant, per_class, calibrated)
+        evaluation.add(root.tasks[name], metrics, means.pop(name, None))
+    evaluation.tasks.update({joint: {"loss": mean} for joint, mean in means.items()})
+    if baselines is not None:
+        evaluation.baselines.update(baselines.compute())
+    return evaluation
+
+
+class _Losses:
+    """The sums of all losses over a split, and how many labels each is of."""
+
+    def __init__(self, root: RootModule) -> None:
+        self._root = root
+        self._sums_T = torch.zeros(len(root.terms), dtype=torch.float64)
+        self._counts_T = torch.zeros(len(root.terms), dtype=torch.float64)
+        self._num_samples = torch.zeros(1, dtype=torch.float64)
+
+    def update(self, outputs: Outputs, host_batch: Batch, batch: Batch) -> None:
+        """Count a batch; what is counted on the host waits for no device."""
+        self._sums_T += self._root.loss_sums(outputs, batch).double().cpu()
+        self._counts_T += count_labels(self._root.tasks, [host_batch], self._root.joints)
+        self._num_samples += host_batch.valid_B.sum()
+
+    def over_ranks(self, world: World) -> tuple[float, dict[str, float], int]:
+        """Collective: the weighted sum of the mean losses, these by their names, those without a label left
+        out, and the number of samples."""
+        num_terms = len(self._sums_T)
+        totals = world.sum(torch.cat([self._sums_T, self._counts_T, self._num_samples]))
+        terms = zip(self._root.term_weights, totals[:num_terms], totals[num_terms:-1], strict=True)
+        means = {name: float(total / num) for name, total, num in terms if num > 0}
+        loss = sum((self._root.term_weights[name] * mean for name, mean in means.items()), 0.0)
+        return loss, means, int(totals[-1])
 
 
 @dataclass(frozen=True)

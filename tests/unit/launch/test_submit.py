@@ -48,7 +48,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_manifest(tmp_path / "data" / "digits", manifest)
     (tmp_path / "profile.yaml").write_text("gpus_per_task: 0\ncpus_per_task: 2\nrequeue: {crashes: 7}\n")
     (tmp_path / "bin").mkdir()
-    for name, body in {"sbatch": ACCEPT, "srun": "", "squeue": ""}.items():
+    for name, body in {"sbatch": ACCEPT, "srun": "", "squeue": "", "scontrol": ""}.items():
         pretend(tmp_path, name, body)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     return tmp_path
