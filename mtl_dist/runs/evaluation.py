@@ -79,16 +79,9 @@ def evaluate_run(
     accumulation = recipe.train.accumulation_on(world.size)
     batch_size = micro_batch_size(recipe.train.global_batch, world.size, accumulation)
     choosing = label == "val" and not folder.read_thresholds()
-    if not choosing:
-        for name, task in root.tasks.items():
-            if task.rule is not None and not task.chosen and world.is_main:
-                warn(
-                    f"tasks.{name}.threshold: {task.rule} was not chosen yet, 0.5 is used. "
-                    f"mtl evaluate {run} --split val chooses it."
-                )
-    temperatures = None
-    if temperature:
-        temperatures = _temperatures(folder, trained, root, batch_size, world, label)
+    if not choosing and world.is_main:
+        _warn_of_thresholds(run, root)
+    fitted = _temperatures(folder, trained, root, batch_size, world, label) if temperature else None
     with checking_shards(data, [split], world, warn) as check:
         evaluation, table = evaluate_samples(
             root,
@@ -98,7 +91,7 @@ def evaluate_run(
             world,
             choosing=choosing,
             predictions=predictions,
-            temperatures=temperatures,
+            temperatures=fitted,
         )
         check.finish()
     world.barrier()
@@ -106,22 +99,35 @@ def evaluate_run(
         print_results({label: evaluation})
         if per_class:
             print_per_class(evaluation)
-        if temperatures is not None:
+        if fitted is not None:
             print_calibration(label, evaluation)
         with writing_to(run):
             if evaluation.thresholds:
                 folder.write_thresholds(evaluation.thresholds)
-            if temperatures is not None:
-                found = {task: asdict(one) for task, one in evaluation.calibrated.items()}
-                folder.write_calibration(label, found)
-                known = {task: row["temperature"] for task, row in found.items()}
-                known = {task: value for task, value in known.items() if not math.isnan(value)}
-                if checkpoint == "best" and known:
-                    folder.write_temperatures(trained.path.name, known)
+            if fitted is not None:
+                _keep_temperatures(folder, label, evaluation, trained.path if checkpoint == "best" else None)
             write_evaluation(folder, label, evaluation, trained.facts.task_infos, warn)
             if table is not None:
                 announce(write_predictions(folder, label, table), len(table), print)
     return label
+
+
+def _warn_of_thresholds(run: Path, root: RootModule) -> None:
+    for name, task in root.tasks.items():
+        if task.rule is not None and not task.chosen:
+            warn(
+                f"tasks.{name}.threshold: {task.rule} was not chosen yet, 0.5 is used. "
+                f"mtl evaluate {run} --split val chooses it."
+            )
+
+
+def _keep_temperatures(folder: RunFolder, label: str, evaluation: Evaluation, best: Path | None) -> None:
+    """Write what the temperatures do to a split, and which those of the `best` weights are, if it is they."""
+    found = {task: asdict(one) for task, one in evaluation.calibrated.items()}
+    folder.write_calibration(label, found)
+    known = {task: row["temperature"] for task, row in found.items() if not math.isnan(row["temperature"])}
+    if best is not None and known:
+        folder.write_temperatures(best.name, known)
 
 
 def _temperatures(
