@@ -48,6 +48,7 @@ RULES: dict[str, Verdict] = {
     "engine": "accepted",
     "monitor": "accepted",
     "monitor.metric": "the best restarts",
+    "monitor.mean": "the best restarts",
     "monitor.mode": "the best restarts",
     "tracking": "accepted",
     "callbacks": "accepted",

@@ -207,7 +207,7 @@ def launch(
       mtl launch configs/digits.yaml --nodes 2 --node-rank 1 --rendezvous gpu1:29500 --nproc 4
     """
     from mtl_dist.engine.launched import check_slurm_step
-    from mtl_dist.launch.local import machines_of, plan_launch, supervise
+    from mtl_dist.launch.local import check_rendezvous, machines_of, plan_launch, supervise
     from mtl_dist.recipe import load_recipe
     from mtl_dist.run_folder import checked_tags
 
@@ -220,6 +220,8 @@ def launch(
     machines = machines_of(nodes, node_rank, rendezvous)
     if machines is None:
         check_slurm_step(os.environ)
+    else:
+        check_rendezvous(machines)
     plan = plan_launch(arguments, nproc, config_file, torch.cuda.device_count(), machines)
     if plan is None:
         _train(loaded, run_dir, tag or [], data_moved)

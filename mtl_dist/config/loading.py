@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mtl_dist.config.describe import listed, show
 from mtl_dist.config.errors import Location, Mistake, dotted, explain, suggest
@@ -76,7 +76,7 @@ def load_settings(
         settings = cls.model_validate_json(json.dumps(complete))
     except ValidationError as error:
         mistakes += [
-            (location, line + _misspelt_entry(location, line, added, data, set(cls.model_fields)))
+            (location, line + _misspelt_entry(location, line, added, data, cls))
             for location, line in explain(error, cls)
             if not any(_touches(location, other) for other, _ in unresolved)
         ]
@@ -229,20 +229,28 @@ def _section(node: SchemaNode, value: Any) -> tuple[SchemaNode, Any]:
 
 
 def _misspelt_entry(
-    location: Location, line: str, added: set[Location], data: Any, known: Collection[str]
+    location: Location, line: str, added: set[Location], data: Any, cls: type[BaseModel]
 ) -> str:
     """What to add to a mistake inside an entry that only an override made: `tasks.bred.weight=2`.
 
-    The sections of a recipe are `known`: `tracking` is no misspelt `train`.
+    What is a setting of `cls` is no misspelt entry: `tracking` no `train`, `data.resize` no `image_size`.
     """
     for *way, name in added:
-        if not way and name in known:
+        if _is_setting(cls, way, name):
             continue
         if location[: len(way) + 1] == (*way, name) and "Did you mean" not in line:
             section = reduce(getitem, way, data)
             near = nearest(str(name), [key for key in section if (*way, key) not in added])
             return f" Did you mean {dotted((*way, near))}?" if near else ""
     return ""
+
+
+def _is_setting(cls: type[BaseModel], way: Sequence[str | int], name: str | int) -> bool:
+    node: SchemaNode | None = SchemaNode(cls)
+    for part in way:
+        node = None if node is None else node.without_null().child(part)
+    model = None if node is None else node.without_null().model
+    return model is not None and str(name) in model.model_fields
 
 
 def _touches(one: Location, other: Location) -> bool:

@@ -181,10 +181,11 @@ class UserDefined:
             raise ValidationError.from_exception_data(path, details) from None
 
 
-def imported(path: str, fits: Any = None) -> Any:
+def imported(path: str, fits: Any = None, what: str = "class") -> Any:
     """What is at an import path: `my_project.losses.Tversky`.
 
-    `fits` says what might have been meant, for the line about a name that is not there.
+    `fits` says what might have been meant, and `what` of which sort, for the line about a name that is not
+    there.
 
     Raises:
         PartError: no such module, none that can be imported, or nothing of that name in it.
@@ -202,7 +203,7 @@ def imported(path: str, fits: Any = None) -> Any:
         names = [key for key, value in vars(module).items() if fits is None or fits(value)]
         near = nearest(name, names)
         hint = f"Did you mean {near}?" if near else f"There are {', '.join(names[:_MOST_NAMES]) or 'none'}."
-        raise PartError(f"expected a class {name} in {module_name}, found none. {hint}")
+        raise PartError(f"expected a {what} {name} in {module_name}, found none. {hint}")
     return getattr(module, name)
 
 

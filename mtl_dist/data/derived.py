@@ -282,8 +282,8 @@ def _derivation(wish: DeriveSettings, stored: TaskInfo, where: str) -> Derivatio
         raise UserError(f"{where}.from: expected a task of numbers, found {wish.source}, a {stored.kind}.")
     if not (of_classes or (of_numbers and wish.map is None)):
         raise UserError(
-            f"{where}.from: expected a classification task, found {wish.source}, a {stored.kind}. "
-            "Only classes can be mapped."
+            f"{where}.from: expected a task of classes{'' if wish.by is None else ' or numbers'}, found "
+            f"{wish.source}, a {stored.kind}."
         )
     if wish.by is not None:
         _check_function(wish.by, where)
@@ -314,7 +314,7 @@ def _unsummed(classes: tuple[str, ...], stored: TaskInfo) -> TaskInfo:
 
 def _check_function(path: str, where: str) -> None:
     try:
-        found = imported(path, callable)
+        found = imported(path, callable, "function")
     except PartError as error:
         raise UserError(f"{where}.by: {error}") from None
     if not callable(found):

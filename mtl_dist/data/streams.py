@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ from mtl_dist.plural import plural
 from mtl_dist.randomness import derive_key
 from mtl_dist.specs import TaskInfo
 
+_ENDED = re.compile(r"exit (-?\d+) \(read\)")
 REQUEST = "request.json"
 """Beside an index that a recipe made: what it was made of."""
 _BUFFER = 1000
@@ -70,7 +72,10 @@ def raw_samples(tars: Sequence[str], shuffled: int = 0, seed: int = 0) -> Iterat
         except StopIteration:
             return
         except Exception as error:  # of tarfile, of a shell, of a server
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            # webdataset adds where it was reading to what a command or a tar says.
+            said = " ".join(str(error.args[0] if error.args else error).split())
+            ended = _ENDED.search(said)
+            reason = f"exit code {ended[1]} of the command" if ended else said[:300] or type(error).__name__
             which = tars[0] if len(tars) == 1 else f"{tars[0]} and {len(tars) - 1} more"
             raise UserError(f"{which}: expected a stream of whole tars, found: {reason}.") from None
         yield sample

@@ -96,7 +96,8 @@ PRESETS: dict[Preset, AugmentSettings] = {
 
 class CentreCrop(Settings):
     """The image resized until its short side is `short_side`, and the middle of it cut out: torchvision's
-    Resize(short_side) and CenterCrop(crop), to the bit.
+    Resize(short_side) and CenterCrop(crop) of tensors, to the bit; of Pillow's images its own resizing rounds
+    otherwise, by 1 of 255.
 
     short_side     what it is resized to
     crop           what is cut out, a side or height and width: it is `data.image_size` where it is stated

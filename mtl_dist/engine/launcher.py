@@ -81,20 +81,20 @@ class Launcher:
         mixed = self._environment.get("ACCELERATE_MIXED_PRECISION", "no")
         if mixed != "no":
             found["train.precision"] = (mixed, "accelerate's mixed_precision")
-        if self.deepspeed:
-            for setting, variable, nothing, number in (
-                ("optim.clip_norm", "ACCELERATE_GRADIENT_CLIPPING", "none", float),
-                ("train.accumulation", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", int),
-            ):
-                text = self._environment.get(variable, nothing)
-                if text not in (nothing, deepspeed_keys.AUTO):
-                    name = variable.removeprefix("ACCELERATE_").lower()
-                    try:
-                        found[setting] = (number(text), f"accelerate's {name}")
-                    except ValueError:
-                        raise UserError(
-                            f"accelerate launch: expected a number as {name}, found {text}."
-                        ) from None
+        if self._environment.get("ACCELERATE_DYNAMO_BACKEND", "").lower() == "inductor":
+            found["train.compile"] = (True, "accelerate's dynamo_backend")
+        for setting, variable, nothing, number in (
+            ("optim.clip_norm", "ACCELERATE_GRADIENT_CLIPPING", "none", float),
+            ("train.accumulation", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", int),
+        ):
+            text = self._environment.get(variable, nothing)
+            if text in (nothing, deepspeed_keys.AUTO):
+                continue
+            name = variable.removeprefix("ACCELERATE_").lower()
+            try:
+                found[setting] = (number(text), f"accelerate's {name}")
+            except ValueError:
+                raise UserError(f"accelerate launch: expected a number as {name}, found {text}.") from None
         for setting, value in deepspeed_keys.said(self.config).items():
             if setting == "engine.zero_stage":
                 continue
@@ -117,6 +117,12 @@ class Launcher:
             )
             if self._says(variable)
         ]
+        backend = self._environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+        if backend not in ("", "no", "inductor"):
+            problems.append(
+                f"accelerate launch: expected no or inductor as dynamo_backend, found {backend}. "
+                "It is not supported."
+            )
         if not self.deepspeed:
             return problems
         if self.zero_stage == 3 and self._says("ACCELERATE_DEEPSPEED_ZERO3_INIT"):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tifffile
 
 from mtl_dist.data.images import IMAGE_EXTENSIONS, extension_of
+from mtl_dist.data.manifest import MANIFEST_NAME
 from mtl_dist.errors import UserError
 from mtl_dist.importers import cifar, idx
 from mtl_dist.importers.finding import FileFinder
@@ -146,6 +147,11 @@ def guess(source: Path, given: Mapping[str, Any]) -> Guess:
     """
     if not source.exists():
         raise UserError(f"{source}: expected data, found nothing there.")
+    if (source / MANIFEST_NAME).is_file():
+        raise UserError(
+            f"{source}: expected data to prepare, found a dataset that is prepared. Train on it, or look at "
+            f"it with: mtl inspect {source}"
+        )
     suffix = source.suffix.lower()
     if source.is_file() and suffix == ".tar":
         return Guess("tars", "tars of samples", f"{source.name} is one", _asked_of_tars(source, given))

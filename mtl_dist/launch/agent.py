@@ -28,13 +28,14 @@ USER_ERROR = 2
 def main() -> None:
     """Launch as the arguments say; exit as the rank that failed first did."""
     end_with_parent(signal.SIGTERM)  # torchrun then ends the ranks
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _silence_torchrun()
     arguments = launch_command_parser().parse_args()
     try:
         launch_command(arguments)
     except ChildFailedError as error:
         failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
-        sys.exit(report({rank: failure.exitcode for rank, failure in failures}))
+        codes = {rank: failure.exitcode for rank, failure in failures}
+        sys.exit(report(codes, int(arguments.num_machines or 1)))
     except (DistError, RendezvousError) as error:
         # From between the machines: the ranks have said nothing.
         last = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -51,7 +52,15 @@ def main() -> None:
         sys.exit(128 + error.sigval)
 
 
-def report(exit_codes: Mapping[int, int]) -> int:
+def _silence_torchrun() -> None:
+    """No page of its stack: each of its loggers has a level of its own."""
+    of_torchrun = "torch.distributed.elastic"
+    for name in (of_torchrun, *logging.root.manager.loggerDict):
+        if name.startswith(of_torchrun):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def report(exit_codes: Mapping[int, int], num_machines: int = 1) -> int:
     """Say which rank failed first, unless it has said so itself, and return its exit code.
 
     `exit_codes` holds the failed ranks, first failure first. A user's mistake is never the consequence of
@@ -66,7 +75,10 @@ def report(exit_codes: Mapping[int, int]) -> int:
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         print(f"rank {rank} was killed by {name}{hint}; the others were ended.", file=sys.stderr)
     elif code != USER_ERROR:
-        print(f"rank {rank} failed with exit code {code}; the others were ended.", file=sys.stderr)
+        line = f"rank {rank} failed with exit code {code}; the others were ended."
+        if num_machines > 1:
+            line += " If the first failure was another machine's, it is said there."
+        print(line, file=sys.stderr)
     return shell_code(code)
 
 

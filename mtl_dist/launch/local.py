@@ -13,9 +13,11 @@ would get a SIGKILL after 30 s; a SIGUSR2 would kill torchrun and orphan them.
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -98,6 +100,43 @@ def machines_of(nodes: int, node_rank: int | None, rendezvous: str | None) -> Ma
             f"found {rendezvous or 'none'}. Give the same on all machines."
         )
     return Machines(nodes, node_rank, host.strip("[]"), int(port))
+
+
+def check_rendezvous(machines: Machines) -> None:
+    """Refuse a meeting place that cannot be one, before anything waits for it.
+
+    Raises:
+        UserError: its name is not known here; on the first machine, it is none of its addresses, or taken.
+    """
+    host, port = machines.host, machines.port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"--rendezvous: expected an address of the first machine, found {host}: {said}."
+        ) from None
+    if machines.rank > 0:
+        return
+    refusals = [_refusal_to_listen(family, address) for family, _, _, _, address in found]
+    if errno.EADDRINUSE in refusals:
+        raise UserError(f"--rendezvous: expected a free port of {host}, found {port}, which is in use.")
+    if all(number == errno.EADDRNOTAVAIL for number in refusals):
+        raise UserError(
+            f"--rendezvous: expected an address of the first machine, which --node-rank 0 says this is, "
+            f"found {host}, which is none of this machine's."
+        )
+
+
+def _refusal_to_listen(family: int, address: Any) -> int | None:
+    """Why nothing can listen there, as `errno` has it; None where something can."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        return error.errno
+    return None
 
 
 def plan_launch(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mtl_dist.batch import Outputs
 from mtl_dist.errors import UserError
 from mtl_dist.models.backbones import AnyBackbone
+from mtl_dist.plural import plural
 
 FeatureDict: TypeAlias = dict[str, Tensor]
 """`vector` (B, D) and `stride_<s>` (B, D, H, W), as the way of sharing names them."""
@@ -115,7 +116,7 @@ class MultitaskModel(nn.Module, ABC):
         """Raw images as the backbone takes them."""
         if images_BCHW.shape[1] != self.mean.shape[1]:
             raise UserError(
-                f"images: expected {self.mean.shape[1]} channels, as the model was built for, "
+                f"images: expected {plural(self.mean.shape[1], 'channel')}, as the model was built for, "
                 f"found {images_BCHW.shape[1]}. Convert them."
             )
         if self.memory_format is not torch.preserve_format:

@@ -157,6 +157,7 @@ class Predictor:
         Raises:
             ImageError: one is not a readable image, or of channels that the model does not take.
         """
+        _require_several(images)
         if len(images) == 0:
             raise UserError("images: expected at least one, found none.")
         parts: list[dict[str, Tensor]] = []
@@ -193,6 +194,7 @@ class Predictor:
         maps: bool = True,
     ) -> list[Answers]:
         """`predict` for several images, in batches; also for a stacked array or tensor."""
+        _require_several(images)
         results: list[Answers] = []
         for start in range(0, len(images), BATCH_SIZE):
             originals = self._decoded_all(images[start : start + BATCH_SIZE], start)
@@ -276,6 +278,7 @@ class Predictor:
         return result
 
     def _decoded_all(self, images: Sequence[ImageLike] | np.ndarray | Tensor, first: int = 0) -> list[Tensor]:
+        _require_several(images)
         several = first > 0 or len(images) > 1
         return [
             self.decoded(image, f"image {number}" if several else "image")
@@ -308,6 +311,15 @@ def _only_page(path: Path) -> bytes:
     if found[0].error:
         raise UnreadableImage(found[0].error)
     return found[0].data
+
+
+def _require_several(images: object) -> None:
+    """Refuse one image, or its name, where several are expected."""
+    if isinstance(images, str | bytes | bytearray | Path | Image.Image) or not hasattr(images, "__len__"):
+        raise UserError(
+            f"images: expected a list of images, or an array or tensor of them, found "
+            f"{type(images).__name__}. One goes to predict, or into a list."
+        )
 
 
 def _encoded(image: ImageLike) -> bytes:

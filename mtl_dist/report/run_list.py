@@ -89,10 +89,16 @@ def mode_of(metric: str, runs: Sequence[ListedRun]) -> Mode:
         known = sorted({name for run in runs for name in run.metrics})
         raise UserError(f"metric: expected one that a run has, found {metric!r}. {suggest(metric, known)}")
     from mtl_dist.recipe import load_recipe_of
+    from mtl_dist.tasks.metrics import MEAN_ACCURACY
 
-    own = f"val/{metric.partition('/')[2]}"
-    recipe = load_recipe_of(run.path, [{"monitor.metric": own, "monitor.mode": None}])
-    return recipe.monitor_mode
+    recipe = load_recipe_of(run.path)
+    if metric == recipe.monitor.name:
+        return recipe.monitor_mode
+    task, _, name = metric.partition("/")[2].rpartition("/")
+    known = {*recipe.tasks[task].modes, *recipe.tasks[task].metrics} if task in recipe.tasks else set()
+    if name not in (*known, "loss", MEAN_ACCURACY):
+        raise UserError(f"metric: expected one of which less or more is better, found {metric!r}.")
+    return recipe.mode_of(metric)
 
 
 def sorted_by(metric: str, runs: Sequence[ListedRun]) -> list[ListedRun]:

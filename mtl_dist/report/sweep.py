@@ -23,6 +23,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.figures.sweep import draw_sweep
 from mtl_dist.launch.series import Training, train_all
 from mtl_dist.launch.sweep import point_labels, short_keys, split_values, sweep_points
+from mtl_dist.monitor import MonitorSettings
 from mtl_dist.plural import plural
 from mtl_dist.printable import printable
 from mtl_dist.recipe import Recipe, load_recipe
@@ -100,8 +101,13 @@ def plan_sweep(path: Path, overrides: Sequence[str], directory: Path) -> Sweep:
         recipe = load_recipe(path, [*constant, *point]).with_absolute_paths()
         values = dict(text.split("=", 1) for text in point)
         points.append(Point(directory / label, values, recipe.model_copy(update={"name": label})))
-    metrics = {point.recipe.monitor.metric for point in points}
-    return Sweep(list(points[0].values), points, metrics.pop() if len(metrics) == 1 else None)
+    alike = all(_followed(point.recipe.monitor) == _followed(points[0].recipe.monitor) for point in points)
+    return Sweep(list(points[0].values), points, points[0].recipe.monitor.name if alike else None)
+
+
+def _followed(monitor: MonitorSettings) -> object:
+    """What is followed, as far as two runs are compared by it."""
+    return monitor.metric if monitor.mean is None else monitor.mean
 
 
 def run_sweep(

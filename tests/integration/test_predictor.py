@@ -172,6 +172,11 @@ def test_an_image_at_fault_is_an_error_of_its_own_kind_that_says_which(run: Path
         predictor.predict_many([image_of(1), b"not an image"])
     with pytest.raises(mtl_dist.ImageError, match=r"^image: expected a readable image"):
         predictor.predict(b"")
+    several: Any
+    for several in ("photo.png", b"bytes", Path("photo.png"), 3, None):
+        for ask in (predictor.predict_many, predictor.logits, predictor.preprocess):
+            with pytest.raises(UserError, match=r"^images: expected a list of images"):
+                ask(several)
     with pytest.raises(UserError, match="threshold") as raised:
         predictor.predict(image_of(1), threshold=2)
     assert not isinstance(raised.value, mtl_dist.ImageError)

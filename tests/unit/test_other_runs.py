@@ -66,6 +66,7 @@ def test_every_section_of_a_recipe_is_in_the_table() -> None:
 def test_what_the_table_does_not_know_is_refused() -> None:
     assert verdict_on("moon.phase") == "refused"
     assert verdict_on("model.checkpointing") == "accepted"
+    assert verdict_on("monitor.mean.val/digit/accuracy") == "the best restarts"
 
 
 def test_each_accepted_change_is_one_line_with_both_values(kept: Recipe, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ from mtl_dist.commands.options import named
 from mtl_dist.errors import UserError
 from mtl_dist.importers.options import PackOptions
 from mtl_dist.importers.wanted import class_names
-from mtl_dist.launch.local import Launch, Machines, machines_of, plan_launch
+from mtl_dist.launch.agent import report
+from mtl_dist.launch.local import Launch, Machines, check_rendezvous, machines_of, plan_launch
 
 ROOT = Path(__file__).parents[3]
 DIGITS = ROOT / "configs" / "digits.yaml"
@@ -323,6 +325,32 @@ def test_machines_that_cannot_meet_are_refused(options: str, line: str) -> None:
     done = mtl("launch", DIGITS, "--nproc", "2", *options.split())
     assert done.exit_code == 2
     assert re.search(line, done.output)
+
+
+def test_a_meeting_place_that_cannot_be_one_is_refused_before_anything_waits_for_it() -> None:
+    def refused(rank: int, host: str, port: int) -> str:
+        with pytest.raises(UserError) as caught:
+            check_rendezvous(Machines(2, rank, host, port))
+        return str(caught.value)
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert refused(0, "127.0.0.1", port).endswith(f"found {port}, which is in use.")
+        check_rendezvous(Machines(2, 1, "127.0.0.1", port))  # where the first machine listens already
+    check_rendezvous(Machines(2, 0, "localhost", port))
+    for rank in (0, 1):
+        assert "first machine, found no.such.host.invalid: " in refused(rank, "no.such.host.invalid", 29500)
+    assert "found 192.0.2.1, which is none of this machine's" in refused(0, "192.0.2.1", 29500)
+
+
+def test_a_rank_that_fails_points_to_the_other_machines_where_there_are_some(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert (report({1: 1}), report({1: 1}, num_machines=2)) == (1, 1)
+    alone, among = capsys.readouterr().err.splitlines()
+    assert among == f"{alone} If the first failure was another machine's, it is said there."
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another kind": (
         {"from": "value", "map": {"0": 1}},
-        "expected a classification task, found value, a regr",
+        "expected a task of classes, found value, a regr",
     ),
     "no such task": (PARITY | {"from": "digits"}, "found 'digits'. Did you mean digit"),
 }
@@ -273,7 +273,7 @@ def test_classes_made_of_numbers_can_be_balanced(numbers: Path) -> None:
         ),
         (
             {"from": "value", "by": f"{__name__}.tenz"},
-            r"derive.new.by: expected a class tenz .*Did you mean tens",
+            r"derive.new.by: expected a function tenz .*Did you mean tens",
         ),
         (
             {"from": "value", "by": f"{__name__}.wrong", "classes": ["a", "b"]},

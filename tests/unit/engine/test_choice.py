@@ -70,6 +70,7 @@ def test_offloading_is_what_either_asks_for() -> None:
         (EngineSettings(zero_stage=2, offload_parameters=True), {}, "engine.offload_parameters: .* found 2"),
         (EngineSettings(), launched(4), "--zero_stage 0, 1, 2 or 3, found 4"),
         (EngineSettings(), {"ACCELERATE_USE_FSDP": "true"}, "found FSDP"),
+        (EngineSettings(), {"ACCELERATE_DYNAMO_BACKEND": "AOT_EAGER"}, "dynamo_backend, found aot_eager"),
         (
             EngineSettings(),
             launched(2, ACCELERATE_DEEPSPEED_CONFIG_FILE="absent.json"),

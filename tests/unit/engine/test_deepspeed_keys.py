@@ -142,6 +142,7 @@ def test_a_mistake_in_a_recipe_is_one_line_with_its_key(config: dict[str, Any], 
 CLIP = {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}
 BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 FOUR = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
 
 
 def test_what_the_recipe_does_not_say_is_taken_over_from_an_accelerate_config() -> None:
@@ -150,6 +151,8 @@ def test_what_the_recipe_does_not_say_is_taken_over_from_an_accelerate_config() 
     assert recipe.optim.clip_norm == 1.0
     assert "train.precision is bf16, as accelerate's mixed_precision has it." in notes
     assert with_launcher(recipe, {}) == (recipe, [])
+    plain, _ = with_launcher(load_recipe(RECIPE), {**FOUR, **COMPILED})
+    assert (plain.train.accumulation, plain.train.compile) == (4, True)
     without, notes = with_launcher(load_recipe(RECIPE), {"ACCELERATE_MIXED_PRECISION": "no"})
     assert (without, notes) == (load_recipe(RECIPE), [])
 
@@ -172,6 +175,7 @@ def test_what_both_say_alike_is_no_contradiction() -> None:
             launched(**FOUR),
             "train.accumulation: expected 4, .* found train.micro_batch",
         ),
+        ("train.compile=false", COMPILED, "train.compile: expected True, .* found False"),
         ("train.epochs=1", {"ACCELERATE_MIXED_PRECISION": "fp8"}, "precision: .*found 'fp8'"),
     ],
 )

@@ -74,6 +74,12 @@ def test_tars_are_indexed(tmp_path: Path) -> None:
         run("auto", tmp_path / "no", {"source": tmp_path / "a.tar"}, HERE)
 
 
+def test_a_dataset_that_is_prepared_is_not_prepared_again(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text("{}")
+    with pytest.raises(UserError, match=r"found a dataset that is prepared. .* mtl inspect"):
+        run("auto", tmp_path / "no", {"source": tmp_path}, HERE)
+
+
 def test_what_cannot_be_known_is_asked_for_by_its_options(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, np.zeros((5, 8, 8), np.uint8), photometric="minisblack")

@@ -214,6 +214,21 @@ def test_runs_are_listed_with_what_they_reached_best_first_if_asked(study: Path)
     assert mtl("runs", "--best", "val/digit/accuracy") == "runs/tiny/b\n"
 
 
+def test_runs_that_follow_a_mean_are_ranked_by_any_metric_as_others_are(study: Path) -> None:
+    one, two = "{mean: {val/digit/accuracy: 2}}", "{mean: {val/digit/accuracy: 2, val/value/r2: 1}}"
+    recipe = write_recipe(study)
+    recipe.write_text(RECIPE.replace("monitor: {metric: val/digit/accuracy}", ""))
+    for name, mean, accuracy in (("a", one, 0.6), ("b", two, 0.8)):
+        run = Path("runs/tiny") / name
+        write_run(run, load_recipe(recipe, [f"monitor={mean}"]), accuracy)
+        status = json.loads((run / "status.json").read_text())
+        (run / "status.json").write_text(json.dumps(status | {"metric": "val/weighted_mean"}))
+    for metric in ("val/digit/accuracy", "val/weighted_mean"):
+        assert mtl("runs", "runs/tiny/a", "runs/tiny/b", "--best", metric) == "runs/tiny/b\n"
+    assert plan_sweep(recipe, [f"monitor={two}", "optim.lr=1,2"], study / "s").metric == "val/weighted_mean"
+    assert plan_sweep(recipe, [f"monitor={one},{two}"], study / "s").metric is None
+
+
 def test_a_damaged_file_of_one_run_takes_away_nothing_of_the_others(study: Path) -> None:
     (study / "runs" / "tiny" / "c" / "evaluation" / "metrics.json").write_text('{"a":')
     lines = [line.split() for line in mtl("runs").splitlines()]
