@@ -95,8 +95,8 @@ def mode_of(metric: str, runs: Sequence[ListedRun]) -> Mode:
     if metric == recipe.monitor.name:
         return recipe.monitor_mode
     task, _, name = metric.partition("/")[2].rpartition("/")
-    known = {*recipe.tasks[task].modes, *recipe.tasks[task].metrics} if task in recipe.tasks else set()
-    if name not in (*known, "loss", MEAN_ACCURACY):
+    ranked = {*recipe.tasks[task].modes, *recipe.tasks[task].metrics} if task in recipe.tasks else set()
+    if name not in (*ranked, "loss", MEAN_ACCURACY):
         raise UserError(f"metric: expected one of which less or more is better, found {metric!r}.")
     return recipe.mode_of(metric)
 
