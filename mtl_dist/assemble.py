@@ -295,7 +295,7 @@ class Trained:
             root = build_root(self.recipe.model_copy(update={"model": model}), self.facts, world)
             root.load_state_dict(self.weights)
         except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())[:300].rstrip(".")
             raise UserError(
                 f"{self.path}: expected weights that fit its own recipe.yaml and data.json, found: {reason}. "
                 "Use another copy of the run."

@@ -103,10 +103,10 @@ def results_table(evaluations: Mapping[str, Evaluation]) -> CellTable:
 
 
 def per_class_table(evaluation: Evaluation) -> CellTable:
-    """One row per task and class, a column for each metric that a task has of its classes."""
+    """One row per task and class (or number, quantile, point), a column for each metric that a task has of its classes."""
     table = CellTable(box=None, pad_edge=False)
     table.add_column("task")
-    table.add_column("class")
+    table.add_column("class or part")
     all_rows = [values for classes in evaluation.per_class.values() for values in classes.values()]
     names = list(dict.fromkeys(name for values in all_rows for name in values if name != "support"))
     for metric in (*names, "support"):
@@ -130,7 +130,7 @@ def print_results(evaluations: Mapping[str, Evaluation], console: Console | None
 
 def print_per_class(evaluation: Evaluation) -> None:
     plain_console().print(
-        per_class_table(evaluation) if evaluation.per_class else "No task of the run has classes."
+        per_class_table(evaluation) if evaluation.per_class else "No task of the run has classes or other parts."
     )
 
 

@@ -128,18 +128,20 @@ def check_heads(settings: ModelSettings, specs: Sequence[HeadSpec]) -> None:
         if isinstance(own, UserHeadSettings):
             problems += _own_problems(own, layouts[task], f"model.heads.{task}")
             continue
-        if layouts[task] == "map" and isinstance(chosen_decoder(settings, task), UserHeadSettings):
+        # Not which were stated: the recipe of a run states all, those that are not meant as null.
+        options = {option for option in TaskHeadSettings.model_fields if getattr(own, option) is not None}
+        if options and layouts[task] == "map" and isinstance(chosen_decoder(settings, task), UserHeadSettings):
             problems.append(
                 f"model.heads.{task}: expected a decoder of its own (kind: ...), as model.decoder is not "
-                f"unet, found options of unet ({', '.join(sorted(own.model_fields_set))}). State its kind."
+                f"unet, found options of unet ({', '.join(sorted(options))}). State its kind."
             )
             continue
         allowed = HeadSettings if layouts[task] == "vector" else DecoderSettings
-        options = [option for option in allowed.model_fields if option in TaskHeadSettings.model_fields]
-        for option in sorted(own.model_fields_set - set(options)):
+        known = [option for option in allowed.model_fields if option in TaskHeadSettings.model_fields]
+        for option in sorted(options - set(known)):
             problems.append(
                 f"model.heads.{task}.{option}: expected an option of a {layouts[task]} head "
-                f"({', '.join(options)}), found {option!r}. Remove it."
+                f"({', '.join(known)}), found {option!r}. Remove it."
             )
     if problems:
         raise UserError("\n".join(problems))

@@ -138,7 +138,8 @@ class KeypointsSettings(CommonTaskSettings):
                         f"{where}.reference: expected diagonal, extent or two of the points "
                         f"{', '.join(info.classes)}, found {point!r}."
                     )
-        if self.head == "regression" and "shape" in self.model_fields_set:
+        # Not whether it was stated: the recipe of a run states everything.
+        if self.head == "regression" and self.shape != HeatmapShape():
             raise UserError(
                 f"{where}.shape: expected none with head: regression, which has no heat map. Remove it."
             )

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from mtl_dist.config.settings import Settings
 from mtl_dist.errors import UserError
 from mtl_dist.lazy import F, torch
 from mtl_dist.specs import IGNORE, TaskInfo
@@ -20,6 +21,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LEAST_LOST = 1e-6
+
+
+class BoundarySettings(Settings):
+    """What pixels near the boundary of two classes weigh: 1 + `weight` x the share of other classes among the
+    labelled pixels of the square of `width` around a pixel.
+
+    Of two classes as in https://arxiv.org/abs/1911.11445, whose squares count what lies outside of the image
+    as background.
+    """
+
+    weight: Annotated[float, Field(gt=0)] = 5.0
+    """What a pixel among nothing but other classes would weigh more."""
+    width: Annotated[int, Field(ge=3)] = 31
+    """Odd, in pixels of the masks that the model sees."""
+
+    @field_validator("width")
+    @classmethod
+    def _has_a_centre(cls, width: int) -> int:
+        if width % 2 == 0:
+            raise ValueError(f"expected an odd number of pixels, found {width}. Take {width + 1}.")
+        return width
 
 
 class MapCrossEntropySettings(LossSettings):
@@ -37,21 +59,25 @@ class MapCrossEntropySettings(LossSettings):
     """Of class_weights: effective, which want one: near 1 - 1 / (pixels of a rare class)."""
     logit_adjustment: LogitAdjustment = False
     """true, or tau, the factor of the log-priors."""
+    boundary: BoundarySettings | None = None
+    """What pixels near boundaries weigh more, times their class weights."""
 
     def build(self, info: TaskInfo, where: str) -> Loss:
         weights_C = class_weights(self.class_weights, info, where, self.beta)
         added_C = adjustments(self.logit_adjustment, info, f"{where}.logit_adjustment")
-        return MapCrossEntropy(len(info.classes), weights_C, added_C)
+        return MapCrossEntropy(len(info.classes), weights_C, added_C, self.boundary)
 
 
 class MapBceSettings(LossSettings):
     """Binary cross entropy of foreground against background, averaged over all labelled pixels."""
 
     kind: Literal["bce"] = "bce"
+    boundary: BoundarySettings | None = None
+    """What pixels near boundaries weigh more."""
 
     def build(self, info: TaskInfo, where: str) -> Loss:
         require_two_classes(self.kind, info, where)
-        return MapBce()
+        return MapBce(self.boundary)
 
 
 class DiceSettings(LossSettings):
@@ -120,6 +146,8 @@ class BceDiceSettings(LossSettings):
     """The factor of the Dice loss."""
     smooth: Annotated[float, Field(gt=0)] = 1.0
     """What is added to numerator and denominator, in pixels."""
+    boundary: BoundarySettings | None = None
+    """What pixels near boundaries weigh more in the cross entropy."""
 
     def build(self, info: TaskInfo, where: str) -> Loss:
         require_two_classes(self.kind, info, where)
@@ -127,7 +155,7 @@ class BceDiceSettings(LossSettings):
             raise UserError(
                 f"{where}: expected a weight > 0, found both 0. Remove the task to switch it off."
             )
-        return BceDice(MapBce(), Dice(2, self.smooth), self.bce_weight, self.dice_weight)
+        return BceDice(MapBce(self.boundary), Dice(2, self.smooth), self.bce_weight, self.dice_weight)
 
 
 SegmentationLoss: TypeAlias = Annotated[
@@ -152,11 +180,35 @@ def require_two_classes(kind: str, info: TaskInfo, where: str) -> None:
         )
 
 
+def pixel_weights(target_BHW: Tensor, num_classes: int, boundary: BoundarySettings | None) -> Tensor:
+    """What each pixel weighs by where it is, float32 (B, H, W); without a label 0."""
+    valid_BHW = target_BHW != IGNORE
+    if boundary is None:
+        return valid_BHW.float()
+    all_BHW = _around(valid_BHW, boundary.width)
+    own_BHW = torch.zeros_like(all_BHW)
+    # A class after the other: all at once would take as much memory as the logits.
+    for number in range(num_classes):
+        is_it_BHW = target_BHW == number
+        own_BHW = torch.where(is_it_BHW, _around(is_it_BHW, boundary.width), own_BHW)
+    shares_BHW = 1 - own_BHW / all_BHW.clamp(min=1)
+    return torch.where(valid_BHW, 1 + boundary.weight * shares_BHW, 0.0)
+
+
+def _around(is_it_BHW: Tensor, width: int) -> Tensor:
+    """How many pixels of the square of this width around each are true."""
+    counts_BHW, half = is_it_BHW.float(), width // 2
+    for size, padding in (((width, 1), (half, 0)), ((1, width), (0, half))):
+        counts_BHW = F.avg_pool2d(counts_BHW, size, 1, padding, divisor_override=1)
+    return counts_BHW
+
+
 @dataclass(frozen=True, eq=False)
 class MapCrossEntropy(Loss):
     num_classes: int
     weights_C: Tensor | None
     added_C: Tensor | None = None
+    boundary: BoundarySettings | None = None
 
     @property
     def num_outputs(self) -> int:
@@ -167,29 +219,32 @@ class MapCrossEntropy(Loss):
             output = output + self.added_C.to(output.device, non_blocking=True)[:, None, None]
         weights_C = None if self.weights_C is None else self.weights_C.to(output.device, non_blocking=True)
         losses_BHW = F.cross_entropy(output, target.long(), weights_C, ignore_index=IGNORE, reduction="none")
+        if self.boundary is not None:
+            losses_BHW = losses_BHW * pixel_weights(target, self.num_classes, self.boundary)
         return losses_BHW.sum(dim=(1, 2))
 
     def denominators(self, target: Tensor) -> Tensor:
-        valid_BHW = target != IGNORE
-        if self.weights_C is None:
-            return valid_BHW.sum(dim=(1, 2), dtype=torch.float32)
-        classes_BHW = torch.where(valid_BHW, target, 0).long()
-        weights_BHW = self.weights_C.to(target.device, non_blocking=True)[classes_BHW]
-        return torch.where(valid_BHW, weights_BHW, 0.0).sum(dim=(1, 2))
+        weights_BHW = pixel_weights(target, self.num_classes, self.boundary)
+        if self.weights_C is not None:
+            classes_BHW = torch.where(target != IGNORE, target, 0).long()
+            weights_BHW = weights_BHW * self.weights_C.to(target.device, non_blocking=True)[classes_BHW]
+        return weights_BHW.sum(dim=(1, 2))
 
 
 @dataclass(frozen=True)
 class MapBce(Loss):
+    boundary: BoundarySettings | None = None
+
     @property
     def num_outputs(self) -> int:
         return 1
 
     def numerators(self, output: Tensor, target: Tensor) -> Tensor:
         losses_BHW = F.binary_cross_entropy_with_logits(output[:, 0], (target == 1).float(), reduction="none")
-        return torch.where(target != IGNORE, losses_BHW, 0.0).sum(dim=(1, 2))
+        return (losses_BHW * pixel_weights(target, 2, self.boundary)).sum(dim=(1, 2))
 
     def denominators(self, target: Tensor) -> Tensor:
-        return (target != IGNORE).sum(dim=(1, 2), dtype=torch.float32)
+        return pixel_weights(target, 2, self.boundary).sum(dim=(1, 2))
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,13 @@ def test_a_task_can_go_back_to_a_linear_head() -> None:
     assert len(head.hidden) == 0
 
 
+def test_the_recipe_of_a_run_which_states_all_options_of_a_head_is_read_again() -> None:
+    own = {"kind": TaskHeadSettings(hidden=(3,)), "mask": TaskHeadSettings(skips=False)}
+    stated = ModelSettings.model_validate_json(ModelSettings(heads=own).model_dump_json())
+    assert "hidden" in stated.heads["mask"].model_fields_set
+    check_heads(stated, [KIND, MASK])
+
+
 def test_unknown_tasks_and_options_of_others_are_one_line_each() -> None:
     settings = ModelSettings(
         heads={

@@ -51,12 +51,14 @@ LOSSES = {
     "masks of two": [
         {"kind": "cross_entropy", "class_weights": "balanced"},
         {"kind": "bce"},
+        {"kind": "bce", "boundary": {"width": 3}},
         {"kind": "dice"},
         {"kind": "bce_dice", "bce_weight": 0.5, "dice_weight": 2.0},
     ],
     "masks of three": [
         {"kind": "cross_entropy"},
         {"kind": "cross_entropy", "logit_adjustment": True},
+        {"kind": "cross_entropy", "boundary": {"weight": 2.0, "width": 5}, "class_weights": "balanced"},
         {"kind": "dice", "smooth": 0.1},
     ],
 }
@@ -72,6 +74,14 @@ def build(which: str, loss: dict[str, Any] | None = None) -> Task:
     raw = {"kind": info.kind} | ({"loss": loss} if loss else {})
     raw |= {"head": "regression"} if which == "points of numbers" else {}
     return build_tasks({"it": SETTINGS.validate_python(raw)}, {"it": info})["it"]
+
+
+@every_loss
+def test_a_task_is_built_of_what_the_recipe_of_a_run_states_of_it(which, loss):
+    task = build(which, loss)
+    stated = SETTINGS.validate_json(task.settings.model_dump_json())
+    again = build_tasks({"it": stated}, {"it": INFOS[which]})["it"]
+    assert again.settings == task.settings and again.head == task.head
 
 
 def random_batch(task: Task, num: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

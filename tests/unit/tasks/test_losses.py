@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mtl_dist.errors import UserError
 from mtl_dist.specs import HeadSpec, TaskInfo
@@ -242,6 +243,67 @@ def test_bce_dice_is_the_weighted_sum_of_both_per_sample():
     dice = mean_loss(build(LESION, kind="dice"), output, target)
     found = mean_loss(build(LESION, kind="bce_dice", bce_weight=0.5, dice_weight=2.0), output, target)
     torch.testing.assert_close(found, 0.5 * sum(bce) / 2 + 2 * dice, rtol=1e-6, atol=0)
+
+
+def boundary_weights_by_hand(target: Tensor, weight: float, width: int) -> Tensor:
+    weights = torch.zeros(target.shape)
+    for y in range(target.shape[0]):
+        for x in range(target.shape[1]):
+            if target[y, x] == 255:
+                continue
+            low = [max(0, at - width // 2) for at in (y, x)]
+            around = target[low[0] : y + width // 2 + 1, low[1] : x + width // 2 + 1]
+            labelled = around[around != 255]
+            weights[y, x] = 1 + weight * (labelled != target[y, x]).float().mean()
+    return weights
+
+
+@pytest.mark.parametrize("width", [3, 5, 31])
+@pytest.mark.parametrize(
+    ("info", "kind", "classes"),
+    [(PETS, "cross_entropy", (1.0, 3.0, 0.5)), (LESION, "cross_entropy", None), (LESION, "bce", None)],
+)
+def test_a_pixel_weighs_more_by_the_share_of_other_classes_around_it(
+    info: TaskInfo, kind: str, classes: tuple[float, ...] | None, width: int
+):
+    num = 1 if kind == "bce" else len(info.classes)
+    output = logits(2, num, 6, 9)
+    target = torch.randint(len(info.classes), (2, 6, 9), generator=torch.Generator().manual_seed(3))
+    target = target.to(torch.uint8)
+    target[0, :2], target[1, 3, 3] = 255, 255
+    weights = torch.stack([boundary_weights_by_hand(each, 4.0, width) for each in target])
+    if classes is not None:
+        weights = weights * torch.tensor((*classes, *[0.0] * 253))[target.long()]
+    if num == 1:
+        losses = F.binary_cross_entropy_with_logits(output[:, 0], (target == 1).float(), reduction="none")
+    else:
+        losses = F.cross_entropy(output, target.long(), ignore_index=255, reduction="none")
+    more = {} if classes is None else {"class_weights": classes}
+    task = build(info, kind=kind, boundary={"weight": 4.0, "width": width}, **more)
+    expected = (losses * weights).sum() / weights.sum()
+    torch.testing.assert_close(mean_loss(task, output, target), expected, rtol=1e-5, atol=0)
+
+
+def test_boundary_weights_of_one_class_alone_change_nothing_and_of_bce_dice_are_those_of_its_bce():
+    output, target = logits(2, 1, 5, 6), torch.ones(2, 5, 6, dtype=torch.uint8)
+    target[0, 0] = 255
+    for kind in ("bce", "bce_dice"):
+        plain, weighed = build(LESION, kind=kind), build(LESION, kind=kind, boundary={})
+        same = mean_loss(plain, output, target)
+        torch.testing.assert_close(mean_loss(weighed, output, target), same, rtol=1e-6, atol=0)
+    target[:, 2:] = 0
+    settings = {"boundary": {"weight": 2, "width": 3}}
+    bce = [
+        mean_loss(build(LESION, kind="bce", **settings), output[b : b + 1], target[b : b + 1]) for b in (0, 1)
+    ]
+    dice = mean_loss(build(LESION, kind="dice"), output, target)
+    found = mean_loss(build(LESION, kind="bce_dice", **settings), output, target)
+    torch.testing.assert_close(found, sum(bce) / 2 + dice, rtol=1e-6, atol=0)
+
+
+def test_an_even_width_of_boundaries_has_no_centre():
+    with pytest.raises(ValidationError, match="expected an odd number of pixels"):
+        build(LESION, kind="bce", boundary={"width": 4})
 
 
 def tversky_by_hand(p: Tensor, true: Tensor, alpha: float, beta: float, smooth: float) -> Tensor:
