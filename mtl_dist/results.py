@@ -103,7 +103,7 @@ def results_table(evaluations: Mapping[str, Evaluation]) -> CellTable:
 
 
 def per_class_table(evaluation: Evaluation) -> CellTable:
-    """One row per task and class (or number, quantile, point), a column for each metric that a task has of its classes."""
+    """One row per task and class (or number, quantile, point), a column for each metric that it has."""
     table = CellTable(box=None, pad_edge=False)
     table.add_column("task")
     table.add_column("class or part")
@@ -129,9 +129,8 @@ def print_results(evaluations: Mapping[str, Evaluation], console: Console | None
 
 
 def print_per_class(evaluation: Evaluation) -> None:
-    plain_console().print(
-        per_class_table(evaluation) if evaluation.per_class else "No task of the run has classes or other parts."
-    )
+    none = "No task of the run has classes or other parts."
+    plain_console().print(per_class_table(evaluation) if evaluation.per_class else none)
 
 
 def calibration_table(evaluation: Evaluation) -> CellTable:

@@ -37,7 +37,7 @@ class SourceFacts:
         """The stored tasks and the derived ones, with the facts that a recipe states."""
         tasks = self.manifest.tasks | {name: derivation.info for name, derivation in self.derived.items()}
         return {
-            name: replace(info, facts={**info.facts, **self.facts[name]}) if name in self.facts else info
+            name: _restated(name, info, self.facts[name]) if name in self.facts else info
             for name, info in tasks.items()
         }
 
@@ -157,6 +157,13 @@ def _merge(task: str, sources: Sequence[SourceFacts]) -> TaskInfo:
         num_labelled=sum(count.present for count in counts),
         class_counts=tuple(map(sum, zip(*(c.class_counts for c in counts if c.class_counts), strict=True))),
     )
+
+
+def _restated(task: str, info: TaskInfo, stated: Mapping[str, Any]) -> TaskInfo:
+    try:
+        return kind_of(info.kind).restated(info, stated)
+    except UserError as error:
+        raise UserError(f"data.facts.{task}: {error}") from None
 
 
 def _check_facts(facts: Mapping[str, Mapping[str, Any]], training: Sequence[SourceFacts]) -> None:

@@ -26,6 +26,7 @@ from mtl_dist.importers.tables import Row
 from mtl_dist.importers.wanted import (
     Classes,
     Colours,
+    Facts,
     Labels,
     Missing,
     Separator,
@@ -69,13 +70,14 @@ class Parquet(Importer):
         classes: Classes = {},  # noqa: B006
         colours: Colours = {},  # noqa: B006
         units: Units = {},  # noqa: B006
+        facts: Facts = {},  # noqa: B006
         separator: Separator = "|",
         missing: Missing = MISSING,
         strict: Strict = False,
     ) -> None:
         _pyarrow()
         names = with_colours(classes, colours)
-        self._wanted = wanted_tasks(labels, names, units, separator, missing, strict)
+        self._wanted = wanted_tasks(labels, names, units, separator, missing, strict, facts)
         self._source, self._image = source, image
         if source.is_file() and source.suffix.lower() in (_PARQUET, _ARROW):
             self._tree, self._files = Tree(source.parent), [source.name]

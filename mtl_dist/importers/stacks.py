@@ -30,6 +30,7 @@ from mtl_dist.importers.tables import Row
 from mtl_dist.importers.tiff import Bounds, Stack, StackPage, open_stack, percentiles
 from mtl_dist.importers.wanted import (
     Classes,
+    Facts,
     Labels,
     Missing,
     Separator,
@@ -91,6 +92,7 @@ class Stacks(Importer):
         labels: Labels = {},  # noqa: B006 (never changed)
         classes: Classes = {},  # noqa: B006
         units: Units = {},  # noqa: B006
+        facts: Facts = {},  # noqa: B006
         separator: Separator = "|",
         missing: Missing = MISSING,
         strict: Strict = False,
@@ -108,7 +110,7 @@ class Stacks(Importer):
                 f"--normalise: expected two percentiles from 0 to 100, found {normalise[0]:g},"
                 f"{normalise[1]:g}."
             )
-        self._wanted = wanted_tasks(labels, classes, units, separator, missing, strict)
+        self._wanted = wanted_tasks(labels, classes, units, separator, missing, strict, facts)
         self._source, self._tree = source, Tree(source)
         self._frames, self._normalise = frames, normalise
         self._notes: list[str] = []

@@ -27,6 +27,7 @@ from mtl_dist.importers.tables import FILE, Row, read_table
 from mtl_dist.importers.wanted import (
     Classes,
     Colours,
+    Facts,
     Labels,
     Missing,
     Separator,
@@ -87,6 +88,7 @@ class TableImporter(Importer):
         labels: Labels = {},  # noqa: B006 (never changed)
         classes: Classes = {},  # noqa: B006
         units: Units = {},  # noqa: B006
+        facts: Facts = {},  # noqa: B006
         separator: Separator = "|",
         missing: Missing = MISSING,
         strict: Strict = False,
@@ -94,7 +96,7 @@ class TableImporter(Importer):
         colours: Colours = {},  # noqa: B006
     ) -> None:
         names = with_colours(classes, colours)
-        self._wanted = wanted_tasks(labels, names, units, separator, missing, strict)
+        self._wanted = wanted_tasks(labels, names, units, separator, missing, strict, facts)
         self._table = read_table(source, root)
         self._rows = with_computed(self._table.rows, compute)
         self._columns = (*self._table.columns, *compute)

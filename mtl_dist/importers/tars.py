@@ -58,7 +58,7 @@ from mtl_dist.importers.summary import (
 )
 from mtl_dist.importers.tables import Row
 from mtl_dist.importers.tar_scan import TarFacts, TarScan, scan_tar
-from mtl_dist.importers.wanted import Classes, Missing, Separator, Strict, Units, wanted_tasks
+from mtl_dist.importers.wanted import Classes, Facts, Missing, Separator, Strict, Units, wanted_tasks
 from mtl_dist.kinds.kind import Label, MapKind, ScalarKind
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.kinds.vocabulary import MISSING
@@ -104,13 +104,15 @@ class Tars(Importer):
         ] = {},  # noqa: B006 (never changed)
         classes: Classes = {},  # noqa: B006
         units: Units = {},  # noqa: B006
+        facts: Facts = {},  # noqa: B006
         separator: Separator = "|",
         missing: Missing = MISSING,
         strict: Strict = False,
     ) -> None:
         self._images = image_extensions(image)
         self._wanted = {
-            task.task: task for task in wanted_tasks(labels, classes, units, separator, missing, strict)
+            task.task: task
+            for task in wanted_tasks(labels, classes, units, separator, missing, strict, facts)
         }
         self._maps = [task for task in self._wanted.values() if task.is_map]
         self._scalars = [task for task in self._wanted.values() if not task.is_map]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
+from mtl_dist.config import yaml_text
 from mtl_dist.config.nearest import nearest
 from mtl_dist.data.shards import check_task_names
 from mtl_dist.errors import UserError
@@ -28,6 +29,7 @@ from mtl_dist.kinds.vocabulary import (
     colour_value,
     plain,
 )
+from mtl_dist.specs import TaskInfo
 
 Names: TypeAlias = str | Sequence[str] | Mapping[str, str]
 """Class names as they are given: by index, or by value or colour."""
@@ -45,6 +47,14 @@ Colours: TypeAlias = Annotated[
 ]
 Units: TypeAlias = Annotated[
     dict[str, str], Help("The unit of a number, such as years.", "TASK=UNIT", "unit")
+]
+Facts: TypeAlias = Annotated[
+    dict[str, str | dict[str, Any]],
+    Help(
+        "What else a kind wants to know of its labels: 'depth=scale: 0.001, range: [0.1, 10]'. docs/kinds.md",
+        "TASK=KEY: VALUE,...",
+        "facts",
+    ),
 ]
 Separator: TypeAlias = Annotated[str, Help("What stands between a cell's classes.", "TEXT")]
 Missing: TypeAlias = Annotated[
@@ -140,18 +150,19 @@ def wanted_tasks(
     separator: str,
     missing: Sequence[str] = MISSING,
     strict: bool = False,
+    facts: Mapping[str, str | Mapping[str, Any]] = {},
 ) -> list[Wanted]:
     """The tasks of a request, in its order.
 
     Raises:
-        UserError: none, a name that cannot be one, or classes or a unit of no task.
+        UserError: none, a name that cannot be one, or classes, a unit or facts of no task.
     """
     if not labels:
         raise UserError(
             "tasks: expected at least one task, found none. Example: --classification breed=COLUMN"
         )
     check_task_names(labels)
-    for option, given in (("--classes", classes), ("--unit", units)):
+    for option, given in (("--classes", classes), ("--unit", units), ("--facts", facts)):
         for task in given:
             if task not in labels:
                 raise UserError(f"{option}: expected one of the tasks {', '.join(labels)}, found {task!r}.")
@@ -162,9 +173,33 @@ def wanted_tasks(
             raise UserError(f"--label {task}: expected KIND:{task}=COLUMN, found {text!r}.")
         kind_of(kind)
         names = class_names(task, classes[task]) if task in classes else None
-        declared = Declared(names, units.get(task, ""), separator, missing=tuple(missing), strict=strict)
+        stated = stated_facts(task, kind, facts[task]) if task in facts else {}
+        declared = Declared(names, units.get(task, ""), separator, stated, tuple(missing), strict)
         wanted.append(Wanted(task, kind, column, declared))
     return wanted
+
+
+def stated_facts(task: str, kind: str, given: str | Mapping[str, Any]) -> dict[str, Any]:
+    """`scale: 0.001, range: [0.1, 10]`, as YAML writes a mapping; or the mapping itself.
+
+    Raises:
+        UserError: it is none, or means nothing to the kind.
+    """
+    found: Any = given
+    if isinstance(given, str):
+        inner = given.strip().removeprefix("{").removesuffix("}")
+        try:
+            found, _ = yaml_text.parse(f"{{{inner}}}") if ":" in inner else (None, [])
+        except yaml_text.YamlError:
+            found = None
+    if not isinstance(found, Mapping) or not found:
+        raise UserError(f"--facts {task}: expected KEY: VALUE, ... (scale: 0.001), found {given!r}.")
+    facts = {str(key): value for key, value in found.items()}
+    try:
+        kind_of(kind).check_facts(kind_of(kind).restated(TaskInfo(kind, ()), facts))
+    except UserError as error:
+        raise UserError(f"--facts {task}: {error}") from None
+    return facts
 
 
 def with_colours(classes: Mapping[str, Names], colours: Mapping[str, Names]) -> dict[str, Names]:

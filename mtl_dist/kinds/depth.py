@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -55,10 +55,27 @@ class Reading:
                     f"facts of a {info.kind} task: expected {', '.join(_FACTS)}, found {key!r}. Remove it."
                 )
         stated = {key: info.facts[key] for key in _FACTS if key in info.facts}
+        wanted = {"scale": "a number > 0", "invalid": "a number or null", "range": "[LOW, HIGH]"}
+        scale, bounds = stated.get("scale", 1.0), stated.get("range", [0, 0])
+        fits = {
+            "scale": _is_number(scale) and 0 < scale < math.inf,
+            "invalid": stated.get("invalid") is None or _is_number(stated["invalid"]),
+            "range": isinstance(bounds, list | tuple) and len(bounds) == 2 and all(map(_is_number, bounds)),
+            "metric": isinstance(stated.get("metric", False), bool),
+        }
+        for key in (key for key in stated if not fits[key]):
+            raise UserError(
+                f"facts of a {info.kind} task: expected {key} to be {wanted.get(key, 'true or false')}, "
+                f"found {stated[key]!r}."
+            )
         if "range" in stated:
             low, high = stated["range"]
             stated["range"] = (float(low), float(high))
         return cls(**stated)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Depth(MapKind):
@@ -133,6 +150,22 @@ class Depth(MapKind):
             maximum=float(plain[4]),
             facts={**info.facts, **counted},
         )
+
+    def restated(self, info: TaskInfo, stated: Mapping[str, Any]) -> TaskInfo:
+        """Another scale changes mean, deviation and range; which numbers are values was counted already."""
+        changed = replace(info, facts={**info.facts, **stated})
+        before, after = Reading.of(info), Reading.of(changed)
+        scaled = tuple(limit * after.scale / before.scale for limit in before.range)
+        if info.facts.get("pixels") and (after.invalid != before.invalid or after.range != scaled):
+            raise UserError(
+                "expected invalid and range as they were when the values were counted, found others. Prepare "
+                "the dataset with them: --facts TASK='range: [0.1, 10]'."
+            )
+        factor = after.scale / before.scale
+        if "log_mean" in changed.facts:
+            changed.facts["log_mean"] += math.log(factor)
+        of_values = {key: factor * getattr(info, key) for key in ("mean", "std", "minimum", "maximum")}
+        return replace(changed, **of_values)
 
     def merge(self, task_infos: Sequence[TaskInfo]) -> TaskInfo:
         """Pooled over the pixels of all."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
+from mtl_dist.errors import UserError
 from mtl_dist.kinds.view import View
 from mtl_dist.kinds.vocabulary import Cell, Declared, Vocabulary, names_of
 from mtl_dist.specs import TaskInfo
@@ -98,6 +99,18 @@ class Kind(ABC):
             UserError: with what it expects.
         """
         return
+
+    def restated(self, info: TaskInfo, stated: Mapping[str, Any]) -> TaskInfo:
+        """The task with facts that a recipe states of labels that are counted already.
+
+        Raises:
+            UserError: the kind has none, or they would make other labels of these.
+        """
+        if not self.shared_facts and not self.task_settings:
+            raise UserError(
+                f"expected no facts of a {self.name} task, found {', '.join(stated)}. Remove them."
+            )
+        return replace(info, facts={**info.facts, **stated})
 
     def legend(self, task: str, info: TaskInfo) -> list[str]:
         """The words of what is painted or drawn in a colour of its own each."""

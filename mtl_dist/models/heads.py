@@ -130,13 +130,14 @@ def check_heads(settings: ModelSettings, specs: Sequence[HeadSpec]) -> None:
             continue
         # Not which were stated: the recipe of a run states all, those that are not meant as null.
         options = {option for option in TaskHeadSettings.model_fields if getattr(own, option) is not None}
-        if options and layouts[task] == "map" and isinstance(chosen_decoder(settings, task), UserHeadSettings):
+        is_map = layouts[task] == "map"
+        if is_map and options and isinstance(chosen_decoder(settings, task), UserHeadSettings):
             problems.append(
                 f"model.heads.{task}: expected a decoder of its own (kind: ...), as model.decoder is not "
                 f"unet, found options of unet ({', '.join(sorted(options))}). State its kind."
             )
             continue
-        allowed = HeadSettings if layouts[task] == "vector" else DecoderSettings
+        allowed = DecoderSettings if is_map else HeadSettings
         known = [option for option in allowed.model_fields if option in TaskHeadSettings.model_fields]
         for option in sorted(options - set(known)):
             problems.append(

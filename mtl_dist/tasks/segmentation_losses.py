@@ -197,10 +197,10 @@ def pixel_weights(target_BHW: Tensor, num_classes: int, boundary: BoundarySettin
 
 def _around(is_it_BHW: Tensor, width: int) -> Tensor:
     """How many pixels of the square of this width around each are true."""
-    counts_BHW, half = is_it_BHW.float(), width // 2
+    counts_B1HW, half = is_it_BHW.float()[:, None], width // 2
     for size, padding in (((width, 1), (half, 0)), ((1, width), (0, half))):
-        counts_BHW = F.avg_pool2d(counts_BHW, size, 1, padding, divisor_override=1)
-    return counts_BHW
+        counts_B1HW = F.avg_pool2d(counts_B1HW, size, 1, padding, divisor_override=1)
+    return counts_B1HW[:, 0]
 
 
 @dataclass(frozen=True, eq=False)

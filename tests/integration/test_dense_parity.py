@@ -1,4 +1,4 @@
-"""Dense tasks under every engine: maps, numbers and a vector of scenes, labels missing; points in them."""
+"""Dense tasks under every engine: maps, a grade, numbers and a vector of scenes, some missing; points."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from tests.tiny_training import whole_up_to
 
 pytestmark = pytest.mark.slow
 
-NUM_STEPS = 3  # of SGD: Adam enlarges rounding where a gradient is nearly 0
+NUM_STEPS = 2  # of SGD: Adam enlarges rounding where a gradient is nearly 0
 SIZE = 32
 RECIPE = """
 tasks:
-  things: {kind: segmentation, loss: {kind: cross_entropy}}
+  things: {kind: segmentation, loss: {kind: cross_entropy, boundary: {width: 5}}}
   distance: {kind: depth, loss: {kind: huber}}
   surface: {kind: normals}
   light: {kind: regression, loss: {kind: gaussian_nll, floor: 0.5}}
   spread: {kind: regression, space: log, loss: {kind: quantile}}
   colour: {kind: vector, loss: {kind: huber}}
+  most: {kind: ordinal}
 data:
   train:
     - dataset: {kind: tests.integration.test_dense_parity.Scenes}
@@ -38,6 +39,7 @@ data:
         light: {kind: regression}
         spread: {kind: regression}
         colour: {kind: vector, classes: [red, green, blue]}
+        most: {kind: ordinal, classes: [floor, sphere, box]}
       index: INDEX
   image_size: 32
   augment: none
@@ -45,7 +47,7 @@ data:
 model: {backbone: simple_cnn, norm: group}
 optim: {kind: sgd, lr: 0.02, clip_norm: 1.0, schedule: {kind: constant}}
 train:
-  {epochs: 1, max_steps: 3, checkpoint_every: 1, keep_last: 9, global_batch: 8, log_every: 1,
+  {epochs: 1, max_steps: 2, checkpoint_every: 1, keep_last: 9, global_batch: 8, log_every: 1,
    evaluate_at_end: false, metrics: false}
 """
 
@@ -73,6 +75,7 @@ class Scenes(Dataset[Any]):
             "things": scene.classes,
             "light": float(scene.picture.mean()),
             "spread": float(scene.picture.std()),
+            "most": int(np.bincount(scene.classes.ravel(), minlength=4)[1:].argmax()),
             "colour": np.where(np.arange(3) == index % 5, np.nan, scene.picture.mean(axis=(0, 1))),
         }
         sample["distance"] = scene.depth.astype(np.float32)
@@ -86,7 +89,7 @@ class Scenes(Dataset[Any]):
             marks = things[[things[:, 0].argmin(), things[:, 0].argmax(), things[:, 1].argmin()]]
             sample["marks"] = np.column_stack([marks, [2, index % 3 - 1, 1]])
         if index % 2:
-            del sample[("things", "distance", "surface", "light")[index // 2 % 4]]
+            del sample[("things", "distance", "surface", "light", "most")[index // 2 % 5]]
         return sample
 
 
@@ -137,8 +140,18 @@ def alone(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("micro_batch", [4, 2])
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def rest(*values: object) -> object:
+    """One more than it takes for each engine and both numbers of micro-batches to occur."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(
+    ("engine", "micro_batch"),
+    [
+        *[("ddp", 2), ("zero1", 4), ("zero2", 2), ("zero3", 4), ("zero3", 2)],
+        *[rest("ddp", 4), rest("zero1", 2), rest("zero2", 4)],
+    ],
+)
 def test_dense_tasks_learn_under_every_engine_what_they_learn_alone(
     recipe: Path, alone: Path, ranks: RankPool, tmp_path: Path, engine: str, micro_batch: int
 ) -> None:
@@ -149,13 +162,18 @@ def test_dense_tasks_learn_under_every_engine_what_they_learn_alone(
     assert_same(tmp_path / "run", alone)
 
 
-DPT = ["model.decoder={kind: dpt, width: 16, widths: [8, 8, 8, 8], dropout: 0}", "model.checkpointing=block"]
+UNET = ["model.timm.arguments={depth: 2}"]
+DPT = [
+    "model.timm.arguments={depth: 4}",
+    "model.decoder={kind: dpt, width: 16, widths: [8, 8, 8, 8], dropout: 0}",
+    "model.checkpointing=block",
+]
 
 
 @pytest.mark.parametrize(
     "decoder",
     [
-        pytest.param([], id="unet"),
+        pytest.param(UNET, id="unet"),
         pytest.param(DPT, id="dpt"),
     ],
 )
@@ -166,7 +184,7 @@ def test_a_transformer_of_timm_balances_dense_tasks_under_zero_3(
     if decoder is DPT:
         pytest.importorskip("segmentation_models_pytorch")
     vit = [
-        "tasks.surface=null",
+        *[f"tasks.{task}=null" for task in ("surface", "spread", "colour", "most")],
         "model.backbone=timm/test_vit",
         "balance={method: cagrad, level: features}",
         *decoder,

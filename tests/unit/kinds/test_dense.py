@@ -89,6 +89,21 @@ def test_the_facts_of_numbers_are_those_of_all_their_pixels() -> None:
     assert merged.facts == pytest.approx(found.facts)
 
 
+def test_another_scale_changes_what_was_counted_and_other_values_are_refused() -> None:
+    def counted(scale: float) -> TaskInfo:
+        info = TaskInfo("depth", unit="m", facts={"scale": scale})
+        return Depth().facts(stored(npy(METRES.astype(np.float32)), info)[1].tally, info)
+
+    found, expected = Depth().restated(counted(1.0), {"scale": 0.25, "metric": True}), counted(0.25)
+    for key in ("mean", "std", "minimum", "maximum"):
+        assert getattr(found, key) == pytest.approx(getattr(expected, key)), key
+    assert found.facts == pytest.approx({**expected.facts, "metric": True})
+    for stated in ({"range": [0, 1]}, {"invalid": None}):
+        with pytest.raises(UserError, match="expected invalid and range as they were"):
+            Depth().restated(counted(1.0), stated)
+    assert Depth().restated(TaskInfo("depth"), {"range": [0, 1]}).facts == {"range": [0, 1]}
+
+
 def directions() -> np.ndarray:
     vectors = np.random.default_rng(0).normal(size=(3, 4, 5))
     vectors /= np.linalg.norm(vectors, axis=0)
@@ -147,6 +162,9 @@ def test_zoom_scales_depth_where_it_is_metric() -> None:
     ("info", "message"),
     [
         (TaskInfo("depth", facts={"scal": 2.0}), "expected scale, invalid, range, metric, found 'scal'"),
+        (TaskInfo("depth", facts={"scale": "mm"}), "expected scale to be a number > 0, found 'mm'"),
+        (TaskInfo("depth", facts={"range": [1]}), r"expected range to be \[LOW, HIGH\], found \[1\]"),
+        (TaskInfo("depth", facts={"metric": "yes"}), "expected metric to be true or false, found 'yes'"),
         (TaskInfo("normals", facts={"y": "left"}), "expected y to be down or up, found 'left'"),
     ],
 )

@@ -224,7 +224,10 @@ def test_a_heat_map_says_how_sure_it_is() -> None:
             {"reference": ["left_eye", "ear"]},
             "two of the points left_eye, right_eye, nose, chin, found 'ear'",
         ),
-        ({"head": "regression", "shape": {"sigma": 2}}, "tasks.face.shape: expected none with head: regression"),
+        (
+            {"head": "regression", "shape": {"sigma": 2}},
+            "tasks.face.shape: expected none with head: regression",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_points_are_refused(settings: dict[str, Any], message: str) -> None:
