@@ -102,20 +102,26 @@ def results_table(evaluations: Mapping[str, Evaluation]) -> CellTable:
     return table
 
 
-def per_class_table(evaluation: Evaluation) -> CellTable:
-    """One row per task and class (or number, quantile, point), a column for each metric that it has."""
-    table = CellTable(box=None, pad_edge=False)
-    table.add_column("task")
-    table.add_column("class or part")
-    all_rows = [values for classes in evaluation.per_class.values() for values in classes.values()]
-    names = list(dict.fromkeys(name for values in all_rows for name in values if name != "support"))
-    for metric in (*names, "support"):
-        table.add_column(metric, justify="right")
-    for task, classes in evaluation.per_class.items():
-        for number, (label, values) in enumerate(classes.items()):
-            cells = [_shown(name, values[name]) if name in values else "" for name in (*names, "support")]
-            table.add_row(task if number == 0 else "", label, *cells)
-    return table
+def per_class_tables(evaluation: Evaluation) -> list[CellTable]:
+    """A row for each class (or number, quantile, point) of a task: a table of all tasks that have the same
+    metrics of these."""
+    by_names: dict[tuple[str, ...], list[str]] = {}
+    for task, parts in evaluation.per_class.items():
+        found = dict.fromkeys(name for values in parts.values() for name in values)
+        by_names.setdefault(tuple(sorted(found, key=lambda name: name == "support")), []).append(task)
+    tables = []
+    for names, tasks in by_names.items():
+        table = CellTable(box=None, pad_edge=False)
+        table.add_column("task")
+        table.add_column("class or part")
+        for name in names:
+            table.add_column(name, justify="right")
+        for task in tasks:
+            for number, (label, values) in enumerate(evaluation.per_class[task].items()):
+                cells = [_shown(name, values[name]) if name in values else "" for name in names]
+                table.add_row(task if number == 0 else "", label, *cells)
+        tables.append(table)
+    return tables
 
 
 def _shown(name: str, value: float) -> str:
@@ -129,8 +135,11 @@ def print_results(evaluations: Mapping[str, Evaluation], console: Console | None
 
 
 def print_per_class(evaluation: Evaluation) -> None:
-    none = "No task of the run has classes or other parts."
-    plain_console().print(per_class_table(evaluation) if evaluation.per_class else none)
+    tables = per_class_tables(evaluation)
+    for table in tables:
+        plain_console().print(table)
+    if not tables:
+        plain_console().print("No task of the run has classes or other parts.")
 
 
 def calibration_table(evaluation: Evaluation) -> CellTable:

@@ -119,6 +119,7 @@ class Mtan(Importer):
         folders = {label if folder == "label" else folder: task for folder, task in _FOLDERS.items()}
         self._images: dict[tuple[str, str], str] = {}
         self._maps: dict[str, dict[tuple[str, str], str]] = {}
+        others: set[str] = set()
         for path in self._tree.files:
             parts = PurePosixPath(path).parts
             if len(parts) < 3 or not path.endswith(".npy"):
@@ -128,6 +129,13 @@ class Mtan(Importer):
                 self._images[place] = path
             elif parts[-2] in folders:
                 self._maps.setdefault(folders[parts[-2]], {})[place] = path
+            elif parts[-2].startswith("label"):
+                others.add(parts[-2])
+        if others and "semantic" not in self._maps:
+            raise UserError(
+                f"{source}: expected a folder {label} of classes in train and val, found "
+                f"{listed(sorted(others))}. Name one: --label {min(others)}."
+            )
         if not self._images or not self._maps:
             raise UserError(
                 f"{source}: expected train/image/0.npy, train/{label}/0.npy and so on, found "

@@ -66,6 +66,7 @@ class TableImporter(Importer):
           --classification diagnosis=dx --regression age=age --unit age=years \\
           --segmentation lesion=masks --split split
 
+    \b
       mtl prepare table list.txt data/pets --classification breed=label
       mtl prepare table labels.csv data/skin --image '{image_id}.jpg' --classification diagnosis=dx \\
           --segmentation lesion='{id}_segmentation.png'

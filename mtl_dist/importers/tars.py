@@ -104,10 +104,10 @@ class Tars(Importer):
         ] = {},  # noqa: B006 (never changed)
         classes: Classes = {},  # noqa: B006
         units: Units = {},  # noqa: B006
-        facts: Facts = {},  # noqa: B006
         separator: Separator = "|",
         missing: Missing = MISSING,
         strict: Strict = False,
+        facts: Facts = {},  # noqa: B006
     ) -> None:
         self._images = image_extensions(image)
         self._wanted = {

@@ -153,8 +153,8 @@ class Depth(MapKind):
 
     def restated(self, info: TaskInfo, stated: Mapping[str, Any]) -> TaskInfo:
         """Another scale changes mean, deviation and range; which numbers are values was counted already."""
-        changed = replace(info, facts={**info.facts, **stated})
-        before, after = Reading.of(info), Reading.of(changed)
+        facts = {**info.facts, **stated}
+        before, after = Reading.of(info), Reading.of(replace(info, facts=facts))
         scaled = tuple(limit * after.scale / before.scale for limit in before.range)
         if info.facts.get("pixels") and (after.invalid != before.invalid or after.range != scaled):
             raise UserError(
@@ -162,10 +162,10 @@ class Depth(MapKind):
                 "the dataset with them: --facts TASK='range: [0.1, 10]'."
             )
         factor = after.scale / before.scale
-        if "log_mean" in changed.facts:
-            changed.facts["log_mean"] += math.log(factor)
+        if "log_mean" in facts:
+            facts["log_mean"] += math.log(factor)
         of_values = {key: factor * getattr(info, key) for key in ("mean", "std", "minimum", "maximum")}
-        return replace(changed, **of_values)
+        return replace(info, facts=facts, **of_values)
 
     def merge(self, task_infos: Sequence[TaskInfo]) -> TaskInfo:
         """Pooled over the pixels of all."""

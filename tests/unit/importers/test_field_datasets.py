@@ -101,6 +101,18 @@ def test_classes_without_names_are_numbers_and_a_map_without_its_image_is_refuse
         run("mtan", tmp_path / "other", {"source": source}, HERE)
 
 
+def test_folders_of_classes_by_another_name_are_asked_for(tmp_path: Path) -> None:
+    source = mtan(tmp_path)
+    for split in ("train", "val"):
+        (source / split / "label").rename(source / split / "label_7")
+    with pytest.raises(
+        UserError, match=r"expected a folder label of classes .* found label_7.*--label label_7"
+    ):
+        run("mtan", tmp_path / "out", {"source": source}, HERE)
+    manifest = run("mtan", tmp_path / "out", {"source": source, "label": "label_7"}, HERE)
+    assert "semantic" in manifest.tasks
+
+
 ATTRIBUTES = """4
 Bald Smiling Young
 000001.jpg -1  1  1
