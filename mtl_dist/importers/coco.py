@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -41,7 +41,7 @@ from mtl_dist.importers.regions import (
     read_json,
 )
 from mtl_dist.importers.sources import Source, Tree
-from mtl_dist.importers.splitting import is_split_word
+from mtl_dist.importers.splitting import is_split_word, splits_of_folders
 from mtl_dist.importers.summary import listed
 from mtl_dist.kinds.keypoints import Keypoints
 from mtl_dist.kinds.segmentation import Segmentation
@@ -145,6 +145,10 @@ class Coco(RegionImporter):
             folder = "" if "/" not in path else f"{PurePosixPath(path).parent}/"
             beside_it = FileFinder(files, folder)
             read += self._read(path, data, FileFinder(images, "") if root else beside_it, beside_it)
+        words = splits_of_folders([image.path for image in read])
+        if len(self._files) == 1 and len(set(words)) > 1:
+            self._noted.append("splits taken from the folders of the images")
+            read = [replace(image, split=word) for image, word in zip(read, words, strict=True)]
         self.has(images, names, read)
         taken: dict[str, str] = {}
         for image in read:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+from collections import Counter
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -30,6 +31,7 @@ from mtl_dist.importers.regions import (
     numbers,
     read_json,
 )
+from mtl_dist.kinds.vocabulary import Declared, plain, vocabulary
 
 
 class LabelMe(TreeImporter):
@@ -55,7 +57,11 @@ class LabelMe(TreeImporter):
         shapes = [
             (path, shape) for path, content in read.items() for shape in item(content, "shapes", list, path)
         ]
-        names = categories_of([item(shape, "label", str, path) for path, shape in shapes], classes)
+        labels = Counter(item(shape, "label", str, path) for path, shape in shapes)
+        names = categories_of([plain(label) for label in labels], classes)
+        if any(plain(label) != label for label in labels):
+            forms = vocabulary(Declared(names))
+            self._noted += [f"labels: {said}" for said in forms.spellings(labels)]
         images: list[AnnotatedImage] = []
         for path, content in read.items():
             name = item(content, "imagePath", str, path).replace("\\", "/")
@@ -75,7 +81,7 @@ class LabelMe(TreeImporter):
         return content if isinstance(content, dict) and {"shapes", "imagePath"} <= set(content) else None
 
     def _region(self, shape: Any, where: str, names: list[str], size: tuple[int, int]) -> Region:
-        label = names.index(item(shape, "label", str, where))
+        label = names.index(plain(item(shape, "label", str, where)))
         kind = shape.get("shape_type") or "polygon"
         points = [numbers(point, 2, where) for point in item(shape, "points", list, where)]
         xs, ys = [x for x, _ in points], [y for _, y in points]

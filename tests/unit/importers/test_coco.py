@@ -287,3 +287,16 @@ def test_points_that_are_none_are_refused(tmp_path: Path, change: dict[str, Any]
             {"source": source(tmp_path / "b", poses()), "points": {"it": "table"}},
             HERE,
         )
+
+
+def test_one_file_of_images_in_folders_of_splits_is_not_divided_anew(tmp_path: Path) -> None:
+    names = ("train2017/0.jpg", "train2017/1.jpg", "val2017/2.jpg")
+    content = {
+        "images": [{"id": n, "file_name": name, "width": 10, "height": 12} for n, name in enumerate(names)],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [],
+    }
+    files: dict[str, bytes | str] = {name: picture(n) for n, name in enumerate(names)}
+    src = fill(tmp_path / "src", {**files, "all.json": json.dumps(content)})
+    manifest = run("coco", tmp_path / "out", {"source": src, "categories": "objects"}, HERE)
+    assert {name: split.num_samples for name, split in manifest.splits.items()} == {"train": 2, "val": 1}

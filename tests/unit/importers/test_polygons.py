@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,17 @@ def test_a_turned_box_of_cvat_is_turned(tmp_path: Path) -> None:
         "cvat", fill(tmp_path / "in", {"annotations.xml": turned, **photos}), tmp_path / "out", masks="scene"
     )
     assert np.array_equal(masks(tmp_path / "out")["a"] == 1, rectangle(1, 11, 3, 17, 7) == 1)
+
+
+def test_labels_of_labelme_that_differ_in_form_alone_are_one(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {}
+    for number, label in enumerate(("caf\u00e9", "cafe\u0301 ", "tea")):
+        shape = {"label": label, "points": [[1, 1], [5, 5]], "shape_type": "rectangle"}
+        files[f"{number}.jpg"] = picture(number)
+        files[f"{number}.json"] = json.dumps(
+            {"imagePath": f"{number}.jpg", "imageHeight": 12, "imageWidth": 10, "shapes": [shape]}
+        )
+    settings = {"source": fill(tmp_path / "src", files), "categories": "objects"}
+    manifest = run("labelme", tmp_path / "out", settings, HERE)
+    assert manifest.tasks["objects"].classes == ("café", "tea")
+    assert any("labels: texts that are one class, 'café'" in note for note in manifest.notes)
