@@ -201,6 +201,7 @@ def _advice(kind: str, node: SchemaNode, value: Any) -> str:
         return f"{said}Add it."
     if isinstance(value, str):
         words = [str(choice) for member in node.members for choice in member.choices]
+        words += map(str, (field.examples if field is not None else None) or [])
         if near := nearest(value, words):
             return f"{said}Did you mean {near}?"
         if near := nearest(value, node.variants()):

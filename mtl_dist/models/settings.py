@@ -46,7 +46,8 @@ class DecoderSettings(Settings):
     """
 
     kind: Annotated[
-        Literal["unet"], Field(description=f"Others are {', '.join(DECODERS)}, or an import path.")
+        Literal["unet"],
+        Field(description=f"Others are {', '.join(DECODERS)}, or an import path.", examples=list(DECODERS)),
     ] = "unet"
     channels: Annotated[tuple[Width, ...], Field(min_length=1)] | None = None
     skips: bool = True

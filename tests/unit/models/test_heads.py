@@ -223,3 +223,5 @@ def test_a_misspelt_decoder_is_told_the_others(tmp_path: Path) -> None:
         UserError, match=r'decoder\.kind: expected unet, found "fpm"\. Others are fpn, linear, upernet, '
     ):
         loaded(tmp_path, {"decoder": {"kind": "fpm"}})
+    with pytest.raises(UserError, match=r"Did you mean upernet\?"):
+        loaded(tmp_path, {"decoder": {"kind": "upernett"}})
