@@ -134,6 +134,16 @@ def check_size(width: int, height: int) -> None:
         raise UnreadableImage(f"{width:,} x {height:,} pixels, where at most {MAX_PIXELS:,} are decoded")
 
 
+def check_pixels(number: int) -> None:
+    """Refuse images that are decoded together, if they say that they are too large.
+
+    Raises:
+        UnreadableImage: they do.
+    """
+    if number > MAX_PIXELS:
+        raise UnreadableImage(f"{number:,} pixels, where at most {MAX_PIXELS:,} are decoded")
+
+
 def check_jpeg_size(data: bytes | memoryview) -> None:
     """`check_size` of a JPEG, which its decoders do not do; what is no JPEG they find out themselves.
 

@@ -229,6 +229,8 @@ class HangWatch:
         """
         own = Failure(self._world.rank, last_line(error), isinstance(error, UserError))
         self._tell_end(error)
+        if self._stop.aborting:
+            return replace(own, reason="a second Ctrl-C, which ends it at once", mistake=False)
         ranks = self._main_line
         if ranks is None or isinstance(error, KeyboardInterrupt):
             return own

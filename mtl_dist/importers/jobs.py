@@ -215,7 +215,7 @@ def check_skipped(reasons: Sequence[str], max_skipped: int) -> None:
     if len(reasons) <= max_skipped:
         return
     if max_skipped == 0:
-        raise UserError(f"{reasons[0]} Fix or remove it, or allow some to be skipped.")
+        raise UserError(f"{reasons[0]} Fix or remove it, or allow some to be skipped (--max-skipped N).")
     raise UserError(
         f"{plural(len(reasons), 'unreadable file')}, where at most {max_skipped} may be skipped; "
         f"{reasons[-1]}"

@@ -78,6 +78,8 @@ class Source:
                 return self._unpacked()
             with open(self.path, "rb", buffering=0) as file:
                 return file.readall()
+        except UserError:
+            raise  # a line of its own
         except (OSError, RuntimeError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise UserError(f"{self}: expected a readable file, found: {error}.") from None
         except (zipfile.BadZipFile, KeyError) as error:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from mtl_dist.data.images import UnreadableImage, check_size
+from mtl_dist.data.images import UnreadableImage, check_pixels, check_size
 from mtl_dist.errors import UserError
 from mtl_dist.importers.pixels import encoded_picture, encoded_png
 from mtl_dist.importers.sources import Source
@@ -217,7 +217,7 @@ def read_picture(data: bytes) -> tuple[np.ndarray, int]:
                 found = "; ".join(f"{_described(one)} {one.dtype}" for one in series[:5])
                 raise UnreadableImage(f"a TIFF of {len(series)} different pictures ({found})")
             page: Any = series[0].keyframe
-            check_size(math.prod(series[0].shape) // max(1, page.samplesperpixel), 1)
+            check_pixels(math.prod(series[0].shape) // max(1, page.samplesperpixel))
             pixels, axes = series[0].asarray(), series[0].axes
     except _DAMAGES as error:
         raise UnreadableImage(f"a damaged TIFF ({_words(error)})") from None

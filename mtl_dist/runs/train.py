@@ -267,6 +267,8 @@ def run_to_the_end(
             failed = replace(trainer.status("failed", cause.reason), retry=not cause.mistake)
             with suppress(OSError):  # the disk is what failed
                 write_last_status(folder.directory, failed)
+        if trainer.stop.aborting and isinstance(error, RuntimeError):
+            raise KeyboardInterrupt from error  # a collective that broke because the others ended at once
         if cause.mistake and cause.rank != world.rank and isinstance(error, RuntimeError):
             # A collective that broke because of it: no traceback of that, and the line is printed once.
             raise UserError(cause.reason.partition(": ")[2]) from error

@@ -207,6 +207,13 @@ def test_a_second_interrupt_ends_what_cannot_handle_it(
     assert exits == [130]
 
 
+def test_a_second_interrupt_is_the_cause_of_what_breaks_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StopSignal, "aborting", property(lambda stop: True))
+    with HangWatch(ALONE, None, StopSignal()) as watch:
+        cause = watch.first_cause(RuntimeError("Connection closed by peer"))
+    assert (cause.rank, cause.reason) == (0, "a second Ctrl-C, which ends it at once")
+
+
 def test_a_signal_is_heard_though_no_handler_runs() -> None:
     stop = StopSignal()
     stop.install()
