@@ -104,7 +104,8 @@ def _open(
         restarts_best = restarts_best or continuation.restarts_best
     if saved is not None:
         _check_fits(saved, shapes)
-    changes += folder.write_start(to_yaml(recipe), facts, world.size, str(world.device), decoder_name())
+    device = "cpu" if world.device.type == "cpu" else str(world.device)  # of launched ranks it is cpu:0
+    changes += folder.write_start(to_yaml(recipe), facts, world.size, device, decoder_name())
     mark(folder.directory, folder.recipe_path.name)
     return Opened(folder, saved, facts, tuple(changes), restarts_best)
 
