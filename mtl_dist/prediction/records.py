@@ -16,7 +16,7 @@ from typing import IO, Any, TypeAlias
 
 import numpy as np
 
-from mtl_dist.durable import replacing
+from mtl_dist.durable import is_about, replacing
 from mtl_dist.errors import UserError
 from mtl_dist.printable import cell
 
@@ -74,13 +74,24 @@ def open_records(out: Path | None, columns: Mapping[str, Any]) -> Iterator[Calla
     """A function that takes records, and writes them to a file by its suffix, or prints JSON lines.
 
     The file is there, whole, when the block has ended well.
+
+    Raises:
+        UserError: it cannot be written.
     """
     if out is None:
         yield lambda record: print(to_json(record), flush=True)
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out, sync=False) as temporary, _FORMATS[out.suffix.lower()](temporary, columns) as write:
-        yield write
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            replacing(out, sync=False) as temporary,
+            _FORMATS[out.suffix.lower()](temporary, columns) as write,
+        ):
+            yield write
+    except OSError as error:
+        if not is_about(error, out.parent):
+            raise
+        raise UserError(f"{out}: expected a file that can be written, found: {error.strerror}.") from None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from mtl_dist import durable, results, status
 from mtl_dist.checkpoint import CheckpointWriter, newest_good, steps_in
 from mtl_dist.errors import UserError
 from mtl_dist.figures import curves
+from mtl_dist.prediction.records import open_records
 from mtl_dist.run_folder import RunFolder, writing_to
 from mtl_dist.runs.evaluation import evaluate_run
 from mtl_dist.training.trainer import Trainer
@@ -160,6 +161,26 @@ def test_an_evaluation_that_cannot_be_kept_is_printed_and_one_line(
     (line,) = str(refusal.value).splitlines()
     assert line.startswith(f"{run}: expected to write to it, found: {os.strerror(errno.EROFS)}.")
     assert "accuracy" in capfd.readouterr().out
+
+
+def test_answers_that_cannot_be_written_are_one_line_and_leave_nothing_behind(tmp_path: Path) -> None:
+    out = tmp_path / "answers.csv"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(UserError) as refusal, open_records(out, {"image": ""}) as write:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            for _ in range(10_000):
+                write({"image": "a.png"})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(refusal.value) == f"{out}: expected a file that can be written, found: File too large."
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match="found: File exists"),
+        open_records(tmp_path / "file" / "x.csv", {}),
+    ):
+        pass
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(recipe: Path, tmp_path: Path) -> None:
