@@ -133,9 +133,9 @@ class RunningMetrics:
 
     # ------------------------------------------------------------------ state
     def tensors(self) -> dict[str, Tensor]:
-        """Collective: what each rank has counted, for a checkpoint."""
+        """Collective: a copy of what each rank has counted, for a checkpoint that is written meanwhile."""
         return {
-            f"{task}/{part}/{rank}/{key}": tensor
+            f"{task}/{part}/{rank}/{key}": tensor.clone()
             for task, parts in self._collected().items()
             for part, by_rank in parts.items()
             for rank, states in enumerate(without_repetition(self._metrics[task].parts[part], by_rank))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from mtl_dist import checkpoint as ckpt
 from mtl_dist.checkpoint import Best, CheckpointWriter
@@ -110,6 +112,27 @@ def test_a_run_whose_checkpoints_are_gone_is_refused_and_left_as_it_was(recipe: 
     with pytest.raises(UserError, match="checkpoints: expected the checkpoint of step 1, found none"):
         train_run(recipe, run, ["train.max_steps=2"])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_what_was_counted_is_that_of_the_step_however_late_a_checkpoint_is_written(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = ckpt.write_checkpoint
+
+    def late(directory: Path, checkpoint: ckpt.Checkpoint) -> Path:
+        time.sleep(0.3)  # the next step is counted meanwhile
+        return write(directory, checkpoint)
+
+    overrides = ["train.max_steps=2", "train.checkpoint_every=1", "tracking=[]"]
+    train_run(recipe, tmp_path / "ends", ["train.max_steps=1", *overrides[1:]])
+    monkeypatch.setattr(ckpt, "write_checkpoint", late)
+    train_run(recipe, tmp_path / "goes on", overrides)
+    counted, whole = (
+        ckpt.read_checkpoint(tmp_path / run / "checkpoints" / "step_00000001").tensors["metrics"]
+        for run in ("goes on", "ends")
+    )
+    assert whole and counted.keys() == whole.keys()
+    assert [name for name, tensor in whole.items() if not torch.equal(counted[name], tensor)] == []
 
 
 def test_every_bit_of_a_manifest_and_every_cut_of_it_is_a_line_or_harmless(tmp_path: Path) -> None:
