@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -267,7 +268,11 @@ def splits_of(
             return splits, notes
         train = [i for i, split in enumerate(splits) if split == "train"]
         parts = divided(train, (1 - share, share))
-        notes.append(held_out_note(share, by or "name", options.seed, parts))
+        if grouped and "val" not in parts:
+            notes.append("nothing of train held out as val: train is one group, and groups stay whole")
+        else:
+            how = f"{by or 'name'}{', groups whole' if grouped else ''}"
+            notes.append(held_out_note(share, how, options.seed, parts))
         for position, part in zip(train, parts, strict=True):
             splits[position] = part
     else:
@@ -289,7 +294,7 @@ def _balanced_by(by: str, grouped: bool) -> str:
 
 
 def _group_note(groups: Sequence[str], splits: Sequence[str]) -> str:
-    sizes = {split: len({g for g, s in zip(groups, splits, strict=True) if s == split}) for split in splits}
+    sizes = Counter(split for split, _ in set(zip(splits, groups, strict=True)))
     return f"groups: {', '.join(f'{number} in {split}' for split, number in sorted(sizes.items()))}"
 
 

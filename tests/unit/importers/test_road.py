@@ -142,6 +142,13 @@ def test_a_column_or_a_pattern_of_names_keeps_groups_together(tmp_path: Path, gr
     assert "groups: 1 in test, 6 in train, 1 in val" in manifest.notes
 
 
+def test_of_one_group_nothing_is_held_out_and_that_is_said(tmp_path: Path) -> None:
+    settings = {"splits": "train " * 10 + "test " * 10, "per_group": 10}
+    manifest = run(Made, tmp_path, settings, PackOptions(val=0.5))
+    assert manifest.splits.keys() == {"train", "test"}
+    assert "nothing of train held out as val: train is one group, and groups stay whole" in manifest.notes
+
+
 def test_a_column_and_names_that_look_like_groups_are_noted(tmp_path: Path) -> None:
     manifest = prepare(slides(tmp_path / "src"), tmp_path / "out", classification={"dx": "dx"})
     assert any(note.startswith("column slide looks like a group: 8 values") for note in manifest.notes)
