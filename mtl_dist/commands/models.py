@@ -107,7 +107,6 @@ def serve(
     max_megapixels: Annotated[float, typer.Option(min=0.0001, help="Of an image.")] = 16,
     queue: Annotated[int, typer.Option(min=1, help="Images that wait; one more is answered 429.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Images at once; 1 is no batching.")] = 16,
-    wait_ms: Annotated[float, typer.Option(min=0, help="How long an image waits for others.")] = 2,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds that a request may take.")] = 30,
 ) -> None:
     """Answer for images over HTTP: POST /predict, and a page where one drops a picture.
@@ -124,7 +123,7 @@ def serve(
     from mtl_dist.serving.serve import serve as run_service
 
     check_packages()
-    limits = Limits(int(max_mb * 1e6), max_files, int(max_megapixels * 1e6), queue, batch, wait_ms, timeout)
+    limits = Limits(int(max_mb * 1e6), max_files, int(max_megapixels * 1e6), queue, batch, timeout)
     run_service(run, host, port, limits, device, _which(checkpoint), temperature, say)
 
 

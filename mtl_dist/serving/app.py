@@ -46,9 +46,7 @@ class Service:
     def __init__(self, predictor: Predictor, limits: Limits) -> None:
         self.predictor = predictor
         self.limits = limits
-        self.batcher: Batcher[Tensor, Answers] = Batcher(
-            self._answer, limits.max_batch, limits.max_wait_ms / 1000, limits.max_queue
-        )
+        self.batcher: Batcher[Tensor, Answers] = Batcher(self._answer, limits.max_batch, limits.max_queue)
         self.decoding = asyncio.Semaphore(_DECODERS)
         self.num_requests: Counter[int] = Counter()
         self.seconds = 0.0

@@ -14,7 +14,6 @@ class Limits:
     max_pixels   of an image, by its header; masks are answered in its size, a float per class and pixel
     max_queue    images that wait; one more is answered 429
     max_batch    images that the model sees at once; 1 is no batching
-    max_wait_ms  how long the first image of a batch waits for others
     timeout_s    from the first byte of a request to its answer
     """
 
@@ -23,5 +22,4 @@ class Limits:
     max_pixels: int = 16_000_000
     max_queue: int = 64
     max_batch: int = 16
-    max_wait_ms: float = 2.0
     timeout_s: float = 30.0

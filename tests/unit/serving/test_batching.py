@@ -28,7 +28,7 @@ class Held:
 
 def test_what_comes_while_a_batch_is_answered_is_the_next_batch() -> None:
     held = Held()
-    batcher = Batcher(held, max_batch=3, max_wait_s=0.0, max_queue=8)
+    batcher = Batcher(held, max_batch=3, max_queue=8)
     first = batcher.submit(1)
     held.begun.wait(10)
     others = [batcher.submit(number) for number in range(2, 7)]
@@ -42,7 +42,7 @@ def test_what_comes_while_a_batch_is_answered_is_the_next_batch() -> None:
 
 def test_a_full_queue_refuses_one_that_is_cancelled_is_passed_over_and_an_error_ends_nothing() -> None:
     held = Held()
-    batcher = Batcher(held, max_batch=1, max_wait_s=0.0, max_queue=2)
+    batcher = Batcher(held, max_batch=1, max_queue=2)
     failing = batcher.submit(-1)
     held.begun.wait(10)
     given_up, kept = batcher.submit(5), batcher.submit(6)
