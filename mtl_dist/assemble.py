@@ -30,7 +30,7 @@ from mtl_dist.config.errors import suggest
 from mtl_dist.config.nearest import nearest
 from mtl_dist.config.trust import parts_of
 from mtl_dist.data.disjoint_tasks import disjoint_tasks
-from mtl_dist.data.facts import DataFacts, identities
+from mtl_dist.data.facts import DataFacts, identities, meaning_differences
 from mtl_dist.data.loader import Data
 from mtl_dist.engine.connect import EngineChoice, connect_without_engine
 from mtl_dist.engine.world import World
@@ -367,7 +367,8 @@ def read_trained(
 
 
 def begin_with(root: RootModule, run: Path, say: Callable[[str], None]) -> None:
-    """Give `root` the best weights of a run, as far as they fit; what begins untrained is said.
+    """Give `root` the best weights of a run, as far as they fit; what begins untrained is said, and whose
+    labels mean something else now.
 
     Images are normalised as the recipe and its data want it.
 
@@ -397,6 +398,9 @@ def begin_with(root: RootModule, run: Path, say: Callable[[str], None]) -> None:
     untrained = dict.fromkeys(".".join(name.split(".")[:2]) for name in missing)
     rest = f"; untrained: {', '.join(untrained)}" if untrained else ""
     say(f"begins with the weights of {trained.path}{rest}")
+    infos = {name: task.info for name, task in root.tasks.items() if f"heads.{name}" not in untrained}
+    for difference in meaning_differences(trained.facts.task_infos, infos):
+        say(f"{difference} Its head begins with the old weights, class by class in their order.")
 
 
 def _of_model(trained: Trained) -> dict[str, Tensor]:

@@ -31,6 +31,9 @@ BUILT_IN = ("mtl_dist", "torch", "torchvision", "torchmetrics")
 VARIABLE = "MTL_TRUST"
 """Set to 1 in the environment it says `--trust` to this process and those that it starts."""
 
+_FOLDERS = "MTL_TRUSTED_FOLDERS"
+"""What the user said yes to when asked, for the processes that this one starts."""
+
 
 @dataclass(frozen=True)
 class _Origin:
@@ -111,7 +114,9 @@ def refusal(path: str) -> str:
         return ""
     if path.partition(".")[0] in BUILT_IN or path.rpartition(".")[0] in sys.modules:
         return ""  # nothing new would run
-    if is_own(origin.folder, origin.file) or _asked(origin.folder, path):
+    if is_own(origin.folder, origin.file) or str(origin.folder.resolve()) in _trusted_folders():
+        return ""
+    if _asked(origin.folder, path):
         return ""
     return (
         f"expected built-in parts alone in {origin.folder}, which you did not make, found {path}. Opening "
@@ -132,7 +137,13 @@ def _asked(folder: Path, path: str) -> bool:
             flush=True,
         )
         _answers[folder] = sys.stdin.readline().strip().lower() in ("y", "yes")
+        if _answers[folder]:
+            os.environ[_FOLDERS] = os.pathsep.join([*_trusted_folders(), str(folder.resolve())])
     return _answers[folder]
+
+
+def _trusted_folders() -> list[str]:
+    return [folder for folder in os.environ.get(_FOLDERS, "").split(os.pathsep) if folder]
 
 
 def _key(*, make: bool) -> bytes:

@@ -193,6 +193,17 @@ def test_the_refusal_says_how_to_begin_with_the_weights_and_that_works(
     assert {name.split(".")[2] for name in old.keys() - kept if name.startswith("model.")} == {"digit"}
 
 
+@pytest.mark.parametrize("edit", [swapped, renamed])
+def test_weights_that_begin_a_run_on_other_classes_of_the_same_number_are_said_to(
+    work: Path, capsys: pytest.CaptureFixture[str], edit: Callable[[dict[str, Any]], None]
+) -> None:
+    change(work / "tiny", edit)
+    train_run(work / "recipe.yaml", work / "new", ["train.max_steps=1", "start_from=run"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{EDITS[edit]}. Its head begins with the old weights, class by class in their order." in said
+    assert "value" not in said.partition("begins with the weights of")[2]
+
+
 def test_data_that_has_moved_is_said_to_have_and_is_checked(work: Path) -> None:
     (work / "tiny").rename(work / "moved")
     moved = ["train.epochs=2", "data.train.0.path=moved"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import json
 import struct
+import subprocess
 import sys
 import zipfile
 import zlib
@@ -99,6 +101,28 @@ def test_trust_is_taken_at_any_place_of_a_command(run: Path, monkeypatch: pytest
     monkeypatch.setenv(trust.VARIABLE, "0")
     CliRunner().invoke(app, ["evaluate", str(run), "--trust"])
     assert imported(run)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("answer", ["y\n", "n\n", ""])
+def test_what_is_answered_in_a_terminal_holds_in_the_processes_that_this_one_starts(
+    run: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("MTL_TRUSTED_FOLDERS", "")
+    monkeypatch.setattr(trust, "_answers", {})
+    rank = [sys.executable, "-c", f"from mtl_dist.recipe import *; load_recipe_of(Path({str(run)!r}))"]
+    with monkeypatch.context() as terminal, contextlib.suppress(UserError):
+        terminal.setattr(sys, "stdin", Terminal(answer))
+        terminal.setattr(sys, "stderr", Terminal())
+        load_recipe_of(run)
+    assert imported(run) == (answer == "y\n")
+    found = subprocess.run(rank, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert (found.returncode == 0) == (answer == "y\n"), found.stderr
 
 
 def test_the_users_own_run_needs_no_word_also_moved_until_its_recipe_changes(run: Path) -> None:
