@@ -99,10 +99,19 @@ class Tracker:
                 self.say(switched_off(name, error))
 
 
+class _RunConsole(Console):
+    """What is printed to may go (`| head`, a `tee` that is killed): rich would end the program, the run goes
+    on, and log.txt has its lines."""
+
+    def on_broken_pipe(self) -> None:
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+
+
 def plain_console() -> Console:
     """The terminal; in a notebook one for plain lines, where rich would make an HTML block of each."""
-    console = Console()
-    return Console(force_jupyter=False, force_terminal=False) if console.is_jupyter else console
+    console = _RunConsole()
+    return _RunConsole(force_jupyter=False, force_terminal=False) if console.is_jupyter else console
 
 
 def _show(path: Path, step: int, sink: Sink) -> None:

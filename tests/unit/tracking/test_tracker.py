@@ -5,6 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -167,3 +171,24 @@ def test_a_picture_that_cannot_be_drawn_is_reported_once(tmp_path: Path) -> None
     figures.draw_curves()
     assert len(lines) == 1
     assert lines[0].startswith("warning  learning_curves.png cannot be drawn, training goes on: ")
+
+
+def test_a_run_goes_on_where_nobody_reads_what_it_prints(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = """
+        import sys
+        from pathlib import Path
+        from mtl_dist.results import print_results
+        from mtl_dist.tracking.tracker import Tracker
+        tracker = Tracker(Path(sys.argv[1]))
+        for number in range(3):
+            tracker.say(f"line {number}")
+        print_results({})
+        Path(sys.argv[1], "done").touch()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    found = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert (tmp_path / "done").exists()
