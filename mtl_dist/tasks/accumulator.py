@@ -32,6 +32,7 @@ class Accumulator(ABC):
     def __init__(self) -> None:
         self.ways: dict[str, Way] = {}
         """How each state is merged."""
+        self.has_counted = False
         self.device = torch.device("cpu")
         self._defaults: dict[str, Counted] = {}
         self._figures: dict[str, float] | None = None
@@ -63,7 +64,7 @@ class Accumulator(ABC):
     @torch.no_grad()
     def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         """Count the labelled samples of one batch; the others leave no trace."""
-        self._figures = None
+        self.has_counted, self._figures = True, None
         self.count(output, target, labelled_B)
 
     def compute(self) -> dict[str, float]:
@@ -124,6 +125,7 @@ class Accumulator(ABC):
     def reset(self) -> None:
         """Forget everything counted."""
         self.hold({name: list(v) if isinstance(v, list) else v.clone() for name, v in self._defaults.items()})
+        self.has_counted = False
 
 
 def moved(value: Counted, device: torch.device) -> Counted:

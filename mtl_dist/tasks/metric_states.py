@@ -1,8 +1,7 @@
 """What metrics have counted, as plain tensors: merged over ranks, and over the starts of a run.
 
-Those of our own metrics and of torchmetrics' alike, over any number of parts: a metric of torchmetrics that
-has seen no label (on a rank, in an earlier start) has no part, where torchmetrics would gather what is not
-there.
+Those of our own metrics and of torchmetrics' alike, over any number of parts: whoever has seen nothing (a
+rank, an earlier start) has no part, where torchmetrics would gather what is not there.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def _merging(metric: Metric) -> dict[str, Merging]:
 
 def state_of(metric: Metric) -> State | None:
     """What `metric` has counted; None where it has seen nothing."""
-    if not isinstance(metric, Accumulator) and not metric._update_count:
+    if not (metric.has_counted if isinstance(metric, Accumulator) else metric._update_count):
         return None
     state: State = {}
     for name, merging in _merging(metric).items():
@@ -115,6 +114,7 @@ def restore(metric: Metric, state: State) -> None:
     copies = {name: _copied(value) for name, value in state.items()}
     if isinstance(metric, Accumulator):
         metric.hold(copies)
+        metric.has_counted = True
         return
     for name, value in copies.items():
         setattr(metric, name, moved(value, metric.device))
