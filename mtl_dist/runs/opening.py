@@ -18,11 +18,12 @@ from mtl_dist.data.decode import decoder_name
 from mtl_dist.data.facts import DataFacts
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
+from mtl_dist.json_files import DamagedFile, read_json
 from mtl_dist.recipe import Recipe, load_recipe
 from mtl_dist.resuming import refuse_other_data, refuse_other_run
 from mtl_dist.run_folder import RunFolder, writing_to
 from mtl_dist.runs.announcements import warn
-from mtl_dist.status import read_status
+from mtl_dist.status import Status
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of the model's weights and buffers, by name."""
@@ -112,11 +113,19 @@ def _open(
 
 def _check_nothing_is_lost(folder: RunFolder) -> None:
     """Refuse a run that has saved checkpoints, and has none: beginning again would erase its record."""
-    status = read_status(folder.directory)
+    advice = (
+        "Bring it back from a copy of the run, or begin again in another --run-dir; nothing here was changed."
+    )
+    try:
+        status = read_json(Status, folder.directory / "status.json")
+    except DamagedFile as error:
+        raise UserError(
+            f"{folder.checkpoints}: expected a checkpoint, found none, and status.json, which says "
+            f"whether there was one, is damaged ({error}). {advice}"
+        ) from None
     if status is not None and status.saved > 0:
         raise UserError(
-            f"{folder.checkpoints}: expected the checkpoint of step {status.saved}, found none. Bring it "
-            "back from a copy of the run, or begin again in another --run-dir; nothing here was changed."
+            f"{folder.checkpoints}: expected the checkpoint of step {status.saved}, found none. {advice}"
         )
 
 
