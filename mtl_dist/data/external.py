@@ -16,7 +16,7 @@ from mtl_dist.config.settings import Settings
 from mtl_dist.data.images import IMAGE_EXTENSIONS
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.registry import kind_of
-from mtl_dist.kinds.vocabulary import MISSING, Cell
+from mtl_dist.kinds.vocabulary import MISSING, Cell, ClassNames, class_value
 
 
 def _known(kind: str) -> str:
@@ -26,7 +26,19 @@ def _known(kind: str) -> str:
         raise ValueError(str(error)) from None
 
 
+def _by_value(names: dict[str, str]) -> dict[str, str]:
+    for value in names:
+        if class_value(value) is None:
+            raise ValueError(f"expected a value from 0 on, or a colour such as #804080, found {value!r}")
+    return names
+
+
 KindName: TypeAlias = Annotated[str, AfterValidator(_known)]
+
+_Classes: TypeAlias = (
+    Annotated[tuple[str, ...], Field(min_length=2)]
+    | Annotated[dict[str, str], Field(min_length=2), AfterValidator(_by_value)]
+)
 
 # A class body cannot have a field called `from`, a word of the language.
 _WithFrom = create_model("_WithFrom", __base__=Settings, **{"from": (str, "")})  # type: ignore[call-overload]
@@ -37,13 +49,21 @@ class FieldSettings(_WithFrom):
 
     from      the field: cls, txt, json:breed, meta.json:dog.breed; a mask's extension, such as seg.png; of a
               Dataset the place in a sample: breed, 1, 1.breed (where it says that itself, nothing)
-    classes   the class names by index; without them those that are found
+    classes   the class names by index, or by the values that stand for them (0: background, 255: cell);
+              without them those that are found
     unit      of a number, such as years
     """
 
     kind: KindName
-    classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    classes: _Classes | None = None
     unit: str = ""
+
+    @property
+    def class_names(self) -> ClassNames | None:
+        """The names by index, or by the numbers that stand for them."""
+        if not isinstance(self.classes, dict):
+            return self.classes
+        return {number: n for value, n in self.classes.items() if (number := class_value(value)) is not None}
 
 
 class Indexing(Settings):

@@ -121,7 +121,8 @@ def identities(data: Data) -> dict[str, tuple[SourceIdentity, ...]]:
 
 def _identity(source: Source) -> SourceIdentity:
     info, reader = source.facts.info, source.reader
-    shards = [[shard.num_samples, shard.num_bytes, shard.sha256] for shard in info.shards]
+    shards: list[object] = [[shard.num_samples, shard.num_bytes, shard.sha256] for shard in info.shards]
+    shards += filter(None, [source.facts.manifest.values])
     hashes = reader.content_hashes()
     columns = reader.label_columns()
     found = {

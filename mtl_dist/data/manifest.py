@@ -25,7 +25,7 @@ from mtl_dist.data.table_hashes import TABLES, table_hashes
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
 from mtl_dist.json_files import DamagedFile, parsed
-from mtl_dist.specs import TaskInfo
+from mtl_dist.specs import IGNORE, TaskInfo
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "dataset.json"
@@ -130,8 +130,9 @@ class Manifest:
     where a reader finds the labels that are not masks, `content_hashes` in which files it finds those of the
     images, if they are kept.
     `account` is, by unit (files, rows, pages), how many things of the source had each fate. `pixels` was
-    measured while packing; None in version 1, and where images were only indexed. Where `map_style` is
-    stated, the offsets of the index are numbers of that Dataset, and each split's only shard is the index.
+    measured while packing; None in version 1, and where images were only indexed. `values` is, by task, the
+    class of each value of its maps (255: ignored), where these stay as others wrote them. Where `map_style`
+    is stated, the offsets of the index are numbers of that Dataset, and each split's only shard is the index.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -146,6 +147,7 @@ class Manifest:
     content_hashes: HashFiles = ""
     account: dict[str, dict[str, int]] = field(default_factory=dict)
     pixels: PixelFacts | None = None
+    values: dict[str, dict[int, int]] = field(default_factory=dict)
     map_style: MapStyle | None = None
 
 
@@ -159,8 +161,9 @@ def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
     for info in content["tasks"].values():
         if not info["facts"]:  # of most kinds
             del info["facts"]
-    if manifest.map_style is None:
-        del content["map_style"]
+    for key in ("values", "map_style"):
+        if not content[key]:
+            del content[key]
     text = json.dumps({"format": "mtl_dist", "version": FORMAT_VERSION, **content}, indent=2)
     write_text(directory / MANIFEST_NAME, text + "\n")
     if manifest.map_style is not None or any("." in info.kind for info in manifest.tasks.values()):
@@ -230,6 +233,10 @@ def _inconsistencies(manifest: Manifest) -> Iterator[str]:
     for task, info in manifest.tasks.items():
         if len(set(info.classes)) < len(info.classes):
             yield f"expected classes of different names for the task {task}, found one twice"
+    for task, values in manifest.values.items():
+        known = range(len(manifest.tasks[task].classes)) if task in manifest.tasks else ()
+        if any(index not in known and index != IGNORE for index in values.values()):
+            yield f"expected values of classes of the tasks, found {task}: {values}"
     for name, split in manifest.splits.items():
         yield from _split_inconsistencies(name, split, manifest.tasks)
 

@@ -164,8 +164,11 @@ class MapDataset:
             return _text(value)
         raise UnreadableSample(f"expected a label of {task}, found {_words(value)}")
 
-    def map_of(self, sample: Any, task: str, kind: MapKind, info: TaskInfo) -> StoredMap | None:
-        """The map of a sample as it would be stored; None where it has none.
+    def map_of(
+        self, sample: Any, task: str, kind: MapKind, info: TaskInfo, by_value: Mapping[int, int]
+    ) -> StoredMap | None:
+        """The map of a sample as it would be stored; None where it has none. `by_value` are the classes of
+        its values, where they are stated.
 
         Raises:
             UnreadableSample: it is no map of the task.
@@ -183,7 +186,7 @@ class MapDataset:
             opened = Image.fromarray(opened.squeeze().astype(np.uint8))
         data = _npy(opened) if isinstance(opened, np.ndarray) else b""
         try:
-            return kind.store(bytes(data), opened, info, {})
+            return kind.store(bytes(data), opened, info, by_value)
         except (UnreadableMap, LabelError) as error:
             raise UnreadableSample(f"its {task}: {error}".rstrip(".")) from None
 
@@ -233,9 +236,9 @@ class MapStyleReader(SplitReader):
         sample = self._dataset.sample(number)
         maps = {}
         for task in masks:
-            stored = self._dataset.map_of(
-                sample, task, map_kind(self._task_infos[task].kind), self._task_infos[task]
-            )
+            info = self._task_infos[task]
+            values = self._values.get(task, {})
+            stored = self._dataset.map_of(sample, task, map_kind(info.kind), info, values)
             if stored is None:
                 raise UnreadableSample(f"it has no map {task}, which the index says it has")
             maps[task] = memoryview(bytearray(stored.data))

@@ -26,11 +26,15 @@ from mtl_dist.data.cache import Cache
 from mtl_dist.data.columns import columns_dtype, labels_at, labels_path
 from mtl_dist.data.content_hashes import HASH_DTYPE, content_hashes_path
 from mtl_dist.data.derived import Derivation, OfImages, OfLabels
+from mtl_dist.data.images import UnreadableImage, open_map
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.data.remote import Location, Url, beside, read_together
 from mtl_dist.data.shards import index_dtype, index_path, map_tasks, read_key
 from mtl_dist.errors import UserError
-from mtl_dist.specs import NO_CLASS
+from mtl_dist.kinds.kind import UnreadableMap
+from mtl_dist.kinds.registry import map_kind
+from mtl_dist.kinds.vocabulary import LabelError
+from mtl_dist.specs import NO_CLASS, TaskInfo
 
 _HEADER = 512
 _MAX_OPEN = 128  # more than a window of shards has, far fewer than a process may open
@@ -41,7 +45,7 @@ _MAX_GAP = 1 << 16  # unwanted bytes between two members that are cheaper to rea
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it is stored: nothing decoded but the labels."""
+    """One sample as it is stored: nothing decoded but the labels, and maps that others wrote by value."""
 
     key: str
     image: memoryview
@@ -51,6 +55,19 @@ class Sample:
 
 class UnreadableSample(Exception):
     """The bytes of a sample cannot be read; the message says why, without naming the sample."""
+
+
+def restored(task: str, data: memoryview, info: TaskInfo, values: Mapping[int, int]) -> memoryview:
+    """A map that others wrote, as a shard of ours would hold it: `values` are the classes of its values.
+
+    Raises:
+        UnreadableSample: it is no such map.
+    """
+    try:
+        with open_map(bytes(data)) as opened:
+            return memoryview(map_kind(info.kind).reread(bytes(data), opened, info, values))
+    except (UnreadableImage, UnreadableMap, LabelError) as error:
+        raise UnreadableSample(f"its mask {task}: {str(error).rstrip('.')}") from None
 
 
 class SampleReader(Protocol):
@@ -116,10 +133,11 @@ class SplitReader:
         self._hashes_path = content_hashes_path(directory, split, named) if named else None
         self._labels_in_json = manifest.labels == "json"
         self._task_infos = manifest.tasks
+        self._values = manifest.values
         self._derived = dict(derived or {})
         self._derived_classes: dict[str, np.ndarray] = {}
-        described = repr((manifest.tasks, manifest.splits[split])).encode()
-        self._version = hashlib.sha256(described).hexdigest()
+        described = (manifest.tasks, manifest.splits[split], *filter(None, [manifest.values]))
+        self._version = hashlib.sha256(repr(described).encode()).hexdigest()
         names = index_dtype(self._maps_of).names or ()
         self._spans = {
             name.removesuffix("_offset"): slice(at, at + 2)  # (offset, size)
@@ -260,6 +278,9 @@ class SplitReader:
         else:
             parts = {name: self._pread(shard, at, size) for name, (at, size) in spans.items()}
             key = self.key(row)
+        for task, values in self._values.items():
+            if task in parts:
+                parts[task] = restored(task, parts[task], self._task_infos[task], values)
         return Sample(
             key=key,
             image=parts.pop("image"),

@@ -16,12 +16,14 @@ so many samples, not each of them once.
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ import numpy as np
 
 from mtl_dist.data.external import FieldSettings, Indexing, LabelField, expanded, image_extensions
 from mtl_dist.data.mixing import Samples
-from mtl_dist.data.reader import Sample, SplitReader, UnreadableSample
+from mtl_dist.data.reader import Sample, SplitReader, UnreadableSample, restored
 from mtl_dist.data.settings import SourceSettings
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.cells import parse_cells
@@ -55,6 +57,7 @@ def raw_samples(tars: Sequence[str], shuffled: int = 0, seed: int = 0) -> Iterat
     """
     from webdataset import WebDataset
 
+    _wait_for_commands()
     pipeline = WebDataset(
         list(tars),
         shardshuffle=len(tars) if shuffled else False,
@@ -79,6 +82,26 @@ def raw_samples(tars: Sequence[str], shuffled: int = 0, seed: int = 0) -> Iterat
             which = tars[0] if len(tars) == 1 else f"{tars[0]} and {len(tars) - 1} more"
             raise UserError(f"{which}: expected a stream of whole tars, found: {reason}.") from None
         yield sample
+
+
+@cache
+def _wait_for_commands() -> None:
+    """Let webdataset's pipes wait for the exit code of a command, at the end of what it says.
+
+    By themselves they only look whether there is one yet: of a command that fails the samples that did not
+    come would often be missing without a word.
+    """
+    opening: Any = importlib.import_module("webdataset.gopen")  # a function hides it
+    pipe: Any = opening.Pipe
+
+    class Waiting(pipe):
+        def read(self, size: int = -1) -> bytes:
+            data: bytes = super().read(size)
+            if not data and size:
+                self.wait_for_child()
+            return data
+
+    opening.Pipe = Waiting
 
 
 def first_samples(tars: Sequence[str], number: int) -> Iterator[dict[str, Any]]:
@@ -158,6 +181,10 @@ class StreamReader:
             name: place for name, place in places.items() if not kind_of(fields[name].kind).is_map
         }
         self._maps = {name: place.extension for name, place in places.items() if name not in self._scalars}
+        self._values = {name: Declared(fields[name].class_names).class_values for name in self._maps}
+        self._by_value = {
+            name: stated.class_names for name, stated in fields.items() if isinstance(stated.classes, dict)
+        }
         self._indexing = Indexing.model_validate(request["indexing"], strict=False)
         self._held: dict[int, _Taken] = {}
         self._stream: Iterator[_Taken] | None = None
@@ -193,6 +220,9 @@ class StreamReader:
         if taken.problem:
             raise UnreadableSample(taken.problem.rstrip("."))
         maps = {name: memoryview(bytearray(taken.members[self._maps[name]])) for name in masks}
+        for name in maps:
+            if values := self._values[name]:
+                maps[name] = restored(name, maps[name], self._task_infos[name], values)
         return Sample(taken.key, memoryview(bytearray(image)), dict(taken.labels), maps)
 
     def with_derived(self, labels: dict[str, Any], row: int) -> dict[str, Any]:
@@ -269,7 +299,8 @@ class StreamReader:
 
     def _parsed(self, task: str, place: LabelField, taken: Sequence[_Taken]) -> Sequence[Label | None]:
         info, how = self._task_infos[task], self._indexing
-        declared = Declared(info.classes or None, info.unit, how.separator, info.facts, missing=how.missing)
+        names = self._by_value.get(task, info.classes or None)
+        declared = Declared(names, info.unit, how.separator, info.facts, missing=how.missing)
         cells: list[Cell] = []
         for one in taken:
             try:

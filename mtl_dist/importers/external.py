@@ -209,12 +209,19 @@ def _beside(path: Location, request: Mapping[str, Any]) -> Path:
     folder = path if wild is None else Path(*path.parts[:wild])
     folder = folder.parent if folder.is_file() else folder
     made_of = [str(path), *(request[what] for what in ("image", "fields", "indexing"))]
+    made_of += [order] if (order := _order(request)) else []
     identity = json.dumps(made_of, sort_keys=True)
     return folder / ".mtl" / f"{folder.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 def _first_part_with(signs: str, path: Path) -> int | None:
     return next((i for i, part in enumerate(path.parts) if set(signs) & set(part)), None)
+
+
+def _order(request: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The values of classes in the order in which they are stated, which is that of the classes' indices."""
+    fields = request.get("fields") or {}
+    return {name: list(each["classes"]) for name, each in fields.items() if isinstance(each["classes"], dict)}
 
 
 def _is_made(place: Path, request: Mapping[str, Any]) -> bool:
@@ -234,7 +241,7 @@ def _is_made(place: Path, request: Mapping[str, Any]) -> bool:
             f"{place}: expected an index that a recipe made, found something else. Name another `index`."
         ) from None
     for what in ("fields", "image", "indexing", "tars", "head"):
-        if made_of.get(what) != request.get(what):
+        if made_of.get(what) != request.get(what) or _order(made_of) != _order(request):
             raise UserError(
                 f"{place}: expected an index of the {what} in the recipe, found one of others. "
                 "Remove it to index them again, or name another `index`."

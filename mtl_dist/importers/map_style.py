@@ -20,7 +20,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -53,7 +52,7 @@ from mtl_dist.importers.summary import duplicate_notes, image_format, label_note
 from mtl_dist.kinds.cells import parse_cells
 from mtl_dist.kinds.kind import Kind, Label, MapKind, ScalarKind
 from mtl_dist.kinds.registry import kind_of
-from mtl_dist.kinds.vocabulary import Cell, Declared
+from mtl_dist.kinds.vocabulary import Cell, Declared, LabelError
 from mtl_dist.specs import TaskInfo
 
 log = logging.getLogger(__name__)
@@ -171,8 +170,17 @@ def _make(
     """Write the index under another name, and rename it when it is whole."""
     log.warning("%s: reading the %s samples of %s, once", place, f"{len(dataset):,}", dataset.settings.path)
     declared = {name: _declared(dataset, each, fields, indexing) for name, each in fields.items()}
-    infos = {name: kind_of(each.kind).declare(name, declared[name]) for name, each in fields.items()}
-    found = _pass(dataset, infos)
+    infos: dict[str, TaskInfo] = {}
+    values: dict[str, dict[int, int]] = {}
+    for name, each in fields.items():
+        kind = kind_of(each.kind)
+        try:
+            infos[name] = kind.declare(name, declared[name])
+        except LabelError as error:
+            raise UserError(f"fields.{name}.classes: {error}") from None
+        if kind.is_map and (by_value := declared[name].class_values):
+            values[name] = by_value
+    found = _pass(dataset, infos, values)
     labels: dict[str, Sequence[Label | None]] = {}
     notes: list[str] = []
     sized = False
@@ -228,6 +236,7 @@ def _make(
         labels="columns",
         content_hashes="hashes",
         pixels=pixel_facts([each.state() for each in found.pixels.values()], channels),
+        values=values,
         map_style=stated,
     )
     write_manifest(partial, manifest)
@@ -238,7 +247,7 @@ def _declared(
     dataset: MapDataset, stated: FieldSettings, fields: Mapping[str, FieldSettings], indexing: Indexing
 ) -> Declared:
     """What is known of a task beforehand; class names also from the Dataset's own `classes`."""
-    classes: Any = stated.classes
+    classes = stated.class_names
     kind = kind_of(stated.kind)
     named = [name for name, each in fields.items() if _is_of_classes(kind_of(each.kind))]
     own = getattr(dataset.made, "classes", None)
@@ -264,7 +273,9 @@ def _is_of_classes(kind: Kind) -> bool:
     return kind.has_classes and kind.class_words == Kind.class_words
 
 
-def _pass(dataset: MapDataset, infos: Mapping[str, TaskInfo]) -> _Found:
+def _pass(
+    dataset: MapDataset, infos: Mapping[str, TaskInfo], values: Mapping[str, Mapping[int, int]]
+) -> _Found:
     """Read every sample.
 
     Raises:
@@ -287,7 +298,7 @@ def _pass(dataset: MapDataset, infos: Mapping[str, TaskInfo]) -> _Found:
             for name in scalars:
                 found.cells[name].append(dataset.cell(sample, name, *_classes_and_parts(infos[name])))
             for name, kind in maps.items():
-                stored = dataset.map_of(sample, name, kind, infos[name])
+                stored = dataset.map_of(sample, name, kind, infos[name], values.get(name, {}))
                 if stored is not None and (stored.height, stored.width) != (facts.height, facts.width):
                     raise UnreadableSample(
                         f"its map {name} is {stored.width}x{stored.height}, its image "

@@ -221,10 +221,14 @@ def _map(scan: TarScan, task: str, where: str, member: _Member, picture: ImageFa
     except LabelError as error:
         raise UserError(f"{where}: task {task!r}: {error}") from None
     check_size(f"{where}: task {task!r}", stored, picture, DISPLAYED)
-    if stored.data is not member.data or not member.in_one_place:
+    if not member.in_one_place:
+        raise UserError(f"{where}: task {task!r}: expected a file in one piece, found a sparse member.")
+    if stored.data is not member.data and not scan.values.get(task):
+        names = f"--classes {task}={','.join(f'VALUE:{name}' for name in info.classes)}"
+        advice = f"name the classes by their values ({names}), or " if info.classes else ""
         raise UserError(
             f"{where}: task {task!r}: expected a file as shards hold it (of classes an 8-bit grey PNG of "
-            "class indices), found another form. Tars are not rewritten here: unpack them and use "
+            f"class indices), found another form. Tars are not rewritten here: {advice}unpack them and use "
             "`mtl prepare table`."
         )
     return stored

@@ -366,6 +366,7 @@ def _write(
         labels="columns",
         content_hashes="hashes",
         account=tars.account.totals(),
+        values={task: dict(source.mask_values) for task, source in sources.items() if source.mask_values},
     )
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from mtl_dist.kinds.vocabulary import (
     ClassNames,
     Declared,
     LabelError,
-    colour_value,
+    class_value,
     plain,
 )
 from mtl_dist.specs import TaskInfo
@@ -247,7 +247,7 @@ def class_names(task: str, given: str | Sequence[str] | Mapping[str, str]) -> Cl
     else:
         given_text = str(given)
     if isinstance(given, Mapping):
-        numbers = {value: int(value) if value.isdecimal() else colour_value(value) for value in given}
+        numbers = {value: class_value(value) for value in given}
         if all(given.values()) and None not in numbers.values():
             return {number: given[value] for value, number in numbers.items() if number is not None}
     elif all(given):

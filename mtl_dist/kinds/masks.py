@@ -43,26 +43,14 @@ def store_mask(
     tallied are the pixels of each class.
 
     Raises:
-        UnreadableMap: the file is no image of one channel.
-        LabelError: a value is no class of the task.
+        UnreadableMap, LabelError: as `read_mask`.
     """
     from PIL import Image
 
-    if isinstance(opened, np.ndarray):
-        raise UnreadableMap("an array, where an image of class indices is expected")
-    opened.load()
-    as_stored = opened.format == "PNG" and opened.mode == "L" and data[_PNG_BIT_DEPTH] == 8
-    if any(value >= COLOUR for value in values):
-        classes = _of_colours(opened, values)
-        counts = np.bincount(classes.ravel(), minlength=IGNORE + 1)[:num_classes]
-        buffer = io.BytesIO()
-        Image.fromarray(classes).save(buffer, "PNG")
-        height, width = classes.shape
-        return StoredMap(buffer.getvalue(), width, height, counts.astype(np.int64), "either")
-    source, exact = _values(opened, num_classes, values)
-    table, convention = _table(source, exact, num_classes, values)
-    classes = table[source]
+    classes, source, convention = read_mask(opened, num_classes, values)
+    assert not isinstance(opened, np.ndarray), "it was read as an image"
     counts = np.bincount(classes.ravel(), minlength=IGNORE + 1)[:num_classes]
+    as_stored = opened.format == "PNG" and opened.mode == "L" and data[_PNG_BIT_DEPTH] == 8
     if as_stored and np.array_equal(classes, source):
         png = data
     else:
@@ -73,8 +61,28 @@ def store_mask(
     return StoredMap(png, width, height, counts.astype(np.int64), convention)
 
 
-def _of_colours(image: Image.Image, values: Mapping[int, int]) -> np.ndarray:
-    """The class of each pixel by its colour; what is not quite opaque is ignored.
+def read_mask(
+    opened: Image.Image | np.ndarray, num_classes: int, values: Mapping[int, int]
+) -> tuple[np.ndarray, np.ndarray, Convention]:
+    """The class of each pixel, uint8 (H, W), of which values, and how they were read.
+
+    Raises:
+        UnreadableMap: the file is no image of one channel.
+        LabelError: a value is no class of the task.
+    """
+    if isinstance(opened, np.ndarray):
+        raise UnreadableMap("an array, where an image of class indices is expected")
+    opened.load()
+    if any(value >= COLOUR for value in values):
+        classes, colours = _of_colours(opened, values)
+        return classes, colours, "either"
+    source, exact = _values(opened, num_classes, values)
+    table, convention = _table(source, exact, num_classes, values)
+    return table[source], source, convention
+
+
+def _of_colours(image: Image.Image, values: Mapping[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The class of each pixel by its colour, and the colours; what is not quite opaque is ignored.
 
     Raises:
         LabelError: a colour is no class of the task.
@@ -96,7 +104,7 @@ def _of_colours(image: Image.Image, values: Mapping[int, int]) -> np.ndarray:
             f"{colour_text(value)} on {wrong.size:,} pixel(s)",
             f"Name it, or say that it is ignored: {colour_text(value)}:{IGNORED}. JPEG changes colours.",
         )
-    return classes
+    return classes, colours
 
 
 def _values(image: Image.Image, num_classes: int, values: Mapping[int, int]) -> tuple[np.ndarray, bool]:

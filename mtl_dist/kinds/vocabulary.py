@@ -196,6 +196,11 @@ def names_of(classes: ClassNames) -> tuple[str, ...]:
     return tuple(name for name in classes.values() if name != IGNORED)
 
 
+def class_value(text: str) -> int | None:
+    """The number in a text for which a class stands, such as a value of masks; or a colour."""
+    return int(text) if text.isdecimal() else colour_value(text)
+
+
 def colour_value(text: str) -> int | None:
     """The value that stands for a colour such as `#804080`; None where the text is none."""
     return COLOUR + int(text[1:], 16) if _COLOUR.fullmatch(text) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,14 @@ def test_a_command_that_fails_is_one_line(web: Path) -> None:
     (web / "a-001.tar").unlink()
     with pytest.raises(UserError, match="expected a stream of whole tars, found"):
         seen(data)
+
+
+def test_a_command_that_fails_late_between_two_samples_loses_none_silently(web: Path) -> None:
+    with tarfile.open(web / "a-000.tar") as tar:
+        cut = next(member.offset for member in tar if member.name.startswith("part.v1/00003"))
+    late = f"pipe:head -c {cut} '{web}/a-000.tar'; exec 1>&-; sleep 0.2; exit 3"
+    with pytest.raises(UserError, match="expected a stream of whole tars, found: exit code 3 of the command"):
+        opened(web, path=late)
 
 
 def test_what_a_stream_cannot_promise_is_refused(web: Path, tmp_path: Path) -> None:
