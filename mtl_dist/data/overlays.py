@@ -110,16 +110,19 @@ def _side_by_side(panels: list[np.ndarray]) -> Image.Image:
     return page
 
 
-def with_legend(picture: Image.Image, lines: Mapping[str, Colour]) -> Image.Image:
-    """The picture with a legend below: each line's words beside its colour, in as many rows as they need."""
+def with_legend(picture: Image.Image, lines: Mapping[str, Colour], margin: int = _MARGIN) -> Image.Image:
+    """The picture with a legend below: each line's words beside its colour, in as many rows as they need.
+
+    `margin` is left free at both sides, in pixels.
+    """
     draw = ImageDraw.Draw(picture)
     places = []
-    x, y = _MARGIN, picture.height + _MARGIN
+    x, y = margin, picture.height + _MARGIN
     for words, colour in lines.items():
-        shown = fitted(draw, words, picture.width - 2 * _MARGIN - _SWATCH - 6)
+        shown = fitted(draw, words, picture.width - 2 * margin - _SWATCH - 6)
         width = _SWATCH + 6 + round(draw.textlength(shown, font(_TEXT, shown)))
-        if x > _MARGIN and x + width > picture.width - _MARGIN:
-            x, y = _MARGIN, y + _LINE
+        if x > margin and x + width > picture.width - margin:
+            x, y = margin, y + _LINE
         places.append((x, y, shown, colour))
         x += width + 16
     page = Image.new("RGB", (picture.width, y + _LINE), PAPER)

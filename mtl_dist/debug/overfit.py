@@ -21,6 +21,7 @@ from mtl_dist.balancing import Balancing
 from mtl_dist.batch import Batch
 from mtl_dist.cell_table import CellTable
 from mtl_dist.data.loader import Data, open_data, train_loader
+from mtl_dist.debug.blame import blame
 from mtl_dist.debug.gradients import GradientWatch
 from mtl_dist.debug.pictures import Section, batch_picture
 from mtl_dist.debug.verdict import Seen, verdict
@@ -85,7 +86,8 @@ def overfit_one_batch(recipe: Recipe, console: Console | None = None, folder: Pa
         error.add_note(shapes_of(batch))
         raise
     console.print(verdict(root, batch, seen, recipe.optim.lr, gradients.dead))
-    return all(root.tasks[name].settings.has_learnt(value) for name, value in seen.reached.items())
+    learnt = [root.tasks[name].settings.has_learnt(value) for name, value in seen.reached.items()]
+    return bool(learnt) and all(learnt)  # none was measured where the first steps were not finite
 
 
 def _first_batch(data: Data, recipe: Recipe) -> Batch:
@@ -146,21 +148,20 @@ def _overfit(
         for step in range(1, MAX_STEPS + 1):
             totals = WindowTotals(counts_T, 1, step)
             clock.begin()
-            # At the first step, for what is broken from the start: it takes several times as long.
-            with torch.autograd.set_detect_anomaly(step == 1):
-                weights = balancing.solve([batch], totals)
-                sums_T, _ = engine.forward_backward(batch, totals, weights, last=True)
+            weights = balancing.solve([batch], totals)
+            sums_T, _ = engine.forward_backward(batch, totals, weights, last=True)
             clock.backward()
             if step <= LOOKED_AT:
                 gradients.look()
             with clock.optimizer():
-                engine.step(root.absent_parameters(totals), clip_norm=None)
+                done = engine.step(root.absent_parameters(totals), clip_norm=None)
             for name, loss, count in zip(root.tasks, sums_T.tolist(), counts_T.tolist(), strict=False):
                 seen.losses[name].append(loss / count if count else 0.0)
             if step == LOOKED_AT:
                 _tell(console, "\n".join([*gradients.lines(), clock.line(loading_s)]))
-            if not bool(sums_T.isfinite().all()):
-                seen.blamed = _blame(root, batch, WindowTotals(counts_T, 1, step + 1), engine, balancing)
+            if done.skipped:  # the weights are as they were
+                seen.bad_gradient = bool(sums_T.isfinite().all())
+                seen.blamed = blame(root, batch, totals, engine, balancing)
                 break
             seen.out_of_time = time.monotonic() - began > MAX_SECONDS
             if step % CHECK_EVERY == 0 or seen.out_of_time:
@@ -171,18 +172,6 @@ def _overfit(
                 ):
                     break
     return seen
-
-
-def _blame(
-    root: RootModule, batch: Batch, totals: WindowTotals, engine: AccelerateEngine, balancing: Balancing
-) -> str:
-    """Which operation of one more step gives what is not finite."""
-    try:
-        with torch.autograd.set_detect_anomaly(True):
-            engine.forward_backward(batch, totals, balancing.solve([batch], totals), last=True)
-    except RuntimeError as error:
-        return f" ({str(error).splitlines()[0].rstrip('.')})"
-    return ""
 
 
 class _Clock:

@@ -40,7 +40,7 @@ class Section:
 def batch_picture(sections: Sequence[Section], tasks: Mapping[str, TaskInfo]) -> Image.Image:
     """One page: under each image its key and what each task has to say of it there."""
     colours = legend_colours(tasks)
-    cell_height = _BOX + _LINE * (1 + len(tasks)) + _GAP
+    cell_height = _BOX + _LINE * (1 + max(_num_lines(section.batch, tasks) for section in sections)) + _GAP
     rows = [-(-len(section.batch) // _ACROSS) for section in sections]
     width = 2 * _MARGIN + _ACROSS * (_BOX + _GAP) - _GAP
     height = _MARGIN + sum(_TITLE + _GAP + count * cell_height for count in rows)
@@ -57,7 +57,19 @@ def batch_picture(sections: Sequence[Section], tasks: Mapping[str, TaskInfo]) ->
             page.paste(picture, (x + (_BOX - picture.width) // 2, y + (_BOX - picture.height) // 2))
             _draw_words(draw, (x, y + _BOX + 4), section.batch, row, tasks)
         top += count * cell_height
-    return with_legend(page, {words: colour for (_, words), colour in colours.items()}) if colours else page
+    return (
+        with_legend(page, {words: colour for (_, words), colour in colours.items()}, _MARGIN)
+        if colours
+        else page
+    )
+
+
+def _num_lines(batch: Batch, tasks: Mapping[str, TaskInfo]) -> int:
+    """How many tasks have something to say in words, of the sample with most of them."""
+    return max(
+        sum(bool(words_of(batch, row, task, info)) for task, info in tasks.items())
+        for row in range(len(batch))
+    )
 
 
 def words_of(batch: Batch, row: int, task: str, info: TaskInfo) -> str:

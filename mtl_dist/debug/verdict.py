@@ -21,6 +21,8 @@ _MOVED = 0.05
 """A loss that changed by less of what it was has hardly moved."""
 _FELL = 0.98
 """A loss that came below so much of what it was a tenth of the steps before still falls."""
+_ROSE = 10.0
+"""A loss that was so many times what it began with was thrown off by its steps."""
 
 
 @dataclass
@@ -31,6 +33,8 @@ class Seen:
     reached: dict[str, float] = field(default_factory=dict)
     blamed: str = ""
     """Where a loss or gradient first was not finite."""
+    bad_gradient: bool = False
+    """Whether the last step's gradient was not finite, though its losses were."""
     out_of_time: bool = False
 
     @property
@@ -71,17 +75,15 @@ def about_task(
         shows = f", but every label here is {constant}, which shows little" if constant else ""
         return f"overfitted{shows}"
     alike = f"Every label here is {constant}: there is nothing to tell apart. Try another train.seed"
-    reasons = [
+    broken = [
         _not_finite(seen, name),
         alike if constant else "",
         _twins(root, name, batch),
         *images,
-        _frozen(root, name),
-        _unreached(name, dead),
-        _weighted(root, name),
-        _rate(seen, name, lr),
     ]
-    found = [reason for reason in reasons if reason]
+    slow = [_frozen(root, name), _unreached(name, dead), _weighted(root, name), _rate(seen, name, lr)]
+    # What the data or a broken step makes impossible, no learning rate mends.
+    found = [reason for reason in broken if reason] or [reason for reason in slow if reason]
     return "NOT overfitted. " + ". ".join(found or [task.settings.if_not_learnt]) + "."
 
 
@@ -112,9 +114,12 @@ def constant_label(root: RootModule, name: str, batch: Batch) -> str:
 def _not_finite(seen: Seen, name: str) -> str:
     losses = seen.losses.get(name, [])
     step = next((number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
-    if step is None:
-        return ""
-    return f"Its loss was {losses[step - 1]} at step {step}{seen.blamed}"
+    if step is not None:
+        return f"Its loss was {losses[step - 1]} at step {step}{seen.blamed}"
+    if seen.bad_gradient:
+        return f"The gradient was not finite at step {seen.steps}{seen.blamed}"
+    broken = [other for other, them in seen.losses.items() if not all(map(math.isfinite, them))]
+    return f"It ended with the loss of {broken[0]}, at step {seen.steps}" if broken else ""
 
 
 def _twins(root: RootModule, name: str, batch: Batch) -> str:
@@ -169,6 +174,12 @@ def _rate(seen: Seen, name: str, lr: float) -> str:
     moved = f"Its loss went from {first:.3g} to {last:.3g} in {len(losses)} steps at optim.lr={lr:g}"
     if abs(last - first) < _MOVED * abs(first) and max(losses) - min(losses) < 2 * _MOVED * abs(first):
         return f"{moved}: try a larger one, such as {10 * lr:g}"
+    peak = max(losses)
+    if peak > _ROSE * max(losses[0], last):
+        return (
+            f"Its loss rose from {losses[0]:.3g} to {peak:.3g} and then stayed at {last:.3g} in "
+            f"{len(losses)} steps at optim.lr={lr:g}: try a smaller one, such as {lr / 10:g}"
+        )
     if last >= first:
         return f"{moved}: try a smaller one, such as {lr / 10:g}"
     if last < (before if seen.out_of_time else _FELL * before):

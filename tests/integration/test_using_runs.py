@@ -195,6 +195,19 @@ def test_a_browser_shows_a_page_without_an_error_and_a_phone_without_scrolling_s
         assert shown.page.evaluate("getComputedStyle(document.body).backgroundColor") == background
 
 
+def test_a_printed_page_is_light_and_hides_and_cuts_nothing(page: Path) -> None:
+    with chromium(page.as_uri(), 700, "dark") as shown:
+        shown.page.emulate_media(media="print", color_scheme="dark")
+        shown.check()
+        assert shown.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert shown.page.evaluate("[...document.querySelectorAll('details pre, details table')].length") > 1
+        for which, holds in (
+            ("details > :not(summary)", "e.checkVisibility() && e.offsetHeight > 0"),
+            ("table", "e.getBoundingClientRect().right <= innerWidth"),
+        ):
+            assert shown.page.evaluate(f"[...document.querySelectorAll('{which}')].every(e => {holds})")
+
+
 # ---------------------------------------------------------------- again
 def test_evaluating_again_gives_the_same_figures(run: Path) -> None:
     from mtl_dist.run_folder import RunFolder
@@ -348,6 +361,34 @@ def test_debug_says_what_keeps_a_task_from_being_learnt(
     )
     assert "NOT overfitted" in said.getvalue()
     assert expected in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [
+        ("(output[:, 0] - 1e6).log().abs()", "Its loss was nan at step 1 (log made it of finite numbers)"),
+        (
+            "(output[:, 0] * 0).sqrt()",
+            "The gradient was not finite at step 1 (Function 'SqrtBackward0' returned",
+        ),
+    ],
+)
+def test_debug_names_the_operation_that_is_not_finite_from_the_start(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, expected: str
+) -> None:
+    module = f"broken_{len(broken)}"
+    (tmp_path / f"{module}.py").write_text(
+        "from dataclasses import dataclass\n\nimport torch\n\nfrom mtl_dist.tasks.task import Loss\n\n\n"
+        "@dataclass(frozen=True)\nclass Broken(Loss):\n    num_outputs = 1\n\n"
+        f"    def numerators(self, output, target):\n        return {broken}\n\n"
+        "    def denominators(self, target):\n        return torch.ones(len(target))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    said = io.StringIO()
+    loaded = load_recipe(recipe, [f"tasks.value.loss={module}.Broken"])
+    assert not overfit.overfit_one_batch(loaded, Console(file=said, width=400), tmp_path)
+    assert expected in said.getvalue()
+    assert "digit" in said.getvalue().split("wanted")[1]
 
 
 def test_the_debugger_opens_where_it_is_wanted(recipe: Path, tmp_path: Path) -> None:

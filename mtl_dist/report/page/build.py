@@ -445,7 +445,9 @@ def class_figures(record: RunRecord) -> list[Figure]:
         order = sorted(range(len(counts)), key=lambda c: -counts[c])
         shown = order[:_BARS]
         rest = len(counts) - len(shown)
-        caption = f"{rest} classes with fewer are not shown; the rarest has {min(counts):,}." if rest else ""
+        caption = (
+            f"{rest:,} classes with no more are not shown; the rarest has {min(counts):,}." if rest else ""
+        )
         kind = kind_of(task.info.kind)
         what = "pixels" if kind.is_map else "labels"
         by = f"{what} by {kind.class_words[0]}"

@@ -10,7 +10,7 @@ import torch
 from mtl_dist.batch import Batch
 from mtl_dist.debug.gradients import GradientWatch
 from mtl_dist.debug.pictures import Section, batch_picture, words_of
-from mtl_dist.debug.verdict import Seen, _rate
+from mtl_dist.debug.verdict import Seen, _not_finite, _rate
 from mtl_dist.models.building import build_model
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.specs import HeadSpec, TaskInfo
@@ -60,6 +60,11 @@ def test_layers_whose_gradients_explode_are_named(change: float) -> None:
         ([2.3 - i * 1e-5 for i in range(40)], "try a larger one, such as 0.01"),
         ([2.3 * 0.99**i for i in range(40)], "and still fell: try a larger one, such as 0.01"),
         ([2.3 + math.sin(i) + i / 10 for i in range(40)], "try a smaller one, such as 0.0001"),
+        (
+            [2.3, 512.0, 90.0] + [1.49] * 37,
+            "stayed at 1.49 in 40 steps at optim.lr=0.001: try a smaller one, such as 0.0001",
+        ),
+        ([2.3, 512.0] + [90 * 0.9**i + 1 for i in range(38)], "try a smaller one, such as 0.0001"),
         ([2.3 * 0.5**i + 1 for i in range(40)], ""),
         ([2.3] * 5, ""),
     ],
@@ -68,6 +73,15 @@ def test_the_course_of_a_loss_says_which_learning_rate_to_try(losses: list[float
     said = _rate(Seen({"digit": losses}), "digit", 1e-3)
     assert said.endswith(expected)
     assert bool(said) == bool(expected)
+
+
+def test_a_loss_that_is_not_finite_is_said_of_its_task_and_ends_the_others() -> None:
+    seen = Seen({"digit": [2.3, math.nan], "size": [0.3, 0.2]}, blamed=" (Function 'LogBackward0' ...)")
+    assert _not_finite(seen, "digit") == "Its loss was nan at step 2 (Function 'LogBackward0' ...)"
+    assert _not_finite(seen, "size") == "It ended with the loss of digit, at step 2"
+    seen = Seen({"digit": [2.3], "size": [0.3]}, blamed=" (Function 'SqrtBackward0' ...)", bad_gradient=True)
+    assert _not_finite(seen, "size") == "The gradient was not finite at step 1 (Function 'SqrtBackward0' ...)"
+    assert _not_finite(Seen({"digit": [2.3, 1.0]}), "digit") == ""
 
 
 def batch(lam_B: torch.Tensor | None = None) -> Batch:
@@ -110,3 +124,14 @@ def test_a_picture_holds_every_batch_with_its_masks_laid_over() -> None:
     plain = batch()
     plain.labelled["shape"][:] = False
     assert one.tobytes() != batch_picture([Section("as trained", plain)], TASKS).tobytes()
+
+
+def test_a_picture_has_no_lines_for_maps_which_say_nothing_in_words() -> None:
+    maps = {name: TASKS["shape"] for name in ("shape", "other", "third")}
+    both = batch()
+    for name in maps:
+        both.targets[name], both.labelled[name] = both.targets["shape"], torch.tensor([True, True])
+    none, one = (batch_picture([Section("", both)], maps | more) for more in ({}, {"digit": TASKS["digit"]}))
+    legend = 5  # the words of one line of a cell, less what the legend's rows differ by
+    assert none.height < one.height
+    assert none.height < 24 + 34 + 208 + 2 * 19 + 16 + 3 * 24 + legend
