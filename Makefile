@@ -4,10 +4,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 # A module's tests share their runs, so they stay on one worker; the long ones come first.
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: docs demo test test-all fuzz test-oldest test-slurm lint install clean
+.PHONY: docs demo test test-all fuzz test-oldest test-slurm lint install install-all clean
 
 # What a user needs; the tests' own tools come on top of it.
 install: $(VENV)/installed
@@ -15,12 +16,18 @@ install: $(VENV)/installed
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python >= 3.11, found " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	$(PIP_INSTALL) --editable '.[demo]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,dev,fast]'
+	$(PIP_INSTALL) --editable '.[demo,dev,fast]'
 	touch $@
+
+# All of that at once.
+install-all: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --editable '.[demo,dev,fast,docs]'
+	touch $(VENV)/installed $(VENV)/installed-dev $(VENV)/installed-docs
 
 data/digits/dataset.json: | install
 	$(BIN)/mtl prepare digits data/digits
@@ -61,7 +68,7 @@ docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(VENV)/installed-docs: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,docs]'
+	$(PIP_INSTALL) --editable '.[demo,docs]'
 	touch $@
 
 lint: $(VENV)/installed-dev

@@ -170,35 +170,9 @@ def _make(
     """Write the index under another name, and rename it when it is whole."""
     log.warning("%s: reading the %s samples of %s, once", place, f"{len(dataset):,}", dataset.settings.path)
     declared = {name: _declared(dataset, each, fields, indexing) for name, each in fields.items()}
-    infos: dict[str, TaskInfo] = {}
-    values: dict[str, dict[int, int]] = {}
-    for name, each in fields.items():
-        kind = kind_of(each.kind)
-        try:
-            infos[name] = kind.declare(name, declared[name])
-        except LabelError as error:
-            raise UserError(f"fields.{name}.classes: {error}") from None
-        if kind.is_map and (by_value := declared[name].class_values):
-            values[name] = by_value
+    infos, values = _declare(fields, declared)
     found = _pass(dataset, infos, values)
-    labels: dict[str, Sequence[Label | None]] = {}
-    notes: list[str] = []
-    sized = False
-    for name, info in infos.items():
-        kind = kind_of(info.kind)
-        if isinstance(kind, ScalarKind):
-            parsed = parse_cells(kind, found.cells[name], dataset.where, declared[name])
-            infos[name] = kind.declare(name, replace(declared[name], classes=parsed.classes or None))
-            labels[name] = parsed.labels
-            sized = sized or kind.has_place
-            notes += [f"{name}: {note}" for note in parsed.notes]
-    if sized:
-        placed = PlacedLabels(infos, DISPLAYED)
-        for at, picture in enumerate(found.pictures):
-            of_sample = {name: labels[name][at] for name in placed.labels if labels[name][at] is not None}
-            placed.beside(dataset.where(at), of_sample, picture)
-        labels |= placed.labels
-        notes += placed_notes([placed.noted])
+    infos, labels, notes = _labels(dataset, found, infos, declared)
     splits, more = _splits(len(dataset), labels, infos, indexing, split)
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that died
@@ -211,13 +185,14 @@ def _make(
         rows, counts, contents = _part(chosen, found, infos, labels)
         if not tasks:
             tasks = {task: with_facts(info, counts[task], contents[task]) for task, info in infos.items()}
-        save_index(index_path(partial, name), rows)
-        hashes = np.frombuffer(b"".join(found.hashes[at] for at in chosen.tolist()), HASH_DTYPE)
-        save_index(content_hashes_path(partial, name), hashes)
         of_split = {task: [column[at] for at in chosen.tolist()] for task, column in labels.items()}
-        save_index(labels_path(partial, name), label_columns(infos, of_split, len(chosen)))
-        file = index_path(partial, name)
-        shard = ShardInfo(file.name, len(chosen), file.stat().st_size, sha256_of(file))
+        shard = _write_split(
+            partial,
+            name,
+            rows,
+            [found.hashes[at] for at in chosen.tolist()],
+            label_columns(infos, of_split, len(chosen)),
+        )
         made[name] = SplitInfo(len(chosen), (shard,), counts)
     all_hashes = {name: np.load(content_hashes_path(partial, name)) for name in made}
     keys = {name: np.load(index_path(partial, name))["image_offset"].astype(str).tolist() for name in made}
@@ -241,6 +216,60 @@ def _make(
     )
     write_manifest(partial, manifest)
     os.rename(partial, place)
+
+
+def _declare(
+    fields: Mapping[str, FieldSettings], declared: Mapping[str, Declared]
+) -> tuple[dict[str, TaskInfo], dict[str, dict[int, int]]]:
+    """The tasks, and of maps whose classes are stated by value what each value becomes."""
+    infos: dict[str, TaskInfo] = {}
+    values: dict[str, dict[int, int]] = {}
+    for name, each in fields.items():
+        kind = kind_of(each.kind)
+        try:
+            infos[name] = kind.declare(name, declared[name])
+        except LabelError as error:
+            raise UserError(f"fields.{name}.classes: {error}") from None
+        if kind.is_map and (by_value := declared[name].class_values):
+            values[name] = by_value
+    return infos, values
+
+
+def _labels(
+    dataset: MapDataset, found: _Found, infos: Mapping[str, TaskInfo], declared: Mapping[str, Declared]
+) -> tuple[dict[str, TaskInfo], dict[str, Sequence[Label | None]], list[str]]:
+    """The tasks with the classes that were found, the labels of those that are no maps, and the notes."""
+    complete = dict(infos)
+    labels: dict[str, Sequence[Label | None]] = {}
+    notes: list[str] = []
+    has_place = False
+    for name, info in infos.items():
+        kind = kind_of(info.kind)
+        if isinstance(kind, ScalarKind):
+            parsed = parse_cells(kind, found.cells[name], dataset.where, declared[name])
+            complete[name] = kind.declare(name, replace(declared[name], classes=parsed.classes or None))
+            labels[name] = parsed.labels
+            has_place = has_place or kind.has_place
+            notes += [f"{name}: {note}" for note in parsed.notes]
+    if has_place:
+        placed = PlacedLabels(complete, DISPLAYED)
+        for at, picture in enumerate(found.pictures):
+            of_sample = {name: labels[name][at] for name in placed.labels if labels[name][at] is not None}
+            placed.beside(dataset.where(at), of_sample, picture)
+        labels |= placed.labels
+        notes += placed_notes([placed.noted])
+    return complete, labels, notes
+
+
+def _write_split(
+    folder: Path, name: str, rows: np.ndarray, hashes: Sequence[bytes], columns: np.ndarray
+) -> ShardInfo:
+    """The index of a split, the hashes of its images and its labels; the index stands for its shard."""
+    file = index_path(folder, name)
+    save_index(file, rows)
+    save_index(content_hashes_path(folder, name), np.frombuffer(b"".join(hashes), HASH_DTYPE))
+    save_index(labels_path(folder, name), columns)
+    return ShardInfo(file.name, len(rows), file.stat().st_size, sha256_of(file))
 
 
 def _declared(

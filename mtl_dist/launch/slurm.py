@@ -103,13 +103,7 @@ def submit(
     ).resolve()
     runs = [directory / label for label in point_labels(points)] if sweeps else [directory]
     if dry_run:
-        folder = directory / "submissions" / "001"
-        executor = build_executor(
-            folder, job_name(recipes[0]), profile, shape, dry_run=True, **limit(parallel)
-        )
-        if len(runs) > 1:
-            executor.parameters["map_count"] = len(runs)
-        return Submitted(runs, [], script_text(executor))
+        return Submitted(runs, [], _script_of_no_job(directory, recipes, profile, shape, parallel))
     require_slurm()
     if profile.check_data:
         check_data(recipes)
@@ -120,29 +114,55 @@ def submit(
         refuse_if_active(run, cluster_here)
     with removed_on_failure(directory):
         folder = new_submission_folder(directory)
-        for run, point in zip(runs, recipes, strict=True):
-            run.mkdir(parents=True, exist_ok=True)
-            write_text(run / "recipe.yaml", to_yaml(point))
-            mark(run, "recipe.yaml")
-            RunFolder(run).change_tags(tags)
-        asked = Submission(
-            **asdict(shape),
-            runs=[os.path.relpath(run, folder) for run in runs],
-            requeue=profile.requeue.model_dump(),
-            profile=profile.model_dump(mode="json"),
-            modules=take_snapshot(folder / "code"),
-            name=job_name(recipes[0]),
-            working_directory=os.getcwd(),
-            data_moved=data_moved,
-        )
-        write_submission(folder, asked)
-        executor = build_executor(folder, asked.name, profile, shape, **limit(parallel))
+        _write_runs(runs, recipes, tags)
+        write_submission(folder, _submission(folder, runs, recipes, profile, shape, data_moved))
+        executor = build_executor(folder, job_name(recipes[0]), profile, shape, **limit(parallel))
         job_ids = submit_jobs(executor, [TrainingJob(run, folder) for run in runs])
         script = script_of(folder, job_ids[0])
     record_jobs(runs, job_ids, "train", folder, cluster_here)
     if then is not None:
         chain(then, folder, profile, job_name(recipes[0]), runs, job_ids, cluster_here)
     return Submitted(runs, job_ids, script)
+
+
+def _script_of_no_job(
+    directory: Path, recipes: Sequence[Recipe], profile: ClusterProfile, shape: Shape, parallel: int | None
+) -> str:
+    """The script as it would be submitted; nothing is written."""
+    folder = directory / "submissions" / "001"
+    executor = build_executor(folder, job_name(recipes[0]), profile, shape, dry_run=True, **limit(parallel))
+    if len(recipes) > 1:
+        executor.parameters["map_count"] = len(recipes)
+    return script_text(executor)
+
+
+def _write_runs(runs: Sequence[Path], recipes: Sequence[Recipe], tags: Sequence[str]) -> None:
+    for run, recipe in zip(runs, recipes, strict=True):
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / "recipe.yaml", to_yaml(recipe))
+        mark(run, "recipe.yaml")
+        RunFolder(run).change_tags(tags)
+
+
+def _submission(
+    folder: Path,
+    runs: Sequence[Path],
+    recipes: Sequence[Recipe],
+    profile: ClusterProfile,
+    shape: Shape,
+    data_moved: bool,
+) -> Submission:
+    """What the jobs are told, with a snapshot of the code in `folder`."""
+    return Submission(
+        **asdict(shape),
+        runs=[os.path.relpath(run, folder) for run in runs],
+        requeue=profile.requeue.model_dump(),
+        profile=profile.model_dump(mode="json"),
+        modules=take_snapshot(folder / "code"),
+        name=job_name(recipes[0]),
+        working_directory=os.getcwd(),
+        data_moved=data_moved,
+    )
 
 
 def load_profile(path: Path) -> ClusterProfile:
