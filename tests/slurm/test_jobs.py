@@ -49,7 +49,7 @@ SMOOTH = ("model.backbone=own_parts.Smooth", "optim.kind=sgd", "optim.lr=1e-3", 
 
 # A network of ReLUs: the steps are so small that rounding errors do not grow.
 DIGITS = ("model.backbone=shufflenet_v2_x0_5", "model.norm=group", "train.global_batch=16")
-DIGITS += ("optim.kind=sgd", "optim.lr=1e-5", "optim.momentum=0", "train.max_steps=30", "train.log_every=1")
+DIGITS += ("optim.kind=sgd", "optim.lr=1e-5", "optim.momentum=0", "train.max_steps=12", "train.log_every=1")
 DIGITS += ("train.evaluate_at_end=false",)
 
 
@@ -85,12 +85,12 @@ def test_two_nodes_end_with_the_weights_of_two_and_of_four_local_ranks(cluster: 
     recipe, run = ROOT / "configs" / "digits.yaml", work / "digits"
     submit(recipe, PROFILE, Shape(2, 2), overrides=DIGITS, run_dir=run)
     wait_for("the end", lambda: has_ended(run))
-    weights, losses = weights_of(run, 30), [row["step/loss"] for row in step_rows(run)]
-    assert len(losses) == 30
+    weights, losses = weights_of(run, 12), [row["step/loss"] for row in step_rows(run)]
+    assert len(losses) == 12
     four, two = (local_run(f"digits-{n}", n, *DIGITS, recipe=str(recipe)) for n in (4, 2))
-    for name, weight in weights_of(four, 30).items():
+    for name, weight in weights_of(four, 12).items():
         assert torch.equal(weights[name], weight), name
-    for name, weight in weights_of(two, 30).items():
+    for name, weight in weights_of(two, 12).items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6, msg=name)
     assert losses == [row["step/loss"] for row in step_rows(four)]
     assert losses == pytest.approx([row["step/loss"] for row in step_rows(two)], rel=1e-5)
