@@ -267,15 +267,33 @@ class Coco(RegionImporter):
             where = f"{path}, image {image['id']}"
             name = item(image, "file_name", str, where)
             width, height = item(image, "width", int, where), item(image, "height", int, where)
-            found = _in_a_folder_of(split, name, finder) or finder.find(name, split)
+            found = self._in_a_folder_of(split, name, finder) or finder.find(name, split)
             of_image = by_image[image["id"]]
             if self._panoptic:
-                regions, mask = self._segments(of_image, where, pngs, split)
+                regions, mask = self._segments(of_image, where, pngs, path, split)
             else:
                 regions, mask = [self._region(each, where) for each in of_image], None
             place, source = found or (name, None)
+            if mask is not None and mask.source == source:
+                raise UserError(
+                    f"{where}: expected {name!r} and its segments in two files, found {source} alone. Is the "
+                    "folder of the images there?"
+                )
             read.append(AnnotatedImage(place, source, width, height, regions, split, mask, where))
         return read
+
+    def _in_a_folder_of(self, split: str, name: str, finder: FileFinder) -> tuple[str, Source] | None:
+        """The image in a folder such as `train2017`, where the file of its annotations is of this split.
+
+        A folder called as a file of annotations, such as `panoptic_train2017`, holds no images but segments.
+        """
+        of_segments = [path.rpartition(".")[0] for path in self._files]
+        for folder in finder.tree.directories if split else ():
+            if split_in(folder) != split or folder in of_segments:
+                continue
+            if (found := finder.tree.find(f"{folder}/{name}")) is not None:
+                return f"{folder}/{name}", found
+        return None
 
     def _region(self, annotation: dict[str, Any], where: str) -> Region:
         where = f"{where}, annotation {item(annotation, 'id', (int, str), where)}"
@@ -307,14 +325,16 @@ class Coco(RegionImporter):
         return [[x, y, int(v)] if v else [0.0, 0.0, 0] for x, y, v in points]
 
     def _segments(
-        self, annotations: Sequence[dict[str, Any]], where: str, pngs: FileFinder, split: str
+        self, annotations: Sequence[dict[str, Any]], where: str, pngs: FileFinder, path: str, split: str
     ) -> tuple[list[Region], SegmentMask | None]:
         if not annotations:
             return [], None
         if len(annotations) > 1:
             raise UserError(f"{where}: expected one panoptic annotation, found {len(annotations)}.")
         name = item(annotations[0], "file_name", str, where)
-        found = pngs.find(name, split)
+        own = f"{path.rpartition('.')[0]}/{name}"  # the picture may have the same name
+        source = pngs.tree.find(own)
+        found = (own, source) if source is not None else pngs.find(name, split)
         if found is None:
             raise UserError(f"{where}: expected its segments in {name!r} in {pngs.tree}, found no such file.")
         self._png.append(pngs.tree.inside(found[1]))
@@ -341,14 +361,6 @@ def split_in(path: str) -> str:
             if is_split_word(word):
                 return str(word).lower()
     return ""
-
-
-def _in_a_folder_of(split: str, name: str, finder: FileFinder) -> tuple[str, Source] | None:
-    """The image in a folder such as `train2017`, where the file of its annotations is of this split."""
-    for folder in finder.tree.directories if split else ():
-        if split_in(folder) == split and (found := finder.tree.find(f"{folder}/{name}")) is not None:
-            return f"{folder}/{name}", found
-    return None
 
 
 def _is_panoptic(data: dict[str, Any]) -> bool:

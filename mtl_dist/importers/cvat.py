@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from mtl_dist.importers.regions import (
     read_xml,
 )
 from mtl_dist.importers.splitting import is_split_word
+from mtl_dist.kinds.vocabulary import plain
 
 _SHAPES = ("polygon", "box", "ellipse", "mask", "tag", "polyline", "points", "cuboid", "skeleton")
 
@@ -37,9 +39,9 @@ class Cvat(TreeImporter):
       mtl prepare cvat export/ data/photos --masks scene
       mtl prepare cvat export.zip data/photos --categories objects
 
-    Splits are the subsets of the images, where all have one, folders or lists; else they are made. Classes
-    are the labels in their order there. Points and lines have no area, and are left out of masks and boxes; a
-    tag counts in --categories.
+    Splits are the subsets of the images, where all have one, the folders of images, files such as train.xml
+    and val.xml, or lists; else they are made. Classes are the labels in their order there. Points and lines
+    have no area, and are left out of masks and boxes; a tag counts in --categories.
     """
 
     def read(self, classes: tuple[str, ...]) -> None:
@@ -58,15 +60,16 @@ class Cvat(TreeImporter):
             for root in roots.values()
             for label in root.iterfind(".//meta//labels/label")
         ]
-        used = [
+        used = Counter(
             shape.get("label", "")
             for root in roots.values()
             for image in root.iter("image")
             for shape in image
-        ]
-        names = categories_of(used, classes or tuple(dict.fromkeys(filter(None, stated))))
+        )
+        names = categories_of(used, classes or tuple(filter(None, stated)), self._noted)
         finder = FileFinder(self._tree, "")
         images: list[AnnotatedImage] = []
+        places: list[str] = []
         for path, root in roots.items():
             if root.find("track") is not None:
                 raise UserError(
@@ -84,11 +87,13 @@ class Cvat(TreeImporter):
                 subset = image.get("subset", "").strip().lower()
                 split = subset if is_split_word(subset) else ""
                 images.append(AnnotatedImage(place, file, size[1], size[0], regions, split, where=where))
-        self.has_images(names, images, list(roots))
+                # Of several files each may be a split: train.xml, val.xml.
+                places.append(f"{path.rpartition('.')[0] if len(roots) > 1 else '.'}/{name}")
+        self.has_images(names, images, list(roots), places)
 
 
 def _region(shape: ElementTree.Element, where: str, names: list[str], size: tuple[int, int]) -> Region:
-    label = names.index(shape.get("label", ""))
+    label = names.index(plain(shape.get("label", "")))
     outline: Outline
     if shape.tag == "polygon":
         outline = Polygons((_points(shape, where),))

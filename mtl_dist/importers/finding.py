@@ -45,7 +45,7 @@ class FileFinder:
                 return str(below), found
         if "\\" in path and (found_so := self.find(path.replace("\\", "/"), split)):  # as Windows writes it
             return found_so
-        ending = f"/{PurePosixPath(path)}"
+        ending = f"/{str(PurePosixPath(path)).lstrip('/')}"
         candidates = [name for name in self._by_name[PurePosixPath(path).name] if f"/{name}".endswith(ending)]
         candidates = candidates or [
             name

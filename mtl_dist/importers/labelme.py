@@ -31,7 +31,7 @@ from mtl_dist.importers.regions import (
     numbers,
     read_json,
 )
-from mtl_dist.kinds.vocabulary import Declared, plain, vocabulary
+from mtl_dist.kinds.vocabulary import plain
 
 
 class LabelMe(TreeImporter):
@@ -41,8 +41,8 @@ class LabelMe(TreeImporter):
       mtl prepare labelme photos/ data/photos --masks scene
       mtl prepare labelme photos/ data/photos --categories objects --box head=cat --classes cat,dog
 
-    Splits are folders called train and val, or lists train.txt and val.txt; else they are made. Points and
-    lines have no area, and are left out of masks and boxes.
+    Splits are folders called train and val, of the images or else of their JSON files, or lists train.txt and
+    val.txt; else they are made. Points and lines have no area, and are left out of masks and boxes.
     """
 
     def read(self, classes: tuple[str, ...]) -> None:
@@ -58,10 +58,7 @@ class LabelMe(TreeImporter):
             (path, shape) for path, content in read.items() for shape in item(content, "shapes", list, path)
         ]
         labels = Counter(item(shape, "label", str, path) for path, shape in shapes)
-        names = categories_of([plain(label) for label in labels], classes)
-        if any(plain(label) != label for label in labels):
-            forms = vocabulary(Declared(names))
-            self._noted += [f"labels: {said}" for said in forms.spellings(labels)]
+        names = categories_of(labels, classes, self._noted)
         images: list[AnnotatedImage] = []
         for path, content in read.items():
             name = item(content, "imagePath", str, path).replace("\\", "/")
@@ -74,7 +71,7 @@ class LabelMe(TreeImporter):
                 for number, shape in enumerate(content["shapes"], 1)
             ]
             images.append(AnnotatedImage(place, found, size[1], size[0], regions, where=path))
-        self.has_images(names, images, list(read))
+        self.has_images(names, images, list(read), list(read))
 
     def _content(self, path: str) -> dict[str, Any] | None:
         content = read_json(self._tree.source(path))

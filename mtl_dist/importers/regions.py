@@ -39,7 +39,7 @@ from mtl_dist.kinds.kind import Label
 from mtl_dist.kinds.multilabel import Multilabel
 from mtl_dist.kinds.regression import Regression
 from mtl_dist.kinds.segmentation import BACKGROUND, Segmentation
-from mtl_dist.kinds.vocabulary import class_order
+from mtl_dist.kinds.vocabulary import Declared, class_order, plain, vocabulary
 from mtl_dist.specs import IGNORE
 
 Categories: TypeAlias = Annotated[
@@ -168,9 +168,9 @@ class RegionImporter(Importer):
         Raises:
             UserError: a box of no category, or masks of regions that have no outlines.
         """
-        self._tree, self._names, self._images = tree, tuple(categories), images
-        if len(set(categories)) < len(categories):
-            twice = [name for name, number in Counter(categories).items() if number > 1]
+        self._tree, self._names, self._images = tree, tuple(map(plain, categories)), images
+        if len(set(self._names)) < len(self._names):
+            twice = [name for name, number in Counter(self._names).items() if number > 1]
             raise UserError(f"{tree}: expected each category once, found {listed(twice)} several times.")
         for option, wanted in (("box", self._boxes), ("points", self._points)):
             for name, category in wanted.items():
@@ -374,33 +374,46 @@ class TreeImporter(RegionImporter):
     def read(self, classes: tuple[str, ...]) -> None:
         """Find the annotations and their images, and say by `has` and `enter_files` what was found."""
 
-    def has_images(self, names: Sequence[str], images: list[AnnotatedImage], files: Sequence[str]) -> None:
-        """What was read where every image has annotations of its own; `files` are those with annotations.
+    def has_images(
+        self,
+        names: Sequence[str],
+        images: list[AnnotatedImage],
+        files: Sequence[str],
+        places: Sequence[str],
+    ) -> None:
+        """What was read where every image has annotations of its own; `files` are those with annotations, and
+        `places` are where they say each image's, as a path.
 
         Raises:
             UserError: two annotations for one image.
         """
-        images, lists = splits_by_place(self._tree, images, self._noted)
+        images, lists = splits_by_place(self._tree, images, places, self._noted)
         self.has(self._tree, names, images)
-        places = [self._tree.inside(image.source) for image in images if image.source is not None]
-        if len(set(places)) < len(places):
-            twice = [place for place, number in Counter(places).items() if number > 1]
+        found = [self._tree.inside(image.source) for image in images if image.source is not None]
+        if len(set(found)) < len(found):
+            twice = [place for place, number in Counter(found).items() if number > 1]
             raise UserError(f"{self._source}: expected each image once, found {listed(twice)} several times.")
-        self.enter_files(places, [*files, *lists])
+        self.enter_files(found, [*files, *lists])
 
 
-def categories_of(named: Sequence[str], classes: Sequence[str]) -> list[str]:
+def categories_of(labels: Mapping[str, int], classes: Sequence[str], notes: list[str]) -> list[str]:
     """The categories by index: those that are stated, else those that regions name, in their usual order.
+
+    `labels` are counted; several texts for one are added to `notes`.
 
     Raises:
         UserError: a region names none, or one that is not stated.
     """
+    named, classes = {plain(label) for label in labels}, tuple(dict.fromkeys(map(plain, classes)))
     if "" in named:
         raise UserError("regions: expected a label on each, found none on some.")
+    if len(named) < len(labels):
+        forms = vocabulary(Declared(sorted(named)))
+        notes += [f"labels: {said}" for said in forms.spellings(labels)]
     if not classes:
         return class_order(named)
     names = [name for name in classes if name != BACKGROUND]
-    if others := sorted(set(named) - set(names)):
+    if others := sorted(named - set(names)):
         raise UserError(
             f"classes: expected all labels of regions ({', '.join(names)}), found {listed(others)} too."
         )
@@ -408,15 +421,18 @@ def categories_of(named: Sequence[str], classes: Sequence[str]) -> list[str]:
 
 
 def splits_by_place(
-    tree: Tree, images: Sequence[AnnotatedImage], notes: list[str]
+    tree: Tree, images: Sequence[AnnotatedImage], places: Sequence[str], notes: list[str]
 ) -> tuple[list[AnnotatedImage], list[str]]:
-    """The images with the splits that they have, those of their folders, or of lists; and the lists."""
+    """The images with the splits that they have, those of their folders, of those of their annotations (at
+    `places`), or of lists; and the lists."""
     if any(image.split for image in images):
         return list(images), []
-    folders = splits_of_folders([image.path for image in images])
+    folders, whose = splits_of_folders([image.path for image in images]), "images"
+    if not any(folders):
+        folders, whose = splits_of_folders(places), "annotations"
     lists = SplitLists(tree, [path for path in tree.files if is_list_of_a_split(path)])
     if any(folders):
-        notes.append("splits taken from the folders of the images")
+        notes.append(f"splits taken from the folders of the {whose}")
         words, used = folders, []
     else:
         words = splits_in_lists(lists, [image.path for image in images], notes)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Container, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -26,16 +27,16 @@ from mtl_dist.importers.regions import (
     Masks,
     Region,
     RegionImporter,
+    categories_of,
     read_xml,
     splits_by_place,
 )
 from mtl_dist.importers.sources import Source, Tree
 from mtl_dist.importers.splitting import is_split_word
 from mtl_dist.importers.summary import listed
-from mtl_dist.kinds.segmentation import BACKGROUND
-from mtl_dist.kinds.vocabulary import class_order
+from mtl_dist.kinds.vocabulary import plain
 
-_MASKS, _SETS = "SegmentationClass", "ImageSets"
+_IMAGES, _MASKS, _SETS = "JPEGImages", "SegmentationClass", "ImageSets"
 _CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train"),
@@ -75,14 +76,19 @@ class Voc(RegionImporter):
         self._source, self._tree = source, Tree(source)
         self._finder = FileFinder(self._tree, "")
         parsed = {path: self._parse(path) for path in self._tree.files if path.lower().endswith(".xml")}
-        splits, lists = self._lists(image_set)
         stems = [PurePosixPath(path).stem for path in parsed]
+        splits, lists = self._lists(image_set, set(stems))
         if len(set(stems)) < len(stems):
             raise UserError(f"{source}: expected each XML file's name once, found one in several folders.")
-        if missing := sorted(set(splits) - set(stems)):
+        unmarked = {name: self._listed(name) if parsed else None for name in sorted(set(splits) - set(stems))}
+        if missing := [name for name, found in unmarked.items() if found is None]:
+            table = (
+                f"mtl prepare table {source}/{PurePosixPath(lists[0]).parent} OUT --root {source}/{_IMAGES}"
+            )
+            advice = f" Images with masks alone are a table: `{table} --segmentation NAME={source}/{_MASKS}`."
             raise UserError(
                 f"{source}: expected an XML file for each name in {lists[0]} and its neighbours, found none "
-                f"for {len(missing)} ({listed(missing)})."
+                f"for {len(missing)} ({listed(missing)}).{advice if masks and not parsed else ''}"
             )
         names = self._names_of(parsed, classes)
         self._difficult, read, used, unlisted = 0, [], [], []
@@ -104,7 +110,17 @@ class Voc(RegionImporter):
             if mask is not None:
                 pngs.append(self._tree.inside(mask))
             read.append(AnnotatedImage(place, found, 0, 0, regions, splits.get(stem, ""), mask, path))
-        read, others = splits_by_place(self._tree, read, self._noted)
+        for name, at in unmarked.items():
+            assert at is not None, "it is missing otherwise"
+            if masks or self._mask_file(name):
+                raise UserError(f"{name}: expected its XML file beside its mask, found none. Unlist it.")
+            read.append(AnnotatedImage(*at, 0, 0, (), splits[name], None, name))
+        if unmarked:
+            self._noted.append(
+                f"images of lists without an XML file, as of nothing marked: {len(unmarked)} "
+                f"({listed(list(unmarked))})"
+            )
+        read, others = splits_by_place(self._tree, read, [image.where for image in read], self._noted)
         self.has(self._tree, names, read)
         images = [self._tree.inside(image.source) for image in read if image.source is not None]
         if len(set(images)) < len(images):
@@ -121,13 +137,17 @@ class Voc(RegionImporter):
     def name(self) -> str:
         return self._source.resolve().stem
 
+    def _listed(self, name: str) -> tuple[str, Source] | None:
+        """The image of a name in a list."""
+        return self._finder.find(f"{_IMAGES}/{name}", "") or self._finder.find(name, "")
+
     def _parse(self, path: str) -> ElementTree.Element:
         root = read_xml(self._tree.source(path))
         if root.tag != "annotation":
             raise UserError(f"{path}: expected Pascal VOC's <annotation>, found <{root.tag}>.")
         return root
 
-    def _lists(self, image_set: str) -> tuple[dict[str, str], list[str]]:
+    def _lists(self, image_set: str, stems: Container[str]) -> tuple[dict[str, str], list[str]]:
         """The split of each listed name, and the files of lists."""
         found = [
             path
@@ -152,7 +172,7 @@ class Voc(RegionImporter):
         for path in lists:
             split = PurePosixPath(path).stem.lower()
             for line in self._tree.source(path).read().decode("utf-8-sig").splitlines():
-                name = line.split()[0] if line.split() else ""
+                name = _listed_name(line.strip(), stems)
                 if name and splits.setdefault(name, split) != split:
                     raise UserError(
                         f"{path}: expected {name!r} in one split, found it in {splits[name]} too."
@@ -162,13 +182,10 @@ class Voc(RegionImporter):
     def _names_of(self, parsed: Mapping[str, ElementTree.Element], classes: tuple[str, ...]) -> list[str]:
         if not parsed:
             raise UserError(f"{self._source}: expected Pascal VOC's XML files, found none.")
-        named = {_text(each, "name", path) for path, root in parsed.items() for each in root.iter("object")}
-        if classes:
-            names = [name for name in classes if name != BACKGROUND]
-            if others := sorted(named - set(names)):
-                raise UserError(f"--classes: expected all names of objects, found none for {listed(others)}.")
-            return names
-        return list(_CLASSES) if named <= set(_CLASSES) else class_order(named)
+        objects = [(each, path) for path, root in parsed.items() for each in root.iter("object")]
+        named = Counter(_text(each, "name", path) for each, path in objects)
+        usual = {plain(name) for name in named} <= set(_CLASSES)
+        return categories_of(named, classes or (_CLASSES if usual else ()), self._noted)
 
     def _regions(
         self, root: ElementTree.Element, path: str, names: list[str], difficult: str
@@ -184,7 +201,7 @@ class Voc(RegionImporter):
                 continue
             corners = [_number(each, f"bndbox/{side}", where) for side in ("xmin", "ymin", "xmax", "ymax")]
             edges: Edges = (corners[0] - 1, corners[1] - 1, corners[2], corners[3])
-            regions.append(Region(where, names.index(_text(each, "name", where)), edges))
+            regions.append(Region(where, names.index(plain(_text(each, "name", where))), edges))
         return regions
 
     def _image(self, root: ElementTree.Element, path: str) -> tuple[str, Source | None]:
@@ -194,6 +211,14 @@ class Voc(RegionImporter):
     def _mask_file(self, stem: str) -> Source | None:
         found = self._finder.find(f"{_MASKS}/{stem}.png", "")
         return found[1] if found else None
+
+
+def _listed_name(line: str, stems: Container[str]) -> str:
+    """The name in a line of a list, in which -1, 0 or 1 may follow; a name may hold blanks."""
+    if line in stems:
+        return line
+    name, _, flag = line.rpartition(" ")
+    return name.strip() if flag in ("-1", "0", "1") and name else line
 
 
 def _text(element: ElementTree.Element, name: str, where: str) -> str:

@@ -15,7 +15,7 @@ from mtl_dist.data.manifest import Manifest
 from mtl_dist.errors import UserError
 from mtl_dist.importers import run
 from mtl_dist.importers.outlines import Polygons, Runs
-from tests.source_files import HERE, fill, labels, picture, read_back
+from tests.source_files import HERE, encoded, fill, labels, picture, read_back
 
 TRIANGLE = [2.3, 1.1, 12.9, 4.2, 5.5, 11.8]
 
@@ -176,6 +176,29 @@ def test_panoptic_pictures_become_masks(tmp_path: Path) -> None:
     assert (mask[:6] == 1).all() and (mask[6:, :8] == 0).all() and (mask[6:, 8:] == 255).all()
     assert manifest.account["files"] == {"image": 2, "mask": 2, "table": 1}
     assert manifest.account["regions"] == {"label": 4}
+
+
+def test_panoptic_pictures_are_not_taken_for_images_of_the_same_name(tmp_path: Path) -> None:
+    segments = np.zeros((12, 16, 3), np.uint8)
+    segments[..., 0] = 5
+    files: dict[str, bytes] = {}
+    for split, number in (("train", 1), ("val", 2)):
+        data = json.loads(instances(images=2))
+        data["images"] = [image for image in data["images"] if image["id"] == number]
+        data["annotations"] = [
+            {"image_id": number, "file_name": f"{number}.png", "segments_info": [{"id": 5, "category_id": 7}]}
+        ]
+        files[f"annotations/panoptic_{split}.json"] = json.dumps(data).encode()
+        files[f"annotations/panoptic_{split}/{number}.png"] = encoded(Image.fromarray(segments))
+        files[f"images/{split}/{number}.png"] = picture(number, format="PNG", size=(16, 12))
+    src = fill(tmp_path / "coco", files)
+    manifest = run("coco", tmp_path / "out", {"source": src, "masks": "scene"}, HERE)
+    assert manifest.account["files"] == {"image": 2, "mask": 2, "table": 2}
+    (sample,) = _split(tmp_path / "out", "train")
+    assert sample["png"] == files["images/train/1.png"]
+    (src / "images/train/1.png").unlink()
+    with pytest.raises(UserError, match=r"expected '1.png' and its segments in two files, found .* alone"):
+        run("coco", tmp_path / "x", {"source": src, "masks": "scene"}, HERE)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")

@@ -32,6 +32,7 @@ LISTS = {
     "commas": "00.png,a\n01.png, b\n02.png,b\n",
     "labels first": "a 00.png\nb 01.png\nb 02.png\n",
     "folders before": "in/00.png a\n./01.png b\n/data/in/02.png b\n",
+    "paths from a root of others": "/00.png a\n/01.png b\n/02.png b\n",
     "without extensions, under a comment": "# a list of mine\n00 a\n01 b\n02 b\n",
     "a first line of names": "file label\n00.png a\n01.png b\n02.png b\n",
     "names in a comment": "# two lines\n# file label\n00.png a\n01.png b\n02.png b\n",

@@ -252,3 +252,29 @@ def test_labels_of_labelme_that_differ_in_form_alone_are_one(tmp_path: Path) -> 
     manifest = run("labelme", tmp_path / "out", settings, HERE)
     assert manifest.tasks["objects"].classes == ("café", "tea")
     assert any("labels: texts that are one class, 'café'" in note for note in manifest.notes)
+
+
+def test_cvats_files_for_splits_and_labelmes_folders_of_annotations_are_not_mixed(tmp_path: Path) -> None:
+    cvat: dict[str, Any] = {}
+    jsons: dict[str, Any] = {}
+    for number, split in enumerate(("train", "train", "val")):
+        cvat[f"images/{number}.jpg"] = jsons[f"images/{number}.jpg"] = picture(number, size=SIZE)
+        shape = {"label": "cat", "points": [[1, 1], [5, 5]], "shape_type": "rectangle"}
+        jsons[f"json/{split}/{number}.json"] = {
+            "imagePath": f"{number}.jpg",
+            "imageHeight": HEIGHT,
+            "imageWidth": WIDTH,
+            "shapes": [shape],
+        }
+        of_split = cvat.get(f"{split}.xml", "<annotations></annotations>")
+        name = ("caf\u00e9", "cafe\u0301")[number % 2]
+        image = f'''<image name="{number}.jpg" width="20" height="10"><tag label="{name}"/></image>'''
+        cvat[f"{split}.xml"] = of_split.replace("</ann", f"{image}</ann")
+    for importer, files in (("cvat", cvat), ("labelme", jsons)):
+        manifest = made(
+            importer, fill(tmp_path / importer, files), tmp_path / f"{importer}-out", categories="c"
+        )
+        found = {name: split.num_samples for name, split in manifest.splits.items()}
+        assert found == {"train": 2, "val": 1}, importer
+        assert "splits taken from the folders of the annotations" in manifest.notes
+        assert len(manifest.tasks["c"].classes) == 1

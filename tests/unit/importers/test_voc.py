@@ -98,3 +98,37 @@ def test_vocs_files_in_folders_of_splits_are_not_mixed(tmp_path: Path) -> None:
     manifest = run("voc", tmp_path / "out", settings, HERE)
     assert {name: split.num_samples for name, split in manifest.splits.items()} == {"train": 2, "val": 1}
     assert "splits taken from the folders of the images" in manifest.notes
+
+
+def test_names_in_vocs_lists_may_hold_blanks_and_images_without_xml_show_nothing(
+    tmp_path: Path,
+) -> None:
+    files: dict[str, bytes | str] = {
+        **{f"JPEGImages/{name}.jpg": picture(n) for n, name in enumerate(("p 1", "p 2", "p 3"))},
+        "Annotations/p 1.xml": xml("p 1", ("cat", (1, 1, 5, 6), 0)),
+        "ImageSets/Main/train.txt": "p 1  1\np 2\n",
+        "ImageSets/Main/val.txt": "p 3 -1\n",
+    }
+    settings = {"source": fill(tmp_path / "voc", files), "categories": "objects"}
+    manifest = run("voc", tmp_path / "out", settings, HERE)
+    assert {name: split.num_samples for name, split in manifest.splits.items()} == {"train": 2, "val": 1}
+    assert "images of lists without an XML file, as of nothing marked: 2 (p 2; p 3)" in manifest.notes
+    fill(tmp_path / "voc", {"SegmentationClass/p 3.png": palette_mask()})
+    with pytest.raises(UserError, match="p 3: expected its XML file beside its mask, found none"):
+        run("voc", tmp_path / "x", settings, HERE)
+    (tmp_path / "voc/Annotations/p 1.xml").unlink()
+    with pytest.raises(UserError, match=r"are a table: `mtl prepare table .*/ImageSets/Main OUT --root"):
+        run("voc", tmp_path / "y", {**settings, "categories": "", "masks": "scene"}, HERE)
+
+
+def test_names_of_vocs_objects_that_differ_in_form_alone_are_one(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {}
+    for number, name in enumerate(("caf\u00e9", "cafe\u0301")):
+        files |= {
+            f"{number}.xml": xml(str(number), (name, (1, 1, 5, 6), 0)),
+            f"{number}.jpg": picture(number),
+        }
+    settings = {"source": fill(tmp_path / "voc", files), "categories": "objects"}
+    manifest = run("voc", tmp_path / "out", settings, HERE)
+    assert manifest.tasks["objects"].classes == ("caf\u00e9",)
+    assert any("texts that are one class" in note for note in manifest.notes)
