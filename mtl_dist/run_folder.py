@@ -100,9 +100,20 @@ class RunFolder:
         """
         folder = cls(directory)
         if not folder.recipe_path.is_file():
-            what = "no recipe.yaml in it" if directory.is_dir() else "no such directory"
+            what = (
+                "no recipe.yaml in it"
+                if directory.is_dir()
+                else "a file"
+                if directory.is_file()
+                else "no such directory"
+            )
             raise UserError(f"{directory}: expected a run folder, found {what}.")
         return folder
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it is a run's, of which something can be told."""
+        return self.recipe_path.is_file() and (self.directory / DATA).is_file()
 
     def pictures(self) -> list[Path]:
         """The learning curves, and what the evaluations drew."""

@@ -17,7 +17,11 @@ def add_to(app: typer.Typer) -> None:
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN", show_default=False, help="A run folder, or several for side by side."),
+        typer.Argument(
+            metavar="RUN",
+            show_default=False,
+            help="A run folder, or several for side by side; a folder of runs, such as a sweep's, for all.",
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -42,6 +46,7 @@ def report(
     \b
       mtl report runs/digits/ID
       mtl report runs/digits/ID runs/digits/OTHER --out compared.html
+      mtl report runs/digits-sweep --out sweep.html
     """
     from mtl_dist.report.page.write import write_report
 

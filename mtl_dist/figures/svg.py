@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 
@@ -109,20 +110,19 @@ class Chart:
     def svg(self, title: str) -> str:
         """The picture; `title` is what a screen reader says."""
         axes = []
-        for value in ticks(*self.y):
+        for value, text in _labelled(ticks(*self.y)):
             left, top = self.at(self.x[0], value)
             axes.append(
                 f'<line class="grid" x1="{left:.1f}" x2="{self.width - _RIGHT:.1f}" y1="{top:.1f}" '
                 f'y2="{top:.1f}"/><text class="tick" x="{left - 6:.1f}" y="{top + 3.5:.1f}" '
-                f'text-anchor="end">{short(value)}</text>'
+                f'text-anchor="end">{text}</text>'
             )
-        for value in ticks(*self.x, most=8 if self.whole_x else 5):
+        for value, text in _labelled(ticks(*self.x, most=8 if self.whole_x else 5)):
             if self.whole_x and value != int(value):
                 continue
             left, bottom = self.at(value, self.y[0])
             axes.append(
-                f'<text class="tick" x="{left:.1f}" y="{bottom + 15:.1f}" text-anchor="middle">'
-                f"{short(value)}</text>"
+                f'<text class="tick" x="{left:.1f}" y="{bottom + 15:.1f}" text-anchor="middle">{text}</text>'
             )
         middle = (_LEFT + self.width - _RIGHT) / 2
         if self.x_label:
@@ -303,6 +303,20 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     )
     first = math.ceil(low / step - 1e-9)
     return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _labelled(values: Sequence[float]) -> list[tuple[float, str]]:
+    """Each tick with its number, in as many digits as tell them apart and are true to them.
+
+    >>> _labelled([2.2725, 2.275]), _labelled([1.0, 2.0])
+    ([(2.2725, '2.2725'), (2.275, '2.2750')], [(1.0, '1'), (2.0, '2')])
+    """
+    texts = [short(value) for value in values]
+    if len(set(texts)) < len(texts):
+        near = min(abs(b - a) for a, b in pairwise(values)) / 100
+        decimals = next((d for d in range(1, 12) if all(abs(round(v, d) - v) < near for v in values)), 12)
+        texts = [f"{value:,.{decimals}f}" for value in values]
+    return list(zip(values, texts, strict=True))
 
 
 def short(value: float) -> str:

@@ -179,8 +179,43 @@ def test_runs_side_by_side_begin_with_what_differs(run: Path, tmp_path: Path) ->
     assert differs.count("<tr>") == 2
     with pytest.raises(UserError, match=r"--out .*expected a folder that is there"):
         write_report([run], tmp_path / "nowhere" / "page.html")
+    with pytest.raises(UserError, match="expected a run folder, found a file"):
+        write_report([run / "recipe.yaml"], tmp_path / "page.html")
     with pytest.raises(UserError, match="twice"):
         write_report([run, run], tmp_path / "same.html")
+
+
+def test_a_page_says_why_it_has_no_pictures_and_where_nothing_is_on_the_machine(
+    run: Path, tmp_path: Path
+) -> None:
+    from mtl_dist.report.page.write import write_report
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    recipe = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(recipe.replace("path: /", "path: /elsewhere/"))
+    text = write_report([copy]).read_text()
+    assert "No pictures: the data of this run cannot be read here (" in text
+    assert "found" in text.split("No pictures: ")[1].split("<")[0]
+    assert "/elsewhere" not in text
+
+
+def test_a_folder_of_runs_stands_for_those_that_have_begun_with_val_as_measured_in_training(
+    run: Path, tmp_path: Path
+) -> None:
+    from mtl_dist.report.page.write import write_report
+
+    for name in ("a", "b", "waiting"):
+        shutil.copytree(run, tmp_path / "sweep" / name)
+        shutil.rmtree(tmp_path / "sweep" / name / "evaluation")
+    (tmp_path / "sweep" / "waiting" / "data.json").unlink()
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    text = write_report([tmp_path / "sweep"], tmp_path / "two.html").read_text()
+    assert "2 runs side by side" in text
+    results = text.split("Results")[1].split("Curves")[0]
+    row = next(row for row in results.split("<tr>") if "<td>digit</td><td>accuracy</td>" in row)
+    assert "–" not in row
+    assert "Not evaluated" not in results
 
 
 @pytest.mark.parametrize(

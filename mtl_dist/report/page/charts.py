@@ -319,5 +319,9 @@ def words(name: str) -> str:
         "nrmse": "normalised RMSE",
         "iou": "IoU",
         "dice": "Dice",
+        "ece": "ECE",
+        "brier": "Brier score",
+        "nme": "NME",
+        "pck": "PCK",
     }
     return known.get(name, name.replace("_", " ").replace("f1", "F1"))

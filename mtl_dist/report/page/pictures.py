@@ -24,7 +24,7 @@ from mtl_dist.kinds.kind import Colour
 from mtl_dist.kinds.registry import kind_of, map_kind, scalar_kind
 from mtl_dist.printable import printable
 from mtl_dist.report.page.charts import words
-from mtl_dist.report.page.record import RunRecord
+from mtl_dist.report.page.record import RunRecord, without_paths
 from mtl_dist.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class Samples:
             self._order = Concatenation(lengths)
             self._data = data
         except (UserError, KeyError, OSError) as error:
-            self.problem = f"No pictures: the data of this run cannot be read here ({type(error).__name__})."
+            why = without_paths(str(error)) if isinstance(error, UserError) else type(error).__name__
+            self.problem = f"No pictures: the data of this run cannot be read here ({why.rstrip('.')})."
 
     def galleries(self, task: Task, columns: Mapping[str, np.ndarray]) -> list[Gallery]:
         """What a task has pictures of: maps, drawings best, median and worst; answers wrong and sure."""

@@ -86,6 +86,20 @@ class RunRecord:
         }
 
     @cached_property
+    def best_row(self) -> dict[str, Any] | None:
+        """The row of the evaluation during training by which the best weights were chosen."""
+        step = self.best.step if self.best else None
+        return next((row for row in self.rows if row["kind"] == "epoch" and row["step"] == step), None)
+
+    def measured(self, split: str, task: str, metric: str) -> float:
+        """A result of the best weights, NaN where there is none; of val that of training is as good."""
+        values = self.metrics.get(split, {}).get(task)
+        if values is None and split == "val" and self.best_row is not None:
+            value = self.best_row.get(f"val/{task}/{metric}")
+            return math.nan if value is None else value
+        return math.nan if values is None else values.get(metric, math.nan)
+
+    @cached_property
     def seconds(self) -> float:
         """How long it trained, over all its starts."""
         begins = [_seconds(start["started"]) for start in self.starts if start.get("started")]

@@ -48,12 +48,23 @@ def build_several(records: Sequence[RunRecord]) -> SeveralPage:
         summary=[f"{', '.join(names)}. Their recipes differ in {plural(len(rows), 'setting')}."],
         settings=Listing("Settings", ("setting", *names), [tuple(map(printable, row)) for row in rows]),
         about=f"On {split}, of the best weights; in brackets the 95 % interval by the bootstrap over the "
-        "samples. ★ marks the best of each row.",
+        "samples. ★ marks the best of each row." + _unmeasured(records, names, split),
         results=_results(records, names, tasks, split),
         legend=tuple((_kind(number), name) for number, name in enumerate(names)),
         curves=_curves(records, names, tasks),
         runs=_runs(records, names),
     )
+
+
+def _unmeasured(records: Sequence[RunRecord], names: Sequence[str], split: str) -> str:
+    without = [
+        name
+        for name, record in zip(names, records, strict=True)
+        if not record.metrics.get(split) and (split != "val" or record.best_row is None)
+    ]
+    if not without:
+        return ""
+    return f" Not evaluated on it: {', '.join(without)} (mtl evaluate RUN --split {split})."
 
 
 def _results(records: Sequence[RunRecord], names: Sequence[str], tasks: Sequence[str], split: str) -> Listing:
@@ -62,7 +73,7 @@ def _results(records: Sequence[RunRecord], names: Sequence[str], tasks: Sequence
         having = [record for record in records if task in record.tasks]
         settings = having[0].tasks[task].settings
         for metric in dict.fromkeys([main_metric(having[0], having[0].tasks[task]), *settings.compared]):
-            values = [record.metrics.get(split, {}).get(task, {}).get(metric, math.nan) for record in records]
+            values = [record.measured(split, task, metric) for record in records]
             known = [value for value in values if not math.isnan(value)]
             mode = settings.modes.get(metric)
             best = (
