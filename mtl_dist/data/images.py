@@ -49,7 +49,8 @@ _PLUGINS = {
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "La": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "F": 1}
 _CHANNELS |= {"P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "RGBX": 3, "RGBa": 3, "CMYK": 3, "YCbCr": 3}
 _SAME_EXTENSION = {"jpeg": "jpg", "jfif": "jpg", "tiff": "tif", "heif": "heic", "j2k": "jp2"}
-_ORIENTATION, _SAMPLES, _EXTRA_SAMPLES = 274, 277, 338  # tags of TIFF and EXIF
+_ORIENTATION, _SAMPLES, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 274, 277, 338, 339  # tags of TIFF and EXIF
+_SIGNED = 2
 _ALPHA = (1, 2)  # what an extra sample may be, besides an unnamed one
 _HEAD = 1 << 14  # where a picture says what it is
 _SAMPLES_READ = {"RGB": 3, "RGBA": 3, "RGBX": 3, "RGBa": 3, "YCbCr": 3, "LAB": 3, "CMYK": 4}
@@ -220,6 +221,8 @@ def check_whole(image: Image.Image) -> None:
         read = _SAMPLES_READ.get(image.mode, 1)
         if samples != read:
             raise PartlyRead(f"{samples} channels in a TIFF, of which {read} would be read")
+        if image.mode == "L" and _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
+            raise PartlyRead("8-bit values with a sign in a TIFF, which would be read without it")
 
 
 def _check_finite(pixels: np.ndarray) -> None:

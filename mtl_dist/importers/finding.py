@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from mtl_dist.data.images import IMAGE_EXTENSIONS, extension_of
 from mtl_dist.errors import UserError
 from mtl_dist.importers.sources import Source, Tree, is_hidden
+from mtl_dist.importers.splitting import split_name
 from mtl_dist.importers.summary import listed
 
 _IMAGES = "images"
@@ -53,7 +54,9 @@ class FileFinder:
             if f"/{PurePosixPath(name).with_suffix('')}".endswith(ending)
         ]
         for folder in (_IMAGES, split):
-            in_folder = [name for name in candidates if folder in PurePosixPath(name).parts[:-1]]
+            in_folder = [
+                name for name in candidates if folder in map(split_name, PurePosixPath(name).parts[:-1])
+            ]
             candidates = in_folder if len(candidates) > 1 and in_folder else candidates
         if not candidates:
             return None

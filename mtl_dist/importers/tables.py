@@ -172,13 +172,14 @@ def _read_file(home: Tree, name: str, finder: FileFinder) -> _Read:
 
 
 def _joined(names: Sequence[str], found: Sequence[_Read]) -> _Read:
-    """Tables called as splits, as one with a column of them."""
+    """Tables called as splits, or in folders of splits, as one with a column of them."""
     columns = list(dict.fromkeys(column for read in found for column in read.columns))
     stated = SPLIT in columns
     joined = _Read(columns if stated else [*columns, SPLIT], [])
+    of_folders = _are_of_folders(names)
     for name, read in zip(names, found, strict=True):
         path = PurePosixPath(name)
-        split = {} if stated else {SPLIT: path.parent.name if path.stem == METADATA else path.stem}
+        split = {} if stated else {SPLIT: path.parent.name if of_folders else path.stem}
         empty = dict.fromkeys(columns, "")
         for row in read.rows:
             cells = {**empty, **row.cells, **split}
@@ -214,9 +215,10 @@ def _find_tables(home: Tree) -> list[str]:
             return named
     if len(tables) == 1:
         return tables
-    of_folders = [name for name in tables if PurePosixPath(name).stem == METADATA]
-    if len(of_folders) > 1 and all(is_split_word(PurePosixPath(name).parent.name) for name in of_folders):
-        return of_folders
+    metadata = [name for name in tables if PurePosixPath(name).stem == METADATA]
+    for candidates in (metadata, tables):
+        if _are_of_folders(candidates):
+            return candidates
     lists = [name for name in home.files if PurePosixPath(name).suffix.lower() in LISTS]
     for candidates in (tables, lists):
         of_splits = [name for name in candidates if is_split_word(PurePosixPath(name).stem)]
@@ -227,6 +229,13 @@ def _find_tables(home: Tree) -> list[str]:
         f"{home}: expected labels.json, labels.csv, a single table in it, or lists train.txt and val.txt, "
         f"found {found}. Name the table itself, and its files' folder with --root."
     )
+
+
+def _are_of_folders(names: Sequence[str]) -> bool:
+    """Whether these are one table in each folder of a split, all of one name."""
+    paths = [PurePosixPath(name) for name in names]
+    same = len(paths) > 1 and len({path.name for path in paths}) == 1
+    return same and all(is_split_word(path.parent.name) for path in paths)
 
 
 def _separator(home: Tree, name: str, usual: str) -> str:
@@ -365,6 +374,9 @@ def _rows_by_file(
 ) -> tuple[list[str], list[Row], dict[str, tuple[str, ...]]]:
     """The table of a `labels.json`, completed by what lies beside it."""
     where = f"{home}/{name}"
+    names: dict[str, tuple[str, ...]] = {}
+    if content.keys() == {"classes", "labels"} and isinstance(content["labels"], dict):  # as FiftyOne has it
+        names, content = _names_in(where, content["classes"]), content["labels"]
     items = [
         {FILE: file, **(label if isinstance(label, dict) else {LABEL: label})}
         for file, label in content.items()
@@ -375,7 +387,7 @@ def _rows_by_file(
         columns.append(SPLIT)
         rows = [Row(row.where, {**row.cells, SPLIT: split_of.get(str(row.cells[FILE]), "")}) for row in rows]
     columns, rows = _with_metadata(home, _beside(name, "metadata.csv"), columns, rows)
-    return columns, rows, _class_names(home, _beside(name, "classes.json"))
+    return columns, rows, names or _class_names(home, _beside(name, "classes.json"))
 
 
 def _beside(name: str, other: str) -> str:
@@ -403,7 +415,10 @@ def _class_names(home: Tree, name: str) -> dict[str, tuple[str, ...]]:
     """The names of the classes of the column LABEL: a list, names by index, or indices by name."""
     if home.find(name) is None:
         return {}
-    content = _json(home, name)
+    return _names_in(f"{home}/{name}", _json(home, name))
+
+
+def _names_in(where: str, content: Any) -> dict[str, tuple[str, ...]]:
     if isinstance(content, dict):
         pairs = [
             (str(value), key) if isinstance(value, int) else (key, value) for key, value in content.items()
@@ -411,7 +426,7 @@ def _class_names(home: Tree, name: str) -> dict[str, tuple[str, ...]]:
         by_index = dict(pairs)
         content = [by_index.get(str(index)) for index in range(len(pairs))]
     if not isinstance(content, list) or not all(isinstance(class_name, str) for class_name in content):
-        raise UserError(f"{home}/{name}: expected a list of class names, or names by index from 0 on.")
+        raise UserError(f"{where}: expected a list of class names, or names by index from 0 on.")
     return {LABEL: tuple(content)}
 
 

@@ -172,3 +172,29 @@ def test_lists_of_splits_beside_a_table_or_class_folders_are_used(tmp_path: Path
         (src / "test.txt").write_text("x/2\n")
         with pytest.raises(UserError, match=r"expected one for every sample.* found none for 1 \(y/2.png\)"):
             run(src, tmp_path / "no", **named)
+
+
+def test_tables_of_one_name_in_folders_of_splits_are_one_table(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {}
+    for split, truths in (("train", "10 01 11"), ("valid", "01 10")):
+        rows = ["filename, cat, dog"]
+        for number, truth in enumerate(truths.split()):  # of the same names in both
+            files[f"{split}/{number}.jpg"] = picture(len(files))
+            rows.append(f"{number}.jpg, {truth[0]}, {truth[1]}")
+        files[f"{split}/_classes.csv"] = "\n".join(rows)
+    wanted: dict[str, Any] = {"image": "filename", "classification": {"cat": "cat", "dog": "dog"}}
+    manifest = prepare(fill(tmp_path / "in", files), tmp_path / "out", **wanted)
+    assert {name: split.num_samples for name, split in manifest.splits.items()} == {"train": 3, "val": 2}
+    assert manifest.splits["train"].labels["cat"].class_counts == (1, 2)
+    assert manifest.splits["val"].labels["cat"].class_counts == (1, 1)
+    assert "splits taken from the tables train/_classes.csv, valid/_classes.csv" in manifest.notes
+
+
+def test_labels_of_fiftyone_have_their_class_names(tmp_path: Path) -> None:
+    content = {"classes": ["dog", "cat"], "labels": {"a": 1, "b": 0, "c": None}}
+    files = {"labels.json": content, **{f"data/{name}.jpg": picture(n) for n, name in enumerate("abc")}}
+    wanted: dict[str, Any] = {**HALVES, "classification": {"y": "label"}}
+    manifest = prepare(fill(tmp_path / "in", files), tmp_path / "out", **wanted)
+    names = manifest.tasks["y"].classes
+    found = {key: names[each["y"]] for key, each in labels(tmp_path / "out").items() if each}
+    assert found == {"a": "cat", "b": "dog"} and names == ("dog", "cat")

@@ -86,6 +86,7 @@ LAYOUTS = {
     "pages that are channels": ((5, 9, 7), np.uint8, {"imagej": True, "metadata": {"axes": "CYX"}}),
     "planes of floats": ((3, 9, 7), np.float32, {"planarconfig": "separate", "photometric": "minisblack"}),
     "signed numbers": ((9, 7), np.int16, {}),
+    "signed numbers of 8 bits": ((9, 7), np.int8, {}),
 }
 
 
