@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import PurePosixPath
 
 from mtl_dist.config.nearest import nearest
@@ -23,7 +24,9 @@ _TELLING = re.compile(
     r"|(^|_)id$|_id(_|$)",
     re.IGNORECASE,
 )
-_NUMBERED = re.compile(r"(.*?[A-Za-z0-9])[_-]\d+")
+_NUMBERED = re.compile(r"(.*?[A-Za-z0-9])([_-])\d+")
+_VERSION = re.compile(r"(.+)(\.rf\.)\w+")
+"""As Roboflow names the versions of an image."""
 
 
 def groups_of(records: Sequence[Record], by: str) -> list[str]:
@@ -165,13 +168,39 @@ def unnoticed_groups(
                 f"column {column} looks like a group: {len(set(values))} values, each on several images. "
                 f"--group {column} keeps them together"
             )
-    names = [_NUMBERED.fullmatch(PurePosixPath(record.place).stem) for record in records]
-    prefixes = [match[1] for match in names if match]
-    if len(prefixes) == len(records) and _looks_grouped(prefixes, strata, num_classes, False):
-        yield (
-            f"names look like groups: {len(set(prefixes))} beginnings such as {prefixes[0]!r}, each on "
-            "several images. --group '{group}_*' keeps them together"
-        )
+    stems = [PurePosixPath(record.place).stem for record in records]
+    for form in (_NUMBERED, _VERSION):
+        names = [match for stem in stems if (match := form.fullmatch(stem))]
+        beginnings = [match[1] for match in names]
+        if len(names) < len(records):
+            continue
+        if form is _VERSION:
+            told, some = len(set(beginnings)) < len(names), "some"
+        else:
+            told, some = _looks_grouped(beginnings, strata, num_classes, True), "each"
+        if told:
+            pattern = _pattern_of(records, beginnings, {match[2] for match in names})
+            yield (
+                f"names look like groups: {len(set(beginnings))} beginnings such as {beginnings[0]!r}, "
+                f"{some} on several images. {pattern} keeps them together"
+            )
+
+
+def _pattern_of(records: Sequence[Record], beginnings: Sequence[str], separators: Collection[str]) -> str:
+    """The option that makes groups of these beginnings of the names."""
+    first, last = min(beginnings), max(beginnings)
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    common = "".join(letter for letter, _ in same)
+    common = common[: 1 + max(common.rfind("_"), common.rfind("-"))]
+    for separator in separators if len(separators) == 1 else ():
+        for pattern in (f"{_PLACE}{separator}*", f"{common}{_PLACE}{separator}*"):
+            try:
+                groups = _by_pattern(records, pattern)
+            except UserError:
+                continue
+            if len(set(groups)) == len(set(zip(groups, beginnings, strict=True))) == len(set(beginnings)):
+                return f"--group '{pattern}'"
+    return "A column of them in a table, for --group COLUMN,"
 
 
 def _looks_grouped(

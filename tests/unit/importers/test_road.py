@@ -157,6 +157,33 @@ def test_a_column_and_names_that_look_like_groups_are_noted(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("p{group:02d}_{number}", "--group '{group}_*'"),
+        ("p{group:02d}-{number}", "--group '{group}-*'"),
+        ("slide_{group:02d}_{number}", "--group 'slide_{group}_*'"),
+        ("x{group}_jpg.rf.{number:032x}", "--group '{group}.rf.*'"),
+        ("{side}_{group}_{number}", "A column of them in a table, for --group COLUMN,"),
+    ],
+)
+def test_the_note_on_names_that_look_like_groups_says_what_keeps_these_together(
+    tmp_path: Path, name: str, option: str
+) -> None:
+    files: dict[str, bytes] = {}
+    for number in range(24):  # each group is in both classes
+        group = number // 4
+        stem = name.format(side="lr"[group % 2], group=group, number=number % 4)
+        files[f"{'ab'[number % 2]}/{stem}.jpg"] = picture(number)
+    src = fill(tmp_path / "in", files)
+    manifest = prepare_folders(src, tmp_path / "out", task="c")
+    (note,) = [note for note in manifest.notes if note.startswith("names look like groups: 6 beginnings")]
+    assert f". {option} keeps them together" in note
+    if option.startswith("--group"):
+        manifest = prepare_folders(src, tmp_path / "grouped", task="c", group=option.split("'")[1])
+        assert "groups: 1 in test, 4 in train, 1 in val" in manifest.notes
+
+
 def test_a_group_that_the_datas_own_splits_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"group g0: expected all of it in one split, found train .* and test"
