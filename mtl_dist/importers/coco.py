@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -45,6 +46,7 @@ from mtl_dist.importers.splitting import is_split_word, splits_of_folders
 from mtl_dist.importers.summary import listed
 from mtl_dist.kinds.keypoints import Keypoints
 from mtl_dist.kinds.segmentation import Segmentation
+from mtl_dist.kinds.vocabulary import plain
 from mtl_dist.specs import IGNORE
 
 _PARTS = ("images", "annotations", "categories")
@@ -196,6 +198,8 @@ class Coco(RegionImporter):
         for path, data in self._files.items():
             for category in data["categories"]:
                 number, name = item(category, "id", int, path), item(category, "name", str, path).strip()
+                if not plain(name):
+                    raise UserError(f"{path}: expected a name of the category {number}, found none.")
                 if known.setdefault(number, name) != name:
                     raise UserError(
                         f"{path}: expected the category {number} to be {known[number]!r} as in the other "
@@ -259,6 +263,11 @@ class Coco(RegionImporter):
             if number in by_image:
                 by_image[number].append(annotation)
                 continue
+            if str(number) in map(str, by_image):
+                raise UserError(
+                    f"{path}, annotation {position}: expected image_id as the images have their ids, found "
+                    f"{number!r}, a {type(number).__name__}. Write them alike."
+                )
             for segment in annotation.get("segments_info", [annotation]):
                 self._orphans.append(f"{path}, annotation {segment.get('id', position)} of image {number}")
         split = split_in(path) if len(self._files) > 1 else ""
@@ -272,7 +281,7 @@ class Coco(RegionImporter):
             if self._panoptic:
                 regions, mask = self._segments(of_image, where, pngs, path, split)
             else:
-                regions, mask = [self._region(each, where) for each in of_image], None
+                regions, mask = _named_once([self._region(each, where) for each in of_image]), None
             place, source = found or (name, None)
             if mask is not None and mask.source == source:
                 raise UserError(
@@ -304,7 +313,7 @@ class Coco(RegionImporter):
         outline = _outline(annotation.get(Segmentation.name), where)  # which is its name in COCO, too
         if box is None and isinstance(outline, Polygons):
             box = outline.box
-        crowd = bool(annotation.get("iscrowd", 0))
+        crowd = _is_crowd(annotation, where)
         category = self._category(annotation, where)
         points = self._points_in(annotation, category, where) if self._points else []
         return Region(where, category, box, outline, crowd, points)
@@ -341,11 +350,29 @@ class Coco(RegionImporter):
         regions, values = [], []
         for segment in item(annotations[0], "segments_info", list, where):
             number = item(segment, "id", int, where)
-            crowd = bool(segment.get("iscrowd", 0))
+            crowd = _is_crowd(segment, where)
             category = self._category(segment, where)
             regions.append(Region(f"{where}, segment {number}", category, None, None, crowd))
             values.append((number, IGNORE if crowd and self._crowds == "ignore" else category))
         return regions, SegmentMask(found[1], tuple(values))
+
+
+def _is_crowd(annotation: dict[str, Any], where: str) -> bool:
+    value = annotation.get("iscrowd", 0)
+    if value not in (0, 1):
+        raise UserError(f"{where}: expected 'iscrowd' to be 0 or 1, found {value!r}.")
+    return bool(value)
+
+
+def _named_once(regions: Sequence[Region]) -> list[Region]:
+    """The regions of an image, each under a name of its own: an id may come twice."""
+    found: Counter[str] = Counter()
+    named = []
+    for region in regions:
+        found[region.name] += 1
+        number = found[region.name]
+        named.append(region if number == 1 else replace(region, name=f"{region.name}, number {number}"))
+    return named
 
 
 def is_coco(data: Any) -> bool:

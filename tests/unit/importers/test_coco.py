@@ -224,6 +224,12 @@ def test_outlines_are_filled_as_pycocotools_fills_them() -> None:
         ({"segmentation": []}, {"masks": "m"}, "regions with outlines, found boxes alone"),
         ({"segmentation": {"size": [12, 16], "counts": [5]}}, {"masks": "m"}, "1.png: run lengths: expected"),
         ({"bbox": [1, 2]}, {"categories": "c"}, "bbox: expected 4 numbers"),
+        ({"iscrowd": "0"}, {"masks": "m"}, "expected 'iscrowd' to be 0 or 1, found '0'"),
+        (
+            {"image_id": "1"},
+            {"masks": "m"},
+            "expected image_id as the images have their ids, found '1', a str",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
@@ -323,3 +329,14 @@ def test_one_file_of_images_in_folders_of_splits_is_not_divided_anew(tmp_path: P
     src = fill(tmp_path / "src", {**files, "all.json": json.dumps(content)})
     manifest = run("coco", tmp_path / "out", {"source": src, "categories": "objects"}, HERE)
     assert {name: split.num_samples for name, split in manifest.splits.items()} == {"train": 2, "val": 1}
+
+
+def test_an_annotation_that_comes_twice_is_counted_twice_and_a_category_has_a_name(tmp_path: Path) -> None:
+    data = instances(annotation(1, 1, 7), annotation(1, 1, 7))
+    manifest = run("coco", tmp_path / "out", {"source": source(tmp_path, data), "categories": "c"}, HERE)
+    assert manifest.account["regions"] == {"label": 2}
+    nameless = json.loads(data)
+    nameless["categories"][0]["name"] = " "
+    src = source(tmp_path / "nameless", json.dumps(nameless).encode())
+    with pytest.raises(UserError, match=r"expected a name of the category \d+, found none"):
+        run("coco", tmp_path / "x", {"source": src, "categories": "c"}, HERE)
