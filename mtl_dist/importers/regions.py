@@ -282,8 +282,10 @@ class RegionImporter(Importer):
         of_category = [r for r in image.regions if r.category == self._names.index(category) and not r.crowd]
         regions = [region for region in of_category if region.area > 0]
         for region in of_category:
-            if not region.area and not self._uses_all:
-                self.account.became(REGIONS, region.name, _NO_EXTENT)
+            if not region.area:
+                self._chosen[f"regions of {category} without extent, which are no box {name}"] += 1
+                if not self._uses_all:
+                    self.account.became(REGIONS, region.name, _NO_EXTENT)
         if not regions:
             return {}
         largest = max(regions, key=lambda region: region.area)

@@ -88,7 +88,7 @@ class Yolo(TreeImporter):
         contents = []
         for path in found:
             try:
-                content = yaml.safe_load(text_of(self._tree, path))
+                content = yaml.load(text_of(self._tree, path), yaml.BaseLoader)  # `no` is a name, not False
             except yaml.YAMLError as error:
                 raise UserError(
                     f"{self._tree}/{path}: expected YAML, found: {error}.".replace("\n", " ")
@@ -120,8 +120,19 @@ class Yolo(TreeImporter):
         if isinstance(names, list):
             return [str(name) for name in names], [*files, *beside]
         if beside:
-            lines = text_of(self._tree, beside[0]).splitlines()
-            return [line.strip() for line in lines if line.strip()], [*files, *beside]
+            of_files = {path: text_of(self._tree, path).strip().splitlines() for path in beside}
+            lines = [line.strip() for line in of_files[beside[0]]]
+            for path, others in of_files.items():
+                if [line.strip() for line in others] != lines:
+                    raise UserError(
+                        f"{self._source}: expected the same class names in {beside[0]} and {path}."
+                    )
+            if not all(lines):
+                raise UserError(
+                    f"{beside[0]}: expected a class name on each line, found an empty line "
+                    f"{lines.index('') + 1}."
+                )
+            return lines, [*files, *beside]
         raise UserError(
             f"{self._source}: expected class names in data.yaml or classes.txt, found neither. Name them by "
             "their index: --classes cat,dog."

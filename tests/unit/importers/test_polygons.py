@@ -278,3 +278,30 @@ def test_cvats_files_for_splits_and_labelmes_folders_of_annotations_are_not_mixe
         assert found == {"train": 2, "val": 1}, importer
         assert "splits taken from the folders of the annotations" in manifest.notes
         assert len(manifest.tasks["c"].classes) == 1
+
+
+def test_names_of_yolo_are_texts_and_its_lists_have_no_gaps(tmp_path: Path) -> None:
+    files: dict[str, Any] = {
+        "data.yaml": "names: [no, 1.0, 1e5, 0x10]\n",
+        **{f"images/{n}.jpg": picture(n, size=SIZE) for n in range(4)},
+        **{f"labels/{n}.txt": f"{n} 0.5 0.5 0.2 0.2" for n in range(4)},
+    }
+    manifest = made("yolo", fill(tmp_path / "in", files), tmp_path / "out", categories="c")
+    assert manifest.tasks["c"].classes == ("no", "1.0", "1e5", "0x10")
+    files.pop("data.yaml")
+    for lists, said in (
+        ({"classes.txt": "a\n\nb\nc\nd\n"}, "expected a class name on each line, found an empty line 2"),
+        ({"classes.txt": "a\nb\nc\nd\n", "obj.names": "b\na\nc\nd\n"}, "expected the same class names in"),
+    ):
+        src = fill(tmp_path / str(len(lists)), {**files, **lists})
+        with pytest.raises(UserError, match=said):
+            made("yolo", src, tmp_path / "x", categories="c")
+
+
+def test_a_box_without_extent_is_said(tmp_path: Path) -> None:
+    flat = CVAT.replace('ybr="8" z_order', 'ybr="2" z_order')
+    names = ("train/a.jpg", "train/b.jpg", "c.jpg")
+    photos = {f"images/{name}": picture(n, size=SIZE) for n, name in enumerate(names)}
+    src = fill(tmp_path / "in", {"annotations.xml": flat, **photos})
+    manifest = made("cvat", src, tmp_path / "out", categories="c", box={"dog": "dog"})
+    assert "regions of dog without extent, which are no box dog: 2" in manifest.notes
