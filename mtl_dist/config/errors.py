@@ -206,6 +206,9 @@ def _advice(kind: str, node: SchemaNode, value: Any) -> str:
             return f"{said}Did you mean {near}?"
         if near := nearest(value, node.variants()):
             return f"{said}Write {{{node.discriminator}: {near}}}."
+        fields = {} if node.model is None else node.model.model_fields
+        if "kind" in fields and (near := nearest(value, map(str, get_args(fields["kind"].annotation)))):
+            return f"{said}Write {{kind: {near}}}."
     types = {member.type for member in node.members}
     if isinstance(value, str) and types & {int, float} and _is_number(value):
         return f"{said}Remove the quotes."

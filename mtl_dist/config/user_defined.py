@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
@@ -97,13 +97,15 @@ class UserDefined:
 
     `kinds` are the settings of each kind of part that fits; the first whose base the part is derived from
     holds. `key` is the key of the import path. With `only` nothing is built in. `names` are short names of
-    classes of the package that are made as user-defined parts are.
+    classes of the package that are made as user-defined parts are. What is built in may stand by one of the
+    names in `bare`, as they do, which gives its settings.
     """
 
     kinds: tuple[type[UserDefinedSettings], ...]
     key: str = "kind"
     only: bool = False
     names: Mapping[str, str] = field(default_factory=dict, hash=False)
+    bare: Mapping[str, Callable[[], Settings]] = field(default_factory=dict, hash=False)
 
     def path_in(self, value: Any) -> str | None:
         """The import path, or the short name, in the data of a setting, if it states a user-defined part."""
@@ -142,7 +144,8 @@ class UserDefined:
         )
 
     def _tag(self, value: Any) -> str:
-        stated = self.only or self._is_user_defined(value) or self.path_in(value)
+        bare = bool(self.bare) and isinstance(value, str)
+        stated = self.only or bare or self._is_user_defined(value) or self.path_in(value)
         return USER_DEFINED if stated else BUILT_IN
 
     def _is_user_defined(self, value: Any) -> bool:
@@ -153,6 +156,15 @@ class UserDefined:
         if self._is_user_defined(value):
             return value
         path = self.path_in(value)
+        if path is None and self.bare:
+            if value in self.bare:
+                return self.bare[value]()
+            known = [*self.bare, *self.names]
+            near = nearest(value, known)
+            hint = f"Did you mean {near}?" if near else "Correct it."
+            raise ValueError(
+                f"expected {', '.join(known)} or an import path, found {json.dumps(value)}. {hint}"
+            )
         if path is None:
             raise ValueError(
                 f"expected {{{self.key}: IMPORT.PATH.OF.A.CLASS}}, found {json.dumps(value, default=str)}."

@@ -13,6 +13,7 @@ from mtl_dist.cell_table import CellTable
 from mtl_dist.debug.pictures import words_of
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.models.weights import is_adapter
+from mtl_dist.plural import figure
 from mtl_dist.step import RootModule
 
 _FAR_MEAN, _FAR_STD = 2.0, 5.0
@@ -52,7 +53,7 @@ def verdict(root: RootModule, batch: Batch, seen: Seen, lr: float, dead: Collect
         metric, goal = task.settings.learnt_by_heart
         value = seen.reached.get(name)
         said = about_task(root, name, batch, seen, lr, dead, images)
-        table.add_row(name, metric, "-" if value is None else f"{value:z.4f}", f"{goal:g}", said)
+        table.add_row(name, metric, "-" if value is None else figure(value), f"{goal:g}", said)
     return table
 
 

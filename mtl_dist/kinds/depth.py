@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mtl_dist.errors import UserError
-from mtl_dist.kinds.kind import Colour, MapKind, StoredMap, UnreadableMap
+from mtl_dist.kinds.kind import Colour, MapKind, StoredMap, UnreadableMap, check_fact_names
 from mtl_dist.kinds.moments import NO_VALUES, deviation, moments_of, pooled
 from mtl_dist.kinds.view import View
 from mtl_dist.kinds.vocabulary import LabelError
@@ -49,11 +49,7 @@ class Reading:
         Raises:
             UserError: a fact that says nothing of this kind.
         """
-        for key in info.facts:
-            if key not in (*_FACTS, *_COUNTED):
-                raise UserError(
-                    f"facts of a {info.kind} task: expected {', '.join(_FACTS)}, found {key!r}. Remove it."
-                )
+        check_fact_names(info, _FACTS, _COUNTED)
         stated = {key: info.facts[key] for key in _FACTS if key in info.facts}
         wanted = {"scale": "a number > 0", "invalid": "a number or null", "range": "[LOW, HIGH]"}
         scale, bounds = stated.get("scale", 1.0), stated.get("range", [0, 0])
@@ -66,7 +62,7 @@ class Reading:
         for key in (key for key in stated if not fits[key]):
             raise UserError(
                 f"facts of a {info.kind} task: expected {key} to be {wanted.get(key, 'true or false')}, "
-                f"found {stated[key]!r}."
+                f"found {stated[key]!r}. Correct it."
             )
         if "range" in stated:
             low, high = stated["range"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from mtl_dist.config.nearest import nearest
 from mtl_dist.errors import UserError
-from mtl_dist.kinds.kind import Colour, Label, ScalarKind
+from mtl_dist.kinds.kind import Colour, Label, ScalarKind, check_fact_names
 from mtl_dist.kinds.view import View
 from mtl_dist.kinds.vocabulary import Cell, Declared, LabelError, Vocabulary
 from mtl_dist.specs import TaskInfo
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _CENTRE = 0.5  # of a pixel: labels count from the centre of the first one, views from its corner
-_FACTS = ("swap", "skeleton", "positions")
+_FACTS, _COUNTED = ("swap", "skeleton"), ("positions",)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _BETWEEN = re.compile(r"[\s,;\[\]()'\"]*")
 _RIGHT = {"l": "r", "L": "R"}
@@ -164,29 +164,28 @@ class Keypoints(ScalarKind):
         return replace(task_infos[0], facts={**task_infos[0].facts, "positions": positions})
 
     def check_facts(self, info: TaskInfo) -> None:
-        for key in info.facts:
-            if key not in _FACTS:
-                raise UserError(f"facts of a {info.kind} task: expected swap, skeleton, found {key!r}.")
+        check_fact_names(info, _FACTS, _COUNTED)
         for key in ("swap", "skeleton"):
             pairs = info.facts.get(key, [])
             if not isinstance(pairs, list | tuple) or not all(map(_is_pair, pairs)):
                 raise UserError(
                     f"facts of a {info.kind} task: expected {key} to be pairs of points, as [[left_eye, "
-                    f"right_eye]], found {pairs!r}."
+                    f"right_eye]], found {pairs!r}. Correct it."
                 )
             for name in (name for pair in pairs for name in pair):
                 if info.classes and name not in info.classes:
                     near = nearest(name, info.classes)
-                    hint = f" Did you mean {near}?" if near else ""
+                    hint = f"Did you mean {near}?" if near else "Correct it."
                     raise UserError(
                         f"facts of a {info.kind} task: expected {key} of the points "
-                        f"{', '.join(info.classes)}, found {name!r}.{hint}"
+                        f"{', '.join(info.classes)}, found {name!r}. {hint}"
                     )
         swapped = [name for pair in info.facts.get("swap", []) for name in pair]
         twice = [name for name, number in Counter(swapped).items() if number > 1]
         if twice:
             raise UserError(
-                f"facts of a {info.kind} task: expected each point in one swap, found {twice[0]} twice."
+                f"facts of a {info.kind} task: expected each point in one swap, found {twice[0]} twice. "
+                "Remove one."
             )
 
     # ---- in a batch

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
+from mtl_dist.config.nearest import nearest
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.view import View
 from mtl_dist.kinds.vocabulary import Cell, Declared, Vocabulary, names_of
@@ -38,6 +39,21 @@ Blending: TypeAlias = Literal["interpolate", "partner"]
 
 class UnreadableMap(Exception):
     """The file of a map holds no such map; the message says why, without the file's name."""
+
+
+def check_fact_names(info: TaskInfo, known: Sequence[str], counted: Sequence[str] = ()) -> None:
+    """Refuse facts that are neither what a kind is told of its labels nor what it counted in them.
+
+    Raises:
+        UserError: with the name that was probably meant.
+    """
+    for key in info.facts:
+        if key not in (*known, *counted):
+            near = nearest(key, known)
+            hint = f"Did you mean {near}?" if near else "Remove it."
+            raise UserError(
+                f"facts of a {info.kind} task: expected {', '.join(known)}, found {key!r}. {hint}"
+            )
 
 
 class Kind(ABC):

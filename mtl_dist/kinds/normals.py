@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from mtl_dist.errors import UserError
-from mtl_dist.kinds.kind import Colour, MapKind, StoredMap, UnreadableMap
+from mtl_dist.kinds.kind import Colour, MapKind, StoredMap, UnreadableMap, check_fact_names
 from mtl_dist.kinds.view import View
 from mtl_dist.kinds.vocabulary import LabelError
 from mtl_dist.specs import TaskInfo
@@ -130,10 +130,10 @@ def coloured(normals_3HW: np.ndarray) -> np.ndarray:
 
 
 def _y_points_down(info: TaskInfo) -> bool:
-    for key in info.facts:
-        if key not in ("y", "pixels", "mean"):
-            raise UserError(f"facts of a {info.kind} task: expected y, found {key!r}. Remove it.")
+    check_fact_names(info, ["y"], ["pixels", "mean"])
     direction = info.facts.get("y", "down")
     if direction not in ("down", "up"):
-        raise UserError(f"facts of a {info.kind} task: expected y to be down or up, found {direction!r}.")
+        raise UserError(
+            f"facts of a {info.kind} task: expected y to be down or up, found {direction!r}. Correct it."
+        )
     return bool(direction == "down")

@@ -164,10 +164,12 @@ def head_settings(settings: ModelSettings, task: str) -> HeadSettings:
 def chosen_decoder(settings: ModelSettings, task: str) -> DecoderSettings | UserHeadSettings:
     """The decoder of this map task: `model.decoder` with what `model.heads` says, or its own."""
     own: object = settings.heads.get(task)
+    if isinstance(own, UserHeadSettings):
+        return own
     decoder: object = settings.decoder
-    for choice in (own, decoder):
-        if isinstance(choice, UserHeadSettings):
-            return choice
+    if isinstance(decoder, UserHeadSettings):
+        has_kind = isinstance(own, TaskHeadSettings) and own.kind is not None
+        return DecoderSettings().model_copy(update=_own(settings, task)) if has_kind else decoder
     return settings.decoder.model_copy(update=_own(settings, task))
 
 
@@ -212,12 +214,11 @@ def _blocks_of(
     """What there is of a plain ViT's blocks, and what the decoder's class says it reads (`used_blocks`)."""
     if blocks is None:
         others = [kind for kind, path in DECODERS.items() if not _reads_blocks(imported(path))]
-        sharing = settings.user_sharing
-        with_sharing = "" if sharing is None else f" with model.sharing {sharing.path.rpartition('.')[2]}"
+        shares = "" if settings.user_sharing is None else f" with model.sharing {settings.sharing_name}"
         kind = getattr(decoder, "kind")  # noqa: B009  (a field of the derived settings)
         raise UserError(
             f"model.decoder: expected a plain ViT of timm (timm/vit_...), whose blocks {kind} reads, found "
-            f"{settings.backbone_name}{with_sharing}. Use unet, {', '.join(others[:-1])} or {others[-1]}."
+            f"{settings.backbone_name}{shares}. Use unet, {', '.join(others[:-1])} or {others[-1]}."
         )
     used = decoder.part_class.used_blocks
     asked = [name for name in inspect.signature(used).parameters if name in type(decoder).model_fields]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from mtl_dist.config.settings import Settings
 from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
@@ -34,6 +34,12 @@ class HeadSettings(Settings):
     """What share of the numbers that enter a layer is dropped in training."""
 
 
+OwnDecoder: TypeAlias = Annotated[
+    Literal["unet"],
+    Field(description=f"Others are {', '.join(DECODERS)}, or an import path.", examples=list(DECODERS)),
+]
+
+
 class DecoderSettings(Settings):
     """The head of a map task: the U-Net decoder.
 
@@ -45,10 +51,7 @@ class DecoderSettings(Settings):
     norm           None: as `model.norm` says, and GroupNorm where that is frozen
     """
 
-    kind: Annotated[
-        Literal["unet"],
-        Field(description=f"Others are {', '.join(DECODERS)}, or an import path.", examples=list(DECODERS)),
-    ] = "unet"
+    kind: OwnDecoder = "unet"
     channels: Annotated[tuple[Width, ...], Field(min_length=1)] | None = None
     skips: bool = True
     output_stride: Literal[1, 2] = 1
@@ -57,8 +60,9 @@ class DecoderSettings(Settings):
 
 class TaskHeadSettings(Settings):
     """What one task changes in `model.head` (vector tasks: hidden, dropout) or in `model.decoder` (map tasks:
-    channels, skips, output_stride, norm)."""
+    channels, skips, output_stride, norm), or `kind: unet` of its own where `model.decoder` is another."""
 
+    kind: OwnDecoder | None = None
     hidden: tuple[Width, ...] | None = None
     dropout: Dropout | None = None
     channels: Annotated[tuple[Width, ...], Field(min_length=1)] | None = None
@@ -82,8 +86,13 @@ class UserHeadSettings(UserDefinedSettings):
     provides = ("num_outputs", "num_features", "channels", "blocks", "head_norm")
 
 
-USER_HEAD = UserDefined((UserHeadSettings,), names=DECODERS)
-Decoder: TypeAlias = Annotated[DecoderSettings, USER_HEAD]
+Decoder: TypeAlias = Annotated[
+    DecoderSettings, UserDefined((UserHeadSettings,), names=DECODERS, bare={"unet": DecoderSettings})
+]
+TaskHead: TypeAlias = Annotated[
+    TaskHeadSettings,
+    UserDefined((UserHeadSettings,), names=DECODERS, bare={"unet": lambda: TaskHeadSettings(kind="unet")}),
+]
 
 
 class UserBackboneSettings(UserDefinedSettings):
@@ -190,7 +199,7 @@ class ModelSettings(Settings):
     std: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
     head: HeadSettings = HeadSettings()
     decoder: Decoder = DecoderSettings()
-    heads: dict[str, Annotated[TaskHeadSettings, USER_HEAD]] = Field(default_factory=dict)
+    heads: dict[str, TaskHead] = Field(default_factory=dict)
     network: UserNetwork | None = None
 
     @model_validator(mode="after")
@@ -221,13 +230,21 @@ class ModelSettings(Settings):
             )
         return self
 
+    @field_validator("sharing", mode="before")
+    @classmethod
+    def _hard_has_no_settings(cls, sharing: object) -> object:
+        if not isinstance(sharing, dict) or sharing.get("kind") != "hard":
+            return sharing
+        others = [str(name) for name in sharing if name != "kind"]
+        if others:
+            raise ValueError(f"expected no settings of hard, found {', '.join(others)}. Leave them out.")
+        return "hard"
+
     @model_validator(mode="after")
     def _adapter_fits(self) -> ModelSettings:
         if self.adapter is not None and self.user_sharing is not None:
-            short = {path: name for name, path in SHARINGS.items()}
-            found = short.get(self.user_sharing.path, self.user_sharing.path)
             raise ValueError(
-                f"sharing: expected hard with model.adapter, found {found}. Remove it; "
+                f"sharing: expected hard with model.adapter, found {self.sharing_name}. Remove it; "
                 "model.adapter.per_task gives each task an adapter of its own."
             )
         return self
@@ -254,6 +271,14 @@ class ModelSettings(Settings):
         """The way of sharing, where it is not `hard`."""
         sharing: object = self.sharing
         return sharing if isinstance(sharing, UserSharingSettings) else None
+
+    @property
+    def sharing_name(self) -> str:
+        """The way of sharing, as a recipe names it."""
+        if self.user_sharing is None:
+            return "hard"
+        short = {path: name for name, path in SHARINGS.items()}
+        return short.get(self.user_sharing.path, self.user_sharing.path)
 
     @property
     def made_norm(self) -> DecoderNorm:

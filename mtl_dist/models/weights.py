@@ -132,19 +132,35 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return read_tensors(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UserError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # of a file that is no pickle whatever its bytes happen to mean
         raise UserError(
-            f"model.weights: expected tensors in {path}, found a file that can't be read ({reason}). "
+            f"model.weights: expected tensors in {path}, found a file that can't be read ({_why(error)}). "
             "Save a plain state dict: torch.save(model.state_dict(), path)."
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         what = f"the keys {_some(map(str, state))}" if isinstance(state, dict) else type(state).__name__
         raise UserError(
             f"model.weights: expected names and tensors in {path}, found {what}. "
             "Save the plain state dict alone: torch.save(model.state_dict(), path)."
         )
     return state
+
+
+def _why(error: Exception) -> str:
+    """In a few words why a file cannot be read: torch's own advice is to trust it."""
+    text = str(error)
+    code = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", text)
+    if code is not None:
+        return f"more than tensors: {code[1]}"
+    if isinstance(error, UserError):
+        return text.partition("\n")[0]
+    if isinstance(error, EOFError) or "PytorchStreamReader" in text:
+        return "empty, cut short or damaged"
+    if isinstance(error, pickle.UnpicklingError | KeyError | IndexError):
+        return "neither a zip of torch.save nor a pickle"
+    return f"{type(error).__name__}: {text}".partition("\n")[0]
 
 
 def input_convolution(module: nn.Module) -> tuple[str, nn.Conv2d]:
@@ -189,7 +205,11 @@ def _check(found: dict[str, Tensor], expected: dict[str, Tensor], name: str, sou
     problems = {
         "missing": expected.keys() - found.keys() - counters,
         "unexpected": found.keys() - expected.keys(),
-        "of another shape": {key for key in both if found[key].shape != expected[key].shape},
+        "of another shape": {
+            f"{key} {tuple(found[key].shape)}, not {tuple(expected[key].shape)}"
+            for key in both
+            if found[key].shape != expected[key].shape
+        },
     }
     listed = [f"{what}: {_some(sorted(keys))}" for what, keys in problems.items() if keys]
     if listed:

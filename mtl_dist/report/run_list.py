@@ -16,6 +16,7 @@ from mtl_dist.config.errors import suggest
 from mtl_dist.config.yaml_text import parse
 from mtl_dist.errors import UserError
 from mtl_dist.launch.jobs import RunView, view_runs
+from mtl_dist.plural import figure
 from mtl_dist.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def table_of(runs: Sequence[ListedRun], below: Path, metric: str | None, columns
             reached = number_text(run.metrics.get(metric))
         else:
             known_best = status is not None and status.best is not None
-            reached = f"{status.metric} {status.best:z.4f}" if status and known_best else ""
+            reached = f"{status.metric} {figure(status.best)}" if status and known_best else ""
         cells = [
             number_text(run.metrics.get(name)) if name in run.metrics else run.settings.get(name, "")
             for name in columns
@@ -189,7 +190,7 @@ def _in_order(mappings: Iterable[Mapping[str, object]]) -> list[str]:
 def number_text(value: float | None) -> str:
     if value is None:
         return ""
-    return "-" if math.isnan(value) else f"{value:z.4f}"
+    return "-" if math.isnan(value) else figure(value)
 
 
 def _text(value: object) -> str:

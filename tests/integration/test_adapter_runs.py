@@ -1,4 +1,4 @@
-"""Runs with adapters: resuming, every engine, beginning with others' weights, what an export holds."""
+"""Runs with adapters: resuming, every engine, beginning with others' weights, exports, answers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import mtl_dist
 from mtl_dist.assemble import read_trained
 from mtl_dist.exporting.export import export_run
 from mtl_dist.models.weights import is_adapter
+from mtl_dist.prediction.records import plain
 from mtl_dist.run_folder import RunFolder
 from tests.ranks import RankPool
+from tests.tiny_datasets import image_of, png
 from tests.tiny_runs import rows, tensors_at, train_run
 from tests.tiny_training import whole_up_to
 
@@ -111,6 +113,33 @@ def test_an_export_holds_merged_weights_that_answer_alike_and_begin_a_plain_run(
     for name, tensor in merged.weights.items():
         if ".network." in name:
             torch.testing.assert_close(weights[f"model/{name}"], tensor, msg=name)
+
+
+def test_the_run_its_exports_and_the_service_answer_alike(
+    case: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    testing = pytest.importorskip("fastapi.testclient", reason="the extra serve is not installed")
+    pytest.importorskip("python_multipart", reason="the extra serve is not installed")
+    from mtl_dist.serving.app import build_app
+    from mtl_dist.serving.limits import Limits
+
+    run, _ = case
+    images = [image_of(number) for number in range(3)]
+    predictor = mtl_dist.load(run)
+    expected = [plain(answer) for answer in predictor.predict_many(images, maps=False)]
+    export_run(run, "safetensors", out=tmp_path / "out", say=lambda line: None)
+    of_file = mtl_dist.load(tmp_path / "out").predict_many(images, maps=False)
+    app = build_app(predictor, Limits(), "tiny", ("127.0.0.1",))
+    with testing.TestClient(app, base_url="http://127.0.0.1") as client:
+        files = [("files", (f"{number}.png", png(image))) for number, image in enumerate(images)]
+        served = client.post("/predict", files=files).json()["predictions"]
+        assert client.get("/model").json()["tasks"].keys() == predictor.tasks.keys()
+    for answer, exported, found in zip(expected, of_file, served, strict=True):
+        for task, values in answer.items():
+            for key, value in values.items():
+                near = pytest.approx(value, abs=1e-4) if isinstance(value, float | dict) else value
+                assert plain(exported)[task][key] == near, (task, key)
+                assert found["answers"][task][key] == near, (task, key)
 
 
 def test_a_run_with_an_adapter_begins_with_the_weights_of_one_without(recipe: Path, tmp_path: Path) -> None:

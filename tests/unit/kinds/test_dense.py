@@ -161,7 +161,8 @@ def test_zoom_scales_depth_where_it_is_metric() -> None:
 @pytest.mark.parametrize(
     ("info", "message"),
     [
-        (TaskInfo("depth", facts={"scal": 2.0}), "expected scale, invalid, range, metric, found 'scal'"),
+        (TaskInfo("depth", facts={"metrc": 2.0}), "range, metric, found 'metrc'. Did you mean metric"),
+        (TaskInfo("normals", facts={"x": "up"}), "expected y, found 'x'. Remove it"),
         (TaskInfo("depth", facts={"scale": "mm"}), "expected scale to be a number > 0, found 'mm'"),
         (TaskInfo("depth", facts={"range": [1]}), r"expected range to be \[LOW, HIGH\], found \[1\]"),
         (TaskInfo("depth", facts={"metric": "yes"}), "expected metric to be true or false, found 'yes'"),

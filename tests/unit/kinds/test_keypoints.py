@@ -230,7 +230,7 @@ def test_names_that_differ_in_left_and_right_are_a_pair(names: tuple[str, ...], 
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"swp": []}, "expected swap, skeleton, found 'swp'"),
+        ({"swp": []}, "expected swap, skeleton, found 'swp'. Did you mean swap"),
         ({"swap": [["left_eye"]]}, "expected swap to be pairs of points"),
         ({"swap": [["left_eye", "right_ey"]]}, "found 'right_ey'. Did you mean right_eye?"),
         ({"swap": [["left_eye", "nose"], ["nose", "right_eye"]]}, "each point in one swap, found nose twice"),

@@ -159,8 +159,8 @@ def test_unknown_tasks_and_options_of_others_are_one_line_each() -> None:
         "model.heads.msk: expected one of the tasks kind, mask, found 'msk'. Correct the name or remove it.",
         "model.heads.kind.skips: expected an option of a vector head (hidden, dropout), found 'skips'. "
         "Remove it.",
-        "model.heads.mask.hidden: expected an option of a map head (channels, skips, output_stride, norm), "
-        "found 'hidden'. Remove it.",
+        "model.heads.mask.hidden: expected an option of a map head (kind, channels, skips, output_stride, "
+        "norm), found 'hidden'. Remove it.",
     ]
 
 
@@ -210,6 +210,19 @@ def test_a_task_may_have_another_decoder_than_the_others(tmp_path: Path) -> None
     assert isinstance(chosen_decoder(settings, "mask"), UserHeadSettings)
     assert chosen_decoder(settings, "mask").path.endswith("LinearDecoder")  # type: ignore[union-attr]
     assert chosen_decoder(settings, "other").path.endswith("FPNDecoder")  # type: ignore[union-attr]
+    settings = loaded(tmp_path, {"decoder": "fpn", "heads": {"mask": {"kind": "unet", "skips": False}}})
+    check_heads(settings, [MASK])
+    assert chosen_decoder(settings, "mask") == DecoderSettings(skips=False)
+    assert chosen_decoder(settings, "other").path.endswith("FPNDecoder")  # type: ignore[union-attr]
+
+
+def test_a_decoder_may_stand_by_its_bare_name(tmp_path: Path) -> None:
+    assert loaded(tmp_path, {"decoder": "unet", "heads": {"mask": "unet"}}).decoder == DecoderSettings()
+    for stated in ({"decoder": "unett"}, {"heads": {"mask": "unett"}}):
+        with pytest.raises(UserError, match=r'expected unet, fpn, .*found "unett"\. Did you mean unet\?'):
+            loaded(tmp_path, stated)
+    with pytest.raises(UserError, match=r"adapter: expected a mapping .*Write \{kind: lora\}"):
+        loaded(tmp_path, {"adapter": "lora"})
 
 
 def test_options_of_the_unet_on_another_decoder_are_refused(tmp_path: Path) -> None:

@@ -376,10 +376,12 @@ def test_what_does_not_fit_is_refused_by_name(
 
 
 def test_settings_are_checked_and_read_back() -> None:
+    assert load_settings(ModelSettings, {"sharing": {"kind": "hard"}}) == load_settings(ModelSettings, {})
     settings = load_settings(ModelSettings, {"sharing": {"kind": "mmoe", "num_experts": 2}})
     assert "sharing: {kind: mmoe, num_experts: 2, width: null, kernel_size: 3}" in to_yaml(settings)
     for stated, match in (
         ({"kind": "mmoe", "experts": 2}, "experts: unknown key.*num_experts"),
+        ({"kind": "hard", "num_experts": 2}, "sharing: expected no settings of hard, found num_experts"),
         ({"kind": "cross_stitch", "per": "chanel"}, "sharing.per: expected one of channel, layer.*chanel"),
         ("crossstitch", 'expected hard, .*cross_stitch.* found "crossstitch". Did you mean cross_stitch'),
     ):
