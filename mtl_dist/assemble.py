@@ -34,7 +34,7 @@ from mtl_dist.data.facts import DataFacts, identities, meaning_differences
 from mtl_dist.data.loader import Data
 from mtl_dist.engine.connect import EngineChoice, connect_without_engine
 from mtl_dist.engine.world import World
-from mtl_dist.errors import UserError
+from mtl_dist.errors import NotInstalledError, UserError
 from mtl_dist.json_files import DamagedFile
 from mtl_dist.models.adapters import merge_adapters
 from mtl_dist.models.settings import ModelSettings
@@ -294,6 +294,8 @@ class Trained:
         try:
             root = build_root(self.recipe.model_copy(update={"model": model}), self.facts, world)
             root.load_state_dict(self.weights)
+        except NotInstalledError:
+            raise
         except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise UserError(

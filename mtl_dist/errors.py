@@ -9,5 +9,9 @@ class UserError(ValueError):
     """
 
 
+class NotInstalledError(UserError):
+    """A package of an extra is not there."""
+
+
 class ImageError(UserError):
     """The image that was given cannot be read or does not suit the model: whoever sent it can fix it."""

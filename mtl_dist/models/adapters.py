@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mtl_dist.config.describe import listed
 from mtl_dist.config.nearest import nearest
-from mtl_dist.errors import UserError
+from mtl_dist.errors import NotInstalledError, UserError
 from mtl_dist.models.multitask import MultitaskModel
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.models.tracing import on_meta
@@ -39,7 +39,7 @@ def peft_library() -> ModuleType:
     try:
         import peft
     except ImportError:
-        raise UserError(
+        raise NotInstalledError(
             "model.adapter: expected peft, which has the adapters, found it not installed. "
             "Install it: pip install 'mtl-dist[adapters]'."
         ) from None

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from mtl_dist.config.nearest import nearest
-from mtl_dist.errors import UserError
+from mtl_dist.errors import NotInstalledError, UserError
 from mtl_dist.models.settings import TIMM
 
 State: TypeAlias = dict[str, Tensor]
@@ -30,7 +30,7 @@ def timm_library() -> ModuleType:
     try:
         import timm
     except ImportError:
-        raise UserError(
+        raise NotInstalledError(
             "model.backbone: expected timm, which has the network, found it not installed. "
             "Install it: pip install 'mtl-dist[timm]'."
         ) from None

@@ -142,8 +142,8 @@ def table_of(runs: Sequence[ListedRun], below: Path, metric: str | None, columns
         if metric is not None:
             reached = number_text(run.metrics.get(metric))
         else:
-            known_best = status is not None and status.best is not None
-            reached = f"{status.metric} {figure(status.best)}" if status and known_best else ""
+            best = None if status is None else status.best
+            reached = f"{status.metric} {figure(best)}" if status and best is not None else ""
         cells = [
             number_text(run.metrics.get(name)) if name in run.metrics else run.settings.get(name, "")
             for name in columns

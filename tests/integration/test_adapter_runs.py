@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 import mtl_dist
 from mtl_dist.assemble import read_trained
+from mtl_dist.errors import UserError
 from mtl_dist.exporting.export import export_run
 from mtl_dist.models.weights import is_adapter
 from mtl_dist.prediction.records import plain
@@ -140,6 +142,14 @@ def test_the_run_its_exports_and_the_service_answer_alike(
                 near = pytest.approx(value, abs=1e-4) if isinstance(value, float | dict) else value
                 assert plain(exported)[task][key] == near, (task, key)
                 assert found["answers"][task][key] == near, (task, key)
+
+
+def test_a_run_whose_extra_is_missing_says_what_to_install(
+    case: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"^model\.adapter: expected peft, .* Install it: pip [^.]*\.$"):
+        mtl_dist.load(case[0])
 
 
 def test_a_run_with_an_adapter_begins_with_the_weights_of_one_without(recipe: Path, tmp_path: Path) -> None:

@@ -195,16 +195,37 @@ def test_a_transformer_of_timm_balances_dense_tasks_under_zero_3(
     assert_same(tmp_path / "run", tmp_path / "alone")
 
 
+@pytest.fixture(scope="module")
+def points(recipe: Path) -> Path:
+    path = recipe.with_name("points.yaml")
+    before, after = RECIPE.split("      fields:")
+    text = POINTS + before.partition("data:")[2] + POINT_FIELDS + after.partition("      index: INDEX\n")[2]
+    path.write_text(text.replace("INDEX", str(recipe.with_name("points"))))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("which", "engine"),
+    [
+        *[("recipe", "zero2"), ("points", "zero1")],
+        *[rest("recipe", "ddp"), rest("recipe", "zero1"), rest("points", "ddp"), rest("points", "zero2")],
+    ],
+)
+def test_balancing_at_the_parameters_weighs_dense_tasks_and_points_on_two_ranks_as_on_one(
+    request: pytest.FixtureRequest, ranks: RankPool, tmp_path: Path, which: str, engine: str
+) -> None:
+    path: Path = request.getfixturevalue(which)
+    cagrad = ["balance={method: cagrad, level: parameters}"]
+    assert alone_on_a_rank(path, tmp_path / "alone", cagrad) == "done"
+    divided = cagrad + ([] if engine == "ddp" else [f"engine.zero_stage={engine[-1]}"])
+    assert ranks.run(train_divided, path, tmp_path / "run", divided) == ["done", "done"]
+    assert_same(tmp_path / "run", tmp_path / "alone")
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
 def test_points_are_learnt_on_two_ranks_as_on_one(
-    recipe: Path, ranks: RankPool, tmp_path: Path, engine: str
+    points: Path, ranks: RankPool, tmp_path: Path, engine: str
 ) -> None:
-    points = recipe.with_name("points.yaml")
-    before, after = RECIPE.split("      fields:")
-    points.write_text(
-        POINTS + before.partition("data:")[2] + POINT_FIELDS + after.partition("      index: INDEX\n")[2]
-    )
-    points.write_text(points.read_text().replace("INDEX", str(recipe.with_name("points"))))
     assert alone_on_a_rank(points, tmp_path / "alone", []) == "done"
     overrides = ["train.micro_batch=2"] + ([] if engine == "ddp" else [f"engine.zero_stage={engine[-1]}"])
     assert ranks.run(train_divided, points, tmp_path / "run", overrides) == ["done", "done"]

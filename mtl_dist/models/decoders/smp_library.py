@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import nn
 
-from mtl_dist.errors import UserError
+from mtl_dist.errors import NotInstalledError
 from mtl_dist.models.norms import convert_norms
 from mtl_dist.models.settings import DecoderNorm
 
@@ -27,14 +27,14 @@ def library_class(kind: str, module: str, name: str) -> Any:
     """A class of the library: NAME of `segmentation_models_pytorch.decoders.MODULE.decoder`.
 
     Raises:
-        UserError: the library is not installed.
+        NotInstalledError: the library is not installed.
     """
     try:
         return getattr(
             importlib.import_module(f"segmentation_models_pytorch.decoders.{module}.decoder"), name
         )
     except (ImportError, AttributeError) as error:
-        raise UserError(
+        raise NotInstalledError(
             f"model.decoder: expected segmentation-models-pytorch >= 0.5, which has {kind}, found none "
             f"({error}). Install it: pip install 'mtl-dist[decoders]'."
         ) from None

@@ -19,6 +19,7 @@ from mtl_dist.tasks.keypoints import KeypointsSettings
 from mtl_dist.tasks.multilabel import MultilabelSettings
 from mtl_dist.tasks.normals import NormalsSettings
 from mtl_dist.tasks.number_losses import GaussianNllSettings, QuantileSettings
+from mtl_dist.tasks.ordinal import OrdinalSettings
 from mtl_dist.tasks.regression import RegressionSettings
 from mtl_dist.tasks.segmentation import SegmentationSettings
 from mtl_dist.tasks.task import Task
@@ -68,6 +69,7 @@ TASKS: dict[str, Task] = {
             TaskInfo("depth", num_labelled=9, mean=3.0, std=1.5, minimum=0.5),
         ),
         ("normals", NormalsSettings(), TaskInfo("normals")),
+        ("grade", OrdinalSettings(), TaskInfo("ordinal", ("none", "mild", "severe"), 9)),
         ("points", KeypointsSettings(), TaskInfo("keypoints", ("a", "b", "c"))),
         (
             "points of numbers",
@@ -106,7 +108,7 @@ def batches(task: Task, labelled: list[bool], rank: int) -> list[Batch]:
             case "vector":
                 target = torch.randn(num, 2, generator=key)
                 target[2, 1] = math.nan
-            case "classification":
+            case "classification" | "ordinal":
                 target = torch.randint(num_classes, (num,), generator=key)
             case "depth":
                 target = 0.5 + 5 * torch.rand(num, *size, generator=key)
