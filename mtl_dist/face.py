@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mtl_dist.config.loading import to_yaml
 from mtl_dist.config.yaml_text import parse
@@ -177,6 +177,38 @@ class Run:
         with left_as_found():
             measured = evaluate_run(self.path, split, checkpoint=checkpoint)
         return self.metrics[measured]
+
+    def report(self, out: str | Path | None = None, pictures: bool = True) -> Path:
+        """Write the page of `mtl report`, by default report.html in the run folder; where it is.
+
+        Raises:
+            UserError: the run has not begun, or the page cannot be written.
+        """
+        from mtl_dist.report.page.write import write_report
+
+        return write_report([self.path], None if out is None else Path(out), pictures)
+
+    def export(
+        self,
+        format: Literal["onnx", "torch", "safetensors"] = "onnx",
+        out: str | Path | None = None,
+        checkpoint: str | int = "best",
+        *,
+        any_size: bool = False,
+        resize_inside: bool = False,
+        temperature: bool = False,
+    ) -> Path:
+        """Take the model out as `mtl export` does, by default into RUN/export/FORMAT; the folder.
+
+        Raises:
+            UserError: no such checkpoint, a package is missing, or the model cannot be taken out so.
+        """
+        from mtl_dist.exporting.description import Form
+        from mtl_dist.exporting.export import export_run
+
+        place = None if out is None else Path(out)
+        form = Form(any_size, resize_inside)
+        return export_run(self.path, format, place, checkpoint, form, temperature=temperature).path
 
     def resume(self, *overrides: str | Mapping[str, Any], data_moved: bool = False) -> Run:
         """Go on from the newest checkpoint, with `overrides` such as `"train.epochs=20"`.

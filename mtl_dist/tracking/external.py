@@ -10,6 +10,7 @@ number goes with the first of them, so that it has one value per step there.
 from __future__ import annotations
 
 import math
+import os
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ RUN_TAG = "mtl_dist.run_id"
 """The tag by which a run is found again in MLflow, whose ids are the server's."""
 WANDB_LOGIN_S = 30
 """How long wandb waits for somebody to log in, before the run goes on without it."""
+MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""Where the environment says nothing else: MLflow's own 7 times and 120 s are minutes at a dead server."""
 MLFLOW_LONGEST = 6000
 """The characters of a parameter that MLflow takes."""
 MLFLOW_BATCH = 1000
@@ -117,6 +120,8 @@ class WandbSink(ExternalSink):
 
 class MlflowSink(ExternalSink):
     def __init__(self, settings: MlflowSettings, run: RunFacts) -> None:
+        for name, value in MLFLOW_PATIENCE.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
         from mlflow.entities import Metric
 

@@ -75,6 +75,17 @@ def test_a_run_evaluates_and_predicts_and_can_be_opened_again(run: mtl_dist.Run)
     assert mtl_dist.load(run.path).predict(image)["value"] == answer["value"]
 
 
+def test_a_run_writes_its_page_and_is_taken_out_from_python_too(run: mtl_dist.Run, tmp_path: Path) -> None:
+    page = run.report(str(tmp_path / "page.html"), pictures=False)
+    assert page.read_text().lstrip().startswith("<!doctype html>")
+    model = mtl_dist.load(run.export("safetensors", tmp_path / "model"))
+    image = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    answers = [made.predict(image)["digit"]["class_name"] for made in (model, run)]
+    assert answers[0] == answers[1]
+    with pytest.raises(mtl_dist.UserError, match="--format: expected onnx, torch, safetensors, found 'onx'"):
+        run.export("onx")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("engine", [{}, {"engine.zero_stage": 2}], ids=["accelerate", "deepspeed"])
 def test_training_leaves_the_process_as_it_was_and_a_second_one_repeats_the_first(
     recipe: Path, tmp_path: Path, engine: dict[str, int]

@@ -6,6 +6,7 @@ A test skips where the package is not installed: pip install "mtl-dist[wandb,mlf
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -157,3 +158,19 @@ def test_a_run_that_was_killed_resumed_and_ended_twice_is_one_run_with_every_val
     assert len(ids) == 1
     assert points == Counter(wanted)
     assert config == {"train.seed": 3}
+
+
+def test_a_server_that_is_not_there_is_not_waited_for_for_minutes_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # one's own word holds
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
+    run = tmp_path / "run"
+    run.mkdir()
+    Image.new("RGB", (2, 2)).save(run / "curves.png")
+    train(run, MlflowSettings(uri="http://127.0.0.1:9"), range(1, 5), 0)
+    assert "mlflow" in capsys.readouterr().out
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "20"
