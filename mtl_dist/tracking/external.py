@@ -120,8 +120,8 @@ class WandbSink(ExternalSink):
 
 class MlflowSink(ExternalSink):
     def __init__(self, settings: MlflowSettings, run: RunFacts) -> None:
-        for name, value in MLFLOW_PATIENCE.items():
-            os.environ.setdefault(name, value)
+        for variable, patience in MLFLOW_PATIENCE.items():
+            os.environ.setdefault(variable, patience)
         from mlflow import MlflowClient
         from mlflow.entities import Metric
 
