@@ -193,7 +193,7 @@ tasks: {m: {kind: segmentation}}
 data: {train: [{path: DATA}], val: [{path: DATA, split: train}], image_size: 8, augment: none, workers: 0}
 model: {backbone: simple_cnn, norm: group}
 optim: {lr: 3.0e-3}
-train: {epochs: 2, global_batch: 4, log_every: 1}
+train: {epochs: 1, global_batch: 4, log_every: 1, evaluate_at_end: false}
 """
 
 
