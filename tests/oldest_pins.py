@@ -9,7 +9,7 @@ from __future__ import annotations
 from configparser import ConfigParser
 from pathlib import Path
 
-EXTRAS = ("demo", "fast", "tiff")
+EXTRAS = ("adapters", "decoders", "demo", "fast", "parquet", "tiff", "timm")
 
 
 def pins(setup: Path) -> list[str]:
