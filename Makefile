@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
-# A module's tests share their runs, so they stay on one worker; the long ones come first.
-PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# A module's tests share their runs, so they stay on one worker; the long ones come first. One worker more than two cores
+# have work for: some tests wait.
+PYTEST_FLAGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: docs demo test test-all fuzz test-oldest test-slurm lint install install-all clean
 

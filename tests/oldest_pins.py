@@ -10,6 +10,8 @@ from configparser import ConfigParser
 from pathlib import Path
 
 EXTRAS = ("adapters", "decoders", "demo", "fast", "parquet", "tiff", "timm")
+OF_THEIR_TIME = ("click==8.2.*",)
+"""What is not required, but by those: the oldest Typer loses the help of arguments under today's Click."""
 
 
 def pins(setup: Path) -> list[str]:
@@ -20,7 +22,7 @@ def pins(setup: Path) -> list[str]:
     requirements += [settings["options.extras_require"][extra] for extra in EXTRAS]
     lines = [line.strip() for text in requirements for line in text.splitlines()]
     bounded = [line.split(">=") for line in lines if ">=" in line]
-    return [f"{name}=={bound}.*" for name, bound in bounded]
+    return [*(f"{name}=={bound}.*" for name, bound in bounded), *OF_THEIR_TIME]
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def _validated(value: object) -> Location:
 LocationSetting = Annotated[
     Path | Url,
     PlainValidator(_validated),
-    PlainSerializer(lambda each: str(each), return_type=str),  # pydantic 2.7 cannot look into `str`
+    PlainSerializer(str, return_type=str),
 ]
 """A setting that is a path or a URL."""
 
