@@ -64,7 +64,7 @@ def stroke_width(ink: np.ndarray) -> float:
     """
     from skimage.morphology import skeletonize
 
-    line = skeletonize(ink)
+    line = skeletonize(np.ascontiguousarray(ink))  # an old scikit-image takes no transposed one
     straight = (line[:, 1:] & line[:, :-1]).sum() + (line[1:] & line[:-1]).sum()
     falling = line[1:, 1:] & line[:-1, :-1] & ~line[1:, :-1] & ~line[:-1, 1:]
     rising = line[1:, :-1] & line[:-1, 1:] & ~line[1:, 1:] & ~line[:-1, :-1]
