@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import resource
 import signal
 import sys
 import threading
@@ -29,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tests.full_disks import fill_disk
 
 PRELOADED = [
     "torch",
@@ -173,7 +174,7 @@ def _live(
     own_folder.mkdir(exist_ok=True)
     os.chdir(own_folder)
     if full:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (_FULL, resource.RLIM_INFINITY))
+        fill_disk(_FULL)
     _note_samples(Path(f"{run}.samples.{rank}"), rank)
     threading.Thread(target=_watch, args=(kill, beats if rank == 0 else None), daemon=True).start()
     code = 1

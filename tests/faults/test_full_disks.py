@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from mtl_dist.prediction.records import open_records
 from mtl_dist.run_folder import RunFolder, writing_to
 from mtl_dist.runs.evaluation import evaluate_run
 from mtl_dist.training.trainer import Trainer
+from tests.full_disks import full_disk
 from tests.killed_runs import Killing
 from tests.tiny_runs import rows, train_run
 from tests.undrawn import drawn
@@ -51,20 +53,27 @@ def test_a_checkpoint_on_a_full_disk_is_one_line_and_leaves_nothing_behind(
     writer = CheckpointWriter(tmp_path / "checkpoints", keep_last=2)
     writer.submit(make(1))
     writer.finish()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
+    with full_disk(limit):
         writer.submit(make(2))
         with pytest.raises(UserError) as refusal:
             writer.finish()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     (line,) = str(refusal.value).splitlines()
     assert "File too large" in line and "Free some space" in line
     assert [path.name for path in writer.directory.iterdir()] == ["step_00000001"]
     writer.submit(make(2))  # there is space again
     writer.finish()
     assert steps_in(writer.directory) == [1, 2]
+
+
+def test_a_module_imported_on_a_full_disk_is_no_broken_one_later(tmp_path: Path) -> None:
+    """The tests themselves would break the environment that they run in."""
+    module = tmp_path / "grown.py"
+    module.write_text("".join(f"x{number} = {number}\n" for number in range(1000)))
+    code = "from tests.full_disks import full_disk\nwith full_disk(100): import grown"
+    here = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
+    for source in (code, "import grown; assert grown.x999 == 999"):
+        environment = {key: value for key, value in here.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        subprocess.run([sys.executable, "-c", source], env=environment, check=True)
 
 
 def train_until(
@@ -165,14 +174,13 @@ def test_an_evaluation_that_cannot_be_kept_is_printed_and_one_line(
 
 def test_answers_that_cannot_be_written_are_one_line_and_leave_nothing_behind(tmp_path: Path) -> None:
     out = tmp_path / "answers.csv"
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(UserError) as refusal, open_records(out, {"image": ""}) as write:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-        try:
-            for _ in range(10_000):
-                write({"image": "a.png"})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with (
+        pytest.raises(UserError) as refusal,
+        open_records(out, {"image": ""}) as write,
+        full_disk(100),
+    ):
+        for _ in range(10_000):
+            write({"image": "a.png"})
     assert str(refusal.value) == f"{out}: expected a file that can be written, found: File too large."
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
