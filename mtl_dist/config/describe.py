@@ -63,7 +63,8 @@ def describe(node: SchemaNode) -> str:
     if len(node.members) > 1:
         words = ["a mapping" if member.model is not None else describe(member) for member in node.members]
         return " or ".join(dict.fromkeys(words)) + null
-    return _describe_type(node) + _describe_constraints(node) + null
+    constraints = "" if is_list(node.type) else _describe_constraints(node)
+    return _describe_type(node) + constraints + null
 
 
 def _describe_type(node: SchemaNode) -> str:
@@ -78,11 +79,14 @@ def _describe_type(node: SchemaNode) -> str:
         arguments = get_args(node.type)
         if get_origin(node.type) is tuple and Ellipsis not in arguments:
             items = [node.child(index) for index in range(len(arguments))]
-            return (
-                f"a list of {len(items)}: {', '.join(describe(item) for item in items if item is not None)}"
-            )
-        item = node.child(0)
-        return "a list" if item is None else f"a list, each item {describe(item)}"
+            words = [describe(item) for item in items if item is not None]
+            if len(set(words)) == 1:
+                return f"a list of {len(items)}, each {words[0]}"
+            return f"a list of {len(items)}: {', '.join(words)}"
+        item, length = node.child(0), _describe_constraints(node).replace(" with", " of", 1)
+        if item is None:
+            return f"a list{length}"
+        return f"a list{length}, {'each' if length else 'each item'} {describe(item)}"
     return _WORDS.get(node.type, getattr(node.type, "__name__", str(node.type)))
 
 

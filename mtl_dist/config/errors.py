@@ -53,7 +53,11 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> list[Mistake]:
     Where several members of a union refuse a value, the one that came closest is spoken of, or all of them
     in one line.
     """
-    details = [detail for detail in error.errors(include_url=False) if not _follows_from_others(detail)]
+    details = [
+        _of_whole_list(detail)
+        for detail in error.errors(include_url=False)
+        if not _follows_from_others(detail)
+    ]
     found = [(detail, _place(cls, detail["loc"])) for detail in details]
     lines: dict[Mistake, None] = {}
     for detail, place in found:
@@ -76,6 +80,13 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> list[Mistake]:
 def _follows_from_others(detail: ErrorDetails) -> bool:
     """Whether a list is too short only because the items with mistakes do not count."""
     return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
+
+
+def _of_whole_list(detail: ErrorDetails) -> ErrorDetails:
+    """A list of a fixed length lacks items: what is said of each of them is said of the list."""
+    if detail["type"] != "missing" or not isinstance(detail["loc"][-1], int):
+        return detail
+    return {**detail, "type": "too_short", "loc": detail["loc"][:-1]}
 
 
 @dataclass(frozen=True)
@@ -167,16 +178,23 @@ def _unknown_key(place: _Place, cls: type[BaseModel]) -> str:
     name = str(place.location[-1])
     keys = list(place.owner.model.model_fields) if place.owner.model is not None else []
     advice = suggest(name, keys, "Known keys")
+    elsewhere = [] if nearest(name, keys) else _elsewhere_in(cls, name, but=dotted(place.location))
     if place.variant is not None:
         union, kind = place.variant
         others = [other for other, node in union.variants().items() if node.child(name) is not None]
-        advice = f"It belongs to {' and '.join(others)}. {advice}" if others else advice
+        if others:
+            advice = f"It belongs to {' and '.join(others)}. {advice}"
+        elif elsewhere:
+            advice = f"Did you mean {' or '.join(elsewhere[:3])}? {advice}"
         key = union.discriminator or (union.user_defined.key if union.user_defined is not None else "kind")
         return f"unknown key for {key} {kind}. {advice}"
-    elsewhere = list(dict.fromkeys(_elsewhere(SchemaNode(cls), name)))
-    if elsewhere and not nearest(name, keys):
+    if elsewhere:
         advice = f"Did you mean {' or '.join(elsewhere[:3])}? {advice}"
     return f"unknown key. {advice}"
+
+
+def _elsewhere_in(cls: type[BaseModel], name: str, but: str) -> list[str]:
+    return [place for place in dict.fromkeys(_elsewhere(SchemaNode(cls), name)) if place != but]
 
 
 def _elsewhere(node: SchemaNode, name: str, path: str = "") -> Iterator[str]:
@@ -214,7 +232,7 @@ def _advice(kind: str, node: SchemaNode, value: Any) -> str:
         return f"{said}Remove the quotes."
     if isinstance(value, float) and int in types and value.is_integer():
         return f"{said}Write {int(value)}."
-    if isinstance(value, str | int | float) and is_list(node.type):
+    if isinstance(value, str | int | float) and is_list(node.type) and not _has_fixed_length(node.type):
         return f"{said}Write [{value}]."
     if said:
         return said
@@ -223,6 +241,10 @@ def _advice(kind: str, node: SchemaNode, value: Any) -> str:
         word = default if isinstance(default, str) and default else show(default)
         return f"Leave it out for the default, {word}."
     return "Leave it out for the defaults." if isinstance(default, BaseModel) else ""
+
+
+def _has_fixed_length(type: Any) -> bool:
+    return get_origin(type) is tuple and Ellipsis not in get_args(type)
 
 
 def _is_number(text: str) -> bool:

@@ -15,6 +15,8 @@ from mtl_dist.models.settings import TIMM
 
 State: TypeAlias = dict[str, Tensor]
 
+_HUB_TIMEOUT_S = 10.0
+
 
 def is_timm(name: str) -> bool:
     """Whether a backbone's name is one of timm: `timm/convnext_atto`."""
@@ -95,13 +97,29 @@ def published_weights(name: str) -> State:
     """
     timm = timm_library()
     try:
+        if hub_name := configuration(name).get("hf_hub_id"):
+            _require_hub(hub_name)
         return dict(timm.create_model(name.removeprefix(TIMM), pretrained=True).state_dict())
     except Exception as error:  # the hub's library raises what its own libraries do
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
             f"model.weights: expected timm to have the weights of {name} or to fetch them, found: {reason}. "
             "Fetch the file on a machine with a connection and give its path."
         ) from None
+
+
+def _require_hub(hub_name: str) -> None:
+    """Ask the hub once for what is not kept here: without a connection its library tries each file of a model
+    for half a minute, and then does not say why."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import get_session
+
+    repository, _, revision = hub_name.partition("@")
+    try:
+        snapshot_download(repository, revision=revision or None, local_files_only=True)
+    except LocalEntryNotFoundError:
+        get_session().head(HfApi().endpoint, timeout=_HUB_TIMEOUT_S)
 
 
 def converter(name: str) -> Callable[[State, nn.Module], State]:

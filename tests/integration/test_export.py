@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,22 @@ def test_an_export_that_cannot_be_is_a_line_and_leaves_nothing(run: Path, tmp_pa
         hub.check_push("me/model", "onnx")
     with pytest.raises(UserError, match="expected USER/NAME, found 'model'"):
         hub.check_push("model", "safetensors")
+
+
+def test_a_hub_that_cannot_be_reached_is_a_line_and_the_model_stays(
+    exported: dict[str, Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_args: object, **_kwargs: object) -> None:
+        raise socket.gaierror("no such host")
+
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    monkeypatch.setattr("socket.getaddrinfo", offline)
+    folder = exported["safetensors"].path
+    with pytest.raises(UserError) as error:
+        hub.push(folder, "me/model", public=False)
+    assert str(error.value) == (
+        f"--push-to me/model: expected the hub to take it, found: no such host. The model is in {folder}."
+    )
 
 
 def test_the_hub_is_given_card_description_and_weights(

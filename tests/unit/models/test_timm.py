@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import socket
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,27 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"model\.weights: expected the weights of timm/test_convnext"):
         model("timm/test_convnext", weights=str(tmp_path / "w.pth"))
+
+
+def test_without_a_connection_the_hub_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def offline(*_args: object, **_kwargs: object) -> None:
+        raise socket.gaierror("no such host")
+
+    def waits(_seconds: float) -> None:
+        raise AssertionError("it waits to try again")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.getaddrinfo", offline)
+    monkeypatch.setattr("time.sleep", waits)
+    with pytest.raises(UserError) as error:
+        model(weights="timm")
+    assert str(error.value) == (
+        f"model.weights: expected timm to have the weights of {VIT} or to fetch them, found: no such host. "
+        "Fetch the file on a machine with a connection and give its path."
+    )
+    assert caplog.text == ""
 
 
 def test_options_of_timm_are_refused_with_another_backbone() -> None:
