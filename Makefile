@@ -16,7 +16,7 @@ install: $(VENV)/installed
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python >= 3.11, found " + sys.version)'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(PIP_INSTALL) --editable '.[demo]'
 	touch $@
 
@@ -26,7 +26,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 # All of that at once.
 install-all: setup.cfg pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(PIP_INSTALL) --editable '.[demo,dev,fast,docs]'
 	touch $(VENV)/installed $(VENV)/installed-dev $(VENV)/installed-docs
 
@@ -58,7 +58,7 @@ test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest $(PYTEST_FLAGS) -m "not slurm and not exhaustive" tests/unit tests/integration
 
 .venv-oldest/installed: setup.cfg tests/oldest_pins.py
-	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) -m venv --upgrade-deps .venv-oldest
 	$(PYTHON) tests/oldest_pins.py > .venv-oldest/pins.txt
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint .venv-oldest/pins.txt \
 		--editable '.[demo,dev,fast,tiff]'

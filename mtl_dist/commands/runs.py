@@ -13,7 +13,6 @@ import typer
 from mtl_dist.commands.errors import INTERRUPTED
 from mtl_dist.commands.progress import progress_bar
 from mtl_dist.errors import UserError
-from mtl_dist.lazy import torch
 from mtl_dist.plural import plural
 from mtl_dist.printable import printable_lines, say
 
@@ -207,6 +206,7 @@ def launch(
       mtl launch configs/digits.yaml --nodes 2 --node-rank 1 --rendezvous gpu1:29500 --nproc 4
     """
     from mtl_dist.engine.launched import check_slurm_step
+    from mtl_dist.launch.gpus import num_gpus
     from mtl_dist.launch.local import check_rendezvous, machines_of, plan_launch, supervise
     from mtl_dist.recipe import load_recipe
     from mtl_dist.run_folder import checked_tags
@@ -222,7 +222,7 @@ def launch(
         check_slurm_step(os.environ)
     else:
         check_rendezvous(machines)
-    plan = plan_launch(arguments, nproc, config_file, torch.cuda.device_count(), machines)
+    plan = plan_launch(arguments, nproc, config_file, num_gpus(), machines)
     if plan is None:
         _train(loaded, run_dir, tag or [], data_moved)
         return

@@ -79,10 +79,9 @@ def settings(
 
 def _write_recipe(dataset: Path, out: Path | None) -> None:
     """Write a recipe for a dataset to a new file, or to standard output."""
-    import torch
-
     from mtl_dist.data.inspect import inspect_dataset
     from mtl_dist.errors import UserError
+    from mtl_dist.launch.gpus import num_gpus
     from mtl_dist.report.first_recipe import first_recipe
     from mtl_dist.shipped import write_new
 
@@ -91,7 +90,7 @@ def _write_recipe(dataset: Path, out: Path | None) -> None:
             f"init: expected a new file or a folder as second argument, found the dataset {out}. A recipe is "
             "written for one dataset; add others to its data.train."
         )
-    text = first_recipe(inspect_dataset(dataset), "gpu" if torch.cuda.is_available() else "cpu")
+    text = first_recipe(inspect_dataset(dataset), "gpu" if num_gpus() else "cpu")
     if out is None:
         say(text)
         return

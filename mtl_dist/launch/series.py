@@ -20,8 +20,8 @@ from mtl_dist.config.loading import to_yaml
 from mtl_dist.config.trust import parts_of
 from mtl_dist.durable import write_text
 from mtl_dist.errors import UserError
+from mtl_dist.launch.gpus import visible_gpus
 from mtl_dist.launch.local import Launch, plan_launch, supervise_all
-from mtl_dist.lazy import torch
 from mtl_dist.recipe import Recipe, load_recipe
 from mtl_dist.status import read_status
 
@@ -119,13 +119,6 @@ def _launch(training: Training, nproc: int | None, parallel: int, slot: int, tag
     num_processes = planned.num_processes if planned else 1
     threads = max(1, len(os.sched_getaffinity(0)) // (num_processes * parallel))
     return Launch(command, num_processes, threads, own)
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
 def share_of(gpus: Sequence[str], each: int, slot: int) -> tuple[str, ...]:

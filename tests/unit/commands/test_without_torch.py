@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from mtl_dist.launch.gpus import num_gpus
 from tests.tiny_datasets import write_dataset
 
 HEAVY = ("torch", "torchvision", "torchmetrics", "deepspeed", "accelerate", "matplotlib", "scipy", "sklearn")
 RECIPE = "{tasks: {digit: {kind: classification}}, data: {train: [{path: data}], image_size: 8}}"
 WITHOUT_TASKS = "{data: {train: [{path: data}], image_size: 8}, monitor: {metric: val/mean_accuracy}}"
+ONLY_ON_CPUS = pytest.mark.skipif(num_gpus() > 0, reason="torch counts the GPUs")
 PROFILE = "{gpus_per_task: 0, cpus_per_task: 1}"
 MAIN = """
 import sys
@@ -49,6 +51,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["train", "open.yaml", "monitor.metric=val/digit/acuracy"], 2),
         (["train", "recipes.yaml"], 2),
         (["launch", "recipe.yaml", "optim.lr=x"], 2),
+        pytest.param(["launch", "recipe.yaml", "--nproc", "7"], 2, marks=ONLY_ON_CPUS),
+        pytest.param(["init", "data"], 0, marks=ONLY_ON_CPUS),
         (["inspect", "data"], 0),
         (["status", "."], 0),
         (["submit", "recipe.yaml", "--cluster", "profile.yaml", "--dry-run"], 0),
