@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -37,6 +37,7 @@ _TEXT = 14
 _SWATCH = 12
 _LINE = 20
 _MARGIN = 6
+_GAP = 4
 
 
 def legend_colours(tasks: Mapping[str, TaskInfo]) -> dict[LegendLine, Colour]:
@@ -88,6 +89,32 @@ def overlaid(
             scalar_kind(tasks[task].kind).draw(picture, label, tasks[task], own)
         panels[0] = np.array(picture)
     return _side_by_side(panels)
+
+
+def compared(
+    image_CHW: Tensor,
+    label: np.ndarray,
+    answer: np.ndarray,
+    info: TaskInfo,
+    colours: Sequence[Colour],
+    side: int,
+) -> Image.Image:
+    """The image (of many channels the first), its map and an answer's beside it, a gap between each two.
+
+    Both maps are painted at once: where a kind's colours follow the values, one colour means one value.
+    """
+    image = np.array(overlaid(one_picture(image_CHW), {}, {}, {}, side))
+    size = image.shape[1], image.shape[0]
+    maps = np.concatenate([image, image], axis=1)
+    both = np.concatenate([_in_size(label, size), _in_size(answer, size)], axis=-1)
+    map_kind(info.kind).paint(maps, both, info, colours)
+    gap = np.full((size[1], _GAP, 3), PAPER, np.uint8)
+    return Image.fromarray(np.concatenate([image, gap, maps[:, : size[0]], gap, maps[:, size[0] :]], axis=1))
+
+
+def one_picture(image_CHW: Tensor) -> Tensor:
+    """The channels that make one picture: all of a grey or coloured image, else the first."""
+    return image_CHW if len(image_CHW) in (1, 3) else image_CHW[:1]
 
 
 def _in_colour(image_HWC: np.ndarray, size: tuple[int, int], scale: float) -> np.ndarray:

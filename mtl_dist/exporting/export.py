@@ -130,7 +130,7 @@ def check_packages(format: Format) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"--format {format}: expected {', '.join(missing)}, found it not installed. "
+            f"--format {format}: expected an installation of {', '.join(missing)}, found none. "
             'Install it with `pip install "mtl-dist[export]"`.'
         )
 

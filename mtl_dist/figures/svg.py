@@ -138,12 +138,12 @@ class Chart:
         return framed("".join(axes) + "".join(self._parts), self.width, self.height, title)
 
 
-def framed(content: str, width: float, height: float, title: str) -> str:
-    """A picture around SVG elements."""
+def framed(content: str, width: float, height: float, title: str, most: float = 1.4) -> str:
+    """A picture around SVG elements, shown up to `most` times as large as these say."""
     size = ' class="large"' if width > WIDTH * 1.4 else ""
     return (
         f'<svg{size} viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(title)}" '
-        f'style="max-width:{width * 1.4:.0f}px">{content}</svg>'
+        f'style="max-width:{width * most:.0f}px">{content}</svg>'
     )
 
 
@@ -208,7 +208,7 @@ def matrix(
     named = most <= _NAMES_UP_TO
     longest = max((len(name) for name in (*rows, *columns)), default=0) if named else 0
     margin = 26 + min(_LONGEST, longest) * 6.6
-    cell = min(40.0, max(4.0, 420.0 / most))
+    cell = max(4.0, min(56.0, 224.0 / most), min(40.0, 420.0 / most))
     parts = []
     for (i, j), share in np.ndenumerate(shares):
         number = None if numbers is None else float(numbers[i, j])
@@ -226,7 +226,8 @@ def matrix(
                 f'<text class="label" transform="translate({x:.1f} {y:.1f}) {turn}" text-anchor="middle">'
                 f"{escape(words)}</text>"
             )
-    return framed("".join(parts), margin + cell * num_columns + 6, margin + cell * num_rows + 6, title)
+    across, down = margin + cell * num_columns + 6, margin + cell * num_rows + 6
+    return framed("".join(parts), across, down, title, most=1.1)
 
 
 def _cell(

@@ -199,6 +199,8 @@ class Depth(MapKind):
         """A distance shrinks as its image is enlarged, where the task's facts say that it is one."""
         return values / np.float32(view.zoom) if Reading.of(info).metric else values
 
+    in_colours: ClassVar[str] = "bright where values are small, one scale for both, black where there is none"
+
     def paint(
         self, pixels_HWC: np.ndarray, values: np.ndarray, info: TaskInfo, colours: Sequence[Colour]
     ) -> None:

@@ -363,6 +363,9 @@ class MapKind(Kind):
         return values
 
     # ---- shown
+    in_colours: ClassVar[str] = ""
+    """What the colours of a painted map mean, where no legend says it."""
+
     def palette(self, info: TaskInfo, colours: Sequence[Colour]) -> dict[int, Colour]:
         """Of a map of uint8 values (H, W) that stand for something, such as classes: the colour of each that
         has one; a colour per legend line is given. Empty of any other map."""

@@ -116,6 +116,8 @@ class Normals(MapKind):
         moved[:2] = np.tensordot(turn, values[:2], axes=1)
         return moved
 
+    in_colours: ClassVar[str] = "red is x, green y, blue z; grey where there is none"
+
     def paint(
         self, pixels_HWC: np.ndarray, values: np.ndarray, info: TaskInfo, colours: Sequence[Colour]
     ) -> None:

@@ -22,6 +22,11 @@ _SIDES = (512, 1280)
 """Pixels of an overlay's longer side: no fewer, no more, and else the image's own."""
 
 
+def overlay_side(image_CHW: Tensor) -> int:
+    """How long the longer side of an image's overlay is: outlines on a small image would hide it."""
+    return min(max(*image_CHW.shape[1:], _SIDES[0]), _SIDES[1])
+
+
 _LONGEST = 80
 """Letters of a name: those at its end, where names are longer."""
 
@@ -87,7 +92,7 @@ class Pictures:
                 place = self._directory / f"{stem}_{task}.npy"
                 np.save(place, values)
                 written[task]["values"] = str(place)
-            side = min(max(*image_CHW.shape[1:], _SIDES[0]), _SIDES[1])
+            side = overlay_side(image_CHW)
             maps = {} if values is None else {task: values}
             drawn = {} if label is None else {task: label}
             picture = overlaid(image_CHW, maps, self._infos, self._colours, side, drawn)

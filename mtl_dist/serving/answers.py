@@ -12,13 +12,10 @@ from torch import Tensor
 
 from mtl_dist.data.overlays import colours_of, legend_colours, overlaid
 from mtl_dist.kinds.registry import map_kind
-from mtl_dist.prediction.pictures import in_colours
+from mtl_dist.prediction.pictures import in_colours, overlay_side
 from mtl_dist.prediction.predictor import Answers
 from mtl_dist.prediction.records import plain
 from mtl_dist.tasks.task import Task
-
-_SIDE = 1024
-"""The longest side of an overlay."""
 
 
 def as_json(answers: Answers) -> dict[str, dict[str, Any]]:
@@ -31,7 +28,7 @@ def maps_of(answers: Answers, image_CHW: Tensor, tasks: Mapping[str, Task]) -> d
     `overlay` and `legend`; by task that is drawn the last two."""
     infos = {name: task.info for name, task in tasks.items()}
     colours = legend_colours(infos)
-    side = min(max(image_CHW.shape[1:]), _SIDE)
+    side = overlay_side(image_CHW)
     shown: dict[str, dict[str, Any]] = {}
     for name, answer in answers.items():
         values = tasks[name].map_of(answer)

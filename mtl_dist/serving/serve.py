@@ -24,7 +24,7 @@ def check_packages() -> None:
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(
-            f"mtl serve: expected {', '.join(missing)}, found it not installed. "
+            f"mtl serve: expected an installation of {', '.join(missing)}, found none. "
             'Install it with `pip install "mtl-dist[serve]"`.'
         )
 

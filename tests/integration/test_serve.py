@@ -74,6 +74,9 @@ def test_masks_and_overlays_come_as_pictures(client: Any, predictor: Predictor) 
     pixels = np.array(Image.open(io.BytesIO(base64.b64decode(mask))))
     assert np.array_equal(pixels, predictor.predict(image_of(1))["shape"]["mask"])
     assert all(colour.startswith("#") for colour in found["maps"]["shape"]["legend"].values())
+    overlay = found["maps"]["shape"]["overlay"].removeprefix("data:image/png;base64,")
+    # Outlines are 2 pixels wide, which in the image's own size would hide it.
+    assert max(Image.open(io.BytesIO(base64.b64decode(overlay))).size) == 512
 
 
 def bomb(width: int, height: int) -> bytes:

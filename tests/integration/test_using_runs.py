@@ -200,6 +200,18 @@ def test_a_page_says_why_it_has_no_pictures_and_where_nothing_is_on_the_machine(
     assert "/elsewhere" not in text
 
 
+def test_a_page_says_why_it_has_no_curves_of_the_machine(run: Path, tmp_path: Path) -> None:
+    from mtl_dist.report.page.write import write_report
+
+    assert "Fewer than two steps were logged" not in write_report([run], tmp_path / "a.html").read_text()
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    rows = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(row for row in rows if json.loads(row)["kind"] != "step"))
+    machine = write_report([copy], pictures=False).read_text().split("<h2>Machine</h2>")[1]
+    assert "Fewer than two steps were logged" in machine.split("</section>")[0]
+
+
 def test_a_folder_of_runs_stands_for_those_that_have_begun_with_val_as_measured_in_training(
     run: Path, tmp_path: Path
 ) -> None:

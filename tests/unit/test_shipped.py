@@ -34,7 +34,7 @@ def test_every_file_of_the_three_folders_is_listed_under_a_name_of_its_own() -> 
 
 def test_every_file_begins_with_a_line_that_says_what_it_is() -> None:
     for name, path in shipped_files().items():
-        assert len(headline(path)) > 10, name
+        assert 10 < len(headline(path)) < 130, name
 
 
 def test_the_list_names_every_file(

@@ -23,6 +23,8 @@ from mtl_dist.report.page.charts import (
     confusions,
     figures_of,
     hardest_classes,
+    parts_listing,
+    unit_of,
     words,
 )
 from mtl_dist.report.page.pictures import Gallery, Samples
@@ -35,7 +37,6 @@ _MORE_CURVES = 5
 _BARS = 24
 _NUMBERS = 6
 """Numbers of a vector that are described."""
-_IN_THE_UNIT = ("mae", "rmse", "pinball", "interval_width", "mean_deviation")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Page:
     labels: Listing
     classes: list[Figure]
     machine: list[Figure]
+    log_every: int
     environment: Listing
     recipe: str
     notes: list[str]
@@ -120,6 +122,7 @@ def build_page(record: RunRecord, pictures: bool = True) -> Page:
         labels=labels_of(record),
         classes=class_figures(record),
         machine=machine_figures(record),
+        log_every=record.recipe.train.log_every,
         environment=environment_of(record),
         recipe=record.recipe_text,
         notes=notes,
@@ -187,6 +190,9 @@ def task_page(record: RunRecord, task: Task, samples: Samples | None) -> TaskPag
         listings.append(hardest_classes(matrix, task.info.classes))
         found = confusions(matrix, task.info.classes)
         listings += [found] if found else []
+    parts = record.per_class.get(split, {}).get(task.name, {})
+    if parts and (matrix is None or kind_of(task.info.kind).is_map):
+        listings.append(parts_listing(task, parts))
     return TaskPage(
         name=printable(task.name),
         kind=task.info.kind.rpartition(".")[2],
@@ -243,8 +249,7 @@ def number_of(record: RunRecord, task: Task, split: str, metric: str) -> Number 
     if reached is not None and mode is not None:
         edge = value if found is None else found[0] if mode == "max" else found[1]
         better = edge > reached if mode == "max" else edge < reached
-    own = task.info.unit if metric in _IN_THE_UNIT and "," not in task.info.unit else ""
-    unit = f" {own}" if own else ""
+    unit = unit_of(task, metric)
     return Number(
         metric=words(metric),
         value=three(value) + unit,
@@ -390,6 +395,9 @@ def together_figures(record: RunRecord) -> tuple[list[Figure], list[str]]:
             legend=(("share-minus", "−1"), ("share-0", "0"), ("share-2", "+1")),
         )
     ]
+    sentences = [printable(line) for line in found.sentences()]
+    if found.compared_TT.max() < 2:
+        return figures, sentences  # a point is no curve
     pairs = sorted(found.cosines, key=lambda pair: float(np.mean(found.cosines[pair])))[:6]
     series, legend = [], []
     for number, (first, second) in enumerate(pairs):
@@ -409,7 +417,7 @@ def together_figures(record: RunRecord) -> tuple[list[Figure], list[str]]:
                 series.append(Series(name, x, y, f"s{number}", dots=len(x) < 8))
                 legend.append((f"s{number}", name))
         figures.append(Figure(title, svg.lines(series, title, "epoch"), legend=tuple(legend)))
-    return [figure for figure in figures if figure.svg], [printable(line) for line in found.sentences()]
+    return [figure for figure in figures if figure.svg], sentences
 
 
 def labels_of(record: RunRecord) -> Listing:

@@ -21,6 +21,9 @@ _MOST_DRAWN = 60
 """Classes of a confusion matrix that are drawn: it grows with their square."""
 _LISTED = 12
 _MOST_PARTS = 4
+_MOST_ROWS = 40
+"""Classes, numbers or points that are listed one by one."""
+_IN_THE_UNIT = ("mae", "rmse", "pinball", "interval_width", "mean_deviation")
 """Numbers of a vector that are drawn."""
 _QUANTILE = "quantiles."
 """What the columns of quantiles begin with; the share follows."""
@@ -76,11 +79,12 @@ def figures_of(task: Task, columns: Columns, confusion: np.ndarray | None) -> li
         values = values[np.isfinite(values)]
         if len(values):
             caption = (
-                f"Median {svg.short(float(np.median(values)))} over {len(values):,} {each}s, each on its own."
+                f"Median {svg.short(float(np.median(values)))}{unit_of(task, own)} over {len(values):,} "
+                f"{each}s, each on its own."
             )
-            found.append(
-                Figure(f"{words(own)} of each {each}", svg.histogram(values, own, words(own)), caption)
-            )
+            unit = unit_of(task, own).strip()
+            drawn = svg.histogram(values, own, words(own) + (f" ({unit})" if unit else ""))
+            found.append(Figure(f"{words(own)} of each {each}", drawn, caption))
     return [figure for figure in found if figure.svg]
 
 
@@ -303,6 +307,34 @@ def coverage_figures(columns: Columns) -> list[Figure]:
     return [Figure("Coverage", chart.svg("coverage"), caption)]
 
 
+def parts_listing(task: Task, rows: Mapping[str, Mapping[str, float | None]]) -> Listing:
+    """The metrics of each class, number or point of a task, in the order of the data."""
+    names = dict.fromkeys(name for values in rows.values() for name in values)
+    ordered = sorted(names, key=lambda name: name == "support")
+    one = kind_of(task.info.kind).class_words[0]
+    body = []
+    for part, values in list(rows.items())[:_MOST_ROWS]:
+        cells = [values.get(name) for name in ordered]
+        shown = (
+            "–" if value is None else f"{value:,.0f}" if name == "support" else svg.short(value)
+            for name, value in zip(ordered, cells, strict=True)
+        )
+        body.append((part, *shown))
+    more = f" (the first {_MOST_ROWS} of {len(rows)})" if len(rows) > _MOST_ROWS else ""
+    return Listing(f"Each {one}{more}", (one, *map(words, ordered)), body)
+
+
+def unit_of(task: Task, metric: str) -> str:
+    """What stands behind a metric's value: "" or a unit after a space; degrees of angles.
+
+    Of numbers with a unit each there is none for all.
+    """
+    if metric.endswith("_angle"):
+        return "°"
+    own = task.info.unit if metric in _IN_THE_UNIT and "," not in task.info.unit else ""
+    return f" {own}" if own else ""
+
+
 def words(name: str) -> str:
     """A metric's name for people.
 
@@ -323,5 +355,9 @@ def words(name: str) -> str:
         "brier": "Brier score",
         "nme": "NME",
         "pck": "PCK",
+        "silog": "SILog",
+        "within_11_25": "within 11.25°",
+        "within_22_5": "within 22.5°",
+        "within_30": "within 30°",
     }
     return known.get(name, name.replace("_", " ").replace("f1", "F1"))

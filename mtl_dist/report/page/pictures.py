@@ -15,7 +15,7 @@ from mtl_dist.data.decode import decode_image, decode_map
 from mtl_dist.data.images import UnreadableImage
 from mtl_dist.data.loader import Data, open_data
 from mtl_dist.data.mixing import Concatenation
-from mtl_dist.data.overlays import colours_of, legend_colours, overlaid
+from mtl_dist.data.overlays import compared, legend_colours, one_picture, overlaid
 from mtl_dist.data.reader import UnreadableSample
 from mtl_dist.errors import UserError
 from mtl_dist.figures import svg
@@ -23,7 +23,7 @@ from mtl_dist.importers.external import with_indexes
 from mtl_dist.kinds.kind import Colour
 from mtl_dist.kinds.registry import kind_of, map_kind, scalar_kind
 from mtl_dist.printable import printable
-from mtl_dist.report.page.charts import words
+from mtl_dist.report.page.charts import unit_of, words
 from mtl_dist.report.page.record import RunRecord, without_paths
 from mtl_dist.tasks.task import Task
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mtl_dist.prediction.predictor import Predictor
 
 SIDE = 184
-_EACH, _MISTAKES, _MOST_NUMBERS = 3, 8, 3
+_EACH, _EACH_WIDE, _MISTAKES, _MOST_NUMBERS = 4, 3, 8, 3
 _TRUE: Colour = (46, 204, 113)
 _PREDICTED: Colour = (255, 127, 14)
 
@@ -47,12 +47,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures under a title; `legend` says what outlines mean, by (CSS colour, words)."""
+    """Pictures under a title; `legend` says what colours mean, by (CSS colour, words). `wide` ones show an
+    image, its label and the answer beside one another."""
 
     title: str
     pictures: list[Picture]
     caption: str = ""
     legend: tuple[tuple[str, str], ...] = ()
+    wide: bool = False
 
 
 class Samples:
@@ -142,16 +144,18 @@ class Samples:
             return []
         mode = task.settings.modes.get(own, "max")
         order = known[np.argsort(values[known] if mode == "min" else -values[known], kind="stable")]
-        middle = max(0, len(order) // 2 - _EACH // 2)
+        wide = kind_of(task.info.kind).is_map and not _in_outlines(task)
+        each = _EACH_WIDE if wide else _EACH
+        middle = max(0, len(order) // 2 - each // 2)
         galleries = []
         for title, some in (
-            ("Best", order[:_EACH]),
-            ("Median", order[middle : middle + _EACH]),
-            ("Worst", order[::-1][:_EACH]),
+            ("Best", order[:each]),
+            ("Median", order[middle : middle + each]),
+            ("Worst", order[::-1][:each]),
         ):
             show = self._overlay if kind_of(task.info.kind).is_map else self._drawing
             pictures = [show(task, columns, int(n), own) for n in some.tolist()]
-            galleries.append(Gallery(title, pictures, legend=_outlines(task)))
+            galleries.append(Gallery(title, pictures, legend=_legend(task), wide=wide))
         return galleries
 
     # ------------------------------------------------------------------ drawn
@@ -172,33 +176,27 @@ class Samples:
         said = task.map_of(answer)
         if said is None:
             said = truth
-        infos = {task.name: task.info}
-        colours = legend_colours(infos)
-        if len(task.info.classes) == 2:
-            picture = overlaid(image_CHW, {}, {}, {}, SIDE)
+        if _in_outlines(task):
+            picture = overlaid(one_picture(image_CHW), {}, {}, {}, SIDE)
             pixels = np.array(picture)
             for values, colour in ((truth, _TRUE), (said, _PREDICTED)):
                 _outline(pixels, _in_size(values == 1, picture.size), colour)
             picture = Image.fromarray(pixels)
         else:
-            label, predicted = (
-                overlaid(image_CHW, {task.name: values}, infos, colours, SIDE) for values in (truth, said)
-            )
-            picture = Image.new("RGB", (label.width + predicted.width + 4, label.height), (255, 255, 255))
-            picture.paste(label, (0, 0))
-            picture.paste(predicted, (label.width + 4, 0))
-        return Picture(_uri(picture), (f"{words(own)} {svg.short(float(columns[own][n]))}", printable(key)))
+            colours = list(legend_colours({task.name: task.info}).values())
+            picture = compared(image_CHW, truth, said, task.info, colours, SIDE)
+        return Picture(_uri(picture), (_reached(task, columns, n, own), printable(key)))
 
     def _drawing(self, task: Task, columns: Mapping[str, np.ndarray], n: int, own: str) -> Picture:
         """Label and answer, drawn over one picture."""
         key, image_CHW, _, labels = self._sample(int(columns["position"][n]), ())
         answer = self._model.predict(image_CHW)[task.name]
         said = task.drawn(answer, (image_CHW.shape[1], image_CHW.shape[2]))
-        picture = overlaid(image_CHW, {}, {}, {}, SIDE)
+        picture = overlaid(one_picture(image_CHW), {}, {}, {}, SIDE)
         kind = scalar_kind(task.info.kind)
         kind.draw(picture, labels[task.name], task.info, [_TRUE], hollow=True)
         kind.draw(picture, said, task.info, [_PREDICTED])
-        return Picture(_uri(picture), (f"{words(own)} {svg.short(float(columns[own][n]))}", printable(key)))
+        return Picture(_uri(picture), (_reached(task, columns, n, own), printable(key)))
 
     @property
     def _model(self) -> Predictor:
@@ -223,15 +221,23 @@ class Samples:
         return sample.key, image_CHW, dict(sample.masks), sample.labels
 
 
-def _outlines(task: Task) -> tuple[tuple[str, str], ...]:
-    if len(task.info.classes) == 2 or not kind_of(task.info.kind).is_map:
+def _reached(task: Task, columns: Mapping[str, np.ndarray], n: int, own: str) -> str:
+    return f"{words(own)} {svg.short(float(columns[own][n]))}{unit_of(task, own)}"
+
+
+def _in_outlines(task: Task) -> bool:
+    """Whether a map is shown by the outline of its one class that is not background."""
+    return len(task.info.classes) == 2
+
+
+def _legend(task: Task) -> tuple[tuple[str, str], ...]:
+    kind = kind_of(task.info.kind)
+    if not kind.is_map or _in_outlines(task):
         return (_css(_TRUE), "label"), (_css(_PREDICTED), "predicted")
     colours = legend_colours({task.name: task.info})
-    lines = zip(colours_of(task.name, colours), (words for _, words in colours), strict=True)
-    return (
-        ("transparent", "left: label, right: predicted"),
-        *((_css(colour), words) for colour, words in lines),
-    )
+    lines = ((_css(colour), words.removeprefix(f"{task.name}: ")) for (_, words), colour in colours.items())
+    said = map_kind(task.info.kind).in_colours
+    return (("", "image, label, predicted" + (f"; {said}" if said else "")), *lines)
 
 
 def _css(colour: Colour) -> str:

@@ -42,6 +42,7 @@ class RunRecord:
     """One run: its recipe, what its data is, what it wrote down, and what it reached.
 
     metrics, baselines  by split and task
+    per_class           by split, task and class (number, point) of those that have several
     tables              a row per sample, of the splits that have such rows
     """
 
@@ -51,6 +52,7 @@ class RunRecord:
     tasks: dict[str, Task]
     rows: list[dict[str, Any]]
     metrics: dict[str, dict[str, dict[str, float]]]
+    per_class: dict[str, dict[str, dict[str, dict[str, float | None]]]]
     baselines: dict[str, dict[str, dict[str, Any]]]
     tables: dict[str, Table]
     status: Status | None
@@ -164,6 +166,7 @@ def read_run(run: Path) -> RunRecord:
         tasks=build_tasks(recipe.tasks, facts.task_infos),
         rows=[row for row in read_rows(folder.directory) if row["kind"] != "damaged"],
         metrics=metrics,
+        per_class=folder.read_per_class(),
         baselines=folder.read_baselines(),
         tables=tables,
         status=read_status(folder.directory),

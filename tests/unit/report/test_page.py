@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from mtl_dist.report.page.charts import confusion_figure
+from mtl_dist.report.page.charts import confusion_figure, parts_listing, unit_of
 from mtl_dist.report.page.record import RunRecord
+from mtl_dist.specs import TaskInfo
+from mtl_dist.tasks.registry import TASKS
 
 
 @dataclass
@@ -33,3 +35,23 @@ def test_a_confusion_matrix_of_many_classes_is_of_bounded_size_and_says_what_it_
     figure = confusion_figure(rng.integers(1, 9, (200, 200)).astype(np.float64), classes, False)
     assert len(figure.svg) < 1_000_000
     assert "60 classes with the most confusions, of 200" in figure.caption
+
+
+def test_each_point_has_its_row_and_a_metric_that_it_has_not_is_a_dash() -> None:
+    info = TaskInfo("keypoints", ("eye", "nose"), 9, (9, 9))
+    task = TASKS["keypoints"].model_validate({"kind": "keypoints"}).build("face", info)
+    rows = {"eye": {"support": 1234.0, "nme": 0.25, "pck": None}, "nose": {"support": 5.0, "nme": 0.5}}
+    listing = parts_listing(task, rows)
+    assert listing.head == ("point", "NME", "PCK", "support")
+    assert listing.rows == [("eye", "0.25", "–", "1,234"), ("nose", "0.5", "–", "5")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "unit"), [("depth", "mae", " m"), ("depth", "r2", ""), ("normals", "mean_angle", "°")]
+)
+def test_a_number_with_a_unit_says_it(kind: str, metric: str, unit: str) -> None:
+    info = TaskInfo(kind, num_labelled=9)
+    if kind == "depth":
+        info = replace(info, mean=2.0, std=1.0, minimum=1.0, maximum=9.0, unit="m")
+    task = TASKS[kind].model_validate({"kind": kind}).build("map", info)
+    assert unit_of(task, metric) == unit
