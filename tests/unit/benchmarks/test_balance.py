@@ -63,7 +63,7 @@ def test_a_step_moves_the_weights_that_all_methods_share(connection: Connection,
     assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_peak_of_a_training_holds_its_weights_gradients_and_momentum() -> None:
     size = 4 * sum(p.numel() for p in build_parts(SCENE)[0].parameters())
     equal, pcgrad = (peaks(Case(SCENE, contender=name)) for name in ("equal", "pcgrad, parameters"))

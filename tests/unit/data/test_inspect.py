@@ -111,7 +111,7 @@ def test_an_index_that_does_not_fit_is_found(dataset: Path) -> None:
 
 def test_content_hashes_that_do_not_fit_are_found(dataset: Path) -> None:
     hashes = np.load(dataset / "train.hashes.npy")
-    hashes[3] ^= 1
+    hashes[3] ^= np.uint64(1)
     np.save(dataset / "train.hashes.npy", hashes)
     (dataset / "val.hashes.npy").unlink()
     problems = inspect_dataset(dataset, verify=True).problems

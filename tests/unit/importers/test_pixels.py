@@ -119,7 +119,9 @@ def test_a_decoder_refuses_what_it_would_read_in_part() -> None:
         photometric="minisblack",
         compression="zlib",
     )
-    for data, found in ((planes, "4 channels in a TIFF"), (tiff(np.zeros((7, 8, 8), np.uint8)), "7 frames")):
+    # Pillow before 11 does not know such a file at all.
+    no_part = "4 channels in a TIFF|no known image format"
+    for data, found in ((planes, no_part), (tiff(np.zeros((7, 8, 8), np.uint8)), "7 frames")):
         with pytest.raises(UnreadableImage, match=found):
             decode_image(data, 1)
         with pytest.raises(UnreadableImage, match=found):
