@@ -23,6 +23,10 @@ LARGEST_SIDE = {"cpu": 96, "gpu": 224}
 SMALL_SIDE = 64
 """Up to this side pictures are for a network that keeps their resolution longer."""
 STRIDE = 32
+FEW_TO_MEASURE = 200
+"""Samples of val below which a recipe says how uncertain a result on them is: an accuracy by 0.07 or more."""
+NORMAL_95 = 1.96
+"""Deviations of a normal distribution that 95 of 100 lie within."""
 
 
 def first_recipe(inspection: Inspection, device: Device) -> str:
@@ -46,6 +50,12 @@ def first_recipe(inspection: Inspection, device: Device) -> str:
             "  # There is no split `val`: how good the weights are, nobody will know. Prepare the data again",
             "  # with --val 0.2.",
         ]
+    elif (num_val := manifest.splits["val"].num_samples) < FEW_TO_MEASURE:
+        uncertain = NORMAL_95 * math.sqrt(0.25 / max(1, num_val))
+        lines.append(
+            f"  # val has {num_val} samples: what is measured on them is uncertain, an accuracy by up to "
+            f"{uncertain:.2f}."
+        )
     side, why = _side(inspection.image_sizes.get(train, []), device)
     lines.append(f"  image_size: {side}  # {why}")
     augment, why = _augment(manifest.channels, side)

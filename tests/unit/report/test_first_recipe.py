@@ -51,6 +51,19 @@ def test_a_dataset_without_val_is_told_what_is_missing(dataset: Path) -> None:
     assert "--val 0.2" not in first_recipe(inspection, "cpu")
 
 
+def test_few_samples_of_val_are_told_with_what_that_means(dataset: Path) -> None:
+    inspection = inspect_dataset(dataset)
+    manifest = inspection.manifest
+
+    def text(num_val: int) -> str:
+        val = replace(manifest.splits["val"], num_samples=num_val)
+        splits = manifest.splits | {"val": val}
+        return first_recipe(replace(inspection, manifest=replace(manifest, splits=splits)), "cpu")
+
+    assert "val has 47 samples: what is measured on them is uncertain, an accuracy by up to 0.14" in text(47)
+    assert "uncertain" not in text(200)
+
+
 def test_labels_choose_the_loss() -> None:
     def loss(info: TaskInfo) -> object:
         return TASKS[info.kind].suited_to(info)[0].get("loss")
