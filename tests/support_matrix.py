@@ -51,6 +51,16 @@ SHARINGS = ("separate", "cross_stitch", "mtan", "mmoe")
 SHARING_BALANCES = (Balance("equal"), Balance("cagrad", "features"), Balance("cagrad", "parameters"))
 """One for each place where gradients are told apart, or none."""
 
+KIND_BALANCES = (
+    *(Balance("uncertainty"), Balance("famo"), Balance("cagrad", "features")),
+    Balance("mgda", "features", every=2, scale_heads=True),
+    *(Balance("cagrad", "parameters"), Balance("nash", "parameters", every=2)),
+    *(Balance("graddrop"), Balance("db-mtl")),
+)
+"""Those by which `make test` balances every kind of task at once, of each way to work: one that learns its
+weights, one that looks at losses; at the features and at the parameters one that solves in every step and one
+in every second; two that make a gradient of their own."""
+
 LARGEST_DIFFERENCE = 1e-5
 """Between float32 sums of another order, see `difference`; in one process 3e-6 was the largest seen."""
 
@@ -108,11 +118,21 @@ def some_sharing_cases() -> list[Case]:
     ]
 
 
+def kind_cases() -> list[Case]:
+    """Every method with every kind of task at once, some of the labels missing."""
+    balances = dict.fromkeys((*BALANCES, *KIND_BALANCES))
+    return [
+        Case(balance, "partial", accumulation, tasks="all kinds")
+        for balance, accumulation in product(balances, ACCUMULATIONS)
+    ]
+
+
 # ------------------------------------------------------------------ every two of them
 @cache
 def pairs() -> dict[EngineName, list[Case]]:
     """By engine, trainings in which any two of method, engine, labels, accumulation, precision and
-    checkpointing meet, as far as the document says that they may; and every refusal of two."""
+    checkpointing meet, as far as the document says that they may; such trainings with every kind of task at
+    once; and every refusal of two."""
     cases: dict[EngineName, list[Case]] = {engine: [] for engine in ENGINES}
 
     def may_meet(one: object, other: object) -> bool:
@@ -132,6 +152,10 @@ def pairs() -> dict[EngineName, list[Case]]:
     ):
         num_steps = 3 if precision == "fp32" else 1
         cases[engine].append(Case(balance, labels, accumulation, precision, checkpointing, num_steps))
+    for balance, engine, labels, accumulation in pairwise(
+        KIND_BALANCES, ENGINES, ("full", "partial"), ACCUMULATIONS, may_meet=may_meet
+    ):
+        cases[engine].append(Case(balance, labels, accumulation, num_steps=2, tasks="all kinds"))
     for balance, engine in product(BALANCES, ENGINES):
         refused = [
             labels for labels in ("full", "disjoint") if promised(Case(balance, labels), engine) != {""}
@@ -142,10 +166,11 @@ def pairs() -> dict[EngineName, list[Case]]:
 
 @cache
 def documented(balance: Balance) -> dict[str, set[str]]:
-    """What the document says of a method, by engine, "disjoint" and precision: {""}, or the refusals."""
+    """What the document says of a method, by engine, "disjoint", precision and "all kinds": {""}, or the
+    refusals."""
     text = DOCUMENT.read_text()
     notes = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
-    columns = (*ENGINES, "disjoint", *LOW_PRECISIONS)
+    columns = (*ENGINES, "disjoint", *LOW_PRECISIONS, "all kinds")
     for line in text.splitlines():
         method, level, *cells = [cell.strip() for cell in line.split("|")[1:-1]] or ("", "")
         if (method, level) == (balance.method, balance.level or ""):
@@ -157,7 +182,7 @@ def documented(balance: Balance) -> dict[str, set[str]]:
 def promised(case: Case, engine: EngineName) -> set[str]:
     """The outcomes that the document allows."""
     row = documented(case.balance)
-    for column in (engine, case.labels, case.precision):
+    for column in (engine, case.labels, case.precision, case.tasks):
         if row.get(column, {""}) != {""}:
             return row[column]
     return {""}
@@ -225,6 +250,12 @@ def sharing_outcomes(engine: EngineName) -> Outcomes:
 
 
 @cache
+def kind_outcomes(engine: EngineName) -> Outcomes:
+    """Every kind of task."""
+    return outcomes(engine, kind_cases())
+
+
+@cache
 def low_precision_outcomes(engine: EngineName) -> Outcomes:
     """Every method in bf16 and fp16."""
     return outcomes(engine, low_precision_cases(engine))
@@ -243,14 +274,17 @@ def render() -> str:
         f" {LARGEST_DIFFERENCE:g}",
         "of the largest, also with gradient checkpointing by stage or by block; in bf16 and fp16 those of",
         "one process with the same micro-batches and without checkpointing (bf16 by stage, fp16 by block:",
-        "in one process, under DDP and ZeRO 3). The last three columns are of all engines which are not",
-        "refused. A number is a refusal at the start of the run, below the table.",
+        "in one process, under DDP and ZeRO 3). *all kinds*: in float32, with partial labels and without",
+        "checkpointing, of every kind of task at once, by each loss in the second table but mse. The last",
+        "four columns are of all engines which are not refused. A number is a refusal at the start of the",
+        "run, below the table.",
         "",
-        "All of this is with one backbone for all tasks, of classes and of numbers; other kinds of task and",
-        "other ways of sharing ([sharing.md](sharing.md)) are in the tables below.",
+        "All but *all kinds* is of classes and of numbers; all of it has one backbone for all tasks. Other",
+        "ways of sharing ([sharing.md](sharing.md)) are in the last table.",
         "",
-        "| method | level | one process | DDP | ZeRO 1 | ZeRO 2 | ZeRO 3 | disjoint labels | bf16 | fp16 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | level | one process | DDP | ZeRO 1 | ZeRO 2 | ZeRO 3 | disjoint labels | bf16 | fp16 "
+        "| all kinds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for balance in BALANCES:
         cells = [balance.method, balance.level or ""]
@@ -271,6 +305,7 @@ def render() -> str:
             _cell([_low(balance, engine, precision) for engine in where], notes)
             for precision in LOW_PRECISIONS
         ]
+        cells.append(_cell([_of_all_kinds(balance, engine) for engine in where], notes))
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *(f"{number}. {line}" for line, number in notes.items()), ""]
     # Written by hand: what test_dense_parity.py, test_engine_parity.py, test_adapter_runs.py and the cases of
@@ -285,6 +320,14 @@ def _exact(balance: Balance, engine: EngineName, labels: Labels) -> list[str]:
 
 def _checkpointed(balance: Balance, engine: EngineName) -> list[str]:
     return [said for case, said in checkpointing_outcomes(engine).items() if case.balance == balance]
+
+
+def _of_all_kinds(balance: Balance, engine: EngineName) -> list[str]:
+    return [
+        said
+        for case, said in kind_outcomes(engine).items()
+        if (case.balance.method, case.balance.level) == (balance.method, balance.level)
+    ]
 
 
 def _low(balance: Balance, engine: EngineName, precision: Precision) -> list[str]:

@@ -1,8 +1,8 @@
 """A small multi-task training through the root module, for every method of balancing.
 
-Three tasks on a small network without dropout. The global batches are pure functions of (labels, step), so
-any engine, on any number of ranks and with any accumulation, must get the same weights of the tasks and the
-same weights of the model.
+A few tasks (`tiny_tasks`) on a small network without dropout. The global batches are pure functions of tasks,
+labels and step, so any engine, on any number of ranks and with any accumulation, must get the same weights of
+the tasks and the same weights of the model.
 """
 
 from __future__ import annotations
@@ -33,30 +33,18 @@ from mtl_dist.models.settings import Checkpointing, ModelSettings
 from mtl_dist.models.sharing.hard import Hard
 from mtl_dist.models.whole import WholeModel
 from mtl_dist.optim import OptimSettings, build_optimizer
-from mtl_dist.specs import TaskInfo
 from mtl_dist.step import RootModule, WindowTotals, count_labels
-from mtl_dist.tasks.classification import ClassificationSettings
-from mtl_dist.tasks.multilabel import MultilabelSettings
-from mtl_dist.tasks.registry import TaskSettings, build_tasks
-from mtl_dist.tasks.regression import RegressionSettings
+from mtl_dist.tasks.registry import build_tasks
 from tests.batch_partition import micro_batches
+from tests.tiny_tasks import WORK, TaskSet, Work
+from tests.tiny_training import whole_up_to
 
-SIZE = 8
 GLOBAL_BATCH = 8
 SEED = 5
-INFOS = {
-    "kind": TaskInfo("classification", classes=("a", "b", "c"), num_labelled=9, class_counts=(3, 3, 3)),
-    "age": TaskInfo("regression", num_labelled=9, mean=40.0, std=10.0),
-    "tags": TaskInfo("multilabel", classes=("p", "q"), num_labelled=9, class_counts=(4, 5)),
-}
-SETTINGS: dict[str, TaskSettings] = {
-    "kind": ClassificationSettings(),
-    "age": RegressionSettings(),
-    "tags": MultilabelSettings(),
-}
 
 Labels = Literal["full", "partial", "disjoint"]
-"""partial: 40% missing, and none at all of `tags` in every second window; disjoint: one label a sample."""
+"""partial: 40% missing, and none at all of every third task in every second window; disjoint: one label a
+sample."""
 EngineName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 
 LOSS_METHODS = ("equal", "fixed", "uncertainty", "dwa", "rlw", "gls", "stch", "famo", "imtl-l")
@@ -114,6 +102,11 @@ class Case:
     sharing: str = "hard"
     network: bool = False
     """Whether the model is a whole one of the user's, which has the same parts."""
+    tasks: TaskSet = "classes and numbers"
+
+    @property
+    def work(self) -> Work:
+        return WORK[self.tasks]
 
     def with_(self, **changes: object) -> Case:
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -139,27 +132,23 @@ class Result:
         return int(self.model["balancer.num_unconverged"])
 
 
-def global_batch(labels: Labels, step: int) -> Batch:
+def global_batch(case: Case, step: int) -> Batch:
     generator = torch.Generator().manual_seed(100 + step)
-    num = GLOBAL_BATCH
+    num, work = GLOBAL_BATCH, case.work
 
-    def labelled(number: int) -> Tensor:
-        if labels == "disjoint":
-            return torch.arange(num) % len(INFOS) == number
-        if labels == "full":
+    def labelled(number: int, name: str) -> Tensor:
+        if case.labels == "disjoint":
+            return torch.arange(num) % len(work.infos) == number
+        if case.labels == "full":
             return torch.ones(num, dtype=torch.bool)
-        if number == 2 and step % 2:
+        if name in work.sometimes_absent and step % 2:
             return torch.zeros(num, dtype=torch.bool)
         return torch.rand(num, generator=generator) >= 0.4
 
-    has = {name: labelled(number) for number, name in enumerate(INFOS)}
+    has = {name: labelled(number, name) for number, name in enumerate(work.infos)}
     return Batch(
-        images_BCHW=torch.rand(num, 1, SIZE, SIZE, generator=generator) * 255,
-        targets={
-            "kind": torch.randint(0, 3, (num,), generator=generator) * has["kind"],
-            "age": torch.randn(num, generator=generator) * 10 + 40,
-            "tags": torch.randint(0, 2, (num, 2), generator=generator).float(),
-        },
+        images_BCHW=torch.rand(num, 1, work.size, work.size, generator=generator) * 255,
+        targets=work.targets(num, generator),
         labelled=has,
         valid_B=torch.ones(num, dtype=torch.bool),
         positions_B=torch.arange(num),
@@ -195,10 +184,11 @@ class Parts(torch.nn.Module):
 
 def build_root(case: Case, world: World) -> RootModule:
     torch.manual_seed(7)
-    tasks = build_tasks(SETTINGS, INFOS)
+    work = case.work
+    tasks = build_tasks(work.settings, work.infos)
     model_settings = ModelSettings.model_validate(
         {
-            "backbone": "simple_cnn",
+            **work.model,
             "norm": "group",
             "checkpointing": case.checkpointing,
             "frozen": case.frozen,
@@ -206,10 +196,11 @@ def build_root(case: Case, world: World) -> RootModule:
         }
     )
     heads = [task.head for task in tasks.values()]
-    model = build_model(model_settings, heads, 1, (SIZE, SIZE))
+    size = (work.size, work.size)
+    model = build_model(model_settings, heads, 1, size)
     if case.network:
         mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
-        model = WholeModel(Parts(model), heads, (SIZE, SIZE), mean, std)
+        model = WholeModel(Parts(model), heads, size, mean, std)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -242,7 +233,8 @@ def build(case: Case, connection: Connection) -> Balancing:
     optim = OptimSettings(kind="sgd", lr=0.05, momentum=0.0, weight_decay=0.0)
     optimizer = build_optimizer(optim, root.model, list(root.tasks), list(root.balancer.parameters()))
     parts = [root.task_parameters(name) for name in root.tasks]
-    engine = connection.build(root, optimizer, parts)
+    with whole_up_to(0):  # small weights are divided as large ones are
+        engine = connection.build(root, optimizer, parts)
     return Balancing(root, engine, SEED, case.diagnose_every)
 
 
@@ -295,7 +287,7 @@ def _train(balancing: Balancing, case: Case, start: dict[str, Tensor]) -> Result
     engine, root = balancing.engine, balancing.root
     world = engine.world
     for step in range(case.num_steps):
-        window = micro_batches(global_batch(case.labels, step), world.rank, world.size, case.accumulation)
+        window = micro_batches(global_batch(case, step), world.rank, world.size, case.accumulation)
         totals = WindowTotals(world.sum(count_labels(root.tasks, window)), len(window), step)
         if step in case.explode_at and world.is_main:
             window[0].images_BCHW[0] = 1e30

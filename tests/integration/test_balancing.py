@@ -17,6 +17,7 @@ from tests.support_matrix import (
     checkpointing_outcomes,
     exact_cases,
     exact_outcomes,
+    kind_outcomes,
     low_precision_cases,
     low_precision_outcomes,
     outcomes,
@@ -74,6 +75,12 @@ def test_every_method_gives_the_weights_and_the_update_of_one_process_or_is_refu
     engine: EngineName,
 ) -> None:
     assert wrong(exact_outcomes(engine)) == {}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_method_balances_every_kind_of_task(engine: EngineName) -> None:
+    assert wrong(kind_outcomes(engine)) == {}
 
 
 @pytest.mark.exhaustive

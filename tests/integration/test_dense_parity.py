@@ -204,13 +204,9 @@ def points(recipe: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("which", "engine"),
-    [
-        *[("recipe", "zero2"), ("points", "zero1")],
-        *[rest("recipe", "ddp"), rest("recipe", "zero1"), rest("points", "ddp"), rest("points", "zero2")],
-    ],
-)
+@pytest.mark.exhaustive  # `make test` has every kind balanced by many methods in test_balancing.py
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2"])
+@pytest.mark.parametrize("which", ["recipe", "points"])
 def test_balancing_at_the_parameters_weighs_dense_tasks_and_points_on_two_ranks_as_on_one(
     request: pytest.FixtureRequest, ranks: RankPool, tmp_path: Path, which: str, engine: str
 ) -> None:
