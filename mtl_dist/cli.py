@@ -12,6 +12,7 @@ import typer
 from mtl_dist import __version__
 from mtl_dist.commands import cluster, compare, data, machine, models, report, runs, start, study
 from mtl_dist.commands.errors import TRUST, CommandGroup
+from mtl_dist.processes import end_at_once
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -77,4 +78,5 @@ def mtl(
 
 def main() -> None:
     """The entry point of the console script."""
+    end_at_once()
     app(prog_name="mtl")

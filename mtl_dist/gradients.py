@@ -26,6 +26,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mtl_dist.balance.method import Level
 from mtl_dist.engine.world import World
 
+# torch has renamed it.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 COLUMNS_IN_CACHE = 16384
 """Of a (T, P) matrix; anything from 4,096 to 65,536 is about as fast."""
 
@@ -293,7 +296,7 @@ class WindowGradients:
         for row_P in jacobian_TP:
             padded_P = nn.functional.pad(row_P, (0, padding))
             shard_S = padded_P.new_empty(padded_P.numel() // size)
-            dist.reduce_scatter_tensor(shard_S, padded_P)
+            _reduce_scatter(shard_S, padded_P)
             shards.append(shard_S / size)
         return torch.stack(shards)
 

@@ -30,7 +30,7 @@ from mtl_dist.engine.world import World, launched_size
 from mtl_dist.errors import UserError
 from mtl_dist.importers.external import with_indexes
 from mtl_dist.models.describe import describe
-from mtl_dist.plural import figure
+from mtl_dist.plural import figure, plural
 from mtl_dist.recipe import Recipe
 from mtl_dist.step import RootModule, WindowTotals, count_labels
 
@@ -88,6 +88,12 @@ def overfit_one_batch(recipe: Recipe, console: Console | None = None, folder: Pa
         raise
     console.print(verdict(root, batch, seen, recipe.optim.lr, gradients.dead))
     learnt = [root.tasks[name].settings.has_learnt(value) for name, value in seen.reached.items()]
+    if seen.undecided and not all(learnt):
+        _tell(
+            console,
+            f"{MAX_SECONDS:.0f} s were enough for {plural(seen.steps, 'step')}, which decide little. Where "
+            "nothing else keeps this machine busy, try a smaller data.image_size or backbone.",
+        )
     return bool(learnt) and all(learnt)  # none was measured where the first steps were not finite
 
 

@@ -42,6 +42,11 @@ class Seen:
     def steps(self) -> int:
         return max(map(len, self.losses.values()), default=0)
 
+    @property
+    def undecided(self) -> bool:
+        """Whether the time was over after too few steps to say anything of them."""
+        return self.out_of_time and self.steps < _FEW
+
 
 def verdict(root: RootModule, batch: Batch, seen: Seen, lr: float, dead: Collection[str]) -> CellTable:
     """A row for each task: its metric on the batch, the goal, and what to make of it."""
@@ -85,6 +90,9 @@ def about_task(
     slow = [_frozen(root, name), _unreached(name, dead), _weighted(root, name), _rate(seen, name, lr)]
     # What the data or a broken step makes impossible, no learning rate mends.
     found = [reason for reason in broken if reason] or [reason for reason in slow if reason]
+    losses = seen.losses.get(name, [])
+    if seen.undecided and losses and not found:
+        return f"not decided: its loss went from {losses[0]:.3g} to {losses[-1]:.3g} in {len(losses)} steps"
     return "NOT overfitted. " + ". ".join(found or [task.settings.if_not_learnt]) + "."
 
 
@@ -167,8 +175,7 @@ def _weighted(root: RootModule, name: str) -> str:
 def _rate(seen: Seen, name: str, lr: float) -> str:
     losses = [loss for loss in seen.losses.get(name, []) if math.isfinite(loss)]
     if len(losses) < _FEW:
-        few = f"There was time for {len(losses)} steps: try a smaller data.image_size or backbone"
-        return few if seen.out_of_time else ""
+        return ""
     tenth = len(losses) // 10
     parts = losses[:tenth], losses[-2 * tenth : -tenth], losses[-tenth:]
     first, before, last = (sum(part) / tenth for part in parts)

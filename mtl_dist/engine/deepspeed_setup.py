@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,8 @@ def import_deepspeed() -> ModuleType:
 
     # It warns of what is meant: an optimizer of the caller's, inputs that are not tensors.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls what torch has renamed: once a rank and place, which is no user's to mend.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if use_cpu():
         # Otherwise the first run on a machine compiles a shared-memory all-reduce, for minutes.
         deepspeed.ops.__compatible_ops__ = {}

@@ -410,6 +410,17 @@ def test_debug_says_what_keeps_a_task_from_being_learnt(
     assert expected in said.getvalue()
 
 
+def test_debug_decides_nothing_where_the_time_was_enough_for_a_few_steps(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overfit, "MAX_SECONDS", 0.0)
+    said = io.StringIO()
+    assert not overfit.overfit_one_batch(load_recipe(recipe), Console(file=said, width=400), tmp_path)
+    assert "NOT overfitted" not in said.getvalue()
+    assert said.getvalue().count("not decided: its loss went from ") >= 2
+    assert said.getvalue().count("0 s were enough for 1 step, which decide little.") == 1
+
+
 @pytest.mark.parametrize(
     ("broken", "expected"),
     [

@@ -25,8 +25,6 @@ from mtl_dist.gradients import (
 from mtl_dist.step import RootModule, Weights, WindowTotals, count_labels
 from mtl_dist.tasks.registry import build_tasks
 from tests.tiny_balancing import (
-    INFOS,
-    SETTINGS,
     Balance,
     Case,
     Labels,
@@ -35,6 +33,13 @@ from tests.tiny_balancing import (
     global_batch,
     micro_batches,
 )
+from tests.tiny_tasks import WORK
+
+FEW = WORK["classes and numbers"]
+
+
+def batch_of(labels: Labels, step: int) -> Batch:
+    return global_batch(Case(Balance("equal"), labels), step)
 
 
 def balancing_of(case: Case) -> Balancing:
@@ -58,10 +63,10 @@ def gradients_of(root: RootModule) -> dict[str, Tensor]:
 def task_gradients(labels: Labels = "full") -> list[dict[str, Tensor]]:
     """Each task's own gradient, from a window in which only it is labelled."""
     found = []
-    for name in INFOS:
+    for name in FEW.infos:
         balancing = balancing_of(Case(Balance("equal")))
-        batch = global_batch(labels, 0)
-        only = {task: batch.labelled[task] & (task == name) for task in INFOS}
+        batch = batch_of(labels, 0)
+        only = {task: batch.labelled[task] & (task == name) for task in FEW.infos}
         backward(balancing, [replace(batch, labelled=only)])
         found.append(gradients_of(balancing.root))
     return found
@@ -78,14 +83,14 @@ def test_the_shared_part_gets_the_weighted_sum_and_each_head_its_own_gradient(
     level: str, scale_heads: bool, accumulation: int
 ) -> None:
     balancing = balancing_of(Case(Balance("nash", level, scale_heads=scale_heads)))  # type: ignore[arg-type]
-    backward(balancing, micro_batches(global_batch("full", 0), 0, 1, accumulation))
+    backward(balancing, micro_batches(batch_of("full", 0), 0, 1, accumulation))
     found, weights = gradients_of(balancing.root), balancing.balancer.last_weights_T
     assert weights.std() > 0.1
     own = task_gradients()
     for name in found:
         if name.startswith("model.backbone."):
             assert_same(found[name], sum(w * g[name] for w, g in zip(weights, own, strict=True)))
-        for t, task in enumerate(INFOS):
+        for t, task in enumerate(FEW.infos):
             if name.startswith(f"model.heads.{task}."):
                 assert_same(found[name], own[t][name] * (weights[t] if scale_heads else 1.0))
 
@@ -93,7 +98,7 @@ def test_the_shared_part_gets_the_weighted_sum_and_each_head_its_own_gradient(
 @pytest.mark.parametrize("level", ["features", "parameters"])
 def test_the_gramian_is_that_of_the_tasks_own_gradients(level: str) -> None:
     balancing = balancing_of(Case(Balance("nash", level), diagnose_every=1))  # type: ignore[arg-type]
-    found = balancing.diagnosis(backward(balancing, [global_batch("full", 0)]))
+    found = balancing.diagnosis(backward(balancing, [batch_of("full", 0)]))
     assert found is not None
     if level == "parameters":
         rows = [
@@ -112,7 +117,7 @@ def test_pairs_without_a_common_sample_have_no_cosine_and_are_reported_once(
 ) -> None:
     balancing = balancing_of(Case(Balance("cagrad", "features"), diagnose_every=1))
     for step in range(3):
-        found = balancing.diagnosis(backward(balancing, [global_batch("disjoint", 0)], step))
+        found = balancing.diagnosis(backward(balancing, [batch_of("disjoint", 0)], step))
         assert found is not None
         assert {name.split("/")[0] for name in found.scalars()} == {"gradient_norm"}
     assert sum("no conflict" in line for line in caplog.messages) == 1
@@ -120,7 +125,7 @@ def test_pairs_without_a_common_sample_have_no_cosine_and_are_reported_once(
 
 def test_an_absent_task_is_in_no_diagnosis_and_gets_no_weight() -> None:
     balancing = balancing_of(Case(Balance("mgda", "parameters"), diagnose_every=1))
-    totals = backward(balancing, [global_batch("partial", 1)])
+    totals = backward(balancing, [batch_of("partial", 1)])
     assert totals.present_T.tolist() == [True, True, False]
     found = balancing.diagnosis(totals)
     assert found is not None and not any("tags" in name for name in found.scalars())
@@ -131,7 +136,7 @@ def test_an_absent_task_is_in_no_diagnosis_and_gets_no_weight() -> None:
 def test_without_trained_shared_weights_there_is_nothing_to_compare(changes: dict[str, bool]) -> None:
     balancing = balancing_of(Case(Balance("equal"), diagnose_every=1).with_(**changes))
     assert balancing.why_no_diagnosis is not None
-    assert balancing.diagnosis(backward(balancing, [global_batch("full", 0)])) is None
+    assert balancing.diagnosis(backward(balancing, [batch_of("full", 0)])) is None
 
 
 @pytest.mark.parametrize(
@@ -140,7 +145,7 @@ def test_without_trained_shared_weights_there_is_nothing_to_compare(changes: dic
 def test_weights_are_known_before_the_forwards_unless_its_only_one_has_to_find_them(balance: Balance) -> None:
     balancing = balancing_of(Case(balance))
     for accumulation in (1, 2):
-        window = micro_batches(global_batch("full", 0), 0, 1, accumulation)
+        window = micro_batches(batch_of("full", 0), 0, 1, accumulation)
         totals = WindowTotals(count_labels(balancing.root.tasks, window), len(window), 0)
         known = isinstance(balancing.solve(window, totals), Weights)
         assert known == (accumulation == 2 or balance.method == "fixed")
@@ -169,7 +174,7 @@ def test_a_gradient_handed_over_joins_the_scalars_own() -> None:
 
 # ------------------------------------------------------------------ refusals
 DDP = EngineChoice("accelerate")
-SHARED = {name: ("vector",) for name in INFOS}
+SHARED = {name: ("vector",) for name in FEW.infos}
 
 
 def zero(stage: ZeroStage) -> EngineChoice:
@@ -218,7 +223,7 @@ def test_what_is_right_is_not_refused(balance: Balance, facts: dict[str, object]
 
 
 def check(balance: Balance, changes: dict[str, object]) -> None:
-    tasks = build_tasks(SETTINGS, INFOS)
+    tasks = build_tasks(FEW.settings, FEW.infos)
     factors = {name: task.settings.noise_factor for name, task in tasks.items()}
     balancer = build_balancer(balance.settings(), list(tasks), factors, dict.fromkeys(tasks, 1.0))
     facts: dict[str, object] = {
