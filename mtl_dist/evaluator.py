@@ -189,9 +189,10 @@ def _measured(batch: Batch, task: str, output: Tensor, every_sample: bool) -> It
 
 
 class _Baselines:
-    """The metrics of the tasks' constant answers."""
+    """The metrics of the tasks' constant answers; those of an order without keeping what ties."""
 
     def __init__(self, root: RootModule, world: World) -> None:
+        self._tasks = root.tasks
         self._answers: dict[str, tuple[str, Tensor, AllMetrics]] = {}
         for name, task in root.tasks.items():
             baseline = task.baseline()
@@ -213,5 +214,9 @@ class _Baselines:
         found = {}
         for task, (name, _, metrics) in self._answers.items():
             beat(f"the metrics of a constant answer for {task}", slow=True)
-            found[task] = BaselineMetrics(name, metrics.compute())
+            values, supports = metrics.compute(), [row.get("support", 0.0) for row in metrics.per_class()]
+            num_samples = values.get("num_samples", 0.0)
+            if num_samples > 0:
+                values |= self._tasks[task].of_ties(supports, num_samples)
+            found[task] = BaselineMetrics(name, values)
         return found

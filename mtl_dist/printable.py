@@ -35,13 +35,14 @@ def say(text: str, file: IO[str] | None = None) -> None:
 def cell(text: str) -> str:
     """The text as a cell of a table, which no spreadsheet takes for a formula.
 
-    >>> cell("=1+1"), cell("-0.5"), cell("cat")
-    ("'=1+1", '-0.5', 'cat')
+    >>> cell("=1+1"), cell("-0.5"), cell("-1;-2"), cell("cat")
+    ("'=1+1", '-0.5', '-1;-2', 'cat')
     """
     if not text.startswith(_FORMULA):
         return text
     try:
-        float(text)
+        for number in text.split(";"):
+            float(number)
     except ValueError:
         return f"'{text}"
     return text

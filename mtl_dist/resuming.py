@@ -6,7 +6,7 @@ docs/reliability.md has the table `RULES` in words; a test holds the two togethe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,6 +59,8 @@ Refused is what the run's state or its order of samples would not fit. The best 
 later one could not be compared with it.
 """
 
+_KINDS = ("kind", "method")
+"""What says of a part which other settings it has."""
 _PLACES = re.compile(r"data\.train\.\d+\.(path|index|dataset\.(?!kind$)\w+)")
 _NOTHING = object()
 
@@ -75,6 +77,14 @@ class Change:
     def describe(self) -> str:
         best = "; the best evaluation restarts" if self.verdict == "the best restarts" else ""
         return f"{self.key}: {_shown(self.before)} before, {_shown(self.after)} from here on{best}"
+
+    @property
+    def resizes(self) -> bool:
+        """Whether the images may have another size by it, and with them the weights of some models."""
+        return self.key.startswith(("data.image_size", "data.transforms"))
+
+    def briefly(self) -> str:
+        return f"{self.key}: {_shown(self.before)} in the run, {_shown(self.after)} now"
 
 
 @dataclass(frozen=True)
@@ -97,13 +107,12 @@ def verdict_on(key: str) -> Verdict:
 
 
 def changes(kept: Recipe, given: Recipe) -> list[Change]:
-    """The settings in which `given` differs from the run's recipe `kept`, by name."""
-    before, after = _flat(kept.model_dump(mode="json")), _flat(given.model_dump(mode="json"))
-    return [
-        Change(key, before.get(key, _NOTHING), after.get(key, _NOTHING), verdict_on(key))
-        for key in sorted({*before, *after})
-        if before.get(key, _NOTHING) != after.get(key, _NOTHING)
-    ]
+    """The settings in which `given` differs from the run's recipe `kept`, by name.
+
+    A part that only one of them has is one difference, and so is a part of a kind that is refused.
+    """
+    before, after = kept.model_dump(mode="json"), given.model_dump(mode="json")
+    return sorted(_differences(before, after), key=lambda change: change.key)
 
 
 def refuse_other_run(kept: Recipe, given: Recipe, directory: Path, data_moved: bool = False) -> list[Change]:
@@ -112,22 +121,27 @@ def refuse_other_run(kept: Recipe, given: Recipe, directory: Path, data_moved: b
     With `data_moved` the datasets may lie elsewhere. Returns the changes that are accepted.
 
     Raises:
-        UserError: one line per difference.
+        UserError: one line per difference, and what to do.
     """
     found = changes(kept, given)
-    problems = [
-        f"{change.key}: expected {_shown(change.before)} as in {directory / 'recipe.yaml'}, found "
-        f"{_shown(change.after)}. {_advice(change)}"
+    refused = [
+        change
         for change in found
         if change.verdict == "refused" and not (data_moved and _PLACES.fullmatch(change.key))
     ]
-    if problems:
-        raise UserError("\n".join(problems))
+    if refused:
+        problems = [
+            f"{change.key}: expected {_brief(change.before)} as in {directory / 'recipe.yaml'}, found "
+            f"{_brief(change.after)}."
+            for change in refused
+        ]
+        end = " " if len(problems) == 1 else "\n"
+        raise UserError("\n".join(problems) + end + _advice(refused))
     return found
 
 
-def _advice(change: Change) -> str:
-    if _PLACES.fullmatch(change.key):
+def _advice(refused: Sequence[Change]) -> str:
+    if any(_PLACES.fullmatch(change.key) for change in refused):
         return (
             "If it is the same data in another place, say --data-moved, which checks that; if not, choose "
             "another --run-dir for another run."
@@ -158,21 +172,43 @@ def refuse_other_data(before: DataFacts, now: DataFacts, directory: Path) -> Con
     return Continuation(tuple(lines), restarts)
 
 
-def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    return dict(_leaves(values, prefix))
+def _differences(
+    before: Mapping[str, object], after: Mapping[str, object], prefix: str = ""
+) -> Iterator[Change]:
+    keys = {*before, *after}
+    for kind in _KINDS:
+        old, new = before.get(kind), after.get(kind)
+        other = isinstance(old, str) and isinstance(new, str) and old != new
+        if other and verdict_on(f"{prefix}{kind}") == "refused":
+            keys = {kind}
+    for key in keys:
+        old, new = before.get(key, _NOTHING), after.get(key, _NOTHING)
+        old_parts, new_parts = _parts(old), _parts(new)
+        name = f"{prefix}{key}"
+        if old_parts is not None and new_parts is not None:
+            yield from _differences(old_parts, new_parts, f"{name}.")
+        elif old != new:
+            yield Change(name, old, new, verdict_on(name))
 
 
-def _leaves(values: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
-    for key, value in values.items():
-        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            value = {str(number): item for number, item in enumerate(value)}
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _parts(value: object) -> Mapping[str, object] | None:
+    """What a setting consists of, of a list by number; None of one that has no parts."""
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        return {str(number): item for number, item in enumerate(value)}
+    return value if isinstance(value, Mapping) else None
+
+
+def _brief(value: object) -> str:
+    """A part by its kind."""
+    kind = next((value[key] for key in _KINDS if key in value), None) if isinstance(value, Mapping) else None
+    return _shown(value) if kind is None else str(kind)
 
 
 def _shown(value: object) -> str:
     if value is _NOTHING:
-        return "nothing"
-    return str(value) if isinstance(value, list) else show(value)
+        return "none"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_shown(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_shown, value)) + "]"
+    return show(value)

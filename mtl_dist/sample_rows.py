@@ -135,7 +135,7 @@ def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     for name, value in values.items():
         if name == "units":
             continue
-        if _is_vector(value):
+        if is_vector(value):
             value = {str(number): one for number, one in enumerate(value)}
         if isinstance(value, Mapping):
             if len(value) <= MOST_CLASSES:
@@ -145,7 +145,8 @@ def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return flat
 
 
-def _is_vector(value: Any) -> bool:
+def is_vector(value: Any) -> bool:
+    """Whether it is a list of numbers, which have a column each."""
     return isinstance(value, list) and bool(value) and all(type(one) in (int, float) for one in value)
 
 

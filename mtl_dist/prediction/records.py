@@ -1,7 +1,7 @@
 """Predictions as records, and where records go: JSON lines, CSV, parquet.
 
 A record of lines is nested as an answer is; a row of a table has a column for each value, `task.value` or
-`task.probabilities.class`.
+`task.probabilities.class`; the numbers of a list have one each, `task.mean.0`, as in the table of a split.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from mtl_dist.durable import is_about, replacing
 from mtl_dist.errors import UserError
 from mtl_dist.printable import cell
+from mtl_dist.sample_rows import is_vector
 
 Record: TypeAlias = dict[str, Any]
 """`{"image": name, task: {...}}`, or `{"image": name, "error": why}`."""
@@ -32,11 +33,28 @@ def plain(answer: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in answer.items() if not isinstance(value, np.ndarray)}
 
 
-def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The record as a row of a table."""
+def flat(
+    record: Mapping[str, Any], prefix: str = "", columns: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The record as a row of a table, whose `columns` say which lists of numbers have one for each number;
+    by default all have."""
     row: dict[str, Any] = {}
     for key, value in record.items():
-        row |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        if is_vector(value) and (columns is None or f"{name}.0" in columns):
+            value = {str(number): one for number, one in enumerate(value)}
+        row |= flat(value, f"{name}.", columns) if isinstance(value, Mapping) else {name: value}
+    return row
+
+
+def _row(record: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:
+    row = flat(record, columns=columns)
+    for name in row:
+        if name not in columns:
+            raise UserError(
+                f"{record.get('image', name)}: expected the same columns of every image, found {name} beside "
+                "them. Write .jsonl, whose records may differ."
+            )
     return row
 
 
@@ -112,7 +130,7 @@ def _csv(path: Path, columns: Mapping[str, Any]) -> Iterator[Callable[[Record], 
         writer.writerow({name: cell(name) for name in columns})
 
         def write(record: Record) -> None:
-            cells = flat(record).items()
+            cells = _row(record, columns).items()
             writer.writerow({k: _cell(v) for k, v in cells})
 
         yield write
@@ -130,7 +148,7 @@ def _parquet(path: Path, columns: Mapping[str, Any]) -> Iterator[Callable[[Recor
     schema = arrow.schema([(name, _arrow_type(arrow, example)) for name, example in columns.items()])
     with parquet.ParquetWriter(path, schema) as file:
         table = _Table(lambda rows: file.write_table(arrow.Table.from_pylist(rows, schema)))
-        yield lambda record: table.add(flat(record))
+        yield lambda record: table.add(_row(record, columns))
         table.flush()
 
 

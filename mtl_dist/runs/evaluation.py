@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mtl_dist.assemble import Trained, WhichCheckpoint, best_or_newest, inference_weights, read_trained
-from mtl_dist.checkpoint import read_checkpoint
+from mtl_dist.checkpoint import known_bests, read_checkpoint, step_of
 from mtl_dist.config.errors import suggest
 from mtl_dist.data.facts import DataFacts, identities, meaning_differences, source_differences
 from mtl_dist.data.loader import Data, eval_loader, open_data
@@ -23,6 +23,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation, evaluate
 from mtl_dist.heartbeat import beat, during, getting_on
 from mtl_dist.importers.external import with_indexes
+from mtl_dist.plural import figure
 from mtl_dist.prediction.evaluated import announce, write_predictions
 from mtl_dist.recipe import load_recipe_of
 from mtl_dist.results import headlines, print_calibration, print_per_class, print_results, write_evaluation
@@ -32,6 +33,7 @@ from mtl_dist.runs.checking import checking_shards
 from mtl_dist.sample_rows import SampleRows, Table
 from mtl_dist.step import RootModule
 from mtl_dist.stopping import StopAsked, StopSignal, until_stopped
+from mtl_dist.tracking.files import read_rows
 from mtl_dist.training.trainer import Trainer
 
 MOST_PREDICTIONS = 200_000
@@ -364,10 +366,22 @@ def evaluate_at_end(
             if evaluation.thresholds:
                 folder.write_thresholds(evaluation.thresholds)
             tracker.results(evaluation.flat(f"best/{split}"), trainer.progress.step)
-        tracker.say(f"Results of {path.name}:")
+        tracker.say(f"Results of {_which(folder, step_of(path), trainer.progress.step)}:")
         print_results(evaluations, tracker.console)
         last = list(evaluations)[-1]
         tracker.say(f"On {last}, against constant answers (intervals: bootstrap over the samples):")
         with suppress(OSError):  # the terminal was closed
             tracker.console.print(headlines(evaluations[last], root.tasks, tables.get(last)))
     return "", metrics
+
+
+def _which(folder: RunFolder, step: int, last: int) -> str:
+    """Of which step weights are, and why of this one, in the words of a run's page."""
+    best = next((best for best in known_bests(folder.checkpoints) if best.step == step), None)
+    if best is None:
+        return f"step {step:,}" + (", the last" if step == last else "")
+    values = {row["step"]: row[best.metric] for row in read_rows(folder.directory) if best.metric in row}
+    reached = values.get(last)
+    at_last = "none" if reached is None else figure(reached)
+    others = "" if step == last else f"; the last, {last:,}: {at_last}"
+    return f"step {step:,}, the best by {best.metric} ({figure(best.value)}{others})"

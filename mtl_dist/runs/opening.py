@@ -90,13 +90,14 @@ def _open(
     if saved is None:
         _check_nothing_is_lost(folder)
     changes: list[str] = []
-    restarts_best = False
+    restarts_best, resized = False, ""
     kept = saved / RECIPE if saved is not None else folder.recipe_path
     if kept.is_file():
         with parts_of(folder.directory, folder.recipe_path.name):
             kept_recipe = load_recipe(kept)
         for change in refuse_other_run(kept_recipe, recipe, folder.directory, data_moved):
             changes.append(change.describe())
+            resized = resized or (change.briefly() if change.resizes else "")
             restarts_best = restarts_best or change.verdict == "the best restarts"
     before = _facts_before(folder, saved)
     if before is not None:
@@ -104,7 +105,7 @@ def _open(
         changes += continuation.lines
         restarts_best = restarts_best or continuation.restarts_best
     if saved is not None:
-        _check_fits(saved, shapes)
+        _check_fits(saved, shapes, resized)
     device = "cpu" if world.device.type == "cpu" else str(world.device)  # of launched ranks it is cpu:0
     changes += folder.write_start(to_yaml(recipe), facts, world.size, device, decoder_name())
     mark(folder.directory, folder.recipe_path.name)
@@ -139,13 +140,19 @@ def _facts_before(folder: RunFolder, saved: Path | None) -> DataFacts | None:
         return None  # nothing was trained on it
 
 
-def _check_fits(saved: Path, shapes: Shapes) -> None:
-    """Refuse a checkpoint of another network: user-defined code may have changed under the same recipe."""
+def _check_fits(saved: Path, shapes: Shapes, resized: str) -> None:
+    """Refuse a checkpoint of another network: some follow the size of the images, of which `resized` says
+    what is another; and user-defined code may have changed under the same recipe."""
     found = shapes_in(saved)
     for name, shape in shapes.items():
         grows = name in found and 0 in shape  # a balancer's memory that has its size from the first step on
         if found.get(name) != shape and not grows:
             has = f"the shape {found[name]}" if name in found else "none"
+            if resized:
+                raise UserError(
+                    f"{resized}, where {name} has the shape {shape}, and in {saved} {has}. "
+                    "This model is made for one size of images: set it back, or choose another --run-dir."
+                )
             raise UserError(
                 f"{saved}: expected {name} of the shape {shape}, as the model has it now, found {has}. "
                 "Bring the model's code back to what it was, or choose another --run-dir."

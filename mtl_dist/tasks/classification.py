@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -26,6 +26,7 @@ from mtl_dist.tasks.task import (
     made,
     require_fit,
     require_threshold,
+    tied_auroc,
 )
 from mtl_dist.tasks.thresholds import DEFAULT, Decision, Rule, Threshold
 from mtl_dist.tasks.weights import Beta, ClassWeights, LogitAdjustment, adjustments, class_weights
@@ -283,6 +284,11 @@ class ClassificationTask(Task):
         if not self.info.is_counted:
             return None
         return Baseline("majority", torch.tensor(self.info.class_counts).clamp(min=1e-6).log())
+
+    def of_ties(self, supports: Sequence[float], num_samples: float) -> dict[str, float]:
+        """The average precision of the positive class is its share of the samples."""
+        share = 0.0 if self.positive is None else supports[self.positive] / num_samples
+        return tied_auroc(supports, num_samples) | ({"average_precision": share} if share else {})
 
     def decode(self, output: Tensor, threshold: float | None = None) -> list[dict[str, Any]]:
         """Per sample `class_id`, `class_name`, its probability as `confidence`, and all `probabilities`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -22,6 +22,7 @@ from mtl_dist.tasks.task import (
     made,
     require_fit,
     require_threshold,
+    tied_auroc,
 )
 from mtl_dist.tasks.thresholds import DEFAULT, Rule, Threshold, log_odds
 from mtl_dist.tasks.weights import PositiveWeights, positive_weights
@@ -130,6 +131,12 @@ class MultilabelTask(Task):
             return None
         shares_C = torch.tensor(self.info.class_counts, dtype=torch.float64) / self.info.num_labelled
         return Baseline("majority", torch.logit(shares_C, eps=1e-6).float())
+
+    def of_ties(self, supports: Sequence[float], num_samples: float) -> dict[str, float]:
+        """The average precision of a label is its share of the samples."""
+        precisions = [support / num_samples for support in supports if support > 0]
+        mean = {"mean_average_precision": sum(precisions) / len(precisions)} if precisions else {}
+        return tied_auroc(supports, num_samples) | mean
 
     def decode(self, output: Tensor, threshold: float | None = None) -> list[dict[str, Any]]:
         """Per sample the names above the threshold as `labels`, and all `probabilities`."""

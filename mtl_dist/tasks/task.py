@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -263,6 +263,12 @@ class Task(ABC):
         """What is best said of every image without looking at it; None where nothing is defined."""
         return None
 
+    def of_ties(self, supports: Sequence[float], num_samples: float) -> dict[str, float]:
+        """The metrics of an order for answers that do not differ, such as the constant one, from how many of
+        the samples are of each class; those that are undefined are left out. Nothing in a kind without such.
+        """
+        return {}
+
     def sample_losses(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> Tensor:
         """Each sample's own loss, numerator over denominator, float32 (B,); NaN without a label."""
         with torch.autocast(output.device.type, enabled=False):
@@ -338,6 +344,11 @@ NUM_MADE, MADE_SIZE = 12, 8
 def made(*shape: int) -> Tensor:
     """Numbers that look like outputs, always the same."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def tied_auroc(supports: Sequence[float], num_samples: float) -> dict[str, float]:
+    """The AUROC of answers that do not differ; nothing where no class occurs beside others."""
+    return {"auroc": 0.5} if any(0 < support < num_samples for support in supports) else {}
 
 
 def _along(labelled_B: Tensor, tensor: Tensor) -> Tensor:

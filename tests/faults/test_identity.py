@@ -147,6 +147,7 @@ REFUSED: dict[str, tuple[list[str], Callable[[Path], None]]] = {
     "classes swapped": ([], lambda work: change(work / "tiny", swapped)),
     "another mean": ([], lambda work: change(work / "tiny", another_mean)),
     "a damaged checkpoint": ([], lambda work: damage(work)),
+    "another size of images": (["data.image_size=12"], lambda work: None),
     "another global batch": (["train.global_batch=4", "optim.lr=1e-5"], lambda work: None),
 }
 
@@ -169,6 +170,14 @@ def test_a_refused_resume_leaves_every_byte_as_it_was_and_lets_go_of_the_folder(
             train_run(work / "recipe.yaml", work / "run", ["train.epochs=2", *overrides])
         assert "another process" not in str(refusal.value)
     assert bytes_of(work / "run") == before
+
+
+def test_a_size_of_images_that_the_weights_do_not_fit_is_named_as_the_cause(work: Path) -> None:
+    with pytest.raises(UserError) as refusal:
+        train_run(work / "recipe.yaml", work / "run", ["train.epochs=2", "data.image_size=12"])
+    (line,) = str(refusal.value).splitlines()
+    assert line.startswith("data.image_size: 8 in the run, 12 now, where model.backbone.")
+    assert "code" not in line and line.endswith("set it back, or choose another --run-dir.")
 
 
 def test_the_refusal_says_how_to_begin_with_the_weights_and_that_works(

@@ -243,3 +243,17 @@ def test_sync_batch_norm_on_a_cpu_is_refused_at_start(recipe: Path, tmp_path: Pa
     with pytest.raises(UserError, match=r"model\.norm: expected batch, group or frozen on CPUs, found sync"):
         train_run(recipe, tmp_path / "run", ["model.norm=sync"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_end_of_a_run_says_of_which_step_the_results_are_and_why(
+    recipe: Path, tmp_path: Path, mode: str
+) -> None:
+    how = ["train.evaluate_at_end=true", "optim.lr=0.01", f"monitor={{metric: train/loss, mode: {mode}}}"]
+    train_run(recipe, tmp_path / "run", how)
+    losses = {row["step"]: row["train/loss"] for row in rows(tmp_path / "run", "epoch")}
+    best = (min if mode == "min" else max)(losses, key=losses.__getitem__)
+    assert (best == NUM_STEPS) == (mode == "min"), losses
+    others = "" if best == NUM_STEPS else f"; the last, {NUM_STEPS}: {losses[NUM_STEPS]:.4f}"
+    said = f"Results of step {best}, the best by train/loss ({losses[best]:.4f}{others}):"
+    assert said in (tmp_path / "run" / "log.txt").read_text()

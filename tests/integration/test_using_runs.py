@@ -93,7 +93,10 @@ def test_a_finished_run_has_a_row_for_each_evaluated_sample(run: Path, recipe: P
         assert [row["key"] for row in rows] == table.columns["key"].tolist()
     baselines = json.loads((run / "evaluation" / "baselines.json").read_text())
     assert baselines["val"]["digit"]["name"] == "majority"
-    assert {"accuracy", "macro_f1"} <= baselines["val"]["digit"]["metrics"].keys()
+    assert {"accuracy", "macro_f1", "auroc"} <= baselines["val"]["digit"]["metrics"].keys()
+    for split, tasks in baselines.items():  # the main metric of every kind has a constant answer's to beat
+        for name, settings in load_recipe(run / "recipe.yaml").tasks.items():
+            assert settings.compared[0] in tasks[name]["metrics"], (split, name)
 
 
 def test_two_ranks_write_the_rows_of_one(run: Path, ranks: RankPool, tmp_path: Path) -> None:

@@ -78,6 +78,45 @@ def test_each_accepted_change_is_one_line_with_both_values(kept: Recipe, tmp_pat
     ]
 
 
+def test_a_part_that_is_set_or_left_out_is_one_accepted_change(kept: Recipe, tmp_path: Path) -> None:
+    given = recipe(tmp_path, "data.blend={mixup: 0.2}")
+    (change,) = changes(kept, given)
+    assert change.describe() == "data.blend: null before, {mixup: 0.2, probability: 1.0} from here on"
+
+
+def test_each_refused_cause_is_one_line_and_the_advice_comes_once(kept: Recipe, tmp_path: Path) -> None:
+    given = recipe(
+        tmp_path,
+        "tasks.near={kind: depth}",
+        "tasks.x0=null",
+        "model.decoder={kind: fpn}",
+        "model.adapter={kind: lora}",
+        "balance={method: uncertainty}",
+    )
+    with pytest.raises(UserError) as refusal:
+        refuse_other_run(kept, given, tmp_path)
+    lines, there = str(refusal.value).splitlines(), f"as in {tmp_path / 'recipe.yaml'}, found"
+    assert lines == [
+        f'balance.method: expected "fixed" {there} "uncertainty".',
+        f"model.adapter: expected null {there} lora.",
+        f'model.decoder.kind: expected "unet" {there} "fpn".',
+        f"tasks.near: expected none {there} depth.",
+        f"tasks.x0: expected regression {there} none.",
+        "Choose another --run-dir for another run.",
+    ]
+
+
+def test_a_task_with_the_name_of_a_setting_hides_no_other_task(kept: Recipe, tmp_path: Path) -> None:
+    before = recipe(tmp_path, "tasks.kind={kind: regression}", "tasks.method={kind: regression}")
+    after = recipe(
+        tmp_path,
+        "tasks.kind={kind: regression, weight: 2}",
+        "tasks.method={kind: regression}",
+        "tasks.x0.weight=3",
+    )
+    assert [change.key for change in changes(before, after)] == ["tasks.kind.weight", "tasks.x0.weight"]
+
+
 def test_another_place_of_the_data_is_accepted_where_it_is_said(kept: Recipe, tmp_path: Path) -> None:
     moved = recipe(tmp_path, "data.train.0.path=elsewhere/digits")
     with pytest.raises(UserError, match="say --data-moved") as refusal:

@@ -16,7 +16,7 @@ ANSWER = {
     "breed": {"class_id": 1, "class_name": "Ça", "probabilities": {"a": 0.25, "b,c": 0.75}},
     "tags": {"labels": ["p", "q"], "probabilities": {"p": 0.5}},
     "age": {"value": 4.5, "unit": None},
-    "surface": {"mean": [0.0, 0.5, 1.0]},
+    "surface": {"mean": [-0.5, 0.5, -1e-05]},
 }
 RECORDS = [{"image": "a.png", **ANSWER}, {"image": "b.png", "error": "no image"}]
 
@@ -39,6 +39,7 @@ def test_a_table_has_a_column_for_each_value_also_where_an_image_has_none(tmp_pa
     assert good["breed.class_name"] == "Ça"
     assert float(good["breed.probabilities.b,c"]) == 0.75
     assert good["tags.labels"] == "p;q"
+    assert [float(good[f"surface.mean.{axis}"]) for axis in range(3)] == [-0.5, 0.5, -1e-05]
     assert (good["error"], bad["error"], bad["age.value"]) == ("", "no image", "")
 
 
@@ -49,7 +50,7 @@ def test_parquet_keeps_the_types(tmp_path: Path) -> None:
     assert good["breed.class_id"] == 1
     assert good["tags.labels"] == ["p", "q"]
     assert good["age.value"] == 4.5
-    assert good["surface.mean"] == [0.0, 0.5, 1.0]
+    assert [good[f"surface.mean.{axis}"] for axis in range(3)] == [-0.5, 0.5, -1e-05]
     assert bad["error"] == "no image"
     assert bad["breed.class_name"] is None
 
@@ -68,4 +69,28 @@ def test_a_run_that_breaks_off_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), open_records(tmp_path / "out.csv", columns_of(ANSWER)) as take:
         take(RECORDS[0])
         raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_and_what_parts_them_have_no_apostrophe_and_formulas_have_one(tmp_path: Path) -> None:
+    values = {"some": [], "grades": ["-1", "-2"], "names": ["-a", "b"], "text": "=1+1"}
+    with open_records(tmp_path / "out.csv", columns_of({"own": values})) as take:
+        take({"image": "a.png", "own": values | {"some": [-1.5, 2.0]}})
+    with open(tmp_path / "out.csv", encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["own.some"] == "-1.5;2.0"
+    assert row["own.grades"] == "-1;-2"
+    assert (row["own.names"], row["own.text"]) == ("'-a;b", "'=1+1")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_more_numbers_than_a_table_has_columns_for_are_a_line(tmp_path: Path, suffix: str) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    with (
+        pytest.raises(UserError, match=r"^b\.png: .* found own\.at\.2 beside them\. Write \.jsonl"),
+        open_records(tmp_path / f"out{suffix}", columns_of({"own": {"at": [0.0, 0.0]}})) as take,
+    ):
+        take({"image": "a.png", "own": {"at": [1.0, 2.0]}})
+        take({"image": "b.png", "own": {"at": [1.0, 2.0, 3.0]}})
     assert list(tmp_path.iterdir()) == []

@@ -291,6 +291,44 @@ def test_multilabel_metrics_are_scikit_learns():
     )
 
 
+def ties(task: Task, output: Tensor, target: Tensor) -> dict[str, float]:
+    """What is said of a constant answer without keeping its scores."""
+    metrics = task.metrics(ranking=False)
+    metrics.update(output, target, torch.ones(len(target), dtype=torch.bool))
+    assert isinstance(metrics, Accumulator)
+    supports = [row["support"] for row in metrics.per_class()]
+    return task.of_ties(supports, metrics.compute()["num_samples"])
+
+
+def test_a_constant_answer_has_scikit_learns_metrics_of_an_order():
+    target = (normal(50, 3, seed=1) > 0.3).float()
+    output = torch.tensor([2.0, -1.0, -3.0]).expand(50, 3)
+    truth, scores = target.numpy().astype(int), output.numpy()
+    found = ties(MULTILABEL, output, target)
+    assert found == close(
+        {
+            "auroc": reference.roc_auc_score(truth, scores),
+            "mean_average_precision": reference.average_precision_score(truth, scores, average="macro"),
+        }
+    )
+    assert found == close({name: measured(MULTILABEL, output, target)[name] for name in found})
+    target[:, 2] = 0  # a label that does not occur is left out
+    assert ties(MULTILABEL, output, target)["mean_average_precision"] == close(
+        reference.average_precision_score(truth[:, :2], scores[:, :2], average="macro")
+    )
+    assert ties(MULTILABEL, output, torch.zeros(50, 3)) == {}
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_a_constant_class_has_the_metrics_of_an_order_that_ties_have(num_classes: int):
+    task = classification(num_classes)
+    target = torch.arange(20) % 7 % num_classes
+    output = normal(1, num_classes).expand(20, num_classes)
+    found = ties(task, output, target)
+    assert found.keys() == {"auroc"} | ({"average_precision"} if num_classes == 2 else set())
+    assert found == close({name: measured(task, output, target)[name] for name in found})
+
+
 def test_a_label_that_does_not_occur_is_left_out_of_the_averages():
     output, target = normal(20, 3), (normal(20, 3, seed=1) > 0.5).float()
     output[:, 2], target[:, 2] = -5.0, 0.0
