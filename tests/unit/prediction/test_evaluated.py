@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mtl_dist.prediction.evaluated import read_predictions, write_predictions
+from mtl_dist.prediction.records import columns_of, plain
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.sample_rows import Table
 from tests.unit.tasks.test_resampling import ALL, table_of
@@ -28,6 +30,15 @@ def test_rows_are_read_as_they_were_written(which: str, tmp_path: Path) -> None:
     if len(paths) > 1:
         parquet = pytest.importorskip("pyarrow.parquet")
         assert parquet.read_table(paths[1]).column_names == list(table.columns)
+
+
+@pytest.mark.parametrize("which", ALL)
+def test_an_answer_has_the_columns_that_it_has_in_the_table_of_a_split(which: str) -> None:
+    task, table, *_ = table_of(which)
+    size = (4, 4) if task.layout == "map" else ()
+    answer = plain(task.decode(torch.zeros(1, task.loss.num_outputs, *size))[0])
+    names = columns_of({"it": answer}).keys() - {"image", "error"}
+    assert {name for name in names if not name.rpartition(".")[2].startswith("unit")} <= table.columns.keys()
 
 
 def test_a_direction_has_a_column_for_each_of_its_numbers() -> None:
