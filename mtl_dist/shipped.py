@@ -53,6 +53,8 @@ def copy_of(name: str, out: Path) -> Path:
         UserError: no such file, or the place is taken.
     """
     files = shipped_files()
+    if name not in files and (found := _instead_of_a_dataset(name)):
+        raise UserError(f"init: expected a prepared dataset, or a name that mtl init lists, found {found}")
     if name not in files:
         raise UserError(
             f"init: expected a prepared dataset or one of the files below, found {name!r}. "
@@ -61,6 +63,17 @@ def copy_of(name: str, out: Path) -> Path:
     place = out / f"{name}.yaml" if out.is_dir() else out
     write_new(place, files[name].read_text(encoding="utf-8"))
     return place
+
+
+def _instead_of_a_dataset(name: str) -> str:
+    """What is at a path, and what to do with it; nothing where the name is no path."""
+    path = Path(name)
+    if path.exists():
+        form = "table" if path.suffix.lower() in (".csv", ".tsv") else "auto"
+        tasks = " --classification TASK=COLUMN" if form == "table" else ""
+        found = f"the folder {name}, which is none" if path.is_dir() else f"the file {name}"
+        return f"{found}. Prepare it first: mtl prepare {form} {name} data/NAME{tasks}"
+    return f"no folder {name}." if len(path.parts) > 1 else ""
 
 
 def write_new(place: Path, text: str) -> None:

@@ -126,6 +126,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Mistake]]:
 
 
 def _instead_of(path: Path) -> str:
+    if (path / "dataset.json").is_file():
+        return f"a prepared dataset. Write a recipe for it: mtl init {path} > mine.yaml"
     if path.is_dir():
         return "a directory. Name a file in it."
     if not path.parent.is_dir():

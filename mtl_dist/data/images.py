@@ -50,6 +50,8 @@ _CHANNELS = {"1": 1, "L": 1, "LA": 1, "La": 1, "I;16": 1, "I;16B": 1, "I;16L": 1
 _CHANNELS |= {"P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "RGBX": 3, "RGBa": 3, "CMYK": 3, "YCbCr": 3}
 _SAME_EXTENSION = {"jpeg": "jpg", "jfif": "jpg", "tiff": "tif", "heif": "heic", "j2k": "jp2"}
 _ORIENTATION, _SAMPLES, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 274, 277, 338, 339  # tags of TIFF and EXIF
+_EXIF_IN_PNG = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")
+"""What stands in a PNG before what EXIF, or XMP, says of it."""
 _SIGNED = 2
 _ALPHA = (1, 2)  # what an extra sample may be, besides an unnamed one
 _HEAD = 1 << 14  # where a picture says what it is
@@ -172,6 +174,20 @@ def extension_of(path: str) -> str:
     return _SAME_EXTENSION.get(extension, extension)
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height as the header says them; nothing is decoded, whatever it says.
+
+    Raises:
+        UnreadableImage: no image, or one too large to be safe.
+    """
+    if data.startswith(b"\x93NUMPY"):
+        facts = _examine_npy(data)
+        return facts.width, facts.height
+    with open_image(data) as image:
+        width, height = image.size
+    return width, height
+
+
 def examine_image(data: bytes, decode: bool = True) -> ImageFacts:
     """What the image is, from its header; with `decode`, also that all of it can be decoded.
 
@@ -182,7 +198,7 @@ def examine_image(data: bytes, decode: bool = True) -> ImageFacts:
     if data.startswith(b"\x93NUMPY"):
         return _examine_npy(data)
     with open_image(data) as image:
-        facts = _facts(image)
+        facts = _facts(image, data)
         if image.format in _PLUGINS and facts.dtype == "uint8" and max(_depths(data), default=8) > 8:
             raise UnreadableImage(
                 f"{image.format} of {max(_depths(data))} bits per channel, which is read as 8; save it as "
@@ -288,7 +304,7 @@ def load_npy(data: bytes) -> np.ndarray:
     return array
 
 
-def _facts(image: Image.Image) -> ImageFacts:
+def _facts(image: Image.Image, data: bytes) -> ImageFacts:
     check_whole(image)
     channels = _CHANNELS.get(image.mode)
     if channels is None:
@@ -299,8 +315,7 @@ def _facts(image: Image.Image) -> ImageFacts:
 
     oddities = []
     width, height = image.size
-    orientation = image.getexif().get(_ORIENTATION, 1)
-    orientation = orientation if orientation in range(1, 9) else 1
+    orientation = _orientation(image, data)
     if orientation > 1:
         oddities.append("rotated")
         if orientation >= 5:
@@ -314,6 +329,14 @@ def _facts(image: Image.Image) -> ImageFacts:
     return ImageFacts(
         _STORED_AS[image.format or ""], width, height, channels, dtype, tuple(oddities), orientation
     )
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """That of EXIF, for which Pillow decodes a PNG to its end: one without EXIF is spared that."""
+    if image.format == "PNG" and not any(mark in data for mark in _EXIF_IN_PNG):
+        return 1
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _is_deep(image: Image.Image) -> bool:

@@ -30,11 +30,14 @@ from mtl_dist.data.shards import index_path, scan_shard
 from mtl_dist.durable import sha256_of
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.registry import kind_of
+from mtl_dist.plural import plural
 from mtl_dist.printable import printable
 from mtl_dist.specs import TaskInfo
 
 _LOOKED_AT = 200
 _CLASSES_SHOWN = 30
+_NOUNS = ("image", "mask", "table", "sample", "label", "folder")
+"""The fates in an account that are things; others say what was done: read, indexed, left out."""
 
 
 @dataclass(frozen=True)
@@ -202,9 +205,15 @@ def account_lines(account: Mapping[str, Mapping[str, int]]) -> list[str]:
     found = []
     for unit, fates in account.items():
         ordered = sorted(fates.items(), key=lambda item: (item[0].startswith("left out"), -item[1], item[0]))
-        parts = " + ".join(f"{number:,} {fate}" for fate, number in ordered)
+        parts = " + ".join(_counted(number, fate) for fate, number in ordered)
         found.append(f"{unit}: {sum(fates.values()):,} = {parts or '0'}")
     return found
+
+
+def _counted(number: int, fate: str) -> str:
+    """A number of things that became samples, labels, or were left out for a reason."""
+    word, colon, more = fate.partition(":")
+    return f"{plural(number, word)}{colon}{more}" if word in _NOUNS else f"{number:,} {fate}"
 
 
 def _headline(manifest: Manifest) -> Text:

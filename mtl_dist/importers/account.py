@@ -1,7 +1,7 @@
 """The account of a preparation: what was found, and what became of each.
 
-    files    1,402 = 1,400 image + 1 table + 1 left out: hidden
-    images   1,400 = 1,399 sample + 1 left out: unreadable
+    files    1,402 = 1,400 images + 1 table + 1 left out: hidden
+    images   1,400 = 1,399 samples + 1 left out: unreadable
 
 An importer says what it found and what each thing became; a thing without a fate is a mistake of the
 importer, and the preparation ends with its name. Nothing is lost silently.

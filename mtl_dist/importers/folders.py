@@ -65,7 +65,8 @@ class Folders(Importer):
     ) -> None:
         if bool(task) == bool(levels):
             raise UserError(
-                "--task: expected one of --task NAME and --levels NAME,..., found both or neither."
+                "--task: expected one of --task NAME and --levels NAME,..., found "
+                f"{'both' if task else 'neither'}."
             )
         self._levels = tuple(levels) or (task,)
         named = [level for level in self._levels if level != SKIP]
@@ -212,7 +213,7 @@ class Folders(Importer):
             vocab = vocabulary(Declared(), terms)
             if len(vocab.names) < 2:
                 raise UserError(
-                    f"{self._source}: expected one folder per class, found {len(vocab.names) or 'no'} with "
+                    f"{self._source}: expected one folder per class, found {len(vocab.names) or 'none'} with "
                     "images."
                 )
             if self._strict and (alike := vocab.merged(terms)):

@@ -16,6 +16,7 @@ from mtl_dist.kinds.kind import Label, ScalarKind
 from mtl_dist.kinds.vocabulary import Cell, Declared, LabelError, plain, vocabulary
 
 _COMMA_NUMBER = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?")
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 
 
@@ -37,12 +38,18 @@ def parse_cells(
         UserError: a cell that holds no label of the task, `where` says the place of each; or, if `declared`
             is strict, two texts for one class.
     """
+    num_empty = sum(isinstance(cell, str) and not plain(cell) for cell in cells)
     cells, missing = _without_missing(cells, declared)
     notes = (
         [f"read as no label: {', '.join(f'{word!r} ({n:,})' for word, n in missing.items())}"]
         if missing
         else []
     )
+    if kind.may_be_none and num_empty:
+        none = "[]" if any(isinstance(cell, list) for cell in cells) else f"{declared.separator!r} alone"
+        notes.append(
+            f"empty cells, missing labels and not 'none of the classes', which is {none}: {num_empty:,}"
+        )
     at = 0
     try:
         terms: Counter[str] = Counter()
@@ -56,6 +63,11 @@ def parse_cells(
         for at, cell in enumerate(cells):  # noqa: B007
             labels.append(kind.parse(cell, words))
     except LabelError as error:
+        if kind.has_values and _are_words(cells):
+            raise UserError(
+                f"{where(at)}: expected {error.expected}, found {error.found}, and no number anywhere else. "
+                "Name another column; where these are classes, --classification or --ordinal takes them."
+            ) from None
         raise UserError(f"{where(at)}: {error}") from None
     if terms:
         if declared.strict and (texts := words.merged(terms)):
@@ -65,6 +77,12 @@ def parse_cells(
             )
         notes += words.spellings(terms)
     return Parsed(words.names if kind.has_classes else (), labels, tuple(notes))
+
+
+def _are_words(cells: Sequence[Cell]) -> bool:
+    """Whether several cells are filled, none with a number."""
+    filled = [str(cell) for cell in cells if cell]
+    return len(filled) > 1 and not any(map(_NUMBER.fullmatch, filled))
 
 
 def _without_missing(cells: Sequence[Cell], declared: Declared) -> tuple[list[Cell], dict[str, int]]:

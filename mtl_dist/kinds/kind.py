@@ -69,6 +69,8 @@ class Kind(ABC):
     """Whether labels speak of named classes."""
     class_words: ClassVar[tuple[str, str]] = ("class", "classes")
     """What one of these is called, and several are."""
+    may_be_none: ClassVar[bool] = False
+    """Whether a label may be that no class applies, which an empty cell, a missing label, does not say."""
     is_one_class: ClassVar[bool] = False
     """Whether a label is exactly one class, by its index: samples can be balanced and stratified by it."""
     is_number: ClassVar[bool] = False

@@ -20,8 +20,9 @@ class Multilabel(ScalarKind):
     """
 
     name = "multilabel"
-    help = "Any number of classes, with a separator between them; the separator alone means none."
+    help = "Any number of classes, a separator between them; it alone means none, an empty cell no label."
     has_classes: ClassVar[bool] = True
+    may_be_none: ClassVar[bool] = True
 
     def terms(self, cell: Cell, declared: Declared) -> list[str]:
         return _members(cell, declared.separator) or []

@@ -18,5 +18,9 @@ class Ordinal(Classification):
     def terms(self, cell: Cell, declared: Declared) -> list[str]:
         text = one_value(cell)
         if text and declared.classes is None and whole_number(text) is None:
-            raise LabelError("a whole number as grade", repr(text), "Or name the classes from low to high.")
+            raise LabelError(
+                "a whole number as grade",
+                repr(text),
+                "Name grades from low to high: --classes TASK=LOW,MID,HIGH.",
+            )
         return super().terms(cell, declared)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import yaml
@@ -27,6 +28,9 @@ FEW_TO_MEASURE = 200
 """Samples of val below which a recipe says how uncertain a result on them is: an accuracy by 0.07 or more."""
 NORMAL_95 = 1.96
 """Deviations of a normal distribution that 95 of 100 lie within."""
+
+_PIXELS = re.compile(r"(?<![a-z])(px|pixels?)(?![a-z])")
+"""In a unit: lengths and areas in the picture, which grow when it is enlarged."""
 
 
 def first_recipe(inspection: Inspection, device: Device) -> str:
@@ -58,7 +62,7 @@ def first_recipe(inspection: Inspection, device: Device) -> str:
         )
     side, why = _side(inspection.image_sizes.get(train, []), device)
     lines.append(f"  image_size: {side}  # {why}")
-    augment, why = _augment(manifest.channels, side)
+    augment, why = _augment(manifest.channels, side, manifest.tasks)
     lines.append(f"  augment: {augment}  # {why}")
     backbone, why = _backbone(side, num_samples, device)
     lines += ["model:", f"  backbone: {backbone}  # {why}"]
@@ -96,21 +100,36 @@ def _side(sizes: Sequence[tuple[int, int]], device: Device) -> tuple[int, str]:
     """The side of training images, and why."""
     shortest = int(statistics.median(min(size) for size in sizes)) if sizes else LARGEST_SIDE[device]
     largest = LARGEST_SIDE[device]
+    typical = f"the shorter side of pictures is typically {shortest} pixels"
     if shortest > largest:
-        return largest, f"pictures have {shortest} pixels; this is what a {device.upper()} takes in good time"
+        return largest, f"{typical}; this is what a {device.upper()} takes in good time"
     side = max(STRIDE, STRIDE * round(shortest / STRIDE))
-    return side, f"pictures have {shortest} pixels" + (
-        "" if side == shortest else f"; a multiple of {STRIDE}"
-    )
+    return side, typical + ("" if side == shortest else f"; a multiple of {STRIDE}")
 
 
-def _augment(channels: int, side: int) -> tuple[str, str]:
+def _augment(channels: int, side: int, tasks: Mapping[str, TaskInfo]) -> tuple[str, str]:
     if channels == 1 and side <= SMALL_SIDE:
         return (
             "{translate: 0.08, rotate: 8}",
             "small grey pictures may be signs, which mirroring would change",
         )
-    return "standard", "crops of half the picture and more, mirrored; say none where left and right differ"
+    lengths = [name for name, info in tasks.items() if _is_in_pixels(info)]
+    if lengths:
+        return (
+            "{flip: true, brightness: 0.2, contrast: 0.2}",
+            f"no crops and no zoom, which would change {' and '.join(lengths)} in pixels; flip: false where "
+            "left and right differ, or a label is a place",
+        )
+    return (
+        "standard",
+        "crops of half the picture and more, enlarged and mirrored; say none where left and right differ, or "
+        "a label is a size",
+    )
+
+
+def _is_in_pixels(info: TaskInfo) -> bool:
+    """Whether labels that are numbers, and stay as they are when the image is enlarged, are lengths in it."""
+    return not kind_of(info.kind).is_map and bool(_PIXELS.search(info.unit.casefold()))
 
 
 def _backbone(side: int, num_samples: int, device: Device) -> tuple[str, str]:

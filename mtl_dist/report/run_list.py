@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 LEFT_OUT = ("name",)
 """Settings that no comparison is about."""
+ONLY_HERE = "tasks not in all"
+"""In place of the settings of such tasks."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def comparison_of(runs: Sequence[ListedRun]) -> CellTable:
     table.add_column("", overflow="fold")
     for run in runs:
         table.add_column(f"{run.path.parent.name}/{run.path.name}", justify="right", overflow="fold")
-    differing = differing_settings(runs)
+    differing = differing_settings([run.settings for run in runs])
     for key, values in differing.items():
         table.add_row(key, *values, end_section=key == list(differing)[-1])
     names = _in_order(run.metrics for run in runs)
@@ -176,11 +178,18 @@ def comparison_of(runs: Sequence[ListedRun]) -> CellTable:
     return table
 
 
-def differing_settings(runs: Sequence[ListedRun]) -> dict[str, list[str]]:
-    """By key the value of each run, of the settings that are not the same in all."""
-    keys = _in_order(run.settings for run in runs)
-    values = {key: [run.settings.get(key, "") for run in runs] for key in keys if key not in LEFT_OUT}
-    return {key: own for key, own in values.items() if len(set(own)) > 1}
+def differing_settings(recipes: Sequence[Mapping[str, str]], absent: str = "") -> dict[str, list[str]]:
+    """By dotted key the value in each recipe, of the settings that are not the same in all; `absent` is what
+    a recipe has not. The tasks that not all have are one of them, by their names."""
+    tasks = [{key.split(".")[1] for key in recipe if key.startswith("tasks.")} for recipe in recipes]
+    in_all = set.intersection(*tasks)
+    values = {
+        key: [recipe.get(key, absent) for recipe in recipes]
+        for key in _in_order(recipes)
+        if key not in LEFT_OUT and (not key.startswith("tasks.") or key.split(".")[1] in in_all)
+    }
+    apart = [", ".join(sorted(names - in_all)) or absent for names in tasks]
+    return {key: own for key, own in ({ONLY_HERE: apart} | values).items() if len(set(own)) > 1}
 
 
 def _in_order(mappings: Iterable[Mapping[str, object]]) -> list[str]:

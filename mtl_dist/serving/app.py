@@ -22,7 +22,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from torch import Tensor
 
 from mtl_dist import __version__
-from mtl_dist.data.images import UnreadableImage, examine_image
+from mtl_dist.data.images import UnreadableImage, examine_image, image_size
 from mtl_dist.errors import ImageError
 from mtl_dist.prediction.predictor import Answers, Predictor
 from mtl_dist.printable import printable
@@ -74,13 +74,14 @@ class Service:
 
     def _decoded(self, name: str, data: bytes) -> Tensor:
         try:
-            facts = examine_image(data, decode=False)
-            if facts.width * facts.height > self.limits.max_pixels:
+            width, height = image_size(data)
+            if width * height > self.limits.max_pixels:
                 raise HTTPException(
                     413,
-                    f"{name}: expected at most {self.limits.max_pixels:,} pixels, found {facts.width:,} x "
-                    f"{facts.height:,}.",
+                    f"{name}: expected at most {self.limits.max_pixels:,} pixels, found {width:,} x "
+                    f"{height:,}.",
                 )
+            examine_image(data, decode=False)
             return self.predictor.decoded(data, name)
         except UnreadableImage as error:
             raise HTTPException(
@@ -121,10 +122,17 @@ def build_app(predictor: Predictor, limits: Limits, name: str, hosts: Sequence[s
 
     @app.post("/predict", responses=_bad(400, 408, 413, 422, 429))
     async def predict(
+        request: Request,
         files: Annotated[list[UploadFile], File(description="Images, as files.", min_length=1)],
         maps: Annotated[bool, Query(description="Masks and overlays as PNGs too.")] = False,
     ) -> dict[str, Any]:
         """Every task's answer for each image, in their order."""
+        for given, known, what in (
+            (request.query_params, "maps", "parameter of the query"),
+            (await request.form(), "files", "field of the form"),
+        ):
+            if others := [name for name in given if name != known]:
+                raise HTTPException(422, f"expected {known} as the only {what}, found {_shown(others)}.")
         if len(files) > limits.max_files:
             raise HTTPException(413, f"expected at most {limits.max_files} files, found {len(files)}.")
         named = [(_name_of(file, number), await file.read()) for number, file in enumerate(files)]
@@ -166,14 +174,28 @@ def build_app(predictor: Predictor, limits: Limits, name: str, hosts: Sequence[s
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return JSONResponse({"detail": printable(f"{where}: {first['msg']}.")}, 422)
+        return JSONResponse({"detail": _unreadable(error)}, 422)
 
     app.add_middleware(Guard, limits=limits)
     app.add_middleware(KnownHosts, hosts=hosts)
     app.state.service = service
     return app
+
+
+def _unreadable(error: RequestValidationError) -> str:
+    """What is wrong with the parameters of a request, in words."""
+    first = error.errors()[0]
+    place, *names = first["loc"]
+    if place == "query":
+        return f"{names[0]}: expected true or false, found {_shown([str(first['input'])])}."
+    given = error.body or {}
+    found = "text" if "files" in given else _shown(list(given)) or "nothing"
+    return f"files: expected one file or more, found {found}. With curl: -F files=@NAME"
+
+
+def _shown(names: Sequence[str]) -> str:
+    """Names that somebody sent, as they may be shown."""
+    return printable(", ".join(map(repr, dict.fromkeys(names))))[:_LONGEST_NAME]
 
 
 def _name_of(file: UploadFile, number: int) -> str:

@@ -87,6 +87,18 @@ def bomb(width: int, height: int) -> bytes:
     return bytes(data)
 
 
+def float_tiff_without_data(width: int, height: int) -> bytes:
+    """A TIFF of floats whose strips hold nothing that can be decoded."""
+    buffer = io.BytesIO()
+    Image.new("F", (width, height), 1.0).save(buffer, "TIFF", compression="tiff_adobe_deflate")
+    with Image.open(buffer) as image:
+        places = list(zip(image.tag_v2[273], image.tag_v2[279], strict=True))  # type: ignore[attr-defined]
+    data = bytearray(buffer.getvalue())
+    for at, length in places:
+        data[at : at + length] = bytes(length)
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
     ("images", "code", "says"),
     [
@@ -96,11 +108,13 @@ def bomb(width: int, height: int) -> bytes:
         ([png(image_of(1)), b"\x00"], 422, "1.png: expected a readable image, found"),
         ([png(np.zeros((100, 90, 3), np.uint8))], 413, "expected at most 5,000 pixels, found 90 x 100."),
         ([bomb(60_000, 60_000)], 422, "pixels"),
+        ([bomb(9_000, 9_000)], 413, "expected at most 5,000 pixels, found 9,000 x 9,000."),
+        ([float_tiff_without_data(300, 400)], 413, "expected at most 5,000 pixels, found 300 x 400."),
         ([npy(np.array([object()], dtype=object))], 422, "0.png: expected a readable image, found"),
         ([b"x" * 300_000], 413, "expected a request of at most 200,000 bytes, found more."),
         ([b"x"] * 4, 413, "expected at most 3 files, found 4."),
     ],
-    ids=["text", "empty", "cut", "second", "pixels", "bomb", "pickle", "bytes", "files"],
+    ids=["text", "empty", "cut", "second", "pixels", "bomb", "header", "floats", "pickle", "bytes", "files"],
 )
 def test_bad_input_is_one_sentence(client: Any, images: list[bytes], code: int, says: str) -> None:
     response = asked(client, *images)
@@ -118,13 +132,45 @@ def test_a_body_without_a_length_is_counted_too(client: Any) -> None:
 
 
 def test_what_is_no_form_or_goes_elsewhere_is_a_4xx(client: Any) -> None:
-    assert client.post("/predict").json() == {"detail": "files: Field required."}
+    assert client.post("/predict").json() == {
+        "detail": "files: expected one file or more, found nothing. With curl: -F files=@NAME"
+    }
     assert client.post("/predict", json={"files": 1}).status_code == 422
     assert client.get("/predict").status_code == 405
     assert client.get("/nothing").status_code == 404
     stranger = client.get("/health", headers={"Host": "evil.example"})
     assert stranger.status_code == 400
     assert "expected a Host header of 127.0.0.1, localhost, found 'evil.example'" in stranger.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        (
+            {"data": {"files": "hello"}},
+            "files: expected one file or more, found text. With curl: -F files=@NAME",
+        ),
+        (
+            {"files": [("file", b"x")]},
+            "files: expected one file or more, found 'file'. With curl: -F files=@NAME",
+        ),
+        (
+            {"files": [("files", png(image_of(1))), ("file", b"x")]},
+            "expected files as the only field of the form, found 'file'.",
+        ),
+        (
+            {"files": [("files", png(image_of(1)))], "params": {"threshold": "0.9"}},
+            "expected maps as the only parameter of the query, found 'threshold'.",
+        ),
+        (
+            {"files": [("files", png(image_of(1)))], "params": {"maps": "loud"}},
+            "maps: expected true or false, found 'loud'.",
+        ),
+    ],
+)
+def test_what_else_is_sent_is_named(client: Any, sent: dict[str, Any], says: str) -> None:
+    response = client.post("/predict", **sent)
+    assert (response.status_code, response.json()) == (422, {"detail": says})
 
 
 def test_model_health_metrics_schema_and_page_are_there(client: Any) -> None:

@@ -13,8 +13,8 @@ from mtl_dist.printable import printable
 from mtl_dist.report.page.build import duration, main_metric, short_names, three
 from mtl_dist.report.page.charts import Figure, Listing, words
 from mtl_dist.report.page.record import RunRecord
+from mtl_dist.report.run_list import differing_settings
 
-_LEFT_OUT = ("name",)
 _COLOURS = 6
 
 
@@ -36,12 +36,8 @@ def build_several(records: Sequence[RunRecord]) -> SeveralPage:
     """Everything of the page of several runs."""
     names = [printable(name) for name in short_names([record.name for record in records])]
     split = next((one for one in ("test", "val") if any(one in r.metrics for r in records)), "val")
-    keys = list(dict.fromkeys(key for record in records for key in record.settings))
-    rows = [
-        (key, *(record.settings.get(key, "–") for record in records))
-        for key in keys
-        if key not in _LEFT_OUT and len({record.settings.get(key) for record in records}) > 1
-    ]
+    differing = differing_settings([record.settings for record in records], "–")
+    rows = [(key, *values) for key, values in differing.items()]
     tasks = list(dict.fromkeys(name for record in records for name in record.tasks))
     return SeveralPage(
         title=f"{plural(len(records), 'run')} side by side",

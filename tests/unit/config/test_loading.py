@@ -305,6 +305,12 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
         == "configs/no/x.yaml: expected a YAML file, found no directory configs/no."
     )
     assert line(tmp_path) == "configs: expected a YAML file, found a directory. Name a file in it."
+    (tmp_path / "no").mkdir()
+    (tmp_path / "no" / "dataset.json").touch()
+    assert line(tmp_path / "no") == (
+        "configs/no: expected a YAML file, found a prepared dataset. Write a recipe for it: mtl init configs/no > "
+        "mine.yaml"
+    )
     assert line(tmp_path / "latin.yaml") == "configs/latin.yaml: expected UTF-8 text, found the byte 0xe9."
 
 

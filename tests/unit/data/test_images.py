@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mtl_dist.data.decode import decode_image
-from mtl_dist.data.images import UnreadableImage, examine_image, extension_of
+from mtl_dist.data.images import UnreadableImage, examine_image, extension_of, image_size
 from tests.source_files import encoded
 
 RNG = np.random.default_rng(0)
@@ -94,6 +94,33 @@ def test_what_is_no_whole_image_is_refused_with_a_reason(name: str) -> None:
 def test_a_header_alone_does_not_show_that_the_rest_is_missing() -> None:
     cut = encoded(COLOUR.resize((300, 200)), "JPEG")[:2000]
     assert examine_image(cut, decode=False).width == 300
+
+
+@pytest.mark.parametrize("place", ["before", "behind", "nowhere"])
+def test_a_png_is_decoded_for_its_facts_only_where_it_may_be_turned_behind_its_pixels(place: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain = encoded(COLOUR)
+    turned = encoded(COLOUR, exif=exif)
+    chunk = turned[turned.index(b"eXIf") - 4 : turned.index(b"IDAT") - 4]
+    data = {"before": turned, "behind": plain[:-12] + chunk + plain[-12:], "nowhere": plain}[place]
+    facts = examine_image(data, decode=False)
+    assert (facts.width, facts.height, facts.oddities) == (
+        (9, 6, ()) if place == "nowhere" else (6, 9, ("rotated",))
+    )
+    assert image_size(data) == (9, 6)
+    if place == "nowhere":
+        pixels = plain.index(b"IDAT") + 4
+        broken = plain[:pixels] + bytes(40) + plain[pixels + 40 :]
+        assert examine_image(broken, decode=False) == facts
+        with pytest.raises(UnreadableImage):
+            examine_image(broken)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_size_of_an_image_is_in_its_header(name: str) -> None:
+    data, (_, width, height, *_) = ZOO[name]
+    assert sorted(image_size(data)) == sorted((width, height))
 
 
 def test_extensions_have_one_spelling() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from mtl_dist.data.contact_sheet import contact_sheet
-from mtl_dist.data.inspect import inspect_dataset, render, spread
+from mtl_dist.data.inspect import account_lines, inspect_dataset, render, spread
 from mtl_dist.data.shards import Label
 from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import Record, TaskSource
@@ -73,6 +73,21 @@ def test_the_tables_name_counts_missing_labels_sizes_and_notes(dataset: Path) ->
     assert "собака 6 2" in lines
     assert "lesion 50.0% 50.0%" in lines
     assert "note: something to know" in lines
+
+
+def test_an_account_counts_in_words() -> None:
+    account = {
+        "files": {"image": 90, "left out: hidden": 1, "table": 1},
+        "regions": {"label: a crowd": 2, "label": 1},
+        "tars": {"indexed": 3},
+        "images": {},
+    }
+    assert account_lines(account) == [
+        "files: 92 = 90 images + 1 table + 1 left out: hidden",
+        "regions: 3 = 2 labels: a crowd + 1 label",
+        "tars: 3 = 3 indexed",
+        "images: 0 = 0",
+    ]
 
 
 def test_a_whole_dataset_passes_verification(dataset: Path) -> None:

@@ -270,7 +270,7 @@ def test_a_layout_that_cannot_be_meant_is_refused(tmp_path: Path, files: dict, m
 
 def test_sources_that_hold_no_classes_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, tmp_path / "nothing", "found nothing there")
-    refused(tmp_path, fill(tmp_path / "empty", {"notes.txt": b""}), "expected one folder per class, found no")
+    refused(tmp_path, fill(tmp_path / "empty", {"notes.txt": b""}), "per class, found none with")
     refused(
         tmp_path, fill(tmp_path / "one", {"a/1.jpg": picture(1)}), "inside class folders|found 1 with images"
     )

@@ -82,7 +82,11 @@ def test_declared_classes_are_found_by_name_before_index() -> None:
 def test_the_same_words_mean_no_label_for_every_kind(kind: str) -> None:
     parsed = read(["3", "NA", "nan", "", "n/a", "NA"], kind)
     assert [label is None for label in parsed.labels] == [False, True, True, True, True, True]
-    assert parsed.notes == ("read as no label: 'NA' (2), 'n/a' (1), 'nan' (1)",)
+    empty = "empty cells, missing labels and not 'none of the classes', which is '|' alone: 1"
+    assert parsed.notes == (
+        "read as no label: 'NA' (2), 'n/a' (1), 'nan' (1)",
+        *([empty] if kind == "multilabel" else []),
+    )
 
 
 def test_the_words_for_no_label_can_be_changed() -> None:

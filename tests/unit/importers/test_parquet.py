@@ -56,6 +56,18 @@ def written(root: Path) -> Path:
     return root
 
 
+def test_nulls_among_lists_are_told_from_empty_lists(tmp_path: Path) -> None:
+    columns = {"image": [{"bytes": picture(n)} for n in range(4)], "tags": [["a", "b"], None, [], None]}
+    (tmp_path / "in").mkdir()
+    pq.write_table(pyarrow.table(columns), tmp_path / "in" / "t.parquet")
+    settings = {"source": tmp_path / "in", "labels": {"tags": "multilabel:tags"}}
+    manifest = run("parquet", tmp_path / "out", settings, HERE)
+    assert sorted(map(str, labels(tmp_path / "out").values())) == sorted(
+        map(str, ({"tags": [0, 1]}, {}, {"tags": []}, {}))
+    )
+    assert "tags: empty cells, missing labels and not 'none of the classes', which is []: 2" in manifest.notes
+
+
 def test_rows_of_a_hugging_face_dataset_become_samples(tmp_path: Path) -> None:
     manifest = run("parquet", tmp_path / "out", {"source": written(tmp_path / "in"), **ALL}, HERE)
     assert {name: split.num_samples for name, split in manifest.splits.items()} == {"train": 5, "val": 2}

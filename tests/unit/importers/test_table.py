@@ -74,6 +74,33 @@ def test_a_table_becomes_labels_of_every_kind_and_empty_cells_are_missing(tmp_pa
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "table", "none", "number"),
+    [
+        ("t.csv", "file,colours\na.png,red|blue\nb.png,\nc.png,|\nd.png,NA\n", "'|' alone", 1),
+        ("t.json", {"a.png": ["red", "blue"], "b.png": None, "c.png": [], "d.png": None}, "[]", 2),
+    ],
+)
+def test_empty_cells_of_several_classes_are_told_from_none_of_them(
+    tmp_path: Path, name: str, table: str | dict[str, Any], none: str, number: int
+) -> None:
+    pictures = {f"{letter}.png": picture(at) for at, letter in enumerate("abcd")}
+    root = fill(tmp_path / "in", {name: table, **pictures})
+    tasks = {"multilabel": {"colours": "colours" if name == "t.csv" else "label"}}
+    manifest = prepare(root / name, tmp_path / "out", **tasks, split="0.5,0.5")
+    assert labels(tmp_path / "out") == {"a": {"colours": [0, 1]}, "b": {}, "c": {"colours": []}, "d": {}}
+    said = f"colours: empty cells, missing labels and not 'none of the classes', which is {none}: {number}"
+    assert said in manifest.notes
+
+
+def test_a_full_column_and_labels_of_one_class_say_nothing_of_empty_cells(tmp_path: Path) -> None:
+    rows = "file,tags,dx\na.png,x|y,cat\nb.png,|,\n"
+    root = fill(tmp_path / "in", {"t.csv": rows, "a.png": picture(1), "b.png": picture(2)})
+    tasks = {"multilabel": {"tags": "tags"}, "classification": {"dx": "dx"}}
+    manifest = prepare(root / "t.csv", tmp_path / "out", **tasks, split="0.5,0.5")
+    assert not any("empty cells" in note for note in manifest.notes)
+
+
 def test_a_byte_order_mark_and_windows_lines_change_nothing(tmp_path: Path) -> None:
     odd = "\ufeff" + CSV.replace("\n", "\r\n") + "\r\n"
     for name, table in (("plain", CSV), ("odd", odd)):

@@ -35,6 +35,22 @@ WRONG_TABLES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"regression": {"age": "age"}},
         "line 2, column 'age': expected a number or nothing, found 'old'",
     ),
+    "words where no number is": (
+        "file,split,size\na.png,train,S1\nb.png,train,\nc.png,train,S2\n",
+        {"regression": {"size": "size"}},
+        "line 2, column 'size': expected a number or nothing, found 'S1', and no number anywhere else. "
+        "Name another column; where these are classes, --classification or --ordinal takes them.$",
+    ),
+    "a word among numbers": (
+        "file,split,size\na.png,train,1.5\nb.png,train,?\n",
+        {"regression": {"size": "size"}},
+        r"line 3, column 'size': expected a number or nothing, found '\?'. Say which words mean none",
+    ),
+    "grades in words": (
+        "file,split,grade\na.png,train,low\n",
+        {"ordinal": {"grade": "grade"}},
+        "found 'low'. Name grades from low to high: --classes TASK=LOW,MID,HIGH.",
+    ),
     "an infinite number": (
         "file,split,age\na.png,train,inf\n",
         {"regression": {"age": "age"}},

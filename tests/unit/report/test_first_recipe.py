@@ -51,6 +51,49 @@ def test_a_dataset_without_val_is_told_what_is_missing(dataset: Path) -> None:
     assert "--val 0.2" not in first_recipe(inspection, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("kind", "unit", "zooms"),
+    [
+        ("regression", "px", False),
+        ("regression", "pixels", False),
+        ("regression", "px²", False),
+        ("vector", "mm,px", False),
+        ("regression", "mm", True),
+        ("regression", "megapixels", True),
+        ("depth", "px", True),
+    ],
+)
+def test_no_crops_are_proposed_where_a_label_is_a_length_in_pixels(
+    dataset: Path, kind: str, unit: str, zooms: bool
+) -> None:
+    inspection = inspect_dataset(dataset)
+    classes, counts = (("a", "b"), (9, 9)) if kind == "vector" else ((), ())
+    info = TaskInfo(kind, classes, 9, counts, unit=unit)
+    splits = {
+        name: replace(split, labels=split.labels | {"width": next(iter(split.labels.values()))})
+        for name, split in inspection.manifest.splits.items()
+    }
+    tasks = inspection.manifest.tasks | {"width": info}
+    manifest = replace(inspection.manifest, tasks=tasks, splits=splits, channels=3)
+    text = first_recipe(replace(inspection, manifest=manifest), "cpu")
+    (line,) = [line for line in text.splitlines() if line.strip().startswith("augment:")]
+    augmentation = load_recipe(yaml.safe_load(text)).data.augmentation
+    assert (augmentation.crop_scale != (1.0, 1.0)) == zooms
+    assert augmentation.zoom == (1.0, 1.0)
+    assert (
+        "or a label is a size" in line
+        if zooms
+        else "no crops and no zoom, which would change width in pixels" in line
+    )
+
+
+def test_the_size_of_pictures_is_told_as_a_typical_one(dataset: Path) -> None:
+    text = first_recipe(
+        replace(inspect_dataset(dataset), image_sizes={"train": [(90, 60), (60, 80), (20, 30)]}), "gpu"
+    )
+    assert "image_size: 64  # the shorter side of pictures is typically 60 pixels; a multiple of 32" in text
+
+
 def test_few_samples_of_val_are_told_with_what_that_means(dataset: Path) -> None:
     inspection = inspect_dataset(dataset)
     manifest = inspection.manifest
@@ -97,6 +140,17 @@ def test_the_command_prints_it_or_writes_a_new_file(
     assert "expected a new file, found one" in capsys.readouterr().err
     assert init(str(dataset), str(dataset)) == 2
     assert "found the dataset" in capsys.readouterr().err
+    table = tmp_path / "labels.csv"
+    table.touch()
+    for place, says in (
+        (table, f"found the file {table}. Prepare it first: mtl prepare table {table} data/NAME"),
+        (tmp_path, f"found the folder {tmp_path}, which is none. Prepare it first: mtl prepare auto"),
+        (tmp_path / "nosuch", f"found no folder {tmp_path / 'nosuch'}."),
+    ):
+        assert init(str(place)) == 2
+        assert says in capsys.readouterr().err
+    assert init("digts") == 2
+    assert "Did you mean" in capsys.readouterr().err
 
 
 @pytest.mark.slow

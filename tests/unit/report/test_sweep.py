@@ -20,6 +20,7 @@ from mtl_dist.config.loading import to_yaml
 from mtl_dist.errors import UserError
 from mtl_dist.launch.local import Launch
 from mtl_dist.recipe import load_recipe
+from mtl_dist.report.run_list import differing_settings
 from mtl_dist.report.sweep import Point, plan_sweep, run_sweep
 from mtl_dist.run_folder import RunFolder
 
@@ -244,6 +245,21 @@ def test_runs_side_by_side_show_the_settings_that_differ_and_every_metric(study:
     assert ["optim.lr", "0.1", "0.2"] in lines
     assert ["test/digit/accuracy", "0.5000", "0.7000"] in lines
     assert not any(line[0].startswith("train.") for line in lines)
+
+
+def test_tasks_that_not_all_runs_have_are_one_line_of_a_comparison() -> None:
+    common = {"name": "a", "tasks.digit.kind": "classification", "optim.lr": "0.1"}
+    first = common | {
+        "tasks.colours.kind": "multilabel",
+        "tasks.size.kind": "regression",
+        "tasks.size.weight": "1",
+    }
+    second = common | {"name": "b", "tasks.digit.weight": "2"}
+    assert differing_settings([first, second], "–") == {
+        "tasks not in all": ["colours, size", "–"],
+        "tasks.digit.weight": ["–", "2"],
+    }
+    assert differing_settings([first, first]) == {}
 
 
 def test_tags_find_runs_are_added_and_taken_away(study: Path) -> None:
