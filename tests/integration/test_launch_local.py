@@ -50,7 +50,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
     signal.signal(number, leave)
 note(f"{os.environ['WORLD_SIZE']} ranks, {os.environ['OMP_NUM_THREADS']} thread, pid {os.getpid()}")
 """
-WAIT = "time.sleep(120)\n"
+WAIT = "for _ in range(1200):\n    time.sleep(0.1)  # a signal just before a call is acted on after it\n"
 MISTAKE = """
 from mtl_dist.commands import errors
 from mtl_dist.errors import UserError
@@ -95,7 +95,7 @@ def ranks(tmp_path: Path) -> list[psutil.Process]:
 
 
 def test_the_first_failed_rank_gives_the_exit_code_and_the_others_are_ended(tmp_path: Path) -> None:
-    process = start(tmp_path, 'sys.exit(3) if rank == "1" else time.sleep(120)\n')
+    process = start(tmp_path, f'sys.exit(3) if rank == "1" else None\n{WAIT}')
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 3
     assert [line[:20] for line in errors.splitlines() if line] == ["rank 1 failed with e"]

@@ -12,7 +12,10 @@ import pytest
 
 from mtl_dist.launch.local import Launch, supervise_all
 
-SAVES = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0)); open({!r}, 'w'); time.sleep(60)"
+SAVES = (
+    "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0)); open({!r}, 'w')\n"
+    "for _ in range(600): time.sleep(0.1)  # a signal just before a call is acted on after it"
+)
 
 
 def launch(code: str) -> Launch:

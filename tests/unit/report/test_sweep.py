@@ -136,7 +136,10 @@ def test_a_point_that_fails_is_told_and_the_others_go_on(tmp_path: Path, trained
     assert trained == ["lr=9", "lr=1e-2"]
 
 
-WAITS = "import signal, time; signal.signal(15, lambda *_: exit(143)); open({!r}, 'w'); time.sleep(60)"
+WAITS = (
+    "import signal, time; signal.signal(15, lambda *_: exit(143)); open({!r}, 'w')\n"
+    "for _ in range(600): time.sleep(0.1)  # a signal just before a call is acted on after it"
+)
 
 
 def test_a_sweep_that_was_stopped_goes_on_where_it_was(
