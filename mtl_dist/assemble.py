@@ -400,8 +400,8 @@ def begin_with(root: RootModule, run: Path, say: Callable[[str], None]) -> None:
     untrained = dict.fromkeys(".".join(name.split(".")[:2]) for name in missing)
     rest = f"; untrained: {', '.join(untrained)}" if untrained else ""
     say(f"begins with the weights of {trained.path}{rest}")
-    infos = {name: task.info for name, task in root.tasks.items() if f"heads.{name}" not in untrained}
-    for difference in meaning_differences(trained.facts.task_infos, infos):
+    task_infos = {name: task.info for name, task in root.tasks.items() if f"heads.{name}" not in untrained}
+    for difference in meaning_differences(trained.facts.task_infos, task_infos):
         say(f"{difference} Its head begins with the old weights, class by class in their order.")
 
 

@@ -36,7 +36,7 @@ class MonitorSettings(Settings):
     `mtl_dist.load(run, checkpoint="best/TASK")`."""
 
     @model_validator(mode="after")
-    def _one_figure(self) -> MonitorSettings:
+    def _one_metric(self) -> MonitorSettings:
         # A run's own recipe states the default beside the mean.
         if self.mean is not None and self.metric != "val/loss":
             raise ValueError("expected metric or mean, found both. Remove one of them.")
@@ -44,7 +44,7 @@ class MonitorSettings(Settings):
 
     @property
     def name(self) -> str:
-        """The figure that is followed."""
+        """The metric that is followed."""
         return self.metric if self.mean is None else WEIGHTED_MEAN
 
     @property
@@ -85,7 +85,7 @@ class Monitor:
         self._plateau = schedule if isinstance(schedule, PlateauSchedule) else None
 
     def of(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The figure that is followed, by its name; empty where a metric that it is of was not measured."""
+        """The metric that is followed, by its name; empty where a metric that it is of was not measured."""
         weights = {self.metric: 1.0} if self._mean is None else self._mean
         if not weights.keys() <= metrics.keys():
             return {}

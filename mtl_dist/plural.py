@@ -8,10 +8,10 @@ def plural(num: int, noun: str, many: str = "") -> str:
     return f"{num:,} {noun if num == 1 else many or noun + 's'}"
 
 
-def figure(value: float) -> str:
+def readable(value: float) -> str:
     """A loss or a metric, short enough for a table also where it has exploded.
 
-    >>> figure(0.71236), figure(-0.00001), figure(2714814840389.2)
+    >>> readable(0.71236), readable(-0.00001), readable(2714814840389.2)
     ('0.7124', '0.0000', '2.715e+12')
     """
     return f"{value:z.4f}" if not abs(value) >= 1e6 else f"{value:.4g}"

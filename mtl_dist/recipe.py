@@ -215,7 +215,7 @@ class Recipe(Settings):
 
     @property
     def monitor_mode(self) -> Mode:
-        """Whether the monitored figure is to grow or to fall.
+        """Whether the monitored metric is to grow or to fall.
 
         Raises:
             UserError: it is a user-defined metric that does not say, or a mean of metrics of both sorts.
@@ -311,7 +311,7 @@ def _filled(data: dict[str, Any], added: set[Location]) -> tuple[dict[str, Any],
     """A recipe's data with the tasks that it leaves to its datasets."""
     rest = {key: value for key, value in data.items() if key != "tasks"}
 
-    def infos() -> Mapping[str, TaskInfo]:
+    def task_infos() -> Mapping[str, TaskInfo]:
         from mtl_dist.data.task_infos import tasks_in  # (only here are datasets looked at while reading)
         from mtl_dist.importers.external import with_indexes
 
@@ -322,7 +322,7 @@ def _filled(data: dict[str, Any], added: set[Location]) -> tuple[dict[str, Any],
             raise _NoData(str(error)) from None
 
     try:
-        return with_tasks_of_the_data(data, added, infos)
+        return with_tasks_of_the_data(data, added, task_infos)
     except _NoData as error:
         return rest, [((), line) for line in str(error).splitlines()]
     except UserError:

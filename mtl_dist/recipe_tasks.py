@@ -19,15 +19,15 @@ from mtl_dist.specs import TaskInfo
 OTHERS = "*"
 """The entry of `tasks` that stands for every task of the data that has none of its own."""
 
-Infos = Callable[[], Mapping[str, TaskInfo]]
+TaskInfos = Callable[[], Mapping[str, TaskInfo]]
 
 
 def with_tasks_of_the_data(
-    data: Mapping[str, Any], added: Collection[Location], infos: Infos
+    data: Mapping[str, Any], added: Collection[Location], task_infos: TaskInfos
 ) -> tuple[dict[str, Any], list[Mistake]]:
     """A recipe's data with every task that it means, each with its kind; and what is wrong with their names.
 
-    `added` are the entries that only overrides made. `infos`, what the datasets know of their tasks, is
+    `added` are the entries that only overrides made. `task_infos`, what the datasets know of their tasks, is
     asked for only where the recipe leaves something to them.
     """
     stated = data.get("tasks")
@@ -39,7 +39,7 @@ def with_tasks_of_the_data(
         with_others = True
     if not with_others and all(map(_is_complete, tasks.values())):
         return dict(data), []
-    known = infos()
+    known = task_infos()
     others = tasks.pop(OTHERS, None) or {}
     mistakes: list[Mistake] = []
     for name, entry in tasks.items():

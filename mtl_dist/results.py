@@ -15,7 +15,7 @@ from mtl_dist.evaluator import Evaluation
 from mtl_dist.figures.confusion import draw_confusion
 from mtl_dist.heartbeat import getting_on
 from mtl_dist.intervals import Interval, intervals
-from mtl_dist.plural import figure
+from mtl_dist.plural import readable
 from mtl_dist.printable import cell
 from mtl_dist.run_folder import RunFolder
 from mtl_dist.sample_rows import Table
@@ -69,12 +69,12 @@ def headlines(evaluation: Evaluation, tasks: Mapping[str, Task], table: Table | 
             continue
         getting_on()
         found = None if table is None else intervals(task, table.of_task(name)).get(metric)
-        between = f"{figure(found[0])} to {figure(found[1])}" if found else ""
+        between = f"{readable(found[0])} to {readable(found[1])}" if found else ""
         baseline = evaluation.baselines.get(name)
         reached = math.nan if baseline is None else baseline.metrics.get(metric, math.nan)
-        constant = f"{baseline.name} {figure(reached)}" if baseline and not math.isnan(reached) else ""
+        constant = f"{baseline.name} {readable(reached)}" if baseline and not math.isnan(reached) else ""
         mode = task.settings.modes.get(metric)
-        shown.add_row(name, metric, figure(value), between, constant, _against(value, found, reached, mode))
+        shown.add_row(name, metric, readable(value), between, constant, _against(value, found, reached, mode))
     return shown
 
 
@@ -128,7 +128,7 @@ def per_class_tables(evaluation: Evaluation) -> list[CellTable]:
 def _shown(name: str, value: float) -> str:
     if math.isnan(value):
         return "-"
-    return str(int(value)) if name in ("num_samples", "support") else figure(value)
+    return str(int(value)) if name in ("num_samples", "support") else readable(value)
 
 
 def print_results(evaluations: Mapping[str, Evaluation], console: Console | None = None) -> None:

@@ -61,13 +61,13 @@ def count_labels(tasks: Mapping[str, Task], batches: Sequence[Batch], joints: Se
     counts_T = torch.zeros(len(tasks) + len(joints), dtype=torch.float64)
     for batch in batches:
         for t, (name, task) in enumerate(tasks.items()):
-            counts_T[t] += _over_labels(task.count, batch, name).double()
+            counts_T[t] += over_labels(task.count, batch, name).double()
         for t, joint in enumerate(joints, start=len(tasks)):
             counts_T[t] += joint.count(batch).double()
     return counts_T
 
 
-def _over_labels(part: Callable[..., Tensor], batch: Batch, name: str) -> Tensor:
+def over_labels(part: Callable[..., Tensor], batch: Batch, name: str) -> Tensor:
     """A task's count or loss sum over its labels in the batch: over both of each blended sample."""
     own, labelled_B = batch.targets[name], batch.labelled[name]
     if batch.lam_B is None or name not in batch.partners:
@@ -276,7 +276,7 @@ class RootModule(nn.Module):
         `of_joints` are the outputs that each joint loss sees, where these are others.
         """
         sums = [
-            _over_labels(partial(task.loss_sum, outputs[name]), batch, name)
+            over_labels(partial(task.loss_sum, outputs[name]), batch, name)
             for name, task in self.tasks.items()
         ]
         seen: Sequence[Mapping[str, Tensor]] = of_joints or [outputs] * len(self.joints)

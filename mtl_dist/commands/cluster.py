@@ -11,7 +11,7 @@ import typer
 
 from mtl_dist.commands.runs import DataMoved, Overrides, RunDir, RunFolder, StartFrom, Tags
 from mtl_dist.errors import UserError
-from mtl_dist.plural import figure
+from mtl_dist.plural import readable
 from mtl_dist.printable import printable, printable_lines, say
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _progress(view: RunView) -> tuple[str, str, str, str, str]:
         f"{now.epoch:.2f}",
         f"{now.images_per_s:.0f}" if runs else "",
         _duration(left) if runs and left is not None else "",
-        f"{now.metric} {figure(now.best)}" if now.best is not None else "",
+        f"{now.metric} {readable(now.best)}" if now.best is not None else "",
     )
 
 

@@ -29,7 +29,7 @@ from mtl_dist.printable import say
 USER_ERROR = 2
 INTERRUPTED = 130
 
-_SECONDS_FOR_RANK_0 = 2.0
+SECONDS_FOR_RANK_0 = 2.0
 """What the other ranks wait before they speak."""
 
 _POLL_S = 0.05
@@ -107,7 +107,7 @@ def report(error: UserError) -> None:
     digest = hashlib.sha256(str(error).encode()).hexdigest()
     said = _said_by_ranks(os.environ)
     if rank > 0:
-        deadline = time.monotonic() + _SECONDS_FOR_RANK_0
+        deadline = time.monotonic() + SECONDS_FOR_RANK_0
         while time.monotonic() < deadline and digest not in _content(said):
             time.sleep(_POLL_S)
         lines = [f"rank {rank}: {line}" for line in lines]

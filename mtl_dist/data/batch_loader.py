@@ -60,7 +60,7 @@ class BatchLoader:
             num_workers=workers,
             collate_fn=_unchanged,
             pin_memory=pin_memory,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=begin_worker,
             # Without one of its own, a DataLoader draws from torch's global generator.
             generator=torch.Generator(),
         )
@@ -191,7 +191,7 @@ class Batches(Dataset[Loaded | UserError]):
             return error
 
 
-def _begin_worker(worker: int) -> None:
+def begin_worker(worker: int) -> None:
     """Keep a worker to one thread, and deaf to the signals that Slurm and terminals send to all processes.
 
     It dies with its rank: it holds copies of that one's connections, which to the other ranks would look

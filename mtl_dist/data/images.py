@@ -97,7 +97,7 @@ class ImageFacts:
 
 
 @cache
-def _formats() -> list[str]:
+def known_formats() -> list[str]:
     """What Pillow and its plugins open here; MPO is found inside JPEG."""
     with suppress(ImportError):
         import pillow_heif
@@ -260,7 +260,7 @@ def open_image(data: bytes | Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(
-                io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats()
+                io.BytesIO(data) if isinstance(data, bytes) else data, formats=known_formats()
             ) as image:
                 check_size(*image.size)
                 if isinstance(data, bytes) and isinstance(image, JpegImageFile):

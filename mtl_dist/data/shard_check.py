@@ -134,12 +134,12 @@ class ShardCheck:
         for shard in self.shards:
             if self._over.is_set():
                 return
-            problem = self._problem_of(shard)
+            problem = self.problem_of(shard)
             if problem:
                 self._problems.append(problem)
             self.num_checked += not self._over.is_set()
 
-    def _problem_of(self, shard: LocalShard) -> str:
+    def problem_of(self, shard: LocalShard) -> str:
         """What is wrong with a shard; nothing where it is gone: reading it says so, if it is needed."""
         try:
             descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -149,7 +149,7 @@ class ShardCheck:
             facts = _facts(descriptor)
             if self._known.of(shard.path) == (shard.sha256, facts):
                 return ""
-            found = self._hash(descriptor)
+            found = self.hash_of(descriptor)
             if found is None or _facts(descriptor) != facts:
                 return ""  # the run is over; or it is being written, and no hash says anything
         except OSError as error:
@@ -165,7 +165,7 @@ class ShardCheck:
             "again."
         )
 
-    def _hash(self, descriptor: int) -> str | None:
+    def hash_of(self, descriptor: int) -> str | None:
         """The SHA-256 of an open file; None where the run is over before."""
         digest, offset = hashlib.sha256(), 0
         while not self._over.is_set():

@@ -30,7 +30,7 @@ from mtl_dist.engine.world import World, launched_size
 from mtl_dist.errors import UserError
 from mtl_dist.importers.external import with_indexes
 from mtl_dist.models.describe import describe
-from mtl_dist.plural import figure, plural
+from mtl_dist.plural import plural, readable
 from mtl_dist.recipe import Recipe
 from mtl_dist.step import RootModule, WindowTotals, count_labels
 
@@ -254,7 +254,7 @@ class _Show:
                 table.add_column(column)
             for name, value in seen.reached.items():
                 metric, goal = root.tasks[name].settings.learnt_by_heart
-                table.add_row(name, figure(seen.losses[name][-1]), metric, figure(value), f"{goal:g}")
+                table.add_row(name, readable(seen.losses[name][-1]), metric, readable(value), f"{goal:g}")
             self._live.update(table, refresh=True)
         elif elapsed_s >= self._next_s:
             self._next_s = elapsed_s + _LINE_EVERY_S

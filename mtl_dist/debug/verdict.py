@@ -13,7 +13,7 @@ from mtl_dist.cell_table import CellTable
 from mtl_dist.debug.pictures import words_of
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.models.weights import is_adapter
-from mtl_dist.plural import figure
+from mtl_dist.plural import readable
 from mtl_dist.step import RootModule
 
 _FAR_MEAN, _FAR_STD = 2.0, 5.0
@@ -58,7 +58,7 @@ def verdict(root: RootModule, batch: Batch, seen: Seen, lr: float, dead: Collect
         metric, goal = task.settings.learnt_by_heart
         value = seen.reached.get(name)
         said = about_task(root, name, batch, seen, lr, dead, images)
-        table.add_row(name, metric, "-" if value is None else figure(value), f"{goal:g}", said)
+        table.add_row(name, metric, "-" if value is None else readable(value), f"{goal:g}", said)
     return table
 
 
@@ -82,13 +82,13 @@ def about_task(
         return f"overfitted{shows}"
     alike = f"Every label here is {constant}: there is nothing to tell apart. Try another train.seed"
     broken = [
-        _not_finite(seen, name),
+        about_not_finite(seen, name),
         alike if constant else "",
         _twins(root, name, batch),
         *images,
     ]
-    slow = [_frozen(root, name), _unreached(name, dead), _weighted(root, name), _rate(seen, name, lr)]
-    # What the data or a broken step makes impossible, no learning rate mends.
+    slow = [_frozen(root, name), _unreached(name, dead), _weighted(root, name), about_rate(seen, name, lr)]
+    # What the data or a broken step makes impossible, no learning rate helps.
     found = [reason for reason in broken if reason] or [reason for reason in slow if reason]
     losses = seen.losses.get(name, [])
     if seen.undecided and losses and not found:
@@ -120,7 +120,7 @@ def constant_label(root: RootModule, name: str, batch: Batch) -> str:
     return words.pop() if len(words) == 1 else ""
 
 
-def _not_finite(seen: Seen, name: str) -> str:
+def about_not_finite(seen: Seen, name: str) -> str:
     losses = seen.losses.get(name, [])
     step = next((number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
     if step is not None:
@@ -172,7 +172,7 @@ def _weighted(root: RootModule, name: str) -> str:
     return ""
 
 
-def _rate(seen: Seen, name: str, lr: float) -> str:
+def about_rate(seen: Seen, name: str, lr: float) -> str:
     losses = [loss for loss in seen.losses.get(name, []) if math.isfinite(loss)]
     if len(losses) < _FEW:
         return ""

@@ -32,7 +32,7 @@ def import_deepspeed() -> ModuleType:
 
     # It warns of what is meant: an optimizer of the caller's, inputs that are not tensors.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # It calls what torch has renamed: once a rank and place, which is no user's to mend.
+    # It calls what torch has renamed: once a rank and place, which no user can fix.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if use_cpu():
         # Otherwise the first run on a machine compiles a shared-memory all-reduce, for minutes.

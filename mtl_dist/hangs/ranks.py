@@ -1,4 +1,4 @@
-"""What ranks tell one another when nothing else works: who is alive, how far, who has failed first.
+"""What ranks report to one another when nothing else works: who is alive, how far, who has failed first.
 
 Through the store by which the group was formed, over connections of its own: a collective that hangs, or a
 rank that is gone, does not matter to it. The launcher holds the store; under srun rank 0 does.
@@ -27,12 +27,12 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Pulse:
-    """What a rank tells: how often it has told, how far it is, and after an alarm where exactly.
+    """What a rank reports: how often it has, how far it is, and after an alarm where exactly.
 
     `stack` is that of its main thread; `waits_for` the helper process that it waits for, in words.
     """
 
-    told: int
+    reports: int
     turn: int
     where: str
     host: str
@@ -63,7 +63,7 @@ class Failure:
     mistake: bool = False
 
 
-def own_pulse(told: int, main_thread: int, *, stack: bool) -> Pulse:
+def own_pulse(reports: int, main_thread: int, *, stack: bool) -> Pulse:
     """This rank's pulse."""
     latest = last_beat()
     text, waits_for = "", ""
@@ -71,7 +71,7 @@ def own_pulse(told: int, main_thread: int, *, stack: bool) -> Pulse:
         frame = sys._current_frames().get(main_thread)
         text = "".join(traceback.format_stack(frame)) if frame is not None else ""
         waits_for = latest.waits_for() if latest.waits_for is not None else ""
-    return Pulse(told, latest.turn, latest.words, platform.node(), os.getpid(), text, waits_for)
+    return Pulse(reports, latest.turn, latest.words, platform.node(), os.getpid(), text, waits_for)
 
 
 class Ranks:
@@ -94,17 +94,17 @@ class Ranks:
         """A line of its own, for another thread."""
         return Ranks(self.rank, self.size, self._store.clone(), self._name)
 
-    def tell(self, pulse: Pulse) -> None:
+    def report(self, pulse: Pulse) -> None:
         self._store.set(f"{self._name}/{self.rank}", json.dumps(asdict(pulse)))
 
     def pulses(self) -> dict[int, Pulse]:
-        """What each rank has told last; those that have told nothing yet are missing."""
-        told = {}
+        """What each rank has reported last; those that have reported nothing yet are missing."""
+        found = {}
         for rank in range(self.size):
             key = f"{self._name}/{rank}"
             if self._store.check([key]):
-                told[rank] = Pulse(**json.loads(self._store.get(key)))
-        return told
+                found[rank] = Pulse(**json.loads(self._store.get(key)))
+        return found
 
     def raise_alarm(self) -> None:
         self._store.set(self._alarm, "1")
@@ -112,12 +112,12 @@ class Ranks:
     def hear_alarm(self) -> bool:
         return bool(self._store.check([self._alarm]))
 
-    def tell_end(self, code: int) -> None:
+    def report_end(self, code: int) -> None:
         """That this rank ends by an error, so that no other will get further; `code` is its exit code."""
         self._store.compare_set(self._end, "", str(code))
 
     def hear_end(self) -> int | None:
-        """The exit code of the first rank that told its end."""
+        """The exit code of the first rank that reported its end."""
         return int(self._store.get(self._end)) if self._store.check([self._end]) else None
 
     def hear_failure(self) -> Failure | None:
@@ -126,11 +126,11 @@ class Ranks:
         return Failure(**json.loads(self._store.get(self._failure)))
 
     def first_failure(self, own: Failure) -> Failure:
-        """The first failure that any rank has told of: `own`, if no other was before."""
+        """The first failure that any rank has reported: `own`, if no other was before."""
         return Failure(**json.loads(self._store.compare_set(self._failure, "", json.dumps(asdict(own)))))
 
     def lost_rank(self, patience_s: float) -> Failure | None:
-        """A rank that tells nothing more within `patience_s`; None if one tells why it failed."""
+        """A rank that reports nothing more within `patience_s`; None if one says why it failed."""
         before = self.pulses()
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
@@ -150,8 +150,8 @@ class Ranks:
 
 
 def silent_ranks(before: Mapping[int, Pulse], now: Mapping[int, Pulse]) -> set[int]:
-    """The ranks that have told nothing between two looks."""
-    return {rank for rank, pulse in now.items() if rank in before and before[rank].told == pulse.told}
+    """The ranks that have reported nothing between two looks."""
+    return {rank for rank, pulse in now.items() if rank in before and before[rank].reports == pulse.reports}
 
 
 def culprits(pulses: Mapping[int, Pulse], silent: Collection[int]) -> list[int]:

@@ -85,7 +85,7 @@ class HangWatch:
         self._failing = False
         self._pulses: dict[int, Pulse] = {}
         self._silent: set[int] = set()
-        self._told = 0
+        self._reports = 0
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> HangWatch:
@@ -99,7 +99,7 @@ class HangWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._tell_end(error)
+            self._report_end(error)
             if self._ranks is not None:
                 gc.freeze()  # nothing is left to collect for: a process with torch in it would for seconds
         self._over.set()
@@ -154,12 +154,12 @@ class HangWatch:
 
     # ------------------------------------------------------------------ the other ranks
     def _share(self) -> None:
-        """Tell the others how far this rank is, hear of their end; after an alarm gather what they told."""
+        """Tell the others how far this rank is, hear of their end; after an alarm gather what they report."""
         ranks = self._ranks
         assert ranks is not None
         try:
             while not self._alarm.is_set():
-                self._tell(ranks, stack=False)
+                self._report(ranks, stack=False)
                 if self._end_code is None:
                     self._end_code = ranks.hear_end()
                 if ranks.hear_alarm():
@@ -169,7 +169,7 @@ class HangWatch:
             ranks.raise_alarm()
             before = ranks.pulses()
             for _ in range(4):
-                self._tell(ranks, stack=True)
+                self._report(ranks, stack=True)
                 time.sleep(self._tick_s)
             self._pulses = ranks.pulses()
             self._silent = silent_ranks(before, self._pulses) - {self._world.rank}
@@ -177,9 +177,9 @@ class HangWatch:
             self._end_code = self._end_code or 1
         self._gathered.set()
 
-    def _tell(self, ranks: Ranks, *, stack: bool) -> None:
-        self._told += 1
-        ranks.tell(own_pulse(self._told, self._main, stack=stack))
+    def _report(self, ranks: Ranks, *, stack: bool) -> None:
+        self._reports += 1
+        ranks.report(own_pulse(self._reports, self._main, stack=stack))
 
     # ------------------------------------------------------------------ the end
     def _end(self, limit_s: float) -> None:
@@ -187,7 +187,7 @@ class HangWatch:
         if self._ranks is not None:
             self._gathered.wait(6 * self._tick_s + _TELL_S)
         rank = self._world.rank
-        pulses = {rank: own_pulse(self._told, self._main, stack=True)} | self._pulses
+        pulses = {rank: own_pulse(self._reports, self._main, stack=True)} | self._pulses
         reason = reason_of_hang(pulses, self._silent, in_words(limit_s))
         speaks = rank == min(pulses.keys() - self._silent)
 
@@ -228,7 +228,7 @@ class HangWatch:
         Called by every rank that fails, before it ends: the others feel it only afterwards.
         """
         own = Failure(self._world.rank, last_line(error), isinstance(error, UserError))
-        self._tell_end(error)
+        self._report_end(error)
         if self._stop.aborting:
             return replace(own, reason="a second Ctrl-C, which ends it at once", mistake=False)
         ranks = self._main_line
@@ -240,11 +240,11 @@ class HangWatch:
             return ranks.first_failure(own)
         return own
 
-    def _tell_end(self, error: BaseException) -> None:
+    def _report_end(self, error: BaseException) -> None:
         self._failing = True
         if self._main_line is not None:
             with suppress(RuntimeError):
-                self._main_line.tell_end(2 if isinstance(error, UserError) else 1)
+                self._main_line.report_end(2 if isinstance(error, UserError) else 1)
 
 
 def within(seconds: float, function: Callable[[], None]) -> None:

@@ -130,12 +130,7 @@ class Coco(RegionImporter):
         self._index: dict[int, int] = {}
         names = self._read_categories()
         self._read_points()
-        self._panoptic = any(_is_panoptic(data) for data in self._files.values())
-        if self._panoptic and not all(_is_panoptic(data) for data in self._files.values()):
-            raise UserError(
-                f"{source}: expected instances or panoptic, found both in {listed(list(self._files))}. "
-                "Choose with --annotations."
-            )
+        self._panoptic = self._check_forms()
         if self._panoptic:
             self.mask_classes = tuple(names)
             if box:
@@ -152,18 +147,30 @@ class Coco(RegionImporter):
             self._noted.append("splits taken from the folders of the images")
             read = [replace(image, split=word) for image, word in zip(read, words, strict=True)]
         self.has(images, names, read)
-        taken: dict[str, str] = {}
-        for image in read:
-            if image.source is not None and taken.setdefault(str(image.source), image.where) != image.where:
-                raise UserError(
-                    f"{image.where}: expected each image once, found {image.path!r} also as "
-                    f"{taken[str(image.source)]}."
-                )
+        _check_once(read)
         self.enter_files(
             [images.inside(image.source) for image in read if image.source is not None],
             [] if root is not None else list(self._files),
             [] if root is not None else self._png,
         )
+        self._leave_out_orphans()
+
+    @property
+    def name(self) -> str:
+        return self._source.resolve().stem
+
+    def _check_forms(self) -> bool:
+        """Whether the files are panoptic; refuses some of each form."""
+        are_panoptic = {_is_panoptic(data) for data in self._files.values()}
+        if len(are_panoptic) > 1:
+            raise UserError(
+                f"{self._source}: expected instances or panoptic, found both in "
+                f"{listed(list(self._files))}. Choose with --annotations."
+            )
+        return True in are_panoptic
+
+    def _leave_out_orphans(self) -> None:
+        """Account for the annotations of images that are not in their file."""
         for name in self._orphans:
             self.account.found("regions", [name])
             self.account.became("regions", name, _NO_RECORD)
@@ -172,10 +179,6 @@ class Coco(RegionImporter):
                 f"annotations of images that are not in their file, left out: {len(self._orphans)} "
                 f"({listed(self._orphans)})"
             )
-
-    @property
-    def name(self) -> str:
-        return self._source.resolve().stem
 
     def _check_splits(self) -> None:
         """Refuse files that speak of one split: which is meant?"""
@@ -388,6 +391,17 @@ def split_in(path: str) -> str:
             if is_split_word(word):
                 return str(word).lower()
     return ""
+
+
+def _check_once(images: Sequence[AnnotatedImage]) -> None:
+    """Refuse two entries for one image."""
+    taken: dict[str, str] = {}
+    for image in images:
+        if image.source is not None and taken.setdefault(str(image.source), image.where) != image.where:
+            raise UserError(
+                f"{image.where}: expected each image once, found {image.path!r} also as "
+                f"{taken[str(image.source)]}."
+            )
 
 
 def _is_panoptic(data: dict[str, Any]) -> bool:

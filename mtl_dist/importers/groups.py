@@ -175,10 +175,10 @@ def unnoticed_groups(
         if len(names) < len(records):
             continue
         if form is _VERSION:
-            told, some = len(set(beginnings)) < len(names), "some"
+            looks, some = len(set(beginnings)) < len(names), "some"
         else:
-            told, some = _looks_grouped(beginnings, strata, num_classes, True), "each"
-        if told:
+            looks, some = _looks_grouped(beginnings, strata, num_classes, True), "each"
+        if looks:
             pattern = _pattern_of(records, beginnings, {match[2] for match in names})
             yield (
                 f"names look like groups: {len(set(beginnings))} beginnings such as {beginnings[0]!r}, "

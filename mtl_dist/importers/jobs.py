@@ -109,9 +109,9 @@ class ShardJob:
     def map_counts(self) -> MapCounts:
         """What is found of the shard's maps, before the first."""
         kinds = {name: map_kind(kind) for name, kind in self.kinds.items() if kind_of(kind).is_map}
-        infos = {name: self.tasks[name].info for name in kinds}
+        task_infos = {name: self.tasks[name].info for name in kinds}
         values = {name: self.tasks[name].mask_values for name in kinds}
-        return MapCounts(kinds, infos, values, self.masks_as)
+        return MapCounts(kinds, task_infos, values, self.masks_as)
 
     @property
     def shard(self) -> Path:

@@ -170,10 +170,10 @@ def _make(
     """Write the index under another name, and rename it when it is whole."""
     log.warning("%s: reading the %s samples of %s, once", place, f"{len(dataset):,}", dataset.settings.path)
     declared = {name: _declared(dataset, each, fields, indexing) for name, each in fields.items()}
-    infos, values = _declare(fields, declared)
-    found = _pass(dataset, infos, values)
-    infos, labels, notes = _labels(dataset, found, infos, declared)
-    splits, more = _splits(len(dataset), labels, infos, indexing, split)
+    task_infos, values = _declare(fields, declared)
+    found = _pass(dataset, task_infos, values)
+    task_infos, labels, notes = _labels(dataset, found, task_infos, declared)
+    splits, more = _splits(len(dataset), labels, task_infos, indexing, split)
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that died
     partial.mkdir()
@@ -182,16 +182,18 @@ def _make(
     made: dict[str, SplitInfo] = {}
     for name in sorted(set(splits), key=lambda name: name != split):  # the training one comes first
         chosen = np.flatnonzero(np.array(splits) == name)
-        rows, counts, contents = _part(chosen, found, infos, labels)
+        rows, counts, contents = _part(chosen, found, task_infos, labels)
         if not tasks:
-            tasks = {task: with_facts(info, counts[task], contents[task]) for task, info in infos.items()}
+            tasks = {
+                task: with_facts(info, counts[task], contents[task]) for task, info in task_infos.items()
+            }
         of_split = {task: [column[at] for at in chosen.tolist()] for task, column in labels.items()}
         shard = _write_split(
             partial,
             name,
             rows,
             [found.hashes[at] for at in chosen.tolist()],
-            label_columns(infos, of_split, len(chosen)),
+            label_columns(task_infos, of_split, len(chosen)),
         )
         made[name] = SplitInfo(len(chosen), (shard,), counts)
     all_hashes = {name: np.load(content_hashes_path(partial, name)) for name in made}
@@ -222,28 +224,28 @@ def _declare(
     fields: Mapping[str, FieldSettings], declared: Mapping[str, Declared]
 ) -> tuple[dict[str, TaskInfo], dict[str, dict[int, int]]]:
     """The tasks, and of maps whose classes are stated by value what each value becomes."""
-    infos: dict[str, TaskInfo] = {}
+    task_infos: dict[str, TaskInfo] = {}
     values: dict[str, dict[int, int]] = {}
     for name, each in fields.items():
         kind = kind_of(each.kind)
         try:
-            infos[name] = kind.declare(name, declared[name])
+            task_infos[name] = kind.declare(name, declared[name])
         except LabelError as error:
             raise UserError(f"fields.{name}.classes: {error}") from None
         if kind.is_map and (by_value := declared[name].class_values):
             values[name] = by_value
-    return infos, values
+    return task_infos, values
 
 
 def _labels(
-    dataset: MapDataset, found: _Found, infos: Mapping[str, TaskInfo], declared: Mapping[str, Declared]
+    dataset: MapDataset, found: _Found, task_infos: Mapping[str, TaskInfo], declared: Mapping[str, Declared]
 ) -> tuple[dict[str, TaskInfo], dict[str, Sequence[Label | None]], list[str]]:
     """The tasks with the classes that were found, the labels of those that are no maps, and the notes."""
-    complete = dict(infos)
+    complete = dict(task_infos)
     labels: dict[str, Sequence[Label | None]] = {}
     notes: list[str] = []
     has_place = False
-    for name, info in infos.items():
+    for name, info in task_infos.items():
         kind = kind_of(info.kind)
         if isinstance(kind, ScalarKind):
             parsed = parse_cells(kind, found.cells[name], dataset.where, declared[name])
@@ -303,17 +305,19 @@ def _is_of_classes(kind: Kind) -> bool:
 
 
 def _pass(
-    dataset: MapDataset, infos: Mapping[str, TaskInfo], values: Mapping[str, Mapping[int, int]]
+    dataset: MapDataset, task_infos: Mapping[str, TaskInfo], values: Mapping[str, Mapping[int, int]]
 ) -> _Found:
     """Read every sample.
 
     Raises:
         UserError: one cannot be read, or has a label of another form.
     """
-    maps = {name: kind for name, info in infos.items() if isinstance(kind := kind_of(info.kind), MapKind)}
-    scalars = [name for name in infos if name not in maps]
+    maps = {
+        name: kind for name, info in task_infos.items() if isinstance(kind := kind_of(info.kind), MapKind)
+    }
+    scalars = [name for name in task_infos if name not in maps]
     found = _Found({name: [] for name in scalars}, {name: [] for name in maps})
-    has_place = any(kind_of(infos[name].kind).has_place for name in scalars)
+    has_place = any(kind_of(task_infos[name].kind).has_place for name in scalars)
     measured = set(spread(len(dataset), _MEASURED))
     said = time.monotonic()
     for number in range(len(dataset)):
@@ -325,9 +329,9 @@ def _pass(
             image = bytes(dataset.image_of(sample))
             facts = examine_image(image, decode=False)
             for name in scalars:
-                found.cells[name].append(dataset.cell(sample, name, *_classes_and_parts(infos[name])))
+                found.cells[name].append(dataset.cell(sample, name, *_classes_and_parts(task_infos[name])))
             for name, kind in maps.items():
-                stored = dataset.map_of(sample, name, kind, infos[name], values.get(name, {}))
+                stored = dataset.map_of(sample, name, kind, task_infos[name], values.get(name, {}))
                 if stored is not None and (stored.height, stored.width) != (facts.height, facts.width):
                     raise UnreadableSample(
                         f"its map {name} is {stored.width}x{stored.height}, its image "
@@ -351,14 +355,16 @@ def _pass(
 def _splits(
     num_samples: int,
     labels: Mapping[str, Sequence[Label | None]],
-    infos: Mapping[str, TaskInfo],
+    task_infos: Mapping[str, TaskInfo],
     indexing: Indexing,
     split: str,
 ) -> tuple[list[str], list[str]]:
     """The split of each sample, and what is to be said of them; `indexing.val` is held out of train."""
     if indexing.val is None:
         return [split] * num_samples, []
-    by = indexing.stratify or next((name for name in labels if kind_of(infos[name].kind).is_one_class), "")
+    by = indexing.stratify or next(
+        (name for name in labels if kind_of(task_infos[name].kind).is_one_class), ""
+    )
     if by and by not in labels:
         raise UserError(f"indexing.stratify: expected one of {', '.join(labels)}, found {by!r}.")
     strata = labels[by] if by else [0] * num_samples
@@ -371,16 +377,18 @@ def _splits(
 def _part(
     chosen: np.ndarray,
     found: _Found,
-    infos: Mapping[str, TaskInfo],
+    task_infos: Mapping[str, TaskInfo],
     labels: Mapping[str, Sequence[Label | None]],
 ) -> tuple[np.ndarray, dict[str, LabelCounts], dict[str, np.ndarray]]:
     """The rows of a split, what is counted of its labels, and what they hold."""
-    rows = np.zeros(len(chosen), index_dtype(map_tasks({name: info.kind for name, info in infos.items()})))
+    rows = np.zeros(
+        len(chosen), index_dtype(map_tasks({name: info.kind for name, info in task_infos.items()}))
+    )
     rows["image_offset"] = chosen
     rows["image_size"] = np.array(found.sizes)[chosen]
     counts: dict[str, LabelCounts] = {}
     contents: dict[str, np.ndarray] = {}
-    for bit, (name, info) in enumerate(infos.items()):
+    for bit, (name, info) in enumerate(task_infos.items()):
         kind = kind_of(info.kind)
         if isinstance(kind, MapKind):
             tallies = [found.tallies[name][at] for at in chosen.tolist()]

@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
@@ -225,68 +225,104 @@ def splits_of(
     Raises:
         UserError: splits that the data lacks or has, or groups that they divide.
     """
-    notes: list[str] = []
     by, strata = _strata(importer, records, tasks, options.stratify)
     groups = groups_of(records, options.group)
-    grouped = any(groups)
-    brought, said = _brought(importer, records, groups, options)
-    notes.extend(said)
-    fractions = fractions_in(options.split)
-
-    def divided(positions: Sequence[int], shares: Sequence[float]) -> list[str]:
-        of_strata = [strata[i] for i in positions]
-        if grouped:
-            return split_groups(
-                [groups[i] or records[i].key for i in positions], of_strata, shares, options.seed
-            )
-        return split_by_fractions([records[i].key for i in positions], of_strata, shares, options.seed)
-
+    division = _Division([record.key for record in records], groups, strata, by, options.seed)
+    brought, notes = _brought(importer, records, groups, options)
     if any(brought):
-        lacking = [record.place for record, split in zip(records, brought, strict=True) if not split]
-        if lacking:
-            raise UserError(
-                f"splits: expected one for every sample, since the data has them, found none for "
-                f"{len(lacking)} ({listed(lacking)})."
-            )
-        if fractions is not None:
-            raise UserError(
-                f"--split: expected data without splits, found {', '.join(sorted(set(brought)))}. They are "
-                "used as they are: drop --split."
-            )
-        names = split_names(brought)
-        renamed = [f"{word} = {name}" for word, name in names.items() if word != name]
-        if renamed:
-            notes.append(f"splits by their names: {', '.join(renamed)}")
-        splits = [names[word] for word in brought]
+        splits, renamed = _splits_of_the_data(records, brought, options)
+        notes += renamed
         check_whole(groups, splits, records)
-        share = importer.val if options.val is None else options.val
-        if not 0 <= share < 1:
-            raise UserError(f"--val: expected a share from 0 up to 1, found {share:g}.")
-        if "val" in splits and options.val is not None:
-            raise UserError("--val: expected data without val, found some. Drop --val.")
-        if "val" in splits or not share or "train" not in splits:
+        share = _share_held_out(importer, splits, options)
+        if not share:
             return splits, notes
-        train = [i for i, split in enumerate(splits) if split == "train"]
-        parts = divided(train, (1 - share, share))
-        if grouped and "val" not in parts:
-            notes.append("nothing of train held out as val: train is one group, and groups stay whole")
-        else:
-            how = f"{by or 'name'}{', groups whole' if grouped else ''}"
-            notes.append(held_out_note(share, how, options.seed, parts))
-        for position, part in zip(train, parts, strict=True):
-            splits[position] = part
+        splits, note = division.with_val(splits, share)
+        notes.append(note)
     else:
         if options.val is not None:
             raise UserError("--val: expected data that has splits, found none. Use --split 0.9,0.1.")
-        shares = fractions or importer.fractions
-        splits = divided(range(len(records)), shares)
+        shares = fractions_in(options.split) or importer.fractions
+        splits = division.parts(range(len(records)), shares)
         stated = ", ".join(f"{share:g}" for share in shares)
-        notes.append(f"split {_balanced_by(by, grouped)} into {stated} with seed {options.seed}")
-    if grouped:
+        notes.append(f"split {_balanced_by(by, division.grouped)} into {stated} with seed {options.seed}")
+    if division.grouped:
         notes.append(_group_note(groups, splits))
     else:
         notes.extend(unnoticed_groups(records, strata, importer.ungrouped()))
     return splits, notes
+
+
+@dataclass(frozen=True)
+class _Division:
+    """How samples are divided anew: groups stay whole, and the strata, which are `by` something, balanced."""
+
+    keys: Sequence[str]
+    groups: Sequence[str]
+    strata: Sequence[Hashable]
+    by: str
+    seed: int
+
+    @property
+    def grouped(self) -> bool:
+        return any(self.groups)
+
+    def parts(self, positions: Sequence[int], shares: Sequence[float]) -> list[str]:
+        """The split of each of these samples, by the shares of train, val and test."""
+        keys, strata = [self.keys[i] for i in positions], [self.strata[i] for i in positions]
+        if not self.grouped:
+            return split_by_fractions(keys, strata, shares, self.seed)
+        return split_groups([self.groups[i] or self.keys[i] for i in positions], strata, shares, self.seed)
+
+    def with_val(self, splits: Sequence[str], share: float) -> tuple[list[str], str]:
+        """The splits with so much of train held out as val, and a note of it."""
+        train = [i for i, split in enumerate(splits) if split == "train"]
+        parts = self.parts(train, (1 - share, share))
+        found = list(splits)
+        for position, part in zip(train, parts, strict=True):
+            found[position] = part
+        if self.grouped and "val" not in parts:
+            return found, "nothing of train held out as val: train is one group, and groups stay whole"
+        how = f"{self.by or 'name'}{', groups whole' if self.grouped else ''}"
+        return found, held_out_note(share, how, self.seed, parts)
+
+
+def _splits_of_the_data(
+    records: Sequence[Record], brought: Sequence[str], options: PackOptions
+) -> tuple[list[str], list[str]]:
+    """The splits by their usual names, from the words that the data has for them, and notes.
+
+    Raises:
+        UserError: some samples have none, or `--split` wants new ones.
+    """
+    lacking = [record.place for record, split in zip(records, brought, strict=True) if not split]
+    if lacking:
+        raise UserError(
+            f"splits: expected one for every sample, since the data has them, found none for "
+            f"{len(lacking)} ({listed(lacking)})."
+        )
+    if fractions_in(options.split) is not None:
+        raise UserError(
+            f"--split: expected data without splits, found {', '.join(sorted(set(brought)))}. They are "
+            "used as they are: drop --split."
+        )
+    names = split_names(brought)
+    renamed = [f"{word} = {name}" for word, name in names.items() if word != name]
+    notes = [f"splits by their names: {', '.join(renamed)}"] if renamed else []
+    return [names[word] for word in brought], notes
+
+
+def _share_held_out(importer: Importer, splits: Sequence[str], options: PackOptions) -> float:
+    """The share of the data's own train that becomes val; 0 where there is a val, or no train.
+
+    Raises:
+        UserError: it is no share, or was asked of data that has a val.
+    """
+    share = importer.val if options.val is None else options.val
+    if not 0 <= share < 1:
+        raise UserError(f"--val: expected a share from 0 up to 1, found {share:g}.")
+    if "val" in splits and options.val is not None:
+        raise UserError("--val: expected data without val, found some. Drop --val.")
+    return 0.0 if "val" in splits or "train" not in splits else share
 
 
 def _balanced_by(by: str, grouped: bool) -> str:

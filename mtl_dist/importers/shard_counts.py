@@ -95,7 +95,7 @@ class MapCounts:
     def __init__(
         self,
         kinds: Mapping[str, MapKind],
-        infos: Mapping[str, TaskInfo],
+        task_infos: Mapping[str, TaskInfo],
         values: Mapping[str, Mapping[int, int]],
         masks_as: str,
     ) -> None:
@@ -103,10 +103,10 @@ class MapCounts:
         self.unlabelled: dict[str, list[int]] = {}
         self.fits: dict[str, dict[str, tuple[str, int]]] = {}
         self._kinds = kinds
-        self._infos = infos
+        self._task_infos = task_infos
         self._values = values
         self._masks_as = masks_as
-        self._tallies = {name: kind.tally(infos[name]) for name, kind in kinds.items()}
+        self._tallies = {name: kind.tally(task_infos[name]) for name, kind in kinds.items()}
 
     def read(
         self, position: int, key: str, sources: Mapping[str, Readable | bytes], facts: ImageFacts
@@ -140,7 +140,7 @@ class MapCounts:
         return {name: tally.tolist() for name, tally in self._tallies.items()}
 
     def _stored(self, name: str, where: str, source: Readable | bytes, facts: ImageFacts) -> StoredMap:
-        kind, info = self._kinds[name], self._infos[name]
+        kind, info = self._kinds[name], self._task_infos[name]
         masks_as = DISPLAYED if isinstance(source, MadeMask) else self._masks_as
         data = read_bytes(source)
         with open_map(data) as opened:
@@ -166,16 +166,16 @@ class PlacedLabels:
     does.
     """
 
-    def __init__(self, infos: Mapping[str, TaskInfo], masks_as: str) -> None:
+    def __init__(self, task_infos: Mapping[str, TaskInfo], masks_as: str) -> None:
         self._kinds = {
             name: kind
-            for name, info in infos.items()
+            for name, info in task_infos.items()
             if isinstance(kind := kind_of(info.kind), ScalarKind) and kind.has_place
         }
         self.labels: dict[str, list[Label | None]] = {name: [] for name in self._kinds}
         self.noted: dict[str, Counter[str]] = {name: Counter() for name in self._kinds}
         self.fits: dict[str, dict[str, tuple[str, int]]] = {}
-        self._infos = infos
+        self._task_infos = task_infos
         self._masks_as = masks_as
 
     def beside(self, place: str, labels: Mapping[str, Label], facts: ImageFacts) -> dict[str, Label]:
@@ -190,7 +190,7 @@ class PlacedLabels:
             if label is not None:
                 view = as_given(facts, self._masks_as)
                 try:
-                    label = kind.beside(label, view, self._infos[name], self.noted[name])
+                    label = kind.beside(label, view, self._task_infos[name], self.noted[name])
                 except LabelError as error:
                     raise UserError(f"{place}: task {name!r}: {error}") from None
                 if facts.orientation > 1:

@@ -100,8 +100,8 @@ def splits_of_folders(paths: Iterable[str]) -> list[str]:
     words = [split_folder(path) for path in paths]
     meanings = set(map(split_name, filter(None, words)))
     several = len(meanings) > 1 and "train" in meanings
-    told = several or (all(words) and (len(meanings) > 1 or all(map(is_bare_split_word, words))))
-    return words if told else [""] * len(words)
+    are_splits = several or (all(words) and (len(meanings) > 1 or all(map(is_bare_split_word, words))))
+    return words if are_splits else [""] * len(words)
 
 
 def unique_keys(paths: Sequence[str]) -> list[str]:

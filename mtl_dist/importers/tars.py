@@ -135,7 +135,7 @@ class Tars(Importer):
         Raises:
             UserError: a tar that is not whole, a label that is none, or more samples left out than allowed.
         """
-        infos = {task.task: task.map_task().info for task in self._maps}
+        task_infos = {task.task: task.map_task().info for task in self._maps}
         values = {task.task: task.map_task().mask_values for task in self._maps}
         self._columns = {text: LabelField.parse(text) for text in _fields_of(options)}
         scans = [
@@ -144,7 +144,7 @@ class Tars(Importer):
                 images=self._images,
                 labels={task.task: LabelField.parse(task.column) for task in self._scalars},
                 masks={task.task: task.column.lower().lstrip(".") for task in self._maps},
-                task_infos=infos,
+                task_infos=task_infos,
                 verify=options.verify,
                 values=values,
                 columns=self._columns,

@@ -61,7 +61,7 @@ class Stack:
 
     def __init__(self, source: Source) -> None:
         self._where = str(source)
-        with _damage_told(self._where):
+        with _damage_reported(self._where):
             file = io.BytesIO(source.read()) if source.archive else Path(source.path)
             self._file = tifffile.TiffFile(file)
             series = self._file.series
@@ -109,7 +109,7 @@ class Stack:
             for axis, size in zip(self._outer, self._outer_shape, strict=True)
         ]
         planes = []
-        with _damage_told(f"{self._where} page {number}"):
+        with _damage_reported(f"{self._where} page {number}"):
             for index in itertools.product(*grid):
                 at = int(np.ravel_multi_index(index, self._outer_shape)) if index else 0
                 planes.append(_channels_last(self._series.pages[at].asarray(), self._page_axes))
@@ -272,7 +272,7 @@ def _heard() -> Iterator[_Said]:
 
 
 @contextmanager
-def _damage_told(where: str) -> Iterator[None]:
+def _damage_reported(where: str) -> Iterator[None]:
     """Turn what tifffile raises, and what it only logs, into an error for the user."""
     with _heard() as said:
         try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -75,46 +75,20 @@ class Voc(RegionImporter):
         self.ask(categories, masks, box, empty, "ignore")
         self._source, self._tree = source, Tree(source)
         self._finder = FileFinder(self._tree, "")
+        self._difficult = 0
         parsed = {path: self._parse(path) for path in self._tree.files if path.lower().endswith(".xml")}
         stems = [PurePosixPath(path).stem for path in parsed]
         splits, lists = self._lists(image_set, set(stems))
         if len(set(stems)) < len(stems):
             raise UserError(f"{source}: expected each XML file's name once, found one in several folders.")
-        unmarked = {name: self._listed(name) if parsed else None for name in sorted(set(splits) - set(stems))}
-        if missing := [name for name, found in unmarked.items() if found is None]:
-            table = (
-                f"mtl prepare table {source}/{PurePosixPath(lists[0]).parent} OUT --root {source}/{_IMAGES}"
-            )
-            advice = f" Images with masks alone are a table: `{table} --segmentation NAME={source}/{_MASKS}`."
-            raise UserError(
-                f"{source}: expected an XML file for each name in {lists[0]} and its neighbours, found none "
-                f"for {len(missing)} ({listed(missing)}).{advice if masks and not parsed else ''}"
-            )
+        without_xml = sorted(set(splits) - set(stems))
+        unmarked = self._unmarked(without_xml, lists, bool(masks), has_xml=bool(parsed))
         names = self._names_of(parsed, classes)
-        self._difficult, read, used, unlisted = 0, [], [], []
-        pngs: list[str] = []
-        for path, root in parsed.items():
-            stem = PurePosixPath(path).stem
-            if splits and stem not in splits:
-                unlisted.append(path)
-                continue
-            used.append(path)
-            regions = self._regions(root, path, names, difficult)
-            place, found = self._image(root, path)
-            mask = self._mask_file(stem) if masks else None
-            if masks and mask is None:
-                raise UserError(
-                    f"{path}: expected its mask as {_MASKS}/{stem}.png, found none. Use --image-set "
-                    "Segmentation for the images that have one, or --categories."
-                )
-            if mask is not None:
-                pngs.append(self._tree.inside(mask))
-            read.append(AnnotatedImage(place, found, 0, 0, regions, splits.get(stem, ""), mask, path))
-        for name, at in unmarked.items():
-            assert at is not None, "it is missing otherwise"
-            if masks or self._mask_file(name):
-                raise UserError(f"{name}: expected its XML file beside its mask, found none. Unlist it.")
-            read.append(AnnotatedImage(*at, 0, 0, (), splits[name], None, name))
+        unlisted = [path for path in parsed if splits and PurePosixPath(path).stem not in splits]
+        used = [path for path in parsed if path not in set(unlisted)]
+        read = [self._annotated(path, parsed[path], names, difficult, bool(masks), splits) for path in used]
+        pngs = [self._tree.inside(image.mask) for image in read if isinstance(image.mask, Source)]
+        read += [AnnotatedImage(*at, 0, 0, (), splits[name], None, name) for name, at in unmarked.items()]
         if unmarked:
             self._noted.append(
                 f"images of lists without an XML file, as of nothing marked: {len(unmarked)} "
@@ -140,6 +114,54 @@ class Voc(RegionImporter):
     def _listed(self, name: str) -> tuple[str, Source] | None:
         """The image of a name in a list."""
         return self._finder.find(f"{_IMAGES}/{name}", "") or self._finder.find(name, "")
+
+    def _unmarked(
+        self, names: Sequence[str], lists: Sequence[str], masks: bool, *, has_xml: bool
+    ) -> dict[str, tuple[str, Source]]:
+        """The images of names in lists that have no XML file: nothing is marked in them.
+
+        Raises:
+            UserError: an image is missing, or has a mask, so that its XML file is what is missing.
+        """
+        found = {name: self._listed(name) if has_xml else None for name in names}
+        missing = [name for name, at in found.items() if at is None]
+        if missing:
+            table = f"mtl prepare table {self._source}/{PurePosixPath(lists[0]).parent} OUT"
+            table += f" --root {self._source}/{_IMAGES} --segmentation NAME={self._source}/{_MASKS}"
+            advice = f" Images with masks alone are a table: `{table}`." if masks and not has_xml else ""
+            raise UserError(
+                f"{self._source}: expected an XML file for each name in {lists[0]} and its neighbours, found "
+                f"none for {len(missing)} ({listed(missing)}).{advice}"
+            )
+        for name in names:
+            if masks or self._mask_file(name):
+                raise UserError(f"{name}: expected its XML file beside its mask, found none. Unlist it.")
+        return {name: at for name, at in found.items() if at is not None}
+
+    def _annotated(
+        self,
+        path: str,
+        root: ElementTree.Element,
+        names: list[str],
+        difficult: str,
+        masks: bool,
+        splits: Mapping[str, str],
+    ) -> AnnotatedImage:
+        """What an XML file says of its image.
+
+        Raises:
+            UserError: it is damaged, or a mask is wanted and missing.
+        """
+        stem = PurePosixPath(path).stem
+        regions = self._regions(root, path, names, difficult)
+        place, found = self._image(root, path)
+        mask = self._mask_file(stem) if masks else None
+        if masks and mask is None:
+            raise UserError(
+                f"{path}: expected its mask as {_MASKS}/{stem}.png, found none. Use --image-set "
+                "Segmentation for the images that have one, or --categories."
+            )
+        return AnnotatedImage(place, found, 0, 0, regions, splits.get(stem, ""), mask, path)
 
     def _parse(self, path: str) -> ElementTree.Element:
         root = read_xml(self._tree.source(path))

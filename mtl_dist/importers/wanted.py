@@ -97,8 +97,8 @@ class Wanted:
             UserError: a cell that holds no label of the task.
         """
         there = tuple(rows[0].cells) if rows else ()
-        columns, told = scalar_kind(self.kind).cell_columns(self.column, there)
-        declared = self.with_classes(classes if classes is not None else told or None)
+        columns, known = scalar_kind(self.kind).cell_columns(self.column, there)
+        declared = self.with_classes(classes if classes is not None else known or None)
         if len(columns) > 1:
             rows = [Row(row.where, {self.column: _joined(row, columns, declared)}) for row in rows]
         parsed = read_labels(self.kind, rows, self.column, declared)

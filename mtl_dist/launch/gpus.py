@@ -17,7 +17,7 @@ _ROCM = Path("/dev/kfd")
 
 def num_gpus() -> int:
     """How many there are, as torch counts them."""
-    return torch.cuda.device_count() if _has_driver() else 0
+    return torch.cuda.device_count() if has_driver() else 0
 
 
 def visible_gpus() -> list[str]:
@@ -27,7 +27,7 @@ def visible_gpus() -> list[str]:
     return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
-def _has_driver() -> bool:
+def has_driver() -> bool:
     return _ROCM.exists() or any(map(_loads, _CUDA))
 
 

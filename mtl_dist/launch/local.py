@@ -289,7 +289,7 @@ class _Patience:
             self._aborted = min(self._aborted, now)
         if now - self._asked < min(_SECONDS_TO_LEAVE, _SECONDS_TO_ABORT):
             return
-        for rank in [rank for process in processes for rank in _ranks_of(process.pid)]:
+        for rank in [rank for process in processes for rank in ranks_of(process.pid)]:
             with suppress(psutil.NoSuchProcess):
                 stopped = rank.status() == psutil.STATUS_STOPPED and now - self._asked > _SECONDS_TO_LEAVE
                 if stopped or now - self._aborted > _SECONDS_TO_ABORT:
@@ -315,7 +315,7 @@ def _forwarding(running: Collection[subprocess.Popen[bytes]]) -> Iterator[list[i
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
         for process in list(running):
-            ranks = _ranks_of(process.pid)
+            ranks = ranks_of(process.pid)
             for rank in ranks:
                 with suppress(psutil.NoSuchProcess):
                     rank.send_signal(_FORWARDED[signal.Signals(number)])
@@ -332,7 +332,7 @@ def _forwarding(running: Collection[subprocess.Popen[bytes]]) -> Iterator[list[i
             signal.signal(number, handler)
 
 
-def _ranks_of(agent: int) -> list[psutil.Process]:
+def ranks_of(agent: int) -> list[psutil.Process]:
     ranks = []
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(agent).children():

@@ -100,14 +100,14 @@ def train_all(
 
     def start(number: int, slot: int) -> tuple[Launch, IO[bytes]]:
         training = todo[number]
-        launch = _launch(training, nproc, parallel, slot, tags)
+        launch = launch_of(training, nproc, parallel, slot, tags)
         started(training)
         return launch, open(training.output_path, "ab")
 
     return supervise_all(len(todo), parallel, start, lambda number, code: ended(todo[number], code))
 
 
-def _launch(training: Training, nproc: int | None, parallel: int, slot: int, tags: Sequence[str]) -> Launch:
+def launch_of(training: Training, nproc: int | None, parallel: int, slot: int, tags: Sequence[str]) -> Launch:
     """How to start one training beside `parallel - 1` others, which share cores and GPUs."""
     arguments = ["train", str(training.recipe_path), "--run-dir", str(training.directory)]
     arguments += [f"--tag={tag}" for tag in tags]

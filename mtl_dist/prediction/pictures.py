@@ -52,14 +52,14 @@ class Pictures:
             raise UserError(f"{directory}: expected a folder to write, found: {error.strerror}.") from None
         self._directory = directory
         self._tasks = tasks
-        self._infos = {name: task.info for name, task in tasks.items()}
-        self._colours = legend_colours(self._infos)
+        self._task_infos = {name: task.info for name, task in tasks.items()}
+        self._colours = legend_colours(self._task_infos)
         self._taken: set[str] = set()
 
     def example(self) -> dict[str, dict[str, str]]:
         """By task that is painted or drawn the keys of what `write` returns for it."""
         keys: dict[str, dict[str, str]] = {}
-        for name, info in self._infos.items():
+        for name, info in self._task_infos.items():
             kind = kind_of(info.kind)
             if isinstance(kind, MapKind):
                 palette = kind.palette(info, colours_of(name, self._colours))
@@ -80,7 +80,7 @@ class Pictures:
                 continue
             stem = stem or self._stem(name)
             written[task] = {}
-            info, colours = self._infos[task], colours_of(task, self._colours)
+            info, colours = self._task_infos[task], colours_of(task, self._colours)
             palette = {} if values is None else map_kind(info.kind).palette(info, colours)
             if values is None:
                 pass
@@ -95,7 +95,7 @@ class Pictures:
             side = overlay_side(image_CHW)
             maps = {} if values is None else {task: values}
             drawn = {} if label is None else {task: label}
-            picture = overlaid(image_CHW, maps, self._infos, self._colours, side, drawn)
+            picture = overlaid(image_CHW, maps, self._task_infos, self._colours, side, drawn)
             lines = {words: colour for (of, words), colour in self._colours.items() if of == task}
             place = self._directory / f"{stem}_{task}_overlay.png"
             with_legend(picture, lines).save(place)

@@ -16,7 +16,7 @@ from mtl_dist.config.errors import suggest
 from mtl_dist.config.yaml_text import parse
 from mtl_dist.errors import UserError
 from mtl_dist.launch.jobs import RunView, view_runs
-from mtl_dist.plural import figure
+from mtl_dist.plural import readable
 from mtl_dist.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def table_of(runs: Sequence[ListedRun], below: Path, metric: str | None, columns
             reached = number_text(run.metrics.get(metric))
         else:
             best = None if status is None else status.best
-            reached = f"{status.metric} {figure(best)}" if status and best is not None else ""
+            reached = f"{status.metric} {readable(best)}" if status and best is not None else ""
         cells = [
             number_text(run.metrics.get(name)) if name in run.metrics else run.settings.get(name, "")
             for name in columns
@@ -199,7 +199,7 @@ def _in_order(mappings: Iterable[Mapping[str, object]]) -> list[str]:
 def number_text(value: float | None) -> str:
     if value is None:
         return ""
-    return "-" if math.isnan(value) else figure(value)
+    return "-" if math.isnan(value) else readable(value)
 
 
 def _text(value: object) -> str:

@@ -24,7 +24,7 @@ from mtl_dist.figures.sweep import draw_sweep
 from mtl_dist.launch.series import Training, train_all
 from mtl_dist.launch.sweep import point_labels, short_keys, split_values, sweep_points
 from mtl_dist.monitor import MonitorSettings
-from mtl_dist.plural import figure, plural
+from mtl_dist.plural import plural, readable
 from mtl_dist.printable import printable
 from mtl_dist.recipe import Recipe, load_recipe
 from mtl_dist.report.run_list import ListedRun, list_runs, mode_of, number_text, wide
@@ -196,7 +196,7 @@ def show(results: Results, console: Console) -> None:
     for values, seeds in groups:
         names = short_keys(list(values))
         said = ", ".join(f"{name}={value}" for name, value in zip(names, values.values(), strict=True))
-        spread = f" ±{figure(statistics.stdev(seeds))}" if len(seeds) > 1 else ""
+        spread = f" ±{readable(statistics.stdev(seeds))}" if len(seeds) > 1 else ""
         console.print(
             printable(f"{said}: {number_text(_mean(seeds))}{spread} over {plural(len(seeds), 'seed')}"),
             markup=False,

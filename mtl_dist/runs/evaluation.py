@@ -23,7 +23,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.evaluator import Evaluation, evaluate
 from mtl_dist.heartbeat import beat, during, getting_on
 from mtl_dist.importers.external import with_indexes
-from mtl_dist.plural import figure
+from mtl_dist.plural import readable
 from mtl_dist.prediction.evaluated import announce, write_predictions
 from mtl_dist.recipe import load_recipe_of
 from mtl_dist.results import headlines, print_calibration, print_per_class, print_results, write_evaluation
@@ -382,6 +382,6 @@ def _which(folder: RunFolder, step: int, last: int) -> str:
         return f"step {step:,}" + (", the last" if step == last else "")
     values = {row["step"]: row[best.metric] for row in read_rows(folder.directory) if best.metric in row}
     reached = values.get(last)
-    at_last = "none" if reached is None else figure(reached)
+    at_last = "none" if reached is None else readable(reached)
     others = "" if step == last else f"; the last, {last:,}: {at_last}"
-    return f"step {step:,}, the best by {best.metric} ({figure(best.value)}{others})"
+    return f"step {step:,}, the best by {best.metric} ({readable(best.value)}{others})"

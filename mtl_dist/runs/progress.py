@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from mtl_dist.cell_table import CellTable
-from mtl_dist.plural import figure
+from mtl_dist.plural import readable
 from mtl_dist.tracking.sink import Row, Sink
 from mtl_dist.tracking.tracker import Tracker
 from mtl_dist.training.plan import Plan
@@ -65,9 +65,9 @@ class ProgressSink(Sink):
         done = min(row.step * self._plan.global_batch, self._plan.end_position)
         bar = ProgressBar(total=self._plan.end_position, completed=done, width=40)
         losses = CellTable(box=None, pad_edge=False, show_header=False)
-        losses.add_row("loss", figure(row.metrics.get("step/loss", math.nan)))
+        losses.add_row("loss", readable(row.metrics.get("step/loss", math.nan)))
         for name, value in losses_of(row, most=1000).items():
-            losses.add_row(f"  {name}", figure(value))
+            losses.add_row(f"  {name}", readable(value))
         head = CellTable(box=None, pad_edge=False, show_header=False)
         head.add_row(self._where(row), bar)  # alone the bar would not end its line
         return Group(head, losses, Text("  ".join(self._machine(row))))

@@ -26,8 +26,8 @@ def as_json(answers: Answers) -> dict[str, dict[str, Any]]:
 def maps_of(answers: Answers, image_CHW: Tensor, tasks: Mapping[str, Task]) -> dict[str, dict[str, Any]]:
     """By task of maps its `mask` in the image's size (a PNG of class indices, where it has classes), its
     `overlay` and `legend`; by task that is drawn the last two."""
-    infos = {name: task.info for name, task in tasks.items()}
-    colours = legend_colours(infos)
+    task_infos = {name: task.info for name, task in tasks.items()}
+    colours = legend_colours(task_infos)
     side = overlay_side(image_CHW)
     shown: dict[str, dict[str, Any]] = {}
     for name, answer in answers.items():
@@ -38,7 +38,7 @@ def maps_of(answers: Answers, image_CHW: Tensor, tasks: Mapping[str, Task]) -> d
         maps = {} if values is None else {name: values}
         drawn = {} if label is None else {name: label}
         shown[name] = {
-            "overlay": _png(overlaid(image_CHW, maps, infos, colours, side, drawn)),
+            "overlay": _png(overlaid(image_CHW, maps, task_infos, colours, side, drawn)),
             "legend": {
                 words: "#{:02x}{:02x}{:02x}".format(*colour)
                 for (task, words), colour in colours.items()
@@ -48,7 +48,7 @@ def maps_of(answers: Answers, image_CHW: Tensor, tasks: Mapping[str, Task]) -> d
         palette = (
             {}
             if values is None
-            else map_kind(infos[name].kind).palette(infos[name], colours_of(name, colours))
+            else map_kind(task_infos[name].kind).palette(task_infos[name], colours_of(name, colours))
         )
         if values is not None and palette:
             shown[name]["mask"] = _png(in_colours(values, palette))

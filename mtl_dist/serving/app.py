@@ -90,7 +90,7 @@ class Service:
         except ImageError as error:
             raise HTTPException(422, printable(str(error))) from None
 
-    def figures(self) -> str:
+    def metrics(self) -> str:
         """What was counted, as Prometheus reads it."""
         lines = ["# TYPE mtl_requests_total counter"]
         lines += [
@@ -157,7 +157,7 @@ def build_app(predictor: Predictor, limits: Limits, name: str, hosts: Sequence[s
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> str:
         """Counts, as Prometheus reads them."""
-        return service.figures()
+        return service.metrics()
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> HTMLResponse:

@@ -25,8 +25,8 @@ class Accumulator(ABC):
     """`TaskMetrics` from named states: those of several parts, of ranks or of starts of a run, become one
     (`metric_states`), so that what is computed from them does not depend on the parts.
 
-    A subclass names its states at its beginning (`add_sum`, `add_list`), adds to them in `count`, and makes
-    the metrics in `figures`. Both run without gradients.
+    A subclass names its states at its beginning (`add_sum`, `add_list`), adds to them in `count`, and says
+    what they amount to in `metrics`. Both run without gradients.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Accumulator(ABC):
         self.has_counted = False
         self.device = torch.device("cpu")
         self._defaults: dict[str, Counted] = {}
-        self._figures: dict[str, float] | None = None
+        self._metrics: dict[str, float] | None = None
         self._confusion: np.ndarray | None = None
         self._chosen: tuple[float, ...] = ()
         self._per_class: list[dict[str, float]] = []
@@ -58,24 +58,24 @@ class Accumulator(ABC):
         """Add the labelled samples of a batch to the states, without waiting for the device."""
 
     @abstractmethod
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The metrics of what the states hold."""
 
     @torch.no_grad()
     def update(self, output: Tensor, target: Tensor, labelled_B: Tensor) -> None:
         """Count the labelled samples of one batch; the others leave no trace."""
-        self.has_counted, self._figures = True, None
+        self.has_counted, self._metrics = True, None
         self.count(output, target, labelled_B)
 
     def compute(self) -> dict[str, float]:
         """The metrics of what was counted, or of what was last merged with it."""
-        return dict(self.recompute() if self._figures is None else self._figures)
+        return dict(self.recompute() if self._metrics is None else self._metrics)
 
     @torch.no_grad()
     def recompute(self) -> dict[str, float]:
         """The metrics of what the states hold now."""
-        self._figures = self.figures()
-        return self._figures
+        self._metrics = self.metrics()
+        return self._metrics
 
     def of_one(self, output: Tensor, target: Tensor) -> dict[str, float]:
         """The metrics of one labelled sample."""
@@ -99,7 +99,7 @@ class Accumulator(ABC):
 
     def calibrate(self, temperature: float | None) -> None:
         """Let `compute` measure the probabilities at a temperature too; None: at that which fits them."""
-        self._calibrates, self._temperature, self._figures = True, temperature, None
+        self._calibrates, self._temperature, self._metrics = True, temperature, None
 
     def calibrated(self) -> Calibrated | None:
         """The probabilities at a temperature; None where it was not asked or there are none."""
@@ -113,7 +113,7 @@ class Accumulator(ABC):
 
     def hold(self, states: dict[str, Counted]) -> None:
         """Put states into the place of those that are there, on this device."""
-        self._figures = None
+        self._metrics = None
         for name, value in states.items():
             setattr(self, name, moved(value, self.device))
 

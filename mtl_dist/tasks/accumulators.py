@@ -89,7 +89,7 @@ class ClassificationMetrics(Accumulator):
                 self.scores.append(self._decision.log_odds(output)[:, None].float())
             self.truths.append(torch.where(labelled_B, target, UNLABELLED))
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         positive, confusion = self._decision.positive, self.confusion
         if self._ranking:
             truth_N = joined(self.truths)
@@ -183,7 +183,7 @@ class MultilabelMetrics(Accumulator):
             self.scores.append(output.detach().float())
             self.truths.append(torch.where(counted_BC, true_BC.to(torch.int8), UNLABELLED))
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         counts = self.counts
         if self._ranking:
             truth_NC = joined(self.truths)
@@ -239,7 +239,7 @@ class SegmentationMetrics(Accumulator):
         )
         self.num_samples += labelled_B.sum()
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         self._confusion = self.confusion.cpu().numpy().copy()
         hits_C, true_C, predicted_C = _margins(self.confusion)
         both_C = true_C + predicted_C

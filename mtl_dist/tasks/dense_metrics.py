@@ -71,7 +71,7 @@ class DepthMetrics(Accumulator):
             ]
         )
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         samples, num, absolute, squared, total, deviation, positive, *rest = self.sums.tolist()
         relative, squared_relative, squared_log, absolute_log, *within, images, silog = rest
         spread = deviation - total * total / num if num else 0.0
@@ -126,7 +126,7 @@ class NormalsMetrics(Accumulator):
         bins = torch.where(valid, (angles * BINS_PER_DEGREE).long().clamp(max=last - 1), last).flatten()
         self.histogram.scatter_add_(0, bins, bins.new_ones(1).expand(len(bins)))
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         samples, num, total, *within = self.sums.tolist()
         names = ("within_11_25", "within_22_5", "within_30")
         return {

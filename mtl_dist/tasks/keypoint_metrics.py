@@ -55,7 +55,7 @@ class KeypointMetrics(Accumulator):
         self.counts += torch.stack([there_BK.sum(dim=0), measured_BK.sum(dim=0), right_BK.sum(dim=0)])
         self.num_samples += labelled_B.sum()
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         names = ("nme", "pck", "pixel_error")
         per_point = zip(self.sums.T.tolist(), self.counts.T.tolist(), strict=True)
         self._per_class = [

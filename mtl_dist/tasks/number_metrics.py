@@ -82,7 +82,7 @@ class RegressionMetrics(Accumulator):
         )
         self.sums += torch.where(labelled_B, terms_6B, 0.0).sum(dim=1)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         num, absolute, squared, total, total_squared, refused = self.sums.tolist()
         if refused:
             raise UserError(
@@ -134,8 +134,8 @@ class QuantileMetrics(RegressionMetrics):
         widths_B = summable((values_BQ[:, -1] - values_BQ[:, 0]) / task.unit_scale)
         self.widths += torch.where(labelled_B, widths_B, 0.0).sum()
 
-    def figures(self) -> dict[str, float]:
-        values = super().figures()
+    def metrics(self) -> dict[str, float]:
+        values = super().metrics()
         num = values.pop("num_samples")
         task = self._of_quantiles
         pinballs_Q = _over(self.pinballs, num) * task.unit_scale
@@ -175,8 +175,8 @@ class GaussianMetrics(RegressionMetrics):
         deviations_B = summable(task.deviations(output) / task.unit_scale)
         self.widths += torch.where(labelled_B, deviations_B, 0.0).sum()
 
-    def figures(self) -> dict[str, float]:
-        values = super().figures()
+    def metrics(self) -> dict[str, float]:
+        values = super().metrics()
         num = values.pop("num_samples")
         values["nll"] = float(_over(self.surprise, num))
         values |= _covered(float(_over(self.covered, num)), NOMINAL_95)
@@ -221,7 +221,7 @@ class VectorMetrics(Accumulator):
         self.sums += torch.where(there_BK, terms_5BK, 0.0).sum(dim=1)
         self.num_samples += labelled_B.sum()
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         self._per_class = [
             _of_number(sums, scale) for sums, scale in zip(self.sums.T.tolist(), self._scales, strict=True)
         ]

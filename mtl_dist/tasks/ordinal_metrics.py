@@ -29,7 +29,7 @@ class OrdinalMetrics(Accumulator):
         found_B = self._grades(output)
         self.confusion += count_pairs(target[None], found_B[None], labelled_B[None], self._num_classes)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         self._confusion = self.confusion.cpu().numpy().copy()
         counts_CC = self.confusion.double()
         self._per_class = of_decisions(counts_CC.diagonal(), counts_CC.sum(dim=1), counts_CC.sum(dim=0))

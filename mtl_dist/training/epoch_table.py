@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mtl_dist.evaluator import BaselineMetrics
-from mtl_dist.plural import figure
+from mtl_dist.plural import readable
 from mtl_dist.tasks.task import Task
 
 
@@ -42,10 +42,10 @@ class EpochTable:
                 continue
             self._take(name, value)
             metric = task.settings.compared[0]
-            row = [name, metric, figure(value), f"best {figure(self._best[name])}"]
+            row = [name, metric, readable(value), f"best {readable(self._best[name])}"]
             baseline = self.baselines.get(name)
             reached = math.nan if baseline is None else baseline.metrics.get(metric, math.nan)
-            row.append(f"{baseline.name} {figure(reached)}" if baseline and not math.isnan(reached) else "")
+            row.append(f"{baseline.name} {readable(reached)}" if baseline and not math.isnan(reached) else "")
             rows.append(row)
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(5)]
         return [

@@ -21,7 +21,7 @@ from mtl_dist.figures.run_figures import RunFigures
 from mtl_dist.heartbeat import beat
 from mtl_dist.monitor import Monitor
 from mtl_dist.optim import OptimSettings, learning_rate_factor, learning_rates, set_learning_rate
-from mtl_dist.plural import figure
+from mtl_dist.plural import readable
 from mtl_dist.randomness import rank_seed
 from mtl_dist.skipping import KeptBuffers, SkippedSteps
 from mtl_dist.status import State, Status
@@ -293,7 +293,7 @@ class Trainer:
         at = self.progress
         parts = [f"epoch {self.plan.epoch_words(at.position)}", f"step {at.step}/{self.plan.total_steps}"]
         shown = dict.fromkeys(["train/loss", "val/loss", self.monitor.metric])
-        parts += [f"{name} {figure(metrics[name])}" for name in shown if name in metrics]
+        parts += [f"{name} {readable(metrics[name])}" for name in shown if name in metrics]
         return "  ".join(parts) + ("  best" if is_best else "")
 
     def status(self, state: State, reason: str = "", images_per_s: float = 0.0) -> Status:

@@ -296,7 +296,7 @@ def test_the_launcher_kills_a_rank_that_cannot_end(
     """One that a signal has stopped; after a second Ctrl-C any."""
     monkeypatch.setattr(local, "_SECONDS_TO_ABORT", 0.1)
     monkeypatch.setattr(local, "_SECONDS_TO_LEAVE", 0.1)
-    monkeypatch.setattr(local, "_ranks_of", lambda agent: [psutil.Process(agent)])
+    monkeypatch.setattr(local, "ranks_of", lambda agent: [psutil.Process(agent)])
     if stopped:
         sleeper.send_signal(signal.SIGSTOP)
     patience = local._Patience(received)
@@ -308,7 +308,7 @@ def test_the_launcher_kills_a_rank_that_cannot_end(
 
 
 # ---------------------------------------------------------------- who it was
-PULSE = Pulse(told=5, turn=40, where="the backward, step 9", host="n1", pid=10)
+PULSE = Pulse(reports=5, turn=40, where="the backward, step 9", host="n1", pid=10)
 
 
 def test_the_silent_rank_is_the_culprit_or_else_the_one_behind() -> None:
@@ -349,8 +349,8 @@ def test_the_first_failure_counts_and_not_its_echo() -> None:
 
 def test_a_rank_that_ended_without_a_word_is_named() -> None:
     survivor, lost = two_ranks()
-    lost.tell(replace(PULSE, host="n2"))
-    survivor.tell(PULSE)
+    lost.report(replace(PULSE, host="n2"))
+    survivor.report(PULSE)
     found = survivor.lost_rank(0.1)
     assert found is not None
     assert found.rank == 1
@@ -360,7 +360,7 @@ def test_a_rank_that_ended_without_a_word_is_named() -> None:
 def test_a_rank_that_says_why_it_failed_has_not_been_lost() -> None:
     survivor, culprit = two_ranks()
     for ranks in (survivor, culprit):
-        ranks.tell(PULSE)
+        ranks.report(PULSE)
     culprit.first_failure(Failure(1, "x: expected 1, found 2.", mistake=True))
     assert survivor.lost_rank(0.1) is None
 
@@ -375,7 +375,7 @@ def test_a_rank_that_never_meets_anothers_error_ends_as_well(
     write_status(tmp_path, Status("running", step=7))
     with HangWatch(replace(ALONE, size=2), 0.8, StopSignal()) as watch:
         watch.directory = tmp_path
-        culprit.tell_end(2)
+        culprit.report_end(2)
         culprit.first_failure(Failure(1, "x: expected 1, found 2.", mistake=True))
         for _ in range(200):
             beat("the backward", 8)
@@ -399,7 +399,7 @@ def test_who_fails_after_the_holder_of_the_store_speaks_to_nobody_new(
     with HangWatch(replace(ALONE, size=2), None, StopSignal()) as watch:
         error = ValueError("a loss of three numbers")
         assert watch.first_cause(error) == Failure(0, "ValueError: a loss of three numbers")
-        lost.tell_end(1)
+        lost.report_end(1)
         with pytest.raises(SystemExit):
             monkeypatch.setattr(watching.os, "_exit", lambda code: sys.exit(code))
             watch._follow(1)
@@ -409,9 +409,9 @@ def test_who_fails_after_the_holder_of_the_store_speaks_to_nobody_new(
 # ---------------------------------------------------------------- data workers
 WORKER = """
 import os, signal, time
-from mtl_dist.data.batch_loader import _begin_worker
+from mtl_dist.data.batch_loader import begin_worker
 if os.fork() == 0:
-    _begin_worker(0)
+    begin_worker(0)
     print(os.getpid(), flush=True)
     time.sleep(60)
 time.sleep(60)

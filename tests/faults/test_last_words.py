@@ -17,7 +17,7 @@ import os, pathlib, sys, time
 from mtl_dist.commands import errors
 from mtl_dist.errors import UserError
 
-errors._SECONDS_FOR_RANK_0 = 1.0
+errors.SECONDS_FOR_RANK_0 = 1.0
 children = []
 for rank in range(3):
     child = os.fork()
@@ -79,7 +79,7 @@ import os, sys, time
 from mtl_dist.commands import errors
 from mtl_dist.errors import UserError
 
-errors._SECONDS_FOR_RANK_0 = 0.2
+errors.SECONDS_FOR_RANK_0 = 0.2
 time.sleep(100 if os.environ["RANK"] == "0" else 0)
 errors.report(UserError("a.b: expected"))
 sys.exit(2)

@@ -67,13 +67,13 @@ def test_what_was_found_good_is_not_read_again_until_the_file_is_another(
     shards: list[LocalShard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    hash_of = ShardCheck._hash
+    hash_of = ShardCheck.hash_of
 
     def hashed(check: ShardCheck, descriptor: int) -> str | None:
         read.append(descriptor)
         return hash_of(check, descriptor)
 
-    monkeypatch.setattr(ShardCheck, "_hash", hashed)
+    monkeypatch.setattr(ShardCheck, "hash_of", hashed)
     assert checked(shards) == ("", []) and len(read) == 4
     assert checked(shards) == ("", []) and len(read) == 4
     os.utime(shards[2].path)
@@ -95,7 +95,7 @@ def test_without_a_place_to_remember_and_with_shards_that_are_gone_it_goes_on(
 
 def test_what_was_not_reached_is_said(shards: list[LocalShard], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_check, "_PATIENCE_S", 0.0)
-    monkeypatch.setattr(ShardCheck, "_problem_of", lambda check, shard: check._over.wait(60) and "")
+    monkeypatch.setattr(ShardCheck, "problem_of", lambda check, shard: check._over.wait(60) and "")
     line, (told,) = checked(shards)
     assert line == "" and told.startswith("shards   4 of 4 were not yet compared") and "--verify" in told
 

@@ -56,7 +56,7 @@ from mtl_dist.commands import errors
 from mtl_dist.errors import UserError
 
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-errors._SECONDS_FOR_RANK_0 = 0.2 if {late_rank} == 0 else 100
+errors.SECONDS_FOR_RANK_0 = 0.2 if {late_rank} == 0 else 100
 time.sleep(100 if rank == "{late_rank}" and rank == "0" else 0)
 errors.report(UserError("a.b: expected"))
 sys.exit(2)

@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_same_step(tmp_path: Path) -> No
     assert float(ckpt.read_checkpoint(path).tensors["model"]["weight"][0, 0]) == 2.0
 
 
-def test_a_write_that_fails_leaves_no_checkpoint_and_is_told(
+def test_a_write_that_fails_leaves_no_checkpoint_and_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ckpt.write_checkpoint(tmp_path, make(1))

@@ -45,6 +45,6 @@ def test_every_installed_loader_has_its_row(
     assert "28x28 npy" in shown
 
 
-def test_a_folder_without_jpegs_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_jpegs_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected JPEGs, found none"):
         bench_loader(tmp_path, num_images=10, num_small=12, workers=[0], repeats=1)

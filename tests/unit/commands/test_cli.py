@@ -193,7 +193,7 @@ def test_a_rank_alone_with_its_mistake_speaks_for_itself(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("mtl_dist.commands.errors.tempfile.gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr("mtl_dist.commands.errors._SECONDS_FOR_RANK_0", 0.1)
+    monkeypatch.setattr("mtl_dist.commands.errors.SECONDS_FOR_RANK_0", 0.1)
     monkeypatch.setenv("RANK", "1")
     result = mtl("train", "no.yaml")
     assert result.exit_code == 2

@@ -165,7 +165,7 @@ def test_a_run_draws_balanced_batches_however_it_is_cut(root: Path) -> None:
         (["bare"], "digit", r"train\.labels\.npy: expected the label columns"),
     ],
 )
-def test_what_cannot_be_balanced_is_told(root: Path, paths: list[str], task: str, message: str) -> None:
+def test_what_cannot_be_balanced_is_reported(root: Path, paths: list[str], task: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_data(settings_for(*paths, task=task), TASKS, root)
 

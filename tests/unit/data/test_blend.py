@@ -22,7 +22,7 @@ from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
 from mtl_dist.randomness import Draws, derive_key
 from mtl_dist.specs import TaskInfo
-from mtl_dist.step import _over_labels, count_labels
+from mtl_dist.step import count_labels, over_labels
 from mtl_dist.tasks.classification import ClassificationSettings
 from mtl_dist.tasks.multilabel import MultilabelSettings
 from tests.tiny_datasets import write_dataset
@@ -261,7 +261,7 @@ def test_the_loss_of_a_blended_class_is_the_shares_of_both(loss: dict[str, Any])
         for i in range(4)
         for lam, of in ((lam_B[i], own), (1 - lam_B[i], partner))
     )
-    found = _over_labels(lambda *a: task.loss_sum(logits, *a), batch, "digit")
+    found = over_labels(lambda *a: task.loss_sum(logits, *a), batch, "digit")
     torch.testing.assert_close(found, torch.as_tensor(expected))
     count = count_labels({"digit": task}, [batch])
     if loss["kind"] == "cross_entropy" and "class_weights" not in loss:

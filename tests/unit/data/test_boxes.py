@@ -217,6 +217,6 @@ NUMBERS = {name: TaskInfo("regression") for name in EDGES}
         ({"thing": EDGES}, True, "data.blend.mixup: expected no boxes"),
     ],
 )
-def test_mistakes_are_told(boxes: dict[str, Any], mixup: bool, message: str) -> None:
+def test_mistakes_are_reported(boxes: dict[str, Any], mixup: bool, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_boxes(boxes, NUMBERS | {"breed": TaskInfo("classification")}, mixup)

@@ -223,7 +223,7 @@ def test_a_deep_png_of_too_few_rows_is_an_error() -> None:
         (npy(np.zeros((4, 5, 2), np.uint8)), "2 channels, where 3"),
     ],
 )
-def test_what_is_no_such_image_is_told(data: bytes, reason: str) -> None:
+def test_what_is_no_such_image_is_reported(data: bytes, reason: str) -> None:
     with pytest.raises(UnreadableImage, match=reason) as error:
         decode_image(data, 3)
     assert "vision" not in str(error.value)
@@ -251,6 +251,6 @@ def test_a_mask_keeps_its_class_indices() -> None:
         (b"", "empty"),
     ],
 )
-def test_what_is_no_mask_is_told(data: bytes, reason: str) -> None:
+def test_what_is_no_mask_is_reported(data: bytes, reason: str) -> None:
     with pytest.raises(UnreadableImage, match=reason):
         decode_map(data)

@@ -637,14 +637,14 @@ def spoil_labels(directory: Path, row: int, text: bytes) -> None:
         (b'{"digit":1,"tags":[0],"value":NaN}', "label value is nan, where a number"),
     ],
 )
-def test_labels_that_cannot_be_are_told(tmp_path: Path, text: bytes, reason: str) -> None:
+def test_labels_that_cannot_be_are_reported(tmp_path: Path, text: bytes, reason: str) -> None:
     directory = write_dataset(tmp_path / "tiny", {"train": 2}, first=1)
     spoil_labels(directory, 0, text)
     with pytest.raises(UserError, match=f"sample sample00001: its {reason}"):
         list(training(opened(tmp_path)))
 
 
-def test_a_mask_of_another_size_or_class_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_of_another_size_or_class_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, mask, reason in (
         ("small", np.zeros((4, 10), np.uint8), "its mask shape is 10x4, its image 10x8"),
         (
@@ -690,9 +690,9 @@ def test_workers_go_on_when_signals_reach_every_process(
     datasets: Path, still_starting: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if still_starting:
-        begin = batch_loader._begin_worker
+        begin = batch_loader.begin_worker
         slow = lambda worker: (time.sleep(worker), begin(worker))  # noqa: E731
-        monkeypatch.setattr(batch_loader, "_begin_worker", slow)
+        monkeypatch.setattr(batch_loader, "begin_worker", slow)
     before = children()
     batches = iter(training(opened(datasets), global_batch=1, workers=2))
     found = contents(iter([next(batches)]))

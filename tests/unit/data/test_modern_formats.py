@@ -36,7 +36,7 @@ def encoded(image: Image.Image, form: str) -> bytes:
 def test_a_picture_in_a_modern_format_is_kept_as_it_came_and_decoded_as_pillow_does(
     tmp_path: Path, form: str, extension: str
 ) -> None:
-    if form not in images._formats() or form not in Image.SAVE:
+    if form not in images.known_formats() or form not in Image.SAVE:
         pytest.skip(f"nothing here writes {form}")
     data = [encoded(picture(n), form) for n in range(4)]
     facts = examine_image(data[0])
@@ -65,7 +65,7 @@ def test_a_picture_in_a_modern_format_is_kept_as_it_came_and_decoded_as_pillow_d
 def test_a_format_that_nothing_here_opens_is_named(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     examine_image(encoded(picture(1), "PNG"))
     monkeypatch.delitem(Image.OPEN, form, raising=False)
-    monkeypatch.setattr(images, "_formats", lambda: ["JPEG", "PNG"])
+    monkeypatch.setattr(images, "known_formats", lambda: ["JPEG", "PNG"])
     with pytest.raises(UnreadableImage, match=f"a picture in {form}, which needs .*[Pp]illow"):
         examine_image(FIRST_BYTES[form] + bytes(40))
 

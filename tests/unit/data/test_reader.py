@@ -149,7 +149,7 @@ def test_an_index_that_is_no_index_is_refused(copy: Path) -> None:
         opened(copy)
 
 
-def test_labels_that_are_no_object_are_told(copy: Path) -> None:
+def test_labels_that_are_no_object_are_reported(copy: Path) -> None:
     reader = opened(copy)
     row = np.load(copy / "train.index.npy")[2]
     with open(copy / "train-000000.tar", "r+b") as tar:
@@ -159,12 +159,12 @@ def test_labels_that_are_no_object_are_told(copy: Path) -> None:
         reader.read(2)
 
 
-def test_a_mask_that_the_index_promises_and_lacks_is_told(copy: Path) -> None:
+def test_a_mask_that_the_index_promises_and_lacks_is_reported(copy: Path) -> None:
     with pytest.raises(UnreadableSample, match="no mask shape"):
         opened(copy).read(7, ("shape",))
 
 
-def test_a_shard_that_shrinks_under_the_reader_is_told(copy: Path) -> None:
+def test_a_shard_that_shrinks_under_the_reader_is_reported(copy: Path) -> None:
     reader = opened(copy)
     os.truncate(copy / "train-000002.tar", 600)
     with pytest.raises(UnreadableSample, match=r"ends .* bytes too early"):

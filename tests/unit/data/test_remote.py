@@ -217,7 +217,7 @@ def test_a_file_that_another_fetched_between_look_and_lock_is_not_fetched_again(
     assert list((tmp_path / "cache").glob("*.partial")) == []
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache\.dir: expected .*/file/cache to be a directory"):
         cache_in(tmp_path / "file" / "cache")

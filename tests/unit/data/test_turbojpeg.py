@@ -175,7 +175,9 @@ def test_an_empty_variable_means_the_ordinary_decoder(unknown_library: pytest.Mo
     assert torch.equal(open_picture(data, 3).show(box, (8, 8)), whole(data, box, (8, 8)))
 
 
-def test_another_file_in_the_variable_is_told(unknown_library: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_another_file_in_the_variable_is_reported(
+    unknown_library: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "library.so").write_bytes(b"no library")
     unknown_library.setenv(VARIABLE, os.fspath(tmp_path / "library.so"))
     with pytest.raises(UserError, match=f"{VARIABLE}: expected the path of a TurboJPEG 3 library"):

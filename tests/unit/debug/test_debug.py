@@ -10,7 +10,7 @@ import torch
 from mtl_dist.batch import Batch
 from mtl_dist.debug.gradients import GradientWatch
 from mtl_dist.debug.pictures import Section, batch_picture, words_of
-from mtl_dist.debug.verdict import Seen, _not_finite, _rate
+from mtl_dist.debug.verdict import Seen, about_not_finite, about_rate
 from mtl_dist.models.building import build_model
 from mtl_dist.models.settings import ModelSettings
 from mtl_dist.specs import HeadSpec, TaskInfo
@@ -70,18 +70,21 @@ def test_layers_whose_gradients_explode_are_named(change: float) -> None:
     ],
 )
 def test_the_course_of_a_loss_says_which_learning_rate_to_try(losses: list[float], expected: str) -> None:
-    said = _rate(Seen({"digit": losses}), "digit", 1e-3)
+    said = about_rate(Seen({"digit": losses}), "digit", 1e-3)
     assert said.endswith(expected)
     assert bool(said) == bool(expected)
 
 
 def test_a_loss_that_is_not_finite_is_said_of_its_task_and_ends_the_others() -> None:
     seen = Seen({"digit": [2.3, math.nan], "size": [0.3, 0.2]}, blamed=" (Function 'LogBackward0' ...)")
-    assert _not_finite(seen, "digit") == "Its loss was nan at step 2 (Function 'LogBackward0' ...)"
-    assert _not_finite(seen, "size") == "It ended with the loss of digit, at step 2"
+    assert about_not_finite(seen, "digit") == "Its loss was nan at step 2 (Function 'LogBackward0' ...)"
+    assert about_not_finite(seen, "size") == "It ended with the loss of digit, at step 2"
     seen = Seen({"digit": [2.3], "size": [0.3]}, blamed=" (Function 'SqrtBackward0' ...)", bad_gradient=True)
-    assert _not_finite(seen, "size") == "The gradient was not finite at step 1 (Function 'SqrtBackward0' ...)"
-    assert _not_finite(Seen({"digit": [2.3, 1.0]}), "digit") == ""
+    assert (
+        about_not_finite(seen, "size")
+        == "The gradient was not finite at step 1 (Function 'SqrtBackward0' ...)"
+    )
+    assert about_not_finite(Seen({"digit": [2.3, 1.0]}), "digit") == ""
 
 
 def batch(lam_B: torch.Tensor | None = None) -> Batch:

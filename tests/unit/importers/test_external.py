@@ -142,7 +142,7 @@ def test_an_index_of_other_fields_in_the_place_named_is_refused(web: Path, tmp_p
         ),
     ],
 )
-def test_mistakes_are_told(web: Path, path: str, options: dict[str, Any], message: str) -> None:
+def test_mistakes_are_reported(web: Path, path: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         opened(path if "://" in path else web.parent / path, **options)
 

@@ -12,7 +12,7 @@ def test_gpus_are_counted_by_torch_where_there_is_a_driver(
     has_driver: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    monkeypatch.setattr(gpus, "_has_driver", lambda: has_driver)
+    monkeypatch.setattr(gpus, "has_driver", lambda: has_driver)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpus.num_gpus() == len(expected)
     assert gpus.visible_gpus() == expected

@@ -127,7 +127,7 @@ def test_ranks_that_fail_are_a_finding_and_not_a_traceback(monkeypatch: pytest.M
     assert (check.name, check.level) == ("ranks", "failure")
 
 
-def test_the_pixels_of_datasets_are_shown_and_what_was_not_measured_is_told(tmp_path: Path) -> None:
+def test_the_pixels_of_datasets_are_shown_and_what_was_not_measured_is_reported(tmp_path: Path) -> None:
     def write(name: str, values: np.ndarray) -> Path:
         file = io.BytesIO()
         np.save(file, values)

@@ -159,7 +159,7 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_was(
             write_run(point.directory, point.recipe, ACCURACIES[point.values["optim.lr"]])
         return Launch((sys.executable, "-S", "-c", code), 1, 1)
 
-    monkeypatch.setattr("mtl_dist.launch.series._launch", pretend)
+    monkeypatch.setattr("mtl_dist.launch.series.launch_of", pretend)
     recipe, out = write_recipe(tmp_path), tmp_path / "out"
     code, said = sweep(recipe, out, "optim.lr=1e-3,1e-2,0.1")
     assert code == 128 + signal.SIGTERM
