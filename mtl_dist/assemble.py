@@ -51,7 +51,6 @@ from mtl_dist.training.plan import Plan
 
 WhichCheckpoint: TypeAlias = str | int
 """best, last, a step, or best/TASK: that of a task, where `monitor.per_task` keeps it."""
-"""The best one, the newest, or that of a step."""
 
 
 def facts_of(data: Data) -> DataFacts:

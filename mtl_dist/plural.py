@@ -1,6 +1,8 @@
-"""Numbers in messages."""
+"""Numbers and lists in messages."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def plural(num: int, noun: str, many: str = "") -> str:
@@ -15,3 +17,13 @@ def readable(value: float) -> str:
     ('0.7124', '0.0000', '2.715e+12')
     """
     return f"{value:z.4f}" if not abs(value) >= 1e6 else f"{value:.4g}"
+
+
+def first_few(items: Sequence[str], most: int = 5, between: str = ", ") -> str:
+    """The first items, and how many more there are.
+
+    >>> first_few(["a", "b", "c"], most=2), first_few(["a", "b"], most=2)
+    ('a, b and 1 more', 'a, b')
+    """
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return between.join(items[:most]) + more

@@ -268,7 +268,7 @@ class Recipe(Settings):
         ]
 
 
-def load_recipe_of(run: Path, overrides: Sequence[str | Mapping[str, Any]] = ()) -> Recipe:
+def load_recipe_of(run: Path) -> Recipe:
     """The recipe of a run folder; of one that is not the user's own no code is imported that is not trusted.
 
     Raises:
@@ -277,9 +277,9 @@ def load_recipe_of(run: Path, overrides: Sequence[str | Mapping[str, Any]] = ())
     path = run / "recipe.yaml"
     with parts_of(run, path.name):
         try:
-            return load_recipe(path, overrides)
+            return load_recipe(path)
         except UserError as error:
-            if overrides or str(error).startswith(str(path)):
+            if str(error).startswith(str(path)):
                 raise
             lines = "\n".join(f"{path}: {line}" for line in str(error).splitlines())
             raise UserError(lines) from None

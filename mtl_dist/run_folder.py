@@ -59,9 +59,9 @@ RECORDED_PACKAGES = (
 )
 
 
-def new_run_directory(name: str, root: Path = Path("runs")) -> Path:
+def new_run_directory(name: str) -> Path:
     """A run folder nobody has: sorted by time, and unique when two start in one second."""
-    return root / name / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return Path("runs") / name / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 class RunFolder:

@@ -114,15 +114,15 @@ class Table:
         for number in range(len(self)):
             yield {name: values[number] for name, values in lists.items()}
 
-    def of_task(self, task: str, labelled: bool = True) -> dict[str, np.ndarray]:
-        """A task's columns, without its name; by default the rows that have its label."""
+    def of_task(self, task: str) -> dict[str, np.ndarray]:
+        """A task's columns, without its name: the rows that have its label."""
         prefix = f"{task}."
         found = {
             name.removeprefix(prefix): values
             for name, values in self.columns.items()
             if name.startswith(prefix)
         }
-        if not labelled or not found:
+        if not found:
             return found
         has = ~np.isnan(found["loss"].astype(np.float64)) if "loss" in found else np.zeros(len(self), bool)
         return {"position": self.columns["position"][has]} | {n: values[has] for n, values in found.items()}

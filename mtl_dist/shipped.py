@@ -6,7 +6,6 @@ holds their files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +34,9 @@ SHELVES = (
 )
 
 
-def shipped_files(shelves: Sequence[Shelf] = SHELVES) -> dict[str, Path]:
+def shipped_files() -> dict[str, Path]:
     """Every file by its name; the names of the shelves differ."""
-    return {name: path for shelf in shelves for name, path in shelf.files().items()}
+    return {name: path for shelf in SHELVES for name, path in shelf.files().items()}
 
 
 def headline(file: Path) -> str:

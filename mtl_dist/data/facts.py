@@ -21,6 +21,7 @@ from mtl_dist.data.consistency import check_tables
 from mtl_dist.data.manifest import ImageDtype, PixelScale
 from mtl_dist.data.table_hashes import table_hash
 from mtl_dist.json_files import parsed
+from mtl_dist.plural import first_few
 from mtl_dist.specs import TaskInfo
 
 if TYPE_CHECKING:
@@ -215,14 +216,9 @@ def _class_difference(before: Sequence[str], now: Sequence[str]) -> str:
         )
     if len(before) == len(now):
         pairs = [f"{a} is called {b}" for a, b in zip(before, now, strict=True) if a != b]
-        return f"expected the classes {_listed(before)}, found others: {_listed(pairs)}"
+        return f"expected the classes {first_few(before)}, found others: {first_few(pairs)}"
     what = [*(f"{name} was added" for name in added), *(f"{name} is missing" for name in lost)]
-    return f"expected {len(before)} classes, found {len(now)}: {_listed(what)}"
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return f"expected {len(before)} classes, found {len(now)}: {first_few(what)}"
 
 
 def source_differences(before: Identities, now: Identities, split: str) -> Iterator[str]:

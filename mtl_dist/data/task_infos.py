@@ -201,13 +201,13 @@ def pixel_scale(sources: Sequence[SourceFacts], channels: int) -> PixelScale | N
     return PixelScale(tuple(mean.tolist()), tuple(std.tolist()))
 
 
-def tasks_in(settings: DataSettings, root: Path | None = None) -> dict[str, TaskInfo]:
-    """All tasks of the training datasets that `settings` names, relative to `root`, derived ones included.
+def tasks_in(settings: DataSettings) -> dict[str, TaskInfo]:
+    """All tasks of the training datasets that `settings` names, derived ones included.
 
     Raises:
         UserError: a dataset or split is missing, or two disagree on a task.
     """
-    training = training_facts(settings.with_absolute_paths(root or Path.cwd()))
+    training = training_facts(settings.with_absolute_paths(Path.cwd()))
     return merge_task_infos(
         list(dict.fromkeys(name for source in training for name in source.tasks)), training
     )

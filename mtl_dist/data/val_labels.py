@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from mtl_dist.data.loader import Data
 from mtl_dist.data.task_infos import SourceFacts
+from mtl_dist.plural import first_few
 from mtl_dist.specs import TaskInfo
 
-_LISTED = 5
 _REMEDY = "Prepare it with --val 0.1"
 
 
@@ -47,7 +47,7 @@ def _datasets_without(data: Data, val: Sequence[SourceFacts]) -> Iterator[str]:
         source.facts.path.name for source in data.sources["train"] if source.facts.path not in with_val
     )
     if without:
-        yield f"val holds nothing of {_listed(list(without))}: no val split there. {_REMEDY}."
+        yield f"val holds nothing of {first_few(list(without))}: no val split there. {_REMEDY}."
 
 
 def _unlabelled(data: Data, name: str, val: Sequence[SourceFacts]) -> Iterator[str]:
@@ -67,7 +67,7 @@ def _unlabelled(data: Data, name: str, val: Sequence[SourceFacts]) -> Iterator[s
         if one.path in training and _num_labels(name, [training[one.path]]) and not _num_labels(name, [one])
     ]
     if without:
-        yield f"task {name} is trained, but not validated, on {_listed(without)}: no label in val there."
+        yield f"task {name} is trained, but not validated, on {first_few(without)}: no label in val there."
 
 
 def _lacking(split: str, name: str, info: TaskInfo, facts: Sequence[SourceFacts]) -> Iterator[str]:
@@ -79,13 +79,8 @@ def _lacking(split: str, name: str, info: TaskInfo, facts: Sequence[SourceFacts]
     triples = zip(info.classes, info.class_counts, there, strict=False)
     lacking = [cls for cls, in_train, in_split in triples if in_split and not in_train]
     if lacking:
-        yield f"task {name}: {split} has classes that train lacks, never right: {_listed(lacking)}."
+        yield f"task {name}: {split} has classes that train lacks, never right: {first_few(lacking)}."
 
 
 def _num_labels(name: str, facts: Sequence[SourceFacts]) -> int:
     return sum(one.labels(name).present for one in facts if name in one.tasks)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -9,7 +9,7 @@ from typing import Any
 from mtl_dist.assemble import Trained
 from mtl_dist.config.yaml_text import dump
 from mtl_dist.models.describe import parameters_in_words
-from mtl_dist.plural import plural
+from mtl_dist.plural import first_few, plural
 from mtl_dist.prediction.exported import Network
 from mtl_dist.printable import printable
 from mtl_dist.recipe import Recipe
@@ -84,10 +84,9 @@ def _tag(task: Mapping[str, Any]) -> str:
 def _task_rows(tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
     for name, task in tasks.items():
         classes = list(task["classes"])
-        listed = ", ".join(classes[:_MOST_CLASSES])
-        more = f" and {len(classes) - _MOST_CLASSES} more" if len(classes) > _MOST_CLASSES else ""
         shape = f"({task['num_outputs']}, H, W)" if task["layout"] == "map" else f"({task['num_outputs']},)"
-        yield [name, task["kind"], shape, listed + more if classes else task["unit"] or "a number"]
+        answer = first_few(classes, _MOST_CLASSES) if classes else task["unit"] or "a number"
+        yield [name, task["kind"], shape, answer]
 
 
 def _image_lines(description: Mapping[str, Any]) -> list[str]:

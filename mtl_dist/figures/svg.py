@@ -71,12 +71,12 @@ class Chart:
                         f'<circle class="dot {series.kind}" cx="{x_text}" cy="{y_text}" r="2.6"/>'
                     )
 
-    def points(self, x: np.ndarray, y: np.ndarray, kind: str = "s0") -> None:
+    def points(self, x: np.ndarray, y: np.ndarray) -> None:
         """A dot each; of very many an even choice."""
         step = max(1, -(-len(x) // _MOST_POINTS))
         for one, other in zip(x[::step].tolist(), y[::step].tolist(), strict=True):
             left, top = self.at(one, other)
-            self._parts.append(f'<circle class="point {kind}" cx="{left:.1f}" cy="{top:.1f}" r="2.2"/>')
+            self._parts.append(f'<circle class="point s0" cx="{left:.1f}" cy="{top:.1f}" r="2.2"/>')
 
     def bars(self, edges: Sequence[float], heights: Sequence[float], kind: str = "s0") -> None:
         """A bar between each two edges."""

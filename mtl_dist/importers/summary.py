@@ -17,9 +17,9 @@ from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import Record, ShardResult, TaskSource
 from mtl_dist.kinds.kind import MapKind, ScalarKind
 from mtl_dist.kinds.registry import kind_of
+from mtl_dist.plural import first_few
 from mtl_dist.specs import IGNORE, TaskInfo
 
-_LISTED = 5
 _ODDITIES = {
     "rotated": "turned by their EXIF orientation, which is applied when they are read",
     "alpha": "with an alpha channel, which is dropped when they are read",
@@ -46,8 +46,7 @@ class PackedSplit:
 
 def listed(items: Sequence[str]) -> str:
     """The first few items and how many more there are."""
-    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    return "; ".join(items[:_LISTED]) + more
+    return first_few(items, between="; ")
 
 
 def label_counts(name: str, task: TaskSource, split: PackedSplit) -> LabelCounts:

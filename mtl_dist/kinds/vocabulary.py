@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any, TypeAlias
 
 from mtl_dist.config.nearest import nearest
+from mtl_dist.plural import first_few
 from mtl_dist.specs import IGNORE
 
 Cell: TypeAlias = str | list[str]
@@ -23,7 +24,6 @@ _WHOLE = re.compile(r"([+-]?\d+)(\.0*)?")
 _DECIMAL = re.compile(r"-?\d+(\.\d*)?")
 _TRUTH = ("true", "false")
 _MARK = "\ufeff"
-_LISTED = 5
 
 IGNORED = "-"
 """In place of a class name: the value is no label."""
@@ -185,8 +185,7 @@ def _counted(texts: Mapping[str, int]) -> str:
         f"{text!r} ({texts[text]:,})" if looks[plain(text)] == 1 else f"{text!a} ({texts[text]:,})"
         for text in sorted(texts)
     ]
-    more = f" and {len(shown) - _LISTED} more" if len(shown) > _LISTED else ""
-    return ", ".join(shown[:_LISTED]) + more
+    return first_few(shown)
 
 
 def names_of(classes: ClassNames) -> tuple[str, ...]:

@@ -23,8 +23,10 @@ PATIENCE_S = 60
 """How long a program of Slurm's may take to answer."""
 
 
-LIVE_STATES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD"}
-LIVE_STATES |= {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"}
+LIVE_STATES = {
+    *("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD"),
+    *("RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"),
+}
 """The states of a job that waits, runs or is ending."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import pickle
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from mtl_dist.errors import UserError
+from mtl_dist.plural import first_few
 from mtl_dist.tensor_files import read_tensors
 
 _AUXILIARY = {"AuxLogits", "aux1", "aux2"}
@@ -140,7 +141,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
-        what = f"the keys {_some(map(str, state))}" if isinstance(state, dict) else type(state).__name__
+        what = (
+            f"the keys {first_few(list(map(str, state)))}"
+            if isinstance(state, dict)
+            else type(state).__name__
+        )
         raise UserError(
             f"model.weights: expected names and tensors in {path}, found {what}. "
             "Save the plain state dict alone: torch.save(model.state_dict(), path)."
@@ -211,15 +216,9 @@ def _check(found: dict[str, Tensor], expected: dict[str, Tensor], name: str, sou
             if found[key].shape != expected[key].shape
         },
     }
-    listed = [f"{what}: {_some(sorted(keys))}" for what, keys in problems.items() if keys]
+    listed = [f"{what}: {first_few(sorted(keys))}" for what, keys in problems.items() if keys]
     if listed:
         raise UserError(
             f"model.weights: expected the weights of {name} in {source}, found {'; '.join(listed)}. "
             "Give a file of this very network, named as its library names it."
         )
-
-
-def _some(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

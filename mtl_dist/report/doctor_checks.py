@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from mtl_dist.errors import UserError
-from mtl_dist.plural import plural
+from mtl_dist.plural import first_few, plural
 
 Level = Literal["ok", "warning", "failure"]
 
@@ -84,8 +84,7 @@ def datasets(folder: Path) -> Iterator[Check]:
             f"{mean:.4g} +- {std:.4g} ({low:.4g} to {high:.4g})"
             for mean, std, low, high in zip(*columns, strict=True)
         ]
-        more = f" and {len(each) - _CHANNELS} more" if len(each) > _CHANNELS else ""
-        found = f"{about}, mean +- deviation (range): {', '.join(each[:_CHANNELS])}{more}"
+        found = f"{about}, mean +- deviation (range): {first_few(each, _CHANNELS)}"
         constant = [channel for channel, std in enumerate(pixels.std) if std == 0]
         if constant:
             yield Check(name, "warning", found, f"Channel {constant[0]} has one value: look at the images.")

@@ -90,8 +90,8 @@ class DiceSettings(LossSettings):
 
     kind: Literal["dice"] = "dice"
     smooth: Annotated[float, Field(gt=0)] = 1.0
-    """What is added to numerator and denominator, in pixels."""
-    """s, in pixels: it makes an empty prediction of an empty mask perfect."""
+    """What is added to numerator and denominator, in pixels: so an empty prediction of an empty mask is
+    perfect."""
 
     def build(self, info: TaskInfo, where: str) -> Loss:
         return Dice(len(info.classes), self.smooth)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field
-from rich.console import Console
 
 from mtl_dist.config.settings import Settings
 from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
@@ -88,7 +87,6 @@ def open_tracker(
     tracking: TrackingSettings = DEFAULT,
     name: str = "run",
     recipe: Mapping[str, Any] | None = None,
-    console: Console | None = None,
     ended: bool = False,
 ) -> Tracker:
     """The tracker of rank 0 for the run in `directory`, from `resumed_step` on, where the rows were `record`.
@@ -115,7 +113,7 @@ def open_tracker(
             sinks[label] = _opened(settings, run)
         except Exception as error:  # whatever a library, a disk or a network raises
             failures.append(switched_off(label, error))
-    tracker = Tracker(directory, sinks, console, files.lines, ended)
+    tracker = Tracker(directory, sinks, lines=files.lines, ended=ended)
     for line in failures:
         tracker.say(line)
     return tracker

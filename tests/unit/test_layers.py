@@ -108,6 +108,27 @@ def test_importing_the_package_imports_none_of_its_modules() -> None:
     assert [name for name in imported if name.startswith("mtl_dist")] == []
 
 
+def test_nothing_is_explained_twice() -> None:
+    """Of two strings below a field the reference of settings shows one."""
+    twice = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            body = getattr(node, "body", None)
+            strings = [_is_string(each) for each in body] if isinstance(body, list) else []
+            twice += [
+                f"{path}:{body[i].lineno}" for i in range(1, len(strings)) if all(strings[i - 1 : i + 1])
+            ]
+    assert twice == []
+
+
+def _is_string(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
 def test_nobody_outside_the_engines_names_a_stage_of_zero() -> None:
     """Whoever works differently with one engine than with another asks for a capability."""
     stage = re.compile(r"zero_stage|ZeRO \d", re.IGNORECASE)
