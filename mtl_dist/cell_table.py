@@ -12,10 +12,10 @@ from mtl_dist.printable import printable
 
 
 class CellTable(Table):
-    """A rich table of texts of unknown origin."""
+    """A rich table of texts of unknown origin; what is too wide for it goes on in the next line, whole."""
 
     def add_column(self, header: RenderableType = "", *args: Any, **options: Any) -> None:
-        super().add_column(_cell(header), *args, **options)
+        super().add_column(_cell(header), *args, **{"overflow": "fold"} | options)
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
         super().add_row(*(None if cell is None else _cell(cell) for cell in cells), **options)

@@ -11,12 +11,12 @@ def plural(num: int, noun: str, many: str = "") -> str:
 
 
 def readable(value: float) -> str:
-    """A loss or a metric, short enough for a table also where it has exploded.
+    """A loss or a metric, short enough for a table also where it has exploded; 0.0000 is 0 alone.
 
-    >>> readable(0.71236), readable(-0.00001), readable(2714814840389.2)
-    ('0.7124', '0.0000', '2.715e+12')
+    >>> readable(0.71236), readable(-0.0), readable(2714814840389.2), readable(2.4e-10)
+    ('0.7124', '0.0000', '2.715e+12', '2.4e-10')
     """
-    return f"{value:z.4f}" if not abs(value) >= 1e6 else f"{value:.4g}"
+    return f"{value:.4g}" if abs(value) >= 1e6 or 0 < abs(value) < 5e-5 else f"{value:z.4f}"
 
 
 def first_few(items: Sequence[str], most: int = 5, between: str = ", ") -> str:

@@ -61,7 +61,7 @@ def headlines(evaluation: Evaluation, tasks: Mapping[str, Task], table: Table | 
     """One row per task: its main metric, how sure that is, and what the constant answer reaches."""
     shown = CellTable(box=None, pad_edge=False)
     for column in ("task", "metric", "result", "95 %", "constant answer", ""):
-        shown.add_column(column)
+        shown.add_column(column, no_wrap=column == "metric")  # a name is read as a whole, and copied
     for name, task in tasks.items():
         metric = task.settings.compared[0]
         value = evaluation.tasks.get(name, {}).get(metric, math.nan)

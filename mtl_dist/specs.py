@@ -6,6 +6,7 @@ head. None of the three imports another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,6 +38,12 @@ class TaskInfo:
     maximum: float = 0.0
     unit: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def spread(self) -> float:
+        """The deviation of the labels: 0 where all are one number. `std`, which divides them, is 1 there."""
+        is_one = self.minimum == self.maximum and math.isclose(self.mean, self.minimum, rel_tol=1e-6)
+        return 0.0 if is_one and self.num_labelled else self.std
 
     @property
     def is_counted(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mtl_dist.commands.runs import RunFolder
+from mtl_dist.commands.runs import Checkpoint, RunFolder, which
 from mtl_dist.printable import say
 
 
@@ -29,9 +29,7 @@ def export(
         Path | None,
         typer.Option(metavar="DIR", help="The folder to write into.", show_default="RUN/export/FORMAT"),
     ] = None,
-    checkpoint: Annotated[
-        str, typer.Option(metavar="best|last|STEP|best/TASK", help="Which weights.")
-    ] = "best",
+    checkpoint: Checkpoint = "best",
     any_size: Annotated[
         bool,
         typer.Option("--any-size", help="Images of any size, where the model takes it."),
@@ -67,6 +65,9 @@ def export(
       mtl export runs/digits/ID --format safetensors --out digits-model
       mtl export runs/digits/ID --resize-inside               raw images of any size go in
     """
+    from mtl_dist.exporting.packages import check_packages
+
+    check_packages(format)  # before torch is imported, which takes seconds
     from mtl_dist.exporting.description import Form
     from mtl_dist.exporting.export import export_run
     from mtl_dist.exporting.hub import check_push, push
@@ -74,7 +75,7 @@ def export(
     if push_to is not None:
         check_push(push_to, format)
     made = export_run(
-        run, format, out, _which(checkpoint), Form(any_size, resize_inside), images, say, temperature
+        run, format, out, which(checkpoint), Form(any_size, resize_inside), images, say, temperature
     )
     say(
         f"{made.file}: {made.num_bytes / 1e6:.1f} MB in {made.seconds:.0f} s; outputs differ from the run's "
@@ -92,9 +93,7 @@ def serve(
         str | None,
         typer.Option(show_default=False, help="cpu, cuda, cuda:1; without it a GPU if there is one."),
     ] = None,
-    checkpoint: Annotated[
-        str, typer.Option(metavar="best|last|STEP|best/TASK", help="Which weights.")
-    ] = "best",
+    checkpoint: Checkpoint = "best",
     temperature: Annotated[
         bool,
         typer.Option(
@@ -118,14 +117,11 @@ def serve(
       mtl serve runs/digits/ID
       curl -F files=@photo.png http://127.0.0.1:8000/predict
     """
+    from mtl_dist.serving.packages import check_packages
+
+    check_packages()  # before torch is imported, which takes seconds
     from mtl_dist.serving.limits import Limits
-    from mtl_dist.serving.serve import check_packages
     from mtl_dist.serving.serve import serve as run_service
 
-    check_packages()
     limits = Limits(int(max_mb * 1e6), max_files, int(max_megapixels * 1e6), queue, batch, timeout)
-    run_service(run, host, port, limits, device, _which(checkpoint), temperature, say)
-
-
-def _which(checkpoint: str) -> str | int:
-    return int(checkpoint) if checkpoint.isdigit() else checkpoint
+    run_service(run, host, port, limits, device, which(checkpoint), temperature, say)

@@ -30,8 +30,23 @@ Overrides = Annotated[
         help="Values in place of the recipe's, read as YAML; null takes a task out.",
     ),
 ]
+
+
+def _there(run: Path) -> Path:
+    """Said before torch is imported, which takes seconds."""
+    if not os.path.exists(run):
+        from mtl_dist.run_folder import RunFolder
+
+        RunFolder.open(run)
+    return run
+
+
 RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", show_default=False, help="A run folder: runs/NAME/ID.")
+    Path,
+    typer.Argument(metavar="RUN", show_default=False, callback=_there, help="A run folder: runs/NAME/ID."),
+]
+Checkpoint = Annotated[
+    str, typer.Option("--checkpoint", metavar="best|last|STEP|best/TASK", help="Which weights.")
 ]
 RunDir = Annotated[
     Path | None,
@@ -244,6 +259,11 @@ def _with_start(overrides: list[str] | None, start_from: Path | None) -> list[st
     return [*(overrides or []), *start]
 
 
+def which(checkpoint: str) -> str | int:
+    """A step is a number."""
+    return int(checkpoint) if checkpoint.isdecimal() else checkpoint
+
+
 def _train(recipe: Recipe, run_dir: Path | None, tags: Sequence[str], data_moved: bool) -> None:
     from mtl_dist.engine.launched import check_slurm_step
 
@@ -359,6 +379,7 @@ def predict(
         str | None,
         typer.Option(metavar="NAME", show_default=False, help="Of prepared datasets: this split alone."),
     ] = None,
+    checkpoint: Checkpoint = "best",
     temperature: Annotated[
         bool,
         typer.Option(
@@ -388,6 +409,7 @@ def predict(
             overlays=overlays,
             threshold=threshold,
             split=split,
+            checkpoint=which(checkpoint),
             temperature=temperature,
             stdin=sys.stdin.buffer,
             note=lambda line: say(line, sys.stderr),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import itertools
 import json
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,6 +28,7 @@ from mtl_dist.exporting.card import card
 from mtl_dist.exporting.checking import Images, difference, images_for
 from mtl_dist.exporting.description import Form, describe
 from mtl_dist.exporting.graph import Graph, check_resize, traced
+from mtl_dist.exporting.packages import Format, check_packages
 from mtl_dist.prediction.exported import (
     CONFIG_FILE,
     EMBEDDED,
@@ -43,7 +43,6 @@ from mtl_dist.prediction.predictor import Predictor
 from mtl_dist.printable import say
 from mtl_dist.run_folder import RunFolder
 
-Format: TypeAlias = Literal["onnx", "torch", "safetensors"]
 CARD = "README.md"
 FILES: Mapping[Format, str] = {"onnx": ONNX_FILE, "torch": TORCH_FILE, "safetensors": WEIGHTS_FILE}
 
@@ -118,21 +117,6 @@ def export_run(
     file = out / FILES[format]
     seconds = time.monotonic() - begin
     return Exported(out, file, file.stat().st_size, seconds, worst, found.source)
-
-
-def check_packages(format: Format) -> None:
-    """Refuse a format whose packages are not installed.
-
-    Raises:
-        UserError: which is missing.
-    """
-    needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"--format {format}: expected an installation of {', '.join(missing)}, found none. "
-            'Install it with `pip install "mtl-dist[export]"`.'
-        )
 
 
 def check_place(out: Path) -> None:

@@ -36,6 +36,16 @@ class Conflicts:
     conflicts_TT: np.ndarray
     cosines: Mapping[tuple[str, str], Sequence[float]]
 
+    @property
+    def looks(self) -> int:
+        """How often gradients were compared, of the pair for which that was most often."""
+        return max(map(len, self.cosines.values()), default=0)
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether so many comparisons can show a conflict."""
+        return self.looks >= LOOKS
+
     def sentences(self) -> list[str]:
         """A plain sentence for each pair that conflicts, the worst first; one if none is seen to."""
         pairs = sorted(self.cosines, key=lambda pair: fmean(self.cosines[pair]))
@@ -48,10 +58,10 @@ class Conflicts:
         ]
         if conflicting:
             return conflicting
-        (first, second), looks = pairs[0], max(len(cosines) for cosines in self.cosines.values())
+        (first, second), looks = pairs[0], self.looks
         cosine = fmean(self.cosines[first, second])
         lowest = f"the lowest mean cosine of gradients is {cosine:z.2f}, of {first} and {second}"
-        if looks < LOOKS:
+        if not self.is_enough:
             return [
                 f"Whether tasks conflict is not known after {plural(looks, 'comparison')} of their "
                 f"gradients, {LOOKS} or more show it: {lowest}."

@@ -42,7 +42,8 @@ class RunFigures:
         self._drawn = time.monotonic()
 
     def draw_conflicts(self) -> None:
-        """Write evaluation/conflicts.png and say which tasks fought over the run, if that was looked at."""
+        """Write evaluation/conflicts.png and say which tasks fought over the run, if that was looked at
+        often enough: that nothing is known yet is said where it is asked, on the page of the run."""
         self._draw(CONFLICTS, self._conflicts)
 
     def _curves(self, path: Path) -> None:
@@ -54,7 +55,7 @@ class RunFigures:
         found = conflicts_in(read_rows(path.parent.parent))
         if found is None:
             return
-        for sentence in found.sentences():
+        for sentence in found.sentences() if found.is_enough else ():
             self._say(sentence)
         path.parent.mkdir(exist_ok=True)
         draw_conflicts({"mean cosine of gradients over the run": found}, path)

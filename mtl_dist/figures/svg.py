@@ -323,13 +323,15 @@ def _labelled(values: Sequence[float]) -> list[tuple[float, str]]:
 def short(value: float) -> str:
     """A number in few letters.
 
-    >>> short(0.25), short(1500.0), short(3.0), short(0.00012), short(123.456), short(2500000)
-    ('0.25', '1,500', '3', '1.2e-04', '123', '2.5M')
+    >>> short(0.25), short(1500.0), short(3.0), short(0.00012), short(123.456), short(2500000), short(3e12)
+    ('0.25', '1,500', '3', '1.2e-04', '123', '2.5M', '3e+12')
     """
     if value != value:
         return "–"
     value = value or 0.0  # no minus before 0
     size = abs(value)
+    if size >= 1e9:
+        return f"{value:.3g}"
     if size >= 1e6:
         return f"{value / 1e6:.3g}M"
     if size >= 100 or value == int(value):

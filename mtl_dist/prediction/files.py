@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from mtl_dist.assemble import WhichCheckpoint
 from mtl_dist.errors import UserError
 from mtl_dist.prediction.inputs import Note, check_given, inputs_of
 from mtl_dist.prediction.pictures import Pictures
@@ -25,6 +26,7 @@ def predict_files(
     note: Note,
     done: Callable[[int, int | None], None] | None = None,
     temperature: bool = False,
+    checkpoint: WhichCheckpoint = "best",
 ) -> tuple[int, int]:
     """Predict every image of what is `given` (see `inputs_of`); how many there were, and how many had errors.
 
@@ -33,7 +35,7 @@ def predict_files(
     """
     check_format(out)
     check_given(given)
-    predictor = Predictor(run, temperature=temperature)
+    predictor = Predictor(run, checkpoint=checkpoint, temperature=temperature)
     pictures = Pictures(overlays, predictor.tasks) if overlays is not None else None
     example = {task: plain(answer) for task, answer in predictor.example().items()}
     if pictures is not None:

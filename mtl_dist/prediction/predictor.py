@@ -244,14 +244,18 @@ class Predictor:
         for one in opened:
             yield one if one.error else replace(one, answers=next(answers))
 
-    def answers(self, originals: Sequence[Tensor], threshold: float | None = None) -> Iterator[Answers]:
-        """The answer for each image; maps in its size are made one after another."""
+    def answers(
+        self, originals: Sequence[Tensor], threshold: float | Sequence[float | None] | None = None
+    ) -> Iterator[Answers]:
+        """The answer for each image, by one threshold or one for each; maps in its size are made one after
+        another."""
         if not originals:
             return
+        each = threshold if isinstance(threshold, Sequence) else [threshold] * len(originals)
         with torch.no_grad():
             outputs = self._network.predict(self.inputs(originals))
-        for row, original in enumerate(originals):
-            yield self._decode_row(outputs, row, (original.shape[1], original.shape[2]), threshold)
+        for row, (original, decides) in enumerate(zip(originals, each, strict=True)):
+            yield self._decode_row(outputs, row, (original.shape[1], original.shape[2]), decides)
 
     def inputs(self, originals: Sequence[Tensor]) -> Tensor:
         """Decoded images as the network takes them."""

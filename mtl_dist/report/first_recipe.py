@@ -12,6 +12,7 @@ import yaml
 
 from mtl_dist.data.inspect import Inspection
 from mtl_dist.kinds.registry import kind_of
+from mtl_dist.plural import plural
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.registry import TASKS
 
@@ -87,13 +88,28 @@ def first_recipe(inspection: Inspection, device: Device) -> str:
 def _task_lines(name: str, info: TaskInfo, missing: int) -> list[str]:
     settings = TASKS.get(info.kind)  # a kind of the user's has its defaults
     changes, why = settings.suited_to(info) if settings else ({}, "")
-    facts = [f"{info.num_labelled:,} labels" + (f", {missing:,} missing" if missing else "")]
+    if nothing := _nothing_to_learn(info):
+        return [f"  # {_flow(name)} is left out: {nothing}"]
+    facts = [f"{plural(info.num_labelled, 'label')}" + (f", {missing:,} missing" if missing else "")]
     if info.classes:
-        facts.append(f"{len(info.classes)} {kind_of(info.kind).class_words[1]}")
+        facts.append(plural(len(info.classes), *kind_of(info.kind).class_words))
     elif kind_of(info.kind).has_values:
-        facts.append(f"{info.mean:.3g} ± {info.std:.2g} {info.unit}".rstrip())
+        facts.append(f"{info.mean:.3g} ± {info.spread:.2g} {info.unit}".rstrip())
     line = f"  {_flow(name)}: {_flow({'kind': info.kind} | changes)}  # {', '.join(facts)}"
     return [f"  # {why}:", line] if why else [line]
+
+
+def _nothing_to_learn(info: TaskInfo) -> str:
+    """Why nothing can be learnt of the task's labels; empty where something can."""
+    kind = kind_of(info.kind)
+    if not info.num_labelled:
+        return "it has no label to train on"
+    there = [name for name, count in zip(info.classes, info.class_counts, strict=False) if count]
+    if kind.is_one_class and len(there) == 1:
+        return f"every label is {_flow(there[0])}"
+    if kind.is_number and info.spread == 0:
+        return f"every label is {info.mean:.3g}"
+    return ""
 
 
 def _side(sizes: Sequence[tuple[int, int]], device: Device) -> tuple[int, str]:

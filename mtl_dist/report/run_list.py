@@ -26,6 +26,7 @@ LEFT_OUT = ("name",)
 """Settings that no comparison is about."""
 ONLY_HERE = "tasks not in all"
 """In place of the settings of such tasks."""
+_AUGMENT = "data.augment"
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ def comparison_of(runs: Sequence[ListedRun]) -> CellTable:
 def differing_settings(recipes: Sequence[Mapping[str, str]], absent: str = "") -> dict[str, list[str]]:
     """By dotted key the value in each recipe, of the settings that are not the same in all; `absent` is what
     a recipe has not. The tasks that not all have are one of them, by their names."""
+    recipes = _spelt_out(recipes)
     tasks = [{key.split(".")[1] for key in recipe if key.startswith("tasks.")} for recipe in recipes]
     in_all = set.intersection(*tasks)
     values = {
@@ -190,6 +192,24 @@ def differing_settings(recipes: Sequence[Mapping[str, str]], absent: str = "") -
     }
     apart = [", ".join(sorted(names - in_all)) or absent for names in tasks]
     return {key: own for key, own in ({ONLY_HERE: apart} | values).items() if len(set(own)) > 1}
+
+
+def _spelt_out(recipes: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
+    """The recipes; where one states its augmentation in single values, presets of others are those too."""
+    if not any(key.startswith(f"{_AUGMENT}.") for recipe in recipes for key in recipe):
+        return recipes
+    from mtl_dist.data.transforms import PRESETS
+    from mtl_dist.recipe import flat
+
+    presets: dict[str, dict[str, str]] = {
+        name: {key: _text(value) for key, value in flat({_AUGMENT: preset.model_dump(mode="json")}).items()}
+        for name, preset in PRESETS.items()
+    }
+    return [
+        {key: value for key, value in recipe.items() if key != _AUGMENT}
+        | dict(presets.get(recipe.get(_AUGMENT, ""), {}))
+        for recipe in recipes
+    ]
 
 
 def _in_order(mappings: Iterable[Mapping[str, object]]) -> list[str]:

@@ -76,7 +76,7 @@ def described(info: TaskInfo, in_val: int) -> str:
         return f"{what}, {labels}, majority {most} {largest / counted:.1%}"
     if info.num_labelled and (numbers := kind.numbers(info)):
         said = [
-            f"{f'{name} ' if name else ''}{one.mean:.4g} +- {one.std:.4g} {one.unit}".rstrip()
+            f"{f'{name} ' if name else ''}{one.mean:.4g} +- {one.spread:.4g} {one.unit}".rstrip()
             for name, one in list(numbers.items())[:_NUMBERS]
         ]
         more = ", ..." if len(numbers) > _NUMBERS else ""

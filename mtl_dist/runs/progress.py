@@ -74,7 +74,7 @@ class ProgressSink(Sink):
 
     def _where(self, row: Row) -> str:
         position = min(row.step * self._plan.global_batch, self._plan.end_position)
-        epoch = min(position // self._plan.samples_per_epoch + 1, self._epochs)
+        epoch = -(-position // self._plan.samples_per_epoch)  # that of the step's last sample
         return f"epoch {epoch}/{self._epochs}  step {row.step}/{self._plan.total_steps}"
 
     @property

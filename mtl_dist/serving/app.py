@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import PurePath
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from fastapi import FastAPI, File, HTTPException, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
@@ -38,6 +38,11 @@ _POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _LONGEST_NAME = 120
+_PARAMETERS = {"maps": "true or false", "threshold": "a probability between 0 and 1"}
+"""Of the query of POST /predict, and what each may be."""
+
+Asked: TypeAlias = tuple[Tensor, float | None]
+"""An image, and the threshold that is to decide in place of the run's."""
 
 
 class Service:
@@ -46,20 +51,21 @@ class Service:
     def __init__(self, predictor: Predictor, limits: Limits) -> None:
         self.predictor = predictor
         self.limits = limits
-        self.batcher: Batcher[Tensor, Answers] = Batcher(self._answer, limits.max_batch, limits.max_queue)
+        self.batcher: Batcher[Asked, Answers] = Batcher(self._answer, limits.max_batch, limits.max_queue)
         self.decoding = asyncio.Semaphore(_DECODERS)
         self.num_requests: Counter[int] = Counter()
         self.seconds = 0.0
 
-    def _answer(self, images: Sequence[Tensor]) -> list[Answers]:
-        return list(self.predictor.answers(images))
+    def _answer(self, asked: Sequence[Asked]) -> list[Answers]:
+        images, thresholds = zip(*asked, strict=True)
+        return list(self.predictor.answers(images, thresholds))
 
-    async def answered(self, name: str, data: bytes, maps: bool) -> dict[str, Any]:
+    async def answered(self, name: str, data: bytes, maps: bool, threshold: float | None) -> dict[str, Any]:
         """One image's record."""
         async with self.decoding:
             image_CHW = await asyncio.to_thread(self._decoded, name, data)
         try:
-            answers = await asyncio.wrap_future(self.batcher.submit(image_CHW))
+            answers = await asyncio.wrap_future(self.batcher.submit((image_CHW, threshold)))
         except QueueFull:
             raise HTTPException(
                 429,
@@ -125,19 +131,30 @@ def build_app(predictor: Predictor, limits: Limits, name: str, hosts: Sequence[s
         request: Request,
         files: Annotated[list[UploadFile], File(description="Images, as files.", min_length=1)],
         maps: Annotated[bool, Query(description="Masks and overlays as PNGs too.")] = False,
+        threshold: Annotated[
+            float | None,
+            Query(
+                gt=0,
+                lt=1,
+                description="Above which probability a label, positive class or pixel counts, in place of "
+                "the run's.",
+            ),
+        ] = None,
     ) -> dict[str, Any]:
         """Every task's answer for each image, in their order."""
         for given, known, what in (
-            (request.query_params, "maps", "parameter of the query"),
-            (await request.form(), "files", "field of the form"),
+            (request.query_params, list(_PARAMETERS), "parameters of the query"),
+            (await request.form(), ["files"], "field of the form"),
         ):
-            if others := [name for name in given if name != known]:
-                raise HTTPException(422, f"expected {known} as the only {what}, found {_shown(others)}.")
+            if others := [name for name in given if name not in known]:
+                raise HTTPException(
+                    422, f"expected {' and '.join(known)} as the only {what}, found {_shown(others)}."
+                )
         if len(files) > limits.max_files:
             raise HTTPException(413, f"expected at most {limits.max_files} files, found {len(files)}.")
         named = [(_name_of(file, number), await file.read()) for number, file in enumerate(files)]
         found = await asyncio.gather(
-            *(service.answered(each, data, maps) for each, data in named), return_exceptions=True
+            *(service.answered(each, data, maps, threshold) for each, data in named), return_exceptions=True
         )
         for one in found:
             if isinstance(one, BaseException):
@@ -187,7 +204,7 @@ def _unreadable(error: RequestValidationError) -> str:
     first = error.errors()[0]
     place, *names = first["loc"]
     if place == "query":
-        return f"{names[0]}: expected true or false, found {_shown([str(first['input'])])}."
+        return f"{names[0]}: expected {_PARAMETERS[names[0]]}, found {_shown([str(first['input'])])}."
     given = error.body or {}
     found = "text" if "files" in given else _shown(list(given)) or "nothing"
     return f"files: expected one file or more, found {found}. With curl: -F files=@NAME"

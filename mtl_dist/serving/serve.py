@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 from mtl_dist.assemble import WhichCheckpoint
-from mtl_dist.errors import UserError
 from mtl_dist.prediction.predictor import Predictor
 from mtl_dist.serving.limits import Limits
+from mtl_dist.serving.packages import check_packages
 
 LOOPBACK = ("127.0.0.1", "localhost")
-
-
-def check_packages() -> None:
-    """Refuse to serve without the packages that it needs.
-
-    Raises:
-        UserError: which are missing.
-    """
-    needed = {"fastapi": "fastapi", "uvicorn": "uvicorn", "python_multipart": "python-multipart"}
-    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UserError(
-            f"mtl serve: expected an installation of {', '.join(missing)}, found none. "
-            'Install it with `pip install "mtl-dist[serve]"`.'
-        )
 
 
 def serve(

@@ -17,7 +17,8 @@ from mtl_dist.config import trust
 from mtl_dist.errors import UserError
 from mtl_dist.exporting import hub
 from mtl_dist.exporting.description import Form
-from mtl_dist.exporting.export import Exported, Format, export_run
+from mtl_dist.exporting.export import Exported, export_run
+from mtl_dist.exporting.packages import Format
 from mtl_dist.prediction.predictor import Predictor
 from tests.tiny_datasets import image_of
 from tests.tiny_runs import train_run

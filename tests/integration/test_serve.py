@@ -11,6 +11,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,29 @@ def test_masks_and_overlays_come_as_pictures(client: Any, predictor: Predictor) 
     overlay = found["maps"]["shape"]["overlay"].removeprefix("data:image/png;base64,")
     # Outlines are 2 pixels wide, which in the image's own size would hide it.
     assert max(Image.open(io.BytesIO(base64.b64decode(overlay))).size) == 512
+
+
+def test_each_request_has_its_own_threshold_also_where_they_share_a_batch(
+    client: Any, predictor: Predictor
+) -> None:
+    """As `mtl predict --threshold` answers: labels, and the pixels of a mask of two classes."""
+    thresholds = [None, 0.01, 0.99] * 4
+    with ThreadPoolExecutor(len(thresholds)) as pool:
+        found = pool.map(
+            lambda given: client.post(
+                "/predict",
+                params={} if given is None else {"threshold": given},
+                files=[("files", ("a.png", png(image_of(1))))],
+            ),
+            thresholds,
+        )
+        answers = [response.json()["predictions"][0]["answers"] for response in found]
+    for given, answer in zip(thresholds, answers, strict=True):
+        expected = predictor.predict(image_of(1), given)
+        assert answer["tags"]["labels"] == expected["tags"]["labels"]
+        assert answer["shape"] == pytest.approx(plain(expected["shape"]), abs=1e-3)
+    assert answers[1]["tags"]["labels"] != answers[2]["tags"]["labels"]
+    assert answers[1]["shape"]["area_ratio"] > answers[2]["shape"]["area_ratio"]
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -159,8 +183,15 @@ def test_what_is_no_form_or_goes_elsewhere_is_a_4xx(client: Any) -> None:
             "expected files as the only field of the form, found 'file'.",
         ),
         (
-            {"files": [("files", png(image_of(1)))], "params": {"threshold": "0.9"}},
-            "expected maps as the only parameter of the query, found 'threshold'.",
+            {"files": [("files", png(image_of(1)))], "params": {"thresh": "0.9"}},
+            "expected maps and threshold as the only parameters of the query, found 'thresh'.",
+        ),
+        *(
+            (
+                {"files": [("files", png(image_of(1)))], "params": {"threshold": given}},
+                f"threshold: expected a probability between 0 and 1, found '{given}'.",
+            )
+            for given in ("half", "0", "1.0", "nan", "1e400", "")
         ),
         (
             {"files": [("files", png(image_of(1)))], "params": {"maps": "loud"}},

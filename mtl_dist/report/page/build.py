@@ -214,7 +214,9 @@ def about(task: Task) -> str:
         parts.insert(0, plural(len(info.classes), *kind_of(info.kind).class_words))
     for name, one in list(kind_of(info.kind).numbers(info).items())[:_NUMBERS]:
         unit = f" {one.unit}" if one.unit else ""
-        parts.append(f"mean {f'{name} ' if name else ''}{svg.short(one.mean)} ± {svg.short(one.std)}{unit}")
+        parts.append(
+            f"mean {f'{name} ' if name else ''}{svg.short(one.mean)} ± {svg.short(one.spread)}{unit}"
+        )
     loss = getattr(task.settings, "loss", None)
     name = str(getattr(loss, "kind", "")).rpartition(".")[2]
     parts += [f"loss {name}"] if name else []
@@ -279,11 +281,13 @@ def _bar(value: float, found: Any, reached: float | None, mode: str | None) -> d
 def three(value: float) -> str:
     """Three digits behind the point of what is around 1, three digits in all of larger numbers.
 
-    >>> three(0.98513), three(13.618), three(0.00012), three(1234.5), three(-0.0)
-    ('0.985', '13.6', '0.00012', '1,234', '0.000')
+    >>> three(0.98513), three(13.618), three(0.00012), three(1234.5), three(-0.0), three(3.079e11)
+    ('0.985', '13.6', '0.00012', '1,234', '0.000', '3.08e+11')
     """
     if value != value:
         return "–"
+    if abs(value) >= 1e7:
+        return f"{value:.3g}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     if abs(value) >= 10:

@@ -55,6 +55,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(["init", "data"], 0, marks=ONLY_ON_CPUS),
         (["inspect", "data"], 0),
         (["status", "."], 0),
+        *(([command, "runs/nowhere"], 2) for command in ("evaluate", "export", "serve", "verify")),
+        (["predict", "runs/nowhere", "a.png"], 2),
         (["submit", "recipe.yaml", "--cluster", "profile.yaml", "--dry-run"], 0),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -73,6 +73,10 @@ def test_a_run_that_compared_gradients_ends_with_the_sentence_and_the_picture(tm
     tracker = open_tracker(tmp_path)
     for step in range(5):
         tracker.record("balance", step, 0.5, {"balance/cosine/digit/age": -0.3})
+        if step == 3:  # that nothing is known yet is no news at the end of a small run
+            said: list[str] = []
+            RunFigures(tmp_path, say=said.append).draw_conflicts()
+            assert said == []
     RunFigures(tmp_path, say=tracker.say).draw_conflicts()
     tracker.close()
     assert "digit and age conflict: the mean cosine" in (tmp_path / "log.txt").read_text()

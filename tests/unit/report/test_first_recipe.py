@@ -16,13 +16,15 @@ from mtl_dist.recipe import load_recipe
 from mtl_dist.report.first_recipe import Device, first_recipe
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.registry import TASKS
+from tests.tiny_datasets import TASKS as TASKS_OF_IT
 from tests.tiny_datasets import write_dataset
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("data") / "tiny data"
-    write_dataset(directory, {"train": 16, "val": 4})
+    several = replace(TASKS_OF_IT["value"], maximum=4.0)  # which its writer does not count
+    write_dataset(directory, {"train": 16, "val": 4}, tasks=TASKS_OF_IT | {"value": several})
     return directory
 
 
@@ -39,6 +41,31 @@ def test_it_is_a_recipe_that_learns_every_task_of_the_dataset(dataset: Path, dev
     for setting in ("image_size", "augment", "backbone", "global_batch", "epochs"):
         (line,) = [line for line in text.splitlines() if line.strip().startswith(f"{setting}:")]
         assert "  # " in line, line
+
+
+def test_tasks_of_which_nothing_can_be_learnt_are_left_out_with_the_reason(dataset: Path) -> None:
+    inspection = inspect_dataset(dataset)
+    some = next(iter(inspection.manifest.splits["train"].labels.values()))
+    added = {
+        "alone": TaskInfo("classification", ("only",), 16, (16,)),
+        "one left": TaskInfo("ordinal", ("low", "high"), 1, (0, 1)),
+        "constant": TaskInfo("regression", (), 16, mean=7.5, minimum=7.5, maximum=7.5),
+        "nowhere": TaskInfo("regression"),
+    }
+    splits = {
+        name: replace(split, labels=split.labels | dict.fromkeys(added, some))
+        for name, split in inspection.manifest.splits.items()
+    }
+    manifest = replace(inspection.manifest, tasks=inspection.manifest.tasks | added, splits=splits)
+    text = first_recipe(replace(inspection, manifest=manifest), "cpu")
+    assert yaml.safe_load(text)["tasks"].keys() == inspection.manifest.tasks.keys()
+    for line in (
+        "  # alone is left out: every label is only",
+        "  # one left is left out: every label is high",
+        "  # constant is left out: every label is 7.5",
+        "  # nowhere is left out: it has no label to train on",
+    ):
+        assert line in text.splitlines()
 
 
 def test_a_dataset_without_val_is_told_what_is_missing(dataset: Path) -> None:

@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 
 from mtl_dist.cli import app
 from mtl_dist.config.loading import to_yaml
+from mtl_dist.data.transforms import AugmentSettings
 from mtl_dist.errors import UserError
 from mtl_dist.launch.local import Launch
 from mtl_dist.recipe import load_recipe
-from mtl_dist.report.run_list import differing_settings
+from mtl_dist.report.run_list import _text, differing_settings
 from mtl_dist.report.sweep import Point, plan_sweep, run_sweep
 from mtl_dist.run_folder import RunFolder
 
@@ -263,6 +264,16 @@ def test_tasks_that_not_all_runs_have_are_one_line_of_a_comparison() -> None:
         "tasks.digit.weight": ["–", "2"],
     }
     assert differing_settings([first, first]) == {}
+
+
+def test_a_preset_beside_single_values_differs_in_those_alone_that_it_has_otherwise() -> None:
+    stated = AugmentSettings(crop_scale=(0.5, 1.0), flip=True, rotate=8).model_dump(mode="json")
+    preset = {"data.augment": "standard", "optim.lr": "0.1"}
+    single = {f"data.augment.{key}": _text(value) for key, value in stated.items()} | {"optim.lr": "0.1"}
+    assert differing_settings([preset, single]) == {"data.augment.rotate": ["0.0", "8.0"]}
+    assert differing_settings([preset, {**preset, "data.augment": "none"}]) == {
+        "data.augment": ["standard", "none"]
+    }
 
 
 def test_tags_find_runs_are_added_and_taken_away(study: Path) -> None:

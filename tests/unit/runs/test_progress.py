@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from mtl_dist.evaluator import BaselineMetrics, Evaluation
-from mtl_dist.results import headlines
+from mtl_dist.results import headlines, results_table
 from mtl_dist.runs.progress import ProgressSink
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.registry import build_tasks
@@ -62,6 +62,17 @@ def test_epochs_and_steps_are_whole_numbers_within_the_plan(step: int, words: st
     assert words in ProgressSink(PLAN, print).line(row(step))
 
 
+def test_the_step_that_ends_an_epoch_is_of_that_epoch() -> None:
+    plan = Plan(80, 160, 8, 1, seed=0, evaluate_every=1, checkpoint_every=None, log_every=1)
+    words = [ProgressSink(plan, print).line(row(step)).partition("  loss")[0] for step in (1, 10, 11, 20)]
+    assert words == [
+        "epoch 1/2  step 1/20",
+        "epoch 1/2  step 10/20",
+        "epoch 2/2  step 11/20",
+        "epoch 2/2  step 20/20",
+    ]
+
+
 def test_in_a_terminal_a_table_has_a_row_for_each_task() -> None:
     shown: list[Any] = []
     ProgressSink(PLAN, print, shown.append).row(row(7))
@@ -82,6 +93,26 @@ def test_an_epoch_s_rows_hold_the_best_so_far_also_that_before_a_resume() -> Non
         "  age    mae       1.5000  best 1.5000",
     ]
     assert table.lines({"train/loss": 1.0}) == []
+
+
+def test_in_80_columns_nothing_of_a_result_is_cut() -> None:
+    """The longest name of a metric, beside an interval and a verdict of the longest kind."""
+    name = "attributes_of_a_photograph"
+    tasks = build_tasks(
+        {name: SETTINGS.validate_python({"kind": "multilabel"})},
+        {name: TaskInfo("multilabel", ("a", "b"), 4, (1, 3))},
+    )
+    metrics = {metric: 0.5 for metric in ("mean_average_precision", "a_metric_of_the_user_s_own" * 2)}
+    constant = {name: BaselineMetrics("majority", metrics)}
+    evaluation = Evaluation(1.0, {name: metrics}, {}, 4, baselines=constant)
+    console = Console(file=io.StringIO(), width=80)
+    for table in (headlines(evaluation, tasks, None), results_table({"val": evaluation, "test": evaluation})):
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "mean_average_precision " in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.replace("\n", "").replace(" ", "").count("user_s_own") > 0
 
 
 def test_a_result_is_better_than_a_constant_answer_where_it_is_better() -> None:
