@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mtl_dist.commands.runs import Checkpoint, RunFolder, which
+from mtl_dist.commands.runs import Checkpoint, RunFolder, check_there, which
 from mtl_dist.printable import say
 
 
@@ -67,6 +67,7 @@ def export(
     """
     from mtl_dist.exporting.packages import check_packages
 
+    check_there(run)
     check_packages(format)  # before torch is imported, which takes seconds
     from mtl_dist.exporting.description import Form
     from mtl_dist.exporting.export import export_run
@@ -119,6 +120,7 @@ def serve(
     """
     from mtl_dist.serving.packages import check_packages
 
+    check_there(run)
     check_packages()  # before torch is imported, which takes seconds
     from mtl_dist.serving.limits import Limits
     from mtl_dist.serving.serve import serve as run_service

@@ -31,19 +31,9 @@ Overrides = Annotated[
     ),
 ]
 
-
-def _there(run: Path) -> Path:
-    """Said before torch is imported, which takes seconds."""
-    if not os.path.exists(run):
-        from mtl_dist.run_folder import RunFolder
-
-        RunFolder.open(run)
-    return run
-
-
 RunFolder = Annotated[
     Path,
-    typer.Argument(metavar="RUN", show_default=False, callback=_there, help="A run folder: runs/NAME/ID."),
+    typer.Argument(metavar="RUN", show_default=False, help="A run folder: runs/NAME/ID."),
 ]
 Checkpoint = Annotated[
     str, typer.Option("--checkpoint", metavar="best|last|STEP|best/TASK", help="Which weights.")
@@ -259,6 +249,18 @@ def _with_start(overrides: list[str] | None, start_from: Path | None) -> list[st
     return [*(overrides or []), *start]
 
 
+def check_there(run: Path) -> None:
+    """Refuse a run that is not there before torch is imported, which takes seconds.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    if not os.path.exists(run):
+        from mtl_dist.run_folder import RunFolder
+
+        RunFolder.open(run)
+
+
 def which(checkpoint: str) -> str | int:
     """A step is a number."""
     return int(checkpoint) if checkpoint.isdecimal() else checkpoint
@@ -333,11 +335,12 @@ def evaluate(
       mtl evaluate runs/digits/ID --temperature       then mtl predict ... --temperature
     """
     from mtl_dist.data.remote import location
+
+    check_there(run)
     from mtl_dist.runs.evaluation import evaluate_run
 
-    which = int(checkpoint) if checkpoint.isdecimal() else checkpoint
     dataset = None if data is None else location(data)
-    evaluate_run(run, split, dataset, predictions, which, per_class, temperature)
+    evaluate_run(run, split, dataset, predictions, which(checkpoint), per_class, temperature)
 
 
 def predict(
@@ -399,6 +402,7 @@ def predict(
       mtl predict runs/cells/ID stack.tif 'more/**/*.png' more.zip data/cells --split test
       find photos -name '*.jpg' | mtl predict runs/skin/ID -
     """
+    check_there(run)
     from mtl_dist.prediction.files import predict_files
 
     with progress_bar("predict") as show:
@@ -430,6 +434,7 @@ def verify(run: RunFolder) -> None:
     \b
       mtl verify runs/digits/ID
     """
+    check_there(run)
     from mtl_dist.runs.verification import verify
 
     good, problems = verify(run)
