@@ -5,7 +5,7 @@
             model.safetensors       weights and buffers, balancer included, float32
             optimizer.safetensors   `<slot>/<parameter name>`
             ema.safetensors         the averaged weights, where the recipe asks for them
-        metrics.safetensors     what the running epoch's training metrics have counted, within an epoch
+            metrics.safetensors     what the running epoch's training metrics have counted, within an epoch
             state.json              step, position, monitor, the best one so far, sums of the running epoch
             recipe.yaml
             metrics.jsonl           the run's record up to here
@@ -37,7 +37,7 @@ from torch import Tensor
 from mtl_dist.durable import sha256_of, sync_directory, sync_file, unwritable, write_text
 from mtl_dist.errors import UserError
 from mtl_dist.not_finite import not_finite_in
-from mtl_dist.tensor_files import read_tensors, shapes_of
+from mtl_dist.tensor_files import read_tensors, shapes_of, write_tensors
 
 MANIFEST, STATE, BEST = "manifest.json", "state.json", "best.json"
 RECIPE, DATA, RECORD = "recipe.yaml", "data.json", "metrics.jsonl"
@@ -96,7 +96,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
 def _write_files(temporary: Path, checkpoint: Checkpoint) -> None:
     """All files of a checkpoint, the manifest last."""
     for name, tensors in checkpoint.tensors.items():
-        _save_tensors(tensors, temporary / f"{name}.safetensors")
+        write_tensors(tensors, temporary / f"{name}.safetensors")
     (temporary / STATE).write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
     (temporary / RECIPE).write_text(checkpoint.recipe, encoding="utf-8")
     (temporary / DATA).write_text(checkpoint.data, encoding="utf-8")
@@ -112,20 +112,6 @@ def _write_files(temporary: Path, checkpoint: Checkpoint) -> None:
         "files": files,
     }
     write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """safetensors tells what the disk says in an error of its own, in words."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def problems_of(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file, read into memory of their own.
+"""Tensors of a safetensors file: written as other files are, and read into memory of their own.
 
 The library maps the file into memory, and its tensors stay views of it: a file that is shortened afterwards
 (copied over, a full disk) is a bus error at the next touch. Read like this it is one line.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,28 @@ class _Place:
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write the tensors, readable for whom any file made here is: the library lets nobody but the owner.
+
+    Raises:
+        OSError: what the disk says, which the library tells in an error of its own, in words.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    if path.stat().st_mode != mode:
+        path.chmod(mode)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

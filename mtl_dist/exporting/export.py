@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mtl_dist.assemble import Trained, WhichCheckpoint, read_trained
@@ -42,6 +41,7 @@ from mtl_dist.prediction.exported import (
 from mtl_dist.prediction.predictor import Predictor
 from mtl_dist.printable import say
 from mtl_dist.run_folder import RunFolder
+from mtl_dist.tensor_files import write_tensors
 
 CARD = "README.md"
 FILES: Mapping[Format, str] = {"onnx": ONNX_FILE, "torch": TORCH_FILE, "safetensors": WEIGHTS_FILE}
@@ -99,7 +99,7 @@ def export_run(
     found = images_for(trained.recipe, network, images)
     with _folder(out, say) as partial:
         if format == "safetensors":
-            save_file(
+            write_tensors(
                 {k: t.contiguous() for k, t in taken.weights.items()},
                 partial / WEIGHTS_FILE,
                 {"format": "pt"},

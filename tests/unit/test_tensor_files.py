@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mtl_dist.errors import UserError
-from mtl_dist.tensor_files import each_tensor, read_tensors, shapes_of
+from mtl_dist.tensor_files import each_tensor, read_tensors, shapes_of, write_tensors
 
 TENSORS = {
     "weight": torch.randn(3, 4),
@@ -29,6 +30,21 @@ def test_every_tensor_is_what_was_written(tmp_path: Path) -> None:
     assert shapes_of(path) == {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_tensors_are_written_for_whom_other_files_are(tmp_path: Path, mask: int) -> None:
+    """A colleague reads a run, and another user of a container what was exported."""
+    before = os.umask(mask)
+    try:
+        (tmp_path / "plain").touch()
+        for _ in range(2):  # also over one that is there
+            write_tensors(TENSORS, tmp_path / "model.safetensors", {"format": "pt"})
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {0o666 & ~mask}
+    assert read_tensors(tmp_path / "model.safetensors").keys() == TENSORS.keys()
 
 
 def test_a_file_that_is_shortened_after_or_while_it_is_read_is_no_bus_error(tmp_path: Path) -> None:
