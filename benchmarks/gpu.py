@@ -88,7 +88,7 @@ def run_all(out: Path, tiny: bool) -> None:
     Raises:
         UserError: there is no GPU, and the CPU was not asked to take its place.
     """
-    environment = _environment()
+    environment = gpu_environment()
     out.mkdir(parents=True, exist_ok=True)
     (out / "parts").mkdir(exist_ok=True)
     for name in PARTS:
@@ -99,7 +99,7 @@ def run_all(out: Path, tiny: bool) -> None:
         print(f"{name}: at most {min(limit_s, left):.0f} s", flush=True)
         command = [sys.executable, "-m", "benchmarks", "gpu", str(out), "--part", name]
         began = time.monotonic()
-        problem = _run(command + ["--tiny"] * tiny, environment, min(limit_s, left))
+        problem = run_command(command + ["--tiny"] * tiny, environment, min(limit_s, left))
         part = Part.read(out, name)
         part.seconds = round(time.monotonic() - began, 1)
         if problem:
@@ -111,7 +111,7 @@ def run_all(out: Path, tiny: bool) -> None:
     print((out / "gpu.md").read_text())
 
 
-def _environment() -> dict[str, str]:
+def gpu_environment() -> dict[str, str]:
     import torch
 
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -123,7 +123,7 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _run(command: list[str], environment: dict[str, str], limit_s: float) -> str:
+def run_command(command: list[str], environment: dict[str, str], limit_s: float) -> str:
     """Why it did not end well; nothing if it did. No process of it is left behind."""
     if limit_s < 1:
         return "no time was left for it"
@@ -152,7 +152,7 @@ def run_part(name: str, out: Path, tiny: bool) -> None:
             part.problems.append(traceback.format_exc().strip().splitlines()[-1])
         part.write(out)
     if name == "tests":
-        part.problems += _failed_tests(out)
+        part.problems += failed_tests(out)
     part.complete = True
     part.write(out)
 
@@ -258,7 +258,7 @@ def count_tests(report: Path) -> Findings:
     return Findings("tests/gpu", rows)
 
 
-def _failed_tests(out: Path) -> list[str]:
+def failed_tests(out: Path) -> list[str]:
     """One line for each test that did not pass; none if pytest has written no report."""
     report = out / "tests.xml"
     if not report.exists():

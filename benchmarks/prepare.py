@@ -67,7 +67,7 @@ def bench_prepare(images: Path, num_images: int, beside: Path | None, repeats: i
         _write_photos(Path(folder) / "few", photos, _FEW)
         _write_photos(Path(folder) / "many", photos, num_images)
         for _, way, version in product(range(repeats), _WAYS, checkouts):
-            took = _seconds(checkouts[version], _WAYS[way], Path(folder))
+            took = seconds_of(checkouts[version], _WAYS[way], Path(folder))
             seconds.setdefault((way, version), []).append(took)
     rows: list[Row] = [_row(way, version, num_images, seconds) for way, version in product(_WAYS, checkouts)]
     average = sum(map(len, photos)) / len(photos) / 1000
@@ -100,7 +100,7 @@ def _write_photos(directory: Path, photos: Sequence[bytes], number: int) -> None
         path.write_bytes(photo[:2] + b"\xff\xfe" + struct.pack(">H", 2 + len(comment)) + comment + photo[2:])
 
 
-def _seconds(checkout: Path, way: str, photos: Path) -> float:
+def seconds_of(checkout: Path, way: str, photos: Path) -> float:
     """What one preparation takes of a processor."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(dir=photos, prefix="out-") as out:

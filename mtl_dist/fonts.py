@@ -32,7 +32,7 @@ def family_of(path: Path) -> str:
 
 def lacking(paths: Iterable[Path], text: str) -> set[str]:
     """The characters of the text that none of these fonts has."""
-    known = [_characters(path) for path in paths]
+    known = [characters_of(path) for path in paths]
     drawn = {each for each in text if each.isprintable() and not each.isspace()}
     return {each for each in drawn if not any(ord(each) in characters for characters in known)}
 
@@ -46,7 +46,7 @@ def standard() -> Path:
 
 
 @cache
-def _characters(path: Path) -> frozenset[int]:
+def characters_of(path: Path) -> frozenset[int]:
     from matplotlib.ft2font import FT2Font
 
     return frozenset(FT2Font(str(path)).get_charmap())

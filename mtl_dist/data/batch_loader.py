@@ -46,7 +46,7 @@ class BatchLoader:
     def __init__(
         self, batches: Batches, workers: int, pin_memory: bool, on_bad_sample: BadSampleSettings
     ) -> None:
-        self._batches = batches
+        self.batches = batches
         self._on_bad_sample = on_bad_sample
         self._loader: Iterable[Loaded | UserError] = batches
         self._workers: Workers | None = None
@@ -66,7 +66,7 @@ class BatchLoader:
         )
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
         seen = num_bad = 0
@@ -100,7 +100,7 @@ class BatchLoader:
     def _judge(self, num_bad: int, seen: int) -> None:
         if self._on_bad_sample.kind == "fail" or num_bad == 0:
             return
-        started = min(_JUDGED_AT_ONCE, self._batches.num_samples)
+        started = min(_JUDGED_AT_ONCE, self.batches.num_samples)
         judged = -(-seen // started) * started
         if num_bad > self._on_bad_sample.max_fraction * judged:
             raise UserError(
@@ -162,9 +162,9 @@ class Batches(Dataset[Loaded | UserError]):
     ) -> None:
         self.num_samples = order.num_samples
         self._partition = partition
-        self._order = order
+        self.order = order
         self._builder = builder
-        self._shard_prefetch = shard_prefetch
+        self.shard_prefetch = shard_prefetch
         self.workers: Workers | None = None
 
     def __len__(self) -> int:
@@ -182,9 +182,9 @@ class Batches(Dataset[Loaded | UserError]):
         if self._builder.blender is not None:
             partners = partners_elsewhere(positions, self._partition.end)
             positions, content = np.append(positions, partners), np.append(content, partners)
-        samples = self._order.samples(content)
-        if self._shard_prefetch is not None and isinstance(self._order, Stream):
-            self._shard_prefetch.want(self._order.upcoming(int(content[0])))
+        samples = self.order.samples(content)
+        if self.shard_prefetch is not None and isinstance(self.order, Stream):
+            self.shard_prefetch.want(self.order.upcoming(int(content[0])))
         try:
             return self._builder.build(samples, positions, positions < self._partition.end, size)
         except UserError as error:
@@ -208,7 +208,7 @@ def begin_worker(worker: int) -> None:
 
 
 @atexit.register
-def _end_workers() -> None:
+def end_workers() -> None:
     """Kill the workers of a loader that was not read to its end.
 
     At its exit a process asks them to end with the SIGTERM that they ignore, and would wait for ever. This

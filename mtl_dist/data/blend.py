@@ -142,7 +142,7 @@ class Blender:
             draws = Draws(derive_key(self.key, position // 2))
             if draws.uniform() >= self.settings.probability:
                 continue
-            if self._mixes(draws):
+            if self.mixes(draws):
                 lam = mix_up(images_BHWC, a, b, draw_beta(self.settings.mixup or 1.0, draws))
             else:
                 lam = draw_beta(self.settings.cutmix or 1.0, draws)
@@ -162,7 +162,7 @@ class Blender:
                     )
         return Blended(lam_B, partners)
 
-    def _mixes(self, draws: Draws) -> bool:
+    def mixes(self, draws: Draws) -> bool:
         if self.settings.mixup is None or self.settings.cutmix is None:
             return self.settings.cutmix is None
         return draws.uniform() < 0.5

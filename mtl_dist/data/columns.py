@@ -1,8 +1,8 @@
 """Label columns: the labels of a split that are not maps, as one packed row per sample.
 
-    train.labels.npy    <task> of classification <i4: the class, -1 where there is no label
-                        <task> of regression     <f8: the value, NaN where there is no label
-                        <task> of multilabel     u1 (ceil(C / 8),): bit c % 8 of byte c // 8 for class c
+    train.labels.npy    a field <task> of the type that the task's kind says (`ScalarKind.column_type`):
+                        <i4 for a class, -1 where there is no label; <f8 for a number, NaN for none;
+                        u1 (ceil(C / 8),) for several classes, bit c % 8 of byte c // 8 for class c
 
 The rows are those of the index, which also says whether a multilabel sample has no positive class or no
 label. Columns answer what no row alone can, such as "which samples are of this class"; and they hold the

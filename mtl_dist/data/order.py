@@ -48,7 +48,7 @@ class Order:
         """The rows of the samples at these positions of an epoch, each in [0, num_samples)."""
         if self._window == "off":
             return positions.copy()
-        shards = self._epoch(epoch)
+        shards = self.epoch(epoch)
         window = np.searchsorted(shards.window_starts, positions, side="right") - 1
         start, end = shards.window_starts[window], shards.window_starts[window + 1]
         visited = start + permute(positions - start, end - start, shards.window_keys[window])
@@ -63,17 +63,17 @@ class Order:
         if self._window == "off":
             shard = int(np.searchsorted(np.cumsum(self._sizes), position, side="right"))
             return [(shard + 1) % len(self._sizes)] if len(self._sizes) > 1 else []
-        current = self._epoch(epoch)
+        current = self.epoch(epoch)
         following = int(np.searchsorted(current.window_starts, position, side="right"))
         if len(current.windows) == 2:
             return []
         if following == len(current.windows) - 1:
-            current, following = self._epoch(epoch + 1), 0
+            current, following = self.epoch(epoch + 1), 0
         begin, end = current.windows[following : following + 2].tolist()
         shards: list[int] = current.shards[begin:end].tolist()
         return shards
 
-    def _epoch(self, epoch: int) -> _Epoch:
+    def epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
             while len(self._epochs) >= _CACHED_EPOCHS:
                 del self._epochs[next(iter(self._epochs))]

@@ -1,16 +1,14 @@
 """Reads the samples of one split from its tars, by row, in one system call each.
 
-A large index is memory-mapped. The tars never are: one that is shortened while it is read would end the
-process by a bus error. They are read by `preadv`, which takes its offset as an argument: a forked worker may
+Tars are never memory-mapped: one that is shortened while it is read would end the process by a bus error.
+They are read by `preadv`, which takes its offset as an argument: a forked worker may
 use the descriptors that it inherits, and nothing here has a position that could be shared.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import mmap
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -30,6 +28,7 @@ from mtl_dist.data.images import UnreadableImage, open_map
 from mtl_dist.data.manifest import Manifest
 from mtl_dist.data.remote import Location, Url, beside, read_together
 from mtl_dist.data.shards import index_dtype, index_path, map_tasks, read_key
+from mtl_dist.data.split_tables import SplitTables
 from mtl_dist.errors import UserError
 from mtl_dist.kinds.kind import UnreadableMap
 from mtl_dist.kinds.registry import map_kind
@@ -39,7 +38,6 @@ from mtl_dist.specs import NO_CLASS, TaskInfo
 _HEADER = 512
 _MAX_OPEN = 128  # more than a window of shards has, far fewer than a process may open
 _MAX_OPEN_CACHED = 16  # a file that is open takes disk space although the cache has removed it
-_MAX_COPIED = 1 << 26  # bytes of a table; beyond, the processes of a machine share one in memory
 _MAX_GAP = 1 << 16  # unwanted bytes between two members that are cheaper to read than to skip
 
 
@@ -144,8 +142,7 @@ class SplitReader:
             for at, name in enumerate(names)
             if name.endswith("_offset")
         }
-        self._mapped_tables: dict[Path, int] = {}
-        """Tables that are memory-mapped, and their sizes."""
+        self._tables = SplitTables(self.num_samples, cache, self._version)
         self._index: np.ndarray | None = None
         self._columns: np.ndarray | None = None
         self._prefetched: dict[tuple[int, int, int], bytes] = {}
@@ -165,7 +162,6 @@ class SplitReader:
             "_index": None,
             "_columns": None,
             "_files": OrderedDict(),
-            "_mapped_tables": {},
             "_prefetched": {},
         }
 
@@ -236,7 +232,7 @@ class SplitReader:
         Raises:
             UserError: the file that the manifest promises is missing or of other samples.
         """
-        return None if self._hashes_path is None else self._table(self._hashes_path, HASH_DTYPE)
+        return None if self._hashes_path is None else self._tables.read(self._hashes_path, HASH_DTYPE)
 
     def index_rows(self) -> np.ndarray:
         """The offset index, one packed row per sample."""
@@ -393,12 +389,12 @@ class SplitReader:
 
     def _rows(self) -> np.ndarray:
         if self._index is None:
-            self._index = self._table(self._index_path, index_dtype(self._maps_of))
+            self._index = self._tables.read(self._index_path, index_dtype(self._maps_of))
         return self._index
 
     def _column_rows(self) -> np.ndarray:
         if self._columns is None:
-            self._columns = self._table(self._columns_path, columns_dtype(self._task_infos))
+            self._columns = self._tables.read(self._columns_path, columns_dtype(self._task_infos))
         return self._columns
 
     def _column_labels(self, row: int) -> dict[str, Any]:
@@ -409,56 +405,13 @@ class SplitReader:
             {n: self._task_infos[n] for n, bit in self._bits.items() if labelled & bit},
         )
 
-    def _table(self, location: Location, dtype: np.dtype[Any]) -> np.ndarray:
-        """The rows of an index, of label columns or of content hashes; large ones are memory-mapped."""
-        try:
-            if isinstance(location, Path):
-                num_bytes = location.stat().st_size
-                if num_bytes > _MAX_COPIED:
-                    self._mapped_tables[location] = num_bytes
-                # As a plain array: every access to a `memmap` object costs what reading a sample costs.
-                rows = np.asarray(
-                    np.load(location, mmap_mode="r" if location in self._mapped_tables else None)
-                )
-            elif self._cache is None:
-                rows = np.load(io.BytesIO(location.read_all()))
-            else:
-                rows = _mapped(self._cache.open(location, version=self._version))
-        except FileNotFoundError:
-            raise UserError(
-                f"{location}: expected the index of the split, found no such file. Prepare the dataset again."
-            ) from None
-        except UserError:
-            raise
-        except Exception as error:  # whatever numpy raises of a damaged header
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{location}: expected an index, found: {reason}. Prepare the dataset again."
-            ) from None
-        if rows.dtype != dtype or rows.shape != (self.num_samples,):
-            raise UserError(
-                f"{location}: expected {self.num_samples} rows of the tasks in dataset.json, found "
-                f"{len(rows)} of {', '.join(rows.dtype.names or ('another kind',))}. "
-                "Prepare the dataset again."
-            )
-        return rows
-
     def check_tables(self) -> None:
-        """Refuse tables that were shortened since they were opened: to read on would be a bus error.
+        """Refuse tables that were shortened since they were opened.
 
         Raises:
             UserError: one was.
         """
-        for path, expected in self._mapped_tables.items():
-            try:
-                found = path.stat().st_size
-            except FileNotFoundError:
-                continue  # what is open stays whole
-            if found < expected:
-                raise UserError(
-                    f"{path}: expected {expected:,} bytes as at the start, found {found:,}: it was shortened "
-                    "while it was read. Copy it again, or prepare the dataset again."
-                )
+        self._tables.check()
 
     def _pread(self, shard: int, offset: int, size: int) -> memoryview:
         """Bytes of a shard, writable because torch wants to wrap them without a copy."""
@@ -533,18 +486,6 @@ def _check_headers(block: memoryview, begin: int, spans: Mapping[str, tuple[int,
         start = at - begin - _HEADER
         if start >= 0 and block[start + 124 : start + 136] != b"%011o\0" % size:
             raise UnreadableSample("the index does not fit its shard: no member of that size is there")
-
-
-def _mapped(descriptor: int) -> np.ndarray:
-    """The array of an open .npy file, memory-mapped: its name may vanish from a cache at any time."""
-    with os.fdopen(descriptor, "rb") as file:
-        read = (np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0)
-        shape, _, dtype = read[np.lib.format.read_magic(file)[0] - 1](file)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects")
-        start = file.tell()
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(content, dtype, offset=start).reshape(shape)
 
 
 def _labels(text: memoryview) -> dict[str, Any]:

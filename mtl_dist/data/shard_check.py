@@ -189,7 +189,7 @@ def _facts(descriptor: int) -> Facts:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
-def _record(path: Path) -> Path:
+def record_of(path: Path) -> Path:
     """The record of the shards in the folder of `path`."""
     folder = hashlib.sha256(os.fsencode(path.parent.absolute())).hexdigest()
     return state_folder() / "shards" / f"{folder[:32]}.txt"
@@ -204,7 +204,7 @@ class _Known:
     def of(self, path: Path) -> tuple[str, Facts] | None:
         """The hash and facts with which the file at `path` was good."""
         try:
-            record = _record(path)
+            record = record_of(path)
             stat = record.stat()
             version = stat.st_mtime_ns, stat.st_size
             if record not in self._records or self._records[record][0] != version:
@@ -228,7 +228,7 @@ def _read(record: Path) -> dict[str, tuple[str, Facts]]:
 def _keep(path: Path, sha256: str, facts: Facts) -> None:
     """Without a state folder that can be written nothing is kept, and it is hashed again the next time."""
     with suppress(OSError, ValueError, RuntimeError):
-        record = _record(path)
+        record = record_of(path)
         record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if record.is_file() and record.stat().st_size > _MAX_KEPT:
             record.unlink()

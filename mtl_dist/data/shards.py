@@ -260,7 +260,7 @@ def scan_shard(path: Path, tasks: Mapping[str, str]) -> np.ndarray:
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise _damaged(path, "an empty file")
-        for name, offset, size in _members(path, file.fileno()):
+        for name, offset, size in members_of(path, file.fileno()):
             key, _, suffix = name.partition(".")
             if key != last_key:
                 samples.append({"labelled": 0})
@@ -302,7 +302,7 @@ def read_key(shard: Path | bytes | memoryview, offset: int) -> str:
     return folder + slash + name.partition(".")[0]
 
 
-def _members(path: Path, tar: int) -> Iterator[tuple[str, int, int]]:
+def members_of(path: Path, tar: int) -> Iterator[tuple[str, int, int]]:
     """(name, offset of the data, size) of each regular file of an open tar.
 
     A header scan is several times tarfile's speed. Nothing is memory-mapped: to shorten the file meanwhile

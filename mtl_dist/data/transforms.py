@@ -219,7 +219,7 @@ class Transform:
     def keeps(self, size: tuple[int, int]) -> bool:
         """Whether every image of this size stays as it is."""
         plain = self.augment == PRESETS["none"] and not self.own
-        return plain and size == self.size and self._inner(Box(0, 0, *size)) == size
+        return plain and size == self.size and self.inner_size(Box(0, 0, *size)) == size
 
     def view(
         self, picture: Picture, masks: Mapping[str, Tensor], draws: Draws
@@ -262,9 +262,9 @@ class Transform:
             UnreadableImage: the image is damaged.
         """
         if not isinstance(self.resize, CentreCrop):
-            return picture.decode(source, self._inner(source))
+            return picture.decode(source, self.inner_size(source))
         # In its own size first: a decoder that shrinks on the way gives other pixels than torchvision has.
-        whole, size = picture.decode(source, (source.height, source.width)), self._inner(source)
+        whole, size = picture.decode(source, (source.height, source.width)), self.inner_size(source)
         return lambda: resized(whole(), size, "bilinear")
 
     def finish(
@@ -280,7 +280,7 @@ class Transform:
 
         What comes last returns the view that was taken, by which labels move that are no pixels: few want it.
         """
-        inner = self._inner(source)
+        inner = self.inner_size(source)
         path, mirrored = self._shown(source), False
         image_CHW = resizing()
         flat = [name for name, mask in masks.items() if mask.dim() == 2]
@@ -320,7 +320,7 @@ class Transform:
         Padding is cut off again; where the image was cropped, the border's values go on to its edge.
         """
         source = self.source(size, Draws(0))
-        inner = self._inner(source)
+        inner = self.inner_size(source)
         scale_y, scale_x = maps_BCHW.shape[-2] / self.size[0], maps_BCHW.shape[-1] / self.size[1]
         top, left = _margins(inner, self.size)
         bottom, right = self.size[0] - top - inner[0], self.size[1] - left - inner[1]
@@ -347,7 +347,7 @@ class Transform:
     def restored_box(self, edges: Sequence[float], size: tuple[int, int]) -> list[float]:
         """A box in the view of an image that was not augmented, in pixels of the image of `size`."""
         source = self.source(size, Draws(0))
-        inner = self._inner(source)
+        inner = self.inner_size(source)
         (top, left), (height, width) = _margins(inner, self.size), inner
         scales = (source.width / width, source.height / height) * 2
         moves = ((left, source.left), (top, source.top)) * 2
@@ -375,7 +375,7 @@ class Transform:
                     )
         return image_CHW, masks
 
-    def _inner(self, source: Box) -> tuple[int, int]:
+    def inner_size(self, source: Box) -> tuple[int, int]:
         """The size of the shown part; smaller than `size` where it is to be padded, larger where cut."""
         if self.augment.crop_scale != (1.0, 1.0):
             return self.size
@@ -391,7 +391,7 @@ class Transform:
 
     def _shown(self, source: Box) -> Affine:
         """The way of a pixel of the image into the resized and padded `source`."""
-        inner = self._inner(source)
+        inner = self.inner_size(source)
         top, left = _margins(inner, self.size)
         scale_x, scale_y = inner[1] / source.width, inner[0] / source.height
         return Affine(scale_x, 0.0, left - source.left * scale_x, 0.0, scale_y, top - source.top * scale_y)

@@ -128,7 +128,7 @@ class HangWatch:
             if self._end_code is not None:
                 ending_s += lap
                 if ending_s > self._tick_s * (_SAY_WITHIN if self._failing else _LEAVE_AFTER):
-                    self._follow(self._end_code)
+                    self.follow(self._end_code)
             limit_s = self._limit_s(latest)
             if limit_s is not None and stuck_s > limit_s:
                 self._alarm.set()
@@ -205,7 +205,7 @@ class HangWatch:
             time.sleep(_TELL_S / 2)  # the launcher ends all ranks as soon as one has ended
         self._leave(1)
 
-    def _follow(self, code: int) -> None:
+    def follow(self, code: int) -> None:
         """End as another rank has: nothing tells the main thread, which waits for it."""
 
         def last_words() -> None:

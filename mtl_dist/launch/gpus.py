@@ -28,10 +28,10 @@ def visible_gpus() -> list[str]:
 
 
 def has_driver() -> bool:
-    return _ROCM.exists() or any(map(_loads, _CUDA))
+    return _ROCM.exists() or any(map(loads, _CUDA))
 
 
-def _loads(library: str) -> bool:
+def loads(library: str) -> bool:
     try:
         ctypes.CDLL(library)
     except OSError:

@@ -231,7 +231,7 @@ def supervise_all(
     _adopt_orphans()
     waiting, slots = list(range(count)), list(range(parallel))
     running: dict[tuple[int, int], subprocess.Popen[bytes]] = {}
-    with _forwarding(running.values()) as received:
+    with forwarding(running.values()) as received:
         patience = _Patience(received)
         try:
             while running or (waiting and not received):
@@ -308,7 +308,7 @@ def _adopt_orphans() -> None:
 
 
 @contextmanager
-def _forwarding(running: Collection[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+def forwarding(running: Collection[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
     """Forward signals to the ranks of what is running; yields the list of those received."""
     received: list[int] = []
 

@@ -82,13 +82,11 @@ class Pictures:
             written[task] = {}
             info, colours = self._task_infos[task], colours_of(task, self._colours)
             palette = {} if values is None else map_kind(info.kind).palette(info, colours)
-            if values is None:
-                pass
-            elif palette:
+            if values is not None and palette:
                 place = self._directory / f"{stem}_{task}.png"
                 in_colours(values, palette).save(place)
                 written[task]["mask"] = str(place)
-            else:
+            elif values is not None:
                 place = self._directory / f"{stem}_{task}.npy"
                 np.save(place, values)
                 written[task]["values"] = str(place)

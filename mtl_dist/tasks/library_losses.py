@@ -44,10 +44,11 @@ def build_library_loss(module: nn.Module, info: TaskInfo, where: str) -> Loss:
         )
     for name, weights in list(module.named_buffers(recurse=False)):
         setattr(module, name, weights.float())  # [1, 5] in a recipe, whole numbers
-    is_map = isinstance(kind_of(info.kind), MapKind)
+    kind = kind_of(info.kind)
+    is_map = isinstance(kind, MapKind)
     if is_map and len(info.classes) == 2 and isinstance(module, _OF_YES_AND_NO):
         return LibraryLoss(module, 1, is_map, of_foreground=True)
-    num_outputs = len(info.classes) or (3 if info.kind == "normals" else 1)
+    num_outputs = len(info.classes) or (kind.channels if isinstance(kind, MapKind) else 0) or 1
     return LibraryLoss(module, num_outputs, is_map)
 
 

@@ -279,7 +279,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 def test_under_nohup_the_launcher_forwards_no_hangup(sleeper: subprocess.Popen[bytes]) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with local._forwarding([sleeper]) as received:
+        with local.forwarding([sleeper]) as received:
             os.kill(os.getpid(), signal.SIGHUP)
         assert received == []
     finally:
@@ -402,7 +402,7 @@ def test_who_fails_after_the_holder_of_the_store_speaks_to_nobody_new(
         lost.report_end(1)
         with pytest.raises(SystemExit):
             monkeypatch.setattr(watching.os, "_exit", lambda code: sys.exit(code))
-            watch._follow(1)
+            watch.follow(1)
     assert lines == []
 
 

@@ -78,7 +78,7 @@ def test_what_was_found_good_is_not_read_again_until_the_file_is_another(
     assert checked(shards) == ("", []) and len(read) == 4
     os.utime(shards[2].path)
     assert checked(shards) == ("", []) and len(read) == 5
-    record = shard_check._record(shards[0].path)
+    record = shard_check.record_of(shards[0].path)
     flip(record, 3)
     record.write_bytes(record.read_bytes() + b"\xff\nx y\n")
     assert checked(shards) == ("", []) and len(read) == 9

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mtl_dist.data import batch_loader, reader, shards
+from mtl_dist.data import batch_loader, shards, split_tables
 from mtl_dist.data.loader import open_data, train_loader
 from mtl_dist.data.settings import DataSettings
 from mtl_dist.errors import UserError
@@ -105,7 +105,7 @@ def test_a_shard_that_is_shortened_while_it_is_read_is_one_line_with_its_name(
 def test_an_index_that_is_shortened_while_it_is_read_is_one_line_or_was_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_copied: int
 ) -> None:
-    monkeypatch.setattr(reader, "_MAX_COPIED", max_copied)
+    monkeypatch.setattr(split_tables, "MAX_COPIED", max_copied)
     dataset = write_dataset(tmp_path / "tiny", {"train": NUM}, 40, tasks=SCALARS)
     line = read_while(empty, dataset, "train.index.npy", workers=0)
     assert ("train.index.npy: expected" in line and "shortened" in line) if max_copied == 0 else line == ""
@@ -115,7 +115,7 @@ def test_a_shard_that_is_shortened_while_it_is_scanned_is_one_line(tmp_path: Pat
     dataset = write_dataset(tmp_path / "tiny", {"train": NUM}, NUM, tasks=SCALARS)
     (path,) = dataset.glob("train-*.tar")
     with open(path, "rb") as file:
-        members = shards._members(path, file.fileno())
+        members = shards.members_of(path, file.fileno())
         next(members)
         shorten(path)
         with pytest.raises(UserError, match="its end missing"):
@@ -130,7 +130,7 @@ def test_workers_that_are_ended_with_their_run_are_no_failure() -> None:
     try:
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         worker.start()
-        batch_loader._end_workers()
+        batch_loader.end_workers()
         worker.join()
         assert worker.exitcode == -signal.SIGKILL
     finally:

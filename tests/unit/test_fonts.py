@@ -17,7 +17,7 @@ from mtl_dist.figures.saving import save_png
 SHIPPED = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 ELSEWHERE = next(  # in another font of matplotlib alone, which is there on every machine
     chr(code)
-    for code in sorted(fonts._characters(SHIPPED / "STIXGeneral.ttf"))
+    for code in sorted(fonts.characters_of(SHIPPED / "STIXGeneral.ttf"))
     if chr(code).isprintable() and fonts.lacking([fonts.standard()], chr(code))
 )
 NOWHERE = "\U0001f9ff\U00017000"

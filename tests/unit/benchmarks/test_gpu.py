@@ -80,11 +80,14 @@ def test_a_part_that_runs_out_of_time_or_crashes_ends_no_other(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow, crash = "import time; time.sleep(60)", "import sys; sys.exit(3)"
-    assert gpu._run([sys.executable, "-c", slow], gpu._environment(), 1.0) == "was ended after 1 s"
-    assert gpu._run([sys.executable, "-c", crash], gpu._environment(), 60.0) == "ended with exit code 3"
+    assert gpu.run_command([sys.executable, "-c", slow], gpu.gpu_environment(), 1.0) == "was ended after 1 s"
+    assert (
+        gpu.run_command([sys.executable, "-c", crash], gpu.gpu_environment(), 60.0)
+        == "ended with exit code 3"
+    )
     monkeypatch.setattr("benchmarks.gpu.PARTS", {"step": (two_tables, 9.0), "save": (two_tables, 9.0)})
     problems = iter(["was ended after 9 s", ""])
-    monkeypatch.setattr("benchmarks.gpu._run", lambda *arguments: next(problems))
+    monkeypatch.setattr("benchmarks.gpu.run_command", lambda *arguments: next(problems))
     run_all(out, tiny=True)
     found = json.loads((out / "gpu.json").read_text())
     assert [part["problems"] for part in found.values()] == [["was ended after 9 s"], []]
@@ -114,7 +117,7 @@ def test_the_cases_of_a_test_are_counted_by_how_they_ended(tmp_path: Path) -> No
     first, second = count_tests(report).rows
     assert (first["test"], first["passed"], first["failed"], first["seconds"]) == ("a b", 1, 1, 2.0)
     assert (second["test"], second["skipped"]) == ("c", 1)
-    assert gpu._failed_tests(tmp_path) == ["test_a_b[y] failure: not equal"]
+    assert gpu.failed_tests(tmp_path) == ["test_a_b[y] failure: not equal"]
 
 
 @pytest.mark.parametrize(

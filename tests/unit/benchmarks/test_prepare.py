@@ -17,7 +17,7 @@ def test_both_ways_and_both_versions_have_a_row(
     (tmp_path / "photo.jpg").write_bytes(smooth_photo(0, 32, 32))
     (tmp_path / "before" / "mtl_dist").mkdir(parents=True)
     (tmp_path / "before" / "mtl_dist" / "cli.py").touch()
-    monkeypatch.setattr("benchmarks.prepare._seconds", lambda checkout, way, photos: 0.5)
+    monkeypatch.setattr("benchmarks.prepare.seconds_of", lambda checkout, way, photos: 0.5)
     bench_prepare(tmp_path, num_images=20, beside=tmp_path / "before", repeats=1)
     shown = capsys.readouterr().out
     assert "preparing 20 JPEGs" in shown

@@ -314,5 +314,5 @@ def test_a_blend_of_neither_way_is_refused() -> None:
 
 def test_of_two_ways_each_is_taken() -> None:
     blender = Blender(BlendSettings(mixup=1.0, cutmix=1.0), 2)
-    ways = [blender._mixes(Draws(derive_key(2, k))) for k in range(200)]
+    ways = [blender.mixes(Draws(derive_key(2, k))) for k in range(200)]
     assert 60 < sum(ways) < 140

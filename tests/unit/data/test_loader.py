@@ -708,7 +708,7 @@ def test_workers_go_on_when_signals_reach_every_process(
 
 def test_batches_can_be_built_by_a_process_that_was_not_forked(datasets: Path) -> None:
     loader = training(augmented(datasets), global_batch=8)
-    batches = pickle.loads(pickle.dumps(loader._batches))
+    batches = pickle.loads(pickle.dumps(loader.batches))
     ours, theirs = next(iter(loader)), batches[0].batch()
     assert theirs.keys == ours.keys
     assert torch.equal(theirs.images_BCHW, ours.images_BCHW)

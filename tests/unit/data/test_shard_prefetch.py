@@ -33,11 +33,11 @@ def test_what_comes_up_is_what_the_next_window_reads(sizes: list[int], window: A
     for number in (epoch, epoch + 1):
         shards = list(dict.fromkeys(shard_of[order.sample_at(number, np.arange(order.num_samples))].tolist()))
         ends = (
-            np.cumsum([sizes[shard] for shard in order._epoch(number).shards])
+            np.cumsum([sizes[shard] for shard in order.epoch(number).shards])
             if window != "off"
             else np.cumsum(sizes)
         )
-        of_window = order._epoch(number).shards.tolist() if window != "off" else shards
+        of_window = order.epoch(number).shards.tolist() if window != "off" else shards
         visited += [
             (set(of_window[i : i + length]), number, int(ends[min(i + length, len(sizes)) - 1]))
             for i in range(0, len(sizes), length)
@@ -95,10 +95,10 @@ def test_the_next_window_is_in_the_cache_while_this_one_is_read(dataset: Path, t
     batches = loader(dataset, tmp_path / "cache", 1.0)
     iterator = iter(batches)
     next(iterator)
-    shard_prefetch = batches._batches._shard_prefetch
+    shard_prefetch = batches.batches.shard_prefetch
     assert shard_prefetch is not None
     shard_prefetch.wait()
-    upcoming = batches._batches._order.upcoming(0)  # type: ignore[attr-defined]
+    upcoming = batches.batches.order.upcoming(0)  # type: ignore[attr-defined]
     assert len(upcoming) == 2
     assert shards_in(tmp_path / "cache") in (3, 4)  # those two, and one or both of this window
     assert len(list(iterator)) == TRAIN // 5 - 1
@@ -110,8 +110,8 @@ def test_a_cache_too_small_for_two_windows_is_left_to_this_one(dataset: Path, tm
     size = max(path.stat().st_size for path in dataset.glob("train-*.tar"))
     batches = loader(dataset, tmp_path / "cache", 3.5 * size / 1e9)
     next(iter(batches))
-    assert batches._batches._shard_prefetch is not None
-    batches._batches._shard_prefetch.wait()
+    assert batches.batches.shard_prefetch is not None
+    batches.batches.shard_prefetch.wait()
     assert shards_in(tmp_path / "cache") <= 2
 
 

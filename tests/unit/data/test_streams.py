@@ -96,7 +96,7 @@ def test_a_stream_goes_to_workers_that_are_not_forked(web: Path) -> None:
     batches = train_loader(
         opened(web), seed=0, global_batch=7, accumulation=1, rank=0, world_size=1, start_position=0,
         end_position=7, workers=0, pin_memory=False,
-    )._batches  # fmt: skip
+    ).batches  # fmt: skip
     (batch,) = list(pickle.loads(pickle.dumps(batches)))
     assert not isinstance(batch, UserError) and batch.valid.all()
 

@@ -184,7 +184,7 @@ def test_a_predicted_map_goes_back_to_where_it_was(
         predicted = torch.nn.functional.avg_pool2d(predicted, 2)
     restored = transform.restored(predicted, shape)[0, 0]
     assert restored.shape == shape
-    source, inner = transform.source(shape, Draws(0)), transform._inner(transform.source(shape, Draws(0)))
+    source, inner = transform.source(shape, Draws(0)), transform.inner_size(transform.source(shape, Draws(0)))
     shown = torch.zeros(shape, dtype=torch.bool)
     height, width = (
         min(side, round(side * most / part))

@@ -25,5 +25,5 @@ def test_gpus_keep_the_names_that_were_given(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_library_that_is_not_there_is_no_driver() -> None:
-    assert not gpus._loads("libno-such-driver.so.1")
-    assert gpus._loads("libc.so.6")
+    assert not gpus.loads("libno-such-driver.so.1")
+    assert gpus.loads("libc.so.6")

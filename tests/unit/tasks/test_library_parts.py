@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torchmetrics.functional import classification, regression, segmentation
 
 from mtl_dist.errors import UserError
+from mtl_dist.kinds.normals import Normals
 from mtl_dist.specs import TaskInfo
+from mtl_dist.tasks.library_losses import build_library_loss
 from mtl_dist.tasks.registry import TaskSettings, build_tasks
 from mtl_dist.tasks.task import Loss, Task
 from mtl_dist.tasks.trying import try_parts
@@ -47,6 +49,18 @@ def mean_loss(task: Task) -> float:
     parts = list(zip(*(tensor.split([1, 6, 5]) for tensor in batch(task)), strict=True))
     total = sum(task.count(target, labelled) for _, target, labelled in parts)
     return float(sum(task.loss_sum(*part) for part in parts) / total)
+
+
+class Flow(Normals):
+    """A direction in the image for each pixel."""
+
+    channels = 2
+
+
+@pytest.mark.parametrize(("kind", "num_outputs"), [("normals", 3), (f"{__name__}.Flow", 2), ("depth", 1)])
+def test_a_loss_of_maps_has_as_many_outputs_as_the_kind_has_values(kind: str, num_outputs: int) -> None:
+    loss = build_library_loss(nn.L1Loss(reduction="none"), TaskInfo(kind), "tasks.flow.loss")
+    assert loss.num_outputs == num_outputs
 
 
 LOSSES: dict[str, tuple[str, dict[str, Any], nn.Module]] = {
