@@ -460,19 +460,21 @@ def test_images_that_cannot_be_read_make_exit_code_1_when_the_rest_is_done(
     asked: dict[str, Any] = {}
     monkeypatch.setattr("mtl_dist.prediction.files.predict_files", predict_files)
     out = tmp_path / "answers.csv"
-    result = mtl("predict", "run", "a.png", "bad.png", "--out", out, "--threshold", "0.25", "--split", "val")
+    result = mtl(
+        "predict", tmp_path, "a.png", "bad.png", "--out", out, "--threshold", "0.25", "--split", "val"
+    )
     assert result.exit_code == 1
     assert result.stdout == f"{out}: 2 images\n"
     assert "1 of 2 images could not be read." in result.stderr
     assert asked["given"] == ["a.png", "bad.png"]
     assert (asked["out"], asked["threshold"], asked["split"]) == (out, 0.25, "val")
-    assert mtl("predict", "run", "a.png").exit_code == 0
+    assert mtl("predict", tmp_path, "a.png").exit_code == 0
 
 
-def test_verify_fails_if_a_checkpoint_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_fails_if_a_checkpoint_is_damaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found: list[tuple[list[str], list[str]]] = [(["step_1"], []), (["step_1"], ["step_2: damaged."])]
     monkeypatch.setattr("mtl_dist.runs.verification.verify", lambda run: found.pop(0))
-    whole = mtl("verify", "run")
+    whole = mtl("verify", tmp_path)
     assert (whole.exit_code, whole.stdout) == (0, "step_1: good\n")
-    damaged = mtl("verify", "run")
+    damaged = mtl("verify", tmp_path)
     assert (damaged.exit_code, damaged.stderr) == (1, "step_2: damaged.\n")
