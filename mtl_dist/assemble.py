@@ -237,7 +237,13 @@ def chosen_checkpoint(folder: RunFolder, which: WhichCheckpoint, say: Callable[[
         UserError: there is none, or that of the step is damaged.
     """
     if which == "best":
-        return best_or_newest(folder, say)
+        found = best_or_newest(folder, say)
+        if not known_bests(folder.checkpoints):
+            say(
+                f"{folder.directory}: no evaluation has chosen the best weights yet; {found.name}, the "
+                "newest, is used."
+            )
+        return found
     if which == "last":
         newest = newest_good(folder.checkpoints, say)
         if newest is not None:

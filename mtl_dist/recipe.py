@@ -395,13 +395,18 @@ def validated(kind: type[Any], part: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested settings by their dotted keys.
+    """Nested settings by their dotted keys, as overrides name them; of what is in a list without nulls.
 
-    >>> flat({"optim": {"lr": 1e-3}})
-    {'optim.lr': 0.001}
+    >>> flat({"optim": {"lr": 1e-3}, "data": {"train": [{"path": "a", "weight": None}]}})
+    {'optim.lr': 0.001, 'data.train.0.path': 'a'}
     """
     found: dict[str, object] = {}
     for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            value = {
+                str(place): {name: one for name, one in item.items() if one is not None}
+                for place, item in enumerate(value)
+            }
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{key}.")
         else:

@@ -206,8 +206,11 @@ def _spelt_out(recipes: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, st
         for name, preset in PRESETS.items()
     }
     return [
-        {key: value for key, value in recipe.items() if key != _AUGMENT}
-        | dict(presets.get(recipe.get(_AUGMENT, ""), {}))
+        {
+            name: text
+            for key, value in recipe.items()
+            for name, text in (presets.get(value, {}) if key == _AUGMENT else {key: value}).items()
+        }
         for recipe in recipes
     ]
 

@@ -127,6 +127,21 @@ def test_the_best_of_each_task_is_kept_where_the_run_follows_them(tmp_path: Path
         chosen_checkpoint(folder, "best/age", print)
 
 
+def test_that_no_evaluation_has_chosen_the_weights_is_said(tmp_path: Path) -> None:
+    """As of a run that was stopped before its first evaluation, or has no val."""
+    said: list[str] = []
+    folder = RunFolder(tmp_path)
+    folder.checkpoints = tmp_path
+    for step, best in ((1, None), (2, Best(2, "val/loss", 0.5))):
+        writer = CheckpointWriter(tmp_path, keep_last=2)
+        writer.submit(make(step), best=best)
+        writer.finish()
+        assert chosen_checkpoint(folder, "best", said.append) == tmp_path / f"step_0000000{step}"
+    assert said == [
+        f"{tmp_path}: no evaluation has chosen the best weights yet; step_00000001, the newest, is used."
+    ]
+
+
 def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
     path = ckpt.write_checkpoint(tmp_path, make(1))
     manifest = json.loads((path / ckpt.MANIFEST).read_text())
