@@ -12,7 +12,7 @@ import typer
 from mtl_dist import __version__
 from mtl_dist.commands import cluster, compare, data, machine, models, report, runs, start, study
 from mtl_dist.commands.errors import TRUST, CommandGroup
-from mtl_dist.processes import end_at_once
+from mtl_dist.processes import ending_at_once
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -76,7 +76,7 @@ def mtl(
     """
 
 
+@ending_at_once()
 def main() -> None:
     """The entry point of the console script."""
-    end_at_once()
     app(prog_name="mtl")

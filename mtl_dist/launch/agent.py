@@ -19,15 +19,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from mtl_dist.launch.local import shell_code
-from mtl_dist.processes import end_at_once, end_with_parent
+from mtl_dist.processes import end_with_parent, ending_at_once
 
 USER_ERROR = 2
 """What a rank exits with when the user can fix it, once the lines are printed."""
 
 
+@ending_at_once()
 def main() -> None:
     """Launch as the arguments say; exit as the rank that failed first did."""
-    end_at_once()
     end_with_parent(signal.SIGTERM)  # torchrun then ends the ranks
     _silence_torchrun()
     arguments = launch_command_parser().parse_args()
