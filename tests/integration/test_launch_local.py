@@ -95,7 +95,13 @@ def ranks(tmp_path: Path) -> list[psutil.Process]:
 
 
 def test_the_first_failed_rank_gives_the_exit_code_and_the_others_are_ended(tmp_path: Path) -> None:
-    process = start(tmp_path, f'sys.exit(3) if rank == "1" else None\n{WAIT}')
+    fails = """
+while rank == "1":
+    if (folder / "rank0").exists():
+        sys.exit(3)
+    time.sleep(0.1)
+"""
+    process = start(tmp_path, fails + WAIT)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 3
     assert [line[:20] for line in errors.splitlines() if line] == ["rank 1 failed with e"]
