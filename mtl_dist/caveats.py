@@ -11,7 +11,7 @@ from mtl_dist.data.first_look import odd_normalisation
 from mtl_dist.data.leakage import leakage
 from mtl_dist.data.loader import Data
 from mtl_dist.data.val_labels import tasks_labelled_in, val_gaps
-from mtl_dist.engine.launched import unused_slurm_tasks
+from mtl_dist.engine.rank_environment import unused_slurm_tasks
 from mtl_dist.engine.world import World
 from mtl_dist.errors import UserError
 from mtl_dist.models.multitask import MultitaskModel

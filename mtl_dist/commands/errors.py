@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 
 from mtl_dist.config.trust import VARIABLE
 from mtl_dist.durable import locked
-from mtl_dist.engine.launched import own_rank, own_size
+from mtl_dist.engine.rank_environment import own_rank, own_size
 from mtl_dist.errors import UserError
 from mtl_dist.printable import say
 

@@ -210,7 +210,7 @@ def launch(
     \b
       mtl launch configs/digits.yaml --nodes 2 --node-rank 1 --rendezvous gpu1:29500 --nproc 4
     """
-    from mtl_dist.engine.launched import check_slurm_step
+    from mtl_dist.engine.rank_environment import check_slurm_step
     from mtl_dist.launch.gpus import num_gpus
     from mtl_dist.launch.local import check_rendezvous, machines_of, plan_launch, supervise
     from mtl_dist.recipe import load_recipe
@@ -267,7 +267,7 @@ def which(checkpoint: str) -> str | int:
 
 
 def _train(recipe: Recipe, run_dir: Path | None, tags: Sequence[str], data_moved: bool) -> None:
-    from mtl_dist.engine.launched import check_slurm_step
+    from mtl_dist.engine.rank_environment import check_slurm_step
 
     check_slurm_step(os.environ)  # before anything slow, while all tasks of a step are there
     from mtl_dist.run_folder import checked_tags

@@ -12,9 +12,9 @@ from torch import nn
 
 from mtl_dist.engine import deepspeed_keys
 from mtl_dist.engine.engine import Engine
-from mtl_dist.engine.launched import check_slurm_step
 from mtl_dist.engine.launcher import Launcher
 from mtl_dist.engine.precision import build_scaler, set_tf32
+from mtl_dist.engine.rank_environment import check_slurm_step
 from mtl_dist.engine.settings import EngineSettings, Precision, ZeroStage
 from mtl_dist.engine.world import World, join_group, launched_size, leave, own_device
 from mtl_dist.errors import UserError

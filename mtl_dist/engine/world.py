@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtl_dist.engine import launched
+from mtl_dist.engine import rank_environment
 from mtl_dist.errors import UserError
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ def launched_size() -> int:
     Raises:
         UserError: the variables of a launcher contradict one another, or some are missing.
     """
-    return launched.launched_size(os.environ)
+    return rank_environment.launched_size(os.environ)
 
 
 def use_cpu() -> bool:

@@ -30,7 +30,7 @@ from mtl_dist.importers.regions import Categories, Masks, read_json
 from mtl_dist.importers.road import LABELS, make
 from mtl_dist.importers.sources import Tree
 from mtl_dist.importers.summary import listed
-from mtl_dist.importers.tables import TABLES, Table, read_table
+from mtl_dist.importers.table_files import TABLES, Table, read_table
 from mtl_dist.importers.wanted import Classes, Labels
 from mtl_dist.importers.yolo import label_file, looks_like_labels
 from mtl_dist.kinds.registry import KINDS

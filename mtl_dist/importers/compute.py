@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeAlias
 
 from mtl_dist.errors import UserError
 from mtl_dist.importers.options import Help
-from mtl_dist.importers.tables import Row
+from mtl_dist.importers.table_files import Row
 from mtl_dist.kinds.vocabulary import Cell
 
 Computed: TypeAlias = Annotated[

@@ -22,7 +22,7 @@ from mtl_dist.importers.jobs import Record, TaskSource
 from mtl_dist.importers.options import Help
 from mtl_dist.importers.sources import Source, Tree
 from mtl_dist.importers.splitting import is_split_word
-from mtl_dist.importers.tables import Row
+from mtl_dist.importers.table_files import Row
 from mtl_dist.importers.wanted import (
     Classes,
     Colours,

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from mtl_dist.errors import UserError
 from mtl_dist.importers.summary import listed
-from mtl_dist.importers.tables import Row, check_whole_lines, read_table
+from mtl_dist.importers.table_files import Row, check_whole_lines, read_table
 
 _STACK_COLUMNS = ("stack", "file", "path", "filename")
 _PAGE_COLUMNS = ("page", "frame")

@@ -26,7 +26,7 @@ from mtl_dist.importers.split_columns import SPLIT
 from mtl_dist.importers.splitting import splits_of_folders
 from mtl_dist.importers.stack_table import NO_TABLE, read_stack_table
 from mtl_dist.importers.summary import listed
-from mtl_dist.importers.tables import Row
+from mtl_dist.importers.table_files import Row
 from mtl_dist.importers.tiff import Bounds, Stack, StackPage, open_stack, percentiles
 from mtl_dist.importers.wanted import (
     Classes,

@@ -23,7 +23,7 @@ from mtl_dist.importers.sources import Source
 from mtl_dist.importers.split_columns import SPLIT, split_column, split_words
 from mtl_dist.importers.splitting import split_name, splits_of_folders
 from mtl_dist.importers.summary import listed
-from mtl_dist.importers.tables import FILE, Row, read_table
+from mtl_dist.importers.table_files import FILE, Row, read_table
 from mtl_dist.importers.wanted import (
     Classes,
     Colours,

@@ -56,7 +56,7 @@ from mtl_dist.importers.summary import (
     placed_notes,
     with_facts,
 )
-from mtl_dist.importers.tables import Row
+from mtl_dist.importers.table_files import Row
 from mtl_dist.importers.tar_scan import TarFacts, TarScan, scan_tar
 from mtl_dist.importers.wanted import Classes, Facts, Missing, Separator, Strict, Units, wanted_tasks
 from mtl_dist.kinds.kind import Label, MapKind, ScalarKind

@@ -16,7 +16,7 @@ from mtl_dist.data.shards import check_task_names
 from mtl_dist.errors import UserError
 from mtl_dist.importers.jobs import TaskSource
 from mtl_dist.importers.options import Help
-from mtl_dist.importers.tables import Row, read_labels
+from mtl_dist.importers.table_files import Row, read_labels
 from mtl_dist.kinds.kind import Label
 from mtl_dist.kinds.registry import kind_of, scalar_kind
 from mtl_dist.kinds.vocabulary import (

@@ -269,7 +269,7 @@ class ClassificationTask(Task):
         return self.chosen or (DEFAULT if isinstance(stated, str) else stated,)
 
     def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
-        from mtl_dist.tasks.accumulators import ClassificationMetrics  # imports torch
+        from mtl_dist.tasks.class_metrics import ClassificationMetrics  # imports torch
 
         rule = self.rule if choosing and ranking else None
         return ClassificationMetrics(self.decision(), ranking, rule, self.top_k)

@@ -1,4 +1,4 @@
-"""What the metrics of a task are, whoever computes them; `accumulators` has those of the built-in kinds.
+"""What the metrics of a task are, whoever computes them; the built-in kinds have theirs in `*_metrics`.
 
 This module loads without torch.
 """

@@ -117,7 +117,7 @@ class MultilabelTask(Task):
         return self.chosen or (DEFAULT if isinstance(stated, str) else stated,) * len(self.info.classes)
 
     def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
-        from mtl_dist.tasks.accumulators import MultilabelMetrics  # imports torch
+        from mtl_dist.tasks.class_metrics import MultilabelMetrics  # imports torch
 
         return MultilabelMetrics(self.thresholds, ranking, self.rule if choosing and ranking else None)
 

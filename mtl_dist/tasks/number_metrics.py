@@ -12,7 +12,7 @@ from torch import Tensor
 from mtl_dist.errors import UserError
 from mtl_dist.specs import TaskInfo
 from mtl_dist.tasks.accumulator import Accumulator
-from mtl_dist.tasks.accumulators import summable
+from mtl_dist.tasks.class_metrics import summable
 from mtl_dist.tasks.number_losses import Quantiles
 
 NOMINAL_95 = 0.95

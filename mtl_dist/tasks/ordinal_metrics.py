@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtl_dist.tasks.accumulator import Accumulator
-from mtl_dist.tasks.accumulators import count_pairs, of_decisions
+from mtl_dist.tasks.class_metrics import count_pairs, of_decisions
 
 
 class OrdinalMetrics(Accumulator):

@@ -74,7 +74,7 @@ class SegmentationTask(Task):
         return (num_classes, 1) if num_classes == 2 else (num_classes,)
 
     def metrics(self, ranking: bool = True, choosing: bool = False) -> TaskMetrics:
-        from mtl_dist.tasks.accumulators import SegmentationMetrics  # imports torch
+        from mtl_dist.tasks.class_metrics import SegmentationMetrics  # imports torch
 
         return SegmentationMetrics(len(self.info.classes))
 
@@ -107,7 +107,7 @@ class SegmentationTask(Task):
     def judged(self, answer: Mapping[str, Any], output: Tensor, target: Tensor) -> dict[str, Any]:
         """The `dice`, `iou` and `pixel_accuracy` of this mask alone, as the split's are defined, and by class
         the pixels that are right (`hits`), true and predicted, from which these are."""
-        from mtl_dist.tasks.accumulators import SegmentationMetrics
+        from mtl_dist.tasks.class_metrics import SegmentationMetrics
 
         metrics = SegmentationMetrics(len(self.info.classes)).to(output.device)
         values = metrics.of_one(output, target)

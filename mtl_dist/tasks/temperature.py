@@ -108,7 +108,7 @@ def calibrated(scores: Scores, temperature: float | None) -> Calibrated:
 
 
 def _calibration_error(says_M: Tensor, right_M: Tensor) -> float:
-    """As `accumulators.binned` has the bins."""
+    """As `class_metrics.binned` has the bins."""
     edges = torch.arange(1, NUM_BINS, dtype=torch.float64, device=says_M.device) / NUM_BINS
     bins_M = torch.bucketize(says_M.contiguous(), edges)
     apart = torch.zeros(NUM_BINS, dtype=torch.float64, device=says_M.device)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mtl_dist.errors import UserError
 from mtl_dist.importers.options import PackOptions
-from mtl_dist.importers.tables import read_table
+from mtl_dist.importers.table_files import read_table
 from mtl_dist.kinds.cells import Parsed, parse_cells
 from mtl_dist.kinds.registry import scalar_kind
 from mtl_dist.kinds.vocabulary import Declared

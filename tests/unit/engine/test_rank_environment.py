@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtl_dist.engine.launched import (
+from mtl_dist.engine.rank_environment import (
     check_slurm_step,
     launched_size,
     own_rank,
@@ -88,7 +88,7 @@ def test_the_tasks_of_a_step_are_the_children_of_its_daemon(tmp_path: Path) -> N
     """A process that is called as Slurm's daemon is, with two tasks below it, whose environment is empty."""
     daemon = tmp_path / "slurmstepd"
     daemon.symlink_to("/bin/sh")
-    code = "from mtl_dist.engine.launched import slurm_tasks_around; print(slurm_tasks_around())"
+    code = "from mtl_dist.engine.rank_environment import slurm_tasks_around; print(slurm_tasks_around())"
     task = f"env -i PYTHONPATH={ROOT} {sys.executable} -c '{code}'"
     command = [daemon, "-c", f"{task} & (exec sleep 20) & wait %1; kill %2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The metrics of each kind of task, whose states are counts and sums.
+"""The metrics of classes, one or several for a sample or one for a pixel; their states are counts and sums.
 
 Everything that can be computed from a confusion matrix or from a few sums is: memory is constant, and merging
 ranks is an exact addition. Only the metrics of an order (AUROC, mean average precision) keep every sample's
