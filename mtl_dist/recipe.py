@@ -179,7 +179,9 @@ class Recipe(Settings):
 
     def problems(self) -> list[str]:
         """What does not fit together, one line each."""
-        return [*self._task_problems(), *self._monitor_problems()]
+        backbone = self.model.backbone_problem
+        problems = [f"model.backbone: {backbone}"] if backbone else []
+        return [*self._task_problems(), *self._monitor_problems(), *problems]
 
     def _task_problems(self) -> list[str]:
         if not self.tasks:

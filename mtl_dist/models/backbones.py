@@ -19,12 +19,17 @@ import torchvision
 from torch import Tensor, is_grad_enabled, nn
 from torch.fx.proxy import TraceError
 
-from mtl_dist.config.nearest import nearest
 from mtl_dist.errors import UserError
 from mtl_dist.models.checkpointing import Segment, cut, recomputed
 from mtl_dist.models.features import VECTOR, Blocks, Wanted, map_key
 from mtl_dist.models.norms import convert_norms
-from mtl_dist.models.settings import TIMM, Checkpointing, ModelSettings, UserBackboneSettings
+from mtl_dist.models.settings import (
+    SIMPLE_CNN,
+    Checkpointing,
+    ModelSettings,
+    UserBackboneSettings,
+    unknown_backbone,
+)
 from mtl_dist.models.simple_cnn import SimpleCNN
 from mtl_dist.models.timm_backbone import TimmBackbone
 from mtl_dist.models.timm_library import configuration, is_timm, normalisation_of
@@ -32,7 +37,6 @@ from mtl_dist.models.timm_network import TimmNetwork, build_timm_network, not_di
 from mtl_dist.models.tracing import Stage, Trace, Values, needed_steps, run_step, step_shapes, trace
 from mtl_dist.models.weights import input_convolution, load_weights
 
-SIMPLE_CNN = "simple_cnn"
 IMAGENET_CHANNELS = 3
 
 _PROBE_SIZE = (512, 832)
@@ -56,14 +60,9 @@ def check_backbone(settings: ModelSettings) -> None:
     elif (
         settings.network is None
         and settings.user_backbone is None
-        and name not in (names := backbone_names())
+        and (problem := unknown_backbone(name, backbone_names()[1:]))
     ):
-        near = nearest(name, names)
-        hint = f"Did you mean {near}?" if near else f"Choose one of: {', '.join(names)}."
-        raise UserError(
-            f"model.backbone: expected simple_cnn, a torchvision classifier or {TIMM}NAME, "
-            f"found {name!r}. {hint}"
-        )
+        raise UserError(f"model.backbone: {problem}")
 
 
 @dataclass(frozen=True)

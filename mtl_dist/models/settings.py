@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
+from mtl_dist.config.nearest import nearest
 from mtl_dist.config.settings import Settings
 from mtl_dist.config.user_defined import UserDefined, UserDefinedSettings
 from mtl_dist.models.decoders import DECODERS
 from mtl_dist.models.sharing import SHARINGS
+from mtl_dist.models.torchvision_names import torchvision_names
 
 Width: TypeAlias = Annotated[int, Field(ge=1)]
 Dropout: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0.0)]
 
+SIMPLE_CNN = "simple_cnn"
 TIMM = "timm/"
 """How the name of a network of timm begins."""
 
@@ -155,6 +159,17 @@ class AdapterSettings(Settings):
     per_task: bool = False
 
 
+def unknown_backbone(name: str, known: Sequence[str]) -> str:
+    """What to say of the name of a backbone that is neither of the package nor among those `known` of
+    torchvision; empty where it is one."""
+    names = [SIMPLE_CNN, *known]
+    if name in names:
+        return ""
+    near = nearest(name, names)
+    hint = f"Did you mean {near}?" if near else f"Choose one of: {', '.join(names)}."
+    return f"expected simple_cnn, a torchvision classifier or {TIMM}NAME, found {name!r}. {hint}"
+
+
 class ModelSettings(Settings):
     """The model: a backbone, shared by all tasks or one per task, and a head per task.
 
@@ -259,6 +274,14 @@ class ModelSettings(Settings):
                 "it: it is for networks of torchvision and timm."
             )
         return self
+
+    @property
+    def backbone_problem(self) -> str:
+        """What is wrong with the name of a backbone of torchvision, as far as its files say; else empty."""
+        if self.network is not None or self.user_backbone is not None or self.backbone.startswith(TIMM):
+            return ""
+        known = torchvision_names()
+        return unknown_backbone(self.backbone, known) if known else ""
 
     @property
     def user_backbone(self) -> UserBackboneSettings | None:

@@ -12,6 +12,7 @@ from mtl_dist.figures import svg
 from mtl_dist.figures.svg import Chart, Series
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.tasks.task import Task
+from mtl_dist.tasks.temperature import NUM_BINS
 
 Columns = Mapping[str, np.ndarray]
 
@@ -226,14 +227,14 @@ def calibration_figures(columns: Columns, truths_NC: np.ndarray, scores_NC: np.n
         says_N, right_N = scores_NC.ravel(), truths_NC.astype(np.float64).ravel()
         what = "share of true labels", "probability of a label"
     says_N = says_N.astype(np.float64)
-    bins = np.clip((says_N * 10).astype(int), 0, 9)
-    counts = np.bincount(bins, minlength=10)
+    bins = np.clip(np.ceil(says_N * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)  # those of the metric `ece`
+    counts = np.bincount(bins, minlength=NUM_BINS)
     filled = counts > 0
-    mean = np.bincount(bins, says_N, minlength=10)[filled] / counts[filled]
-    rate = np.bincount(bins, right_N, minlength=10)[filled] / counts[filled]
+    mean = np.bincount(bins, says_N, minlength=NUM_BINS)[filled] / counts[filled]
+    rate = np.bincount(bins, right_N, minlength=NUM_BINS)[filled] / counts[filled]
     error = float((counts[filled] / counts.sum() * np.abs(mean - rate)).sum())
     chart = Chart((0.0, 1.0), (0.0, 1.0), what[1])
-    chart.bars(np.linspace(0, 1, 11).tolist(), (0.25 * counts / counts.max()).tolist(), "faint")
+    chart.bars(np.linspace(0, 1, NUM_BINS + 1).tolist(), (0.25 * counts / counts.max()).tolist(), "faint")
     chart.segment((0.0, 0.0), (1.0, 1.0))
     chart.line(Series("calibration", mean.tolist(), rate.tolist(), "s0", dots=True))
     caption = (

@@ -50,6 +50,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["train", "recipe.yaml", "tasks.digit.loss={kind: focl}", "optim.lr=x", "bathc=3"], 2),
         (["train", "open.yaml", "monitor.metric=val/digit/acuracy"], 2),
         (["train", "recipes.yaml"], 2),
+        (["train", "recipe.yaml", "model.backbone=resnet81"], 2),
         (["launch", "recipe.yaml", "optim.lr=x"], 2),
         pytest.param(["launch", "recipe.yaml", "--nproc", "7"], 2, marks=ONLY_ON_CPUS),
         pytest.param(["init", "data"], 0, marks=ONLY_ON_CPUS),

@@ -17,6 +17,7 @@ from mtl_dist.errors import UserError
 from mtl_dist.models.backbones import Backbone, backbone_names, build_network, published_normalisation
 from mtl_dist.models.features import Wanted
 from mtl_dist.models.settings import ModelSettings
+from mtl_dist.models.torchvision_names import torchvision_names
 
 PYRAMID = [2, 4, 8, 16, 32]
 PYRAMIDS = {
@@ -64,6 +65,10 @@ def marked(name: str) -> Any:
     """One of each family in `make test`, all of them in `make test-all`."""
     marks = [] if name in FAST else [pytest.mark.slow]
     return pytest.param(name, marks=marks if name in {*FAST, *PYRAMIDS} else [*marks, pytest.mark.exhaustive])
+
+
+def test_the_names_that_are_read_from_torchvision_s_files_are_those_that_it_knows() -> None:
+    assert ["simple_cnn", *torchvision_names()] == backbone_names()
 
 
 @pytest.mark.parametrize("name", map(marked, backbone_names()))

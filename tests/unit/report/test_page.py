@@ -7,10 +7,12 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
-from mtl_dist.report.page.charts import confusion_figure, parts_listing, unit_of
+from mtl_dist.report.page.charts import calibration_figures, confusion_figure, parts_listing, unit_of
 from mtl_dist.report.page.record import RunRecord
 from mtl_dist.specs import TaskInfo
+from mtl_dist.tasks.accumulators import binned
 from mtl_dist.tasks.registry import TASKS
 
 
@@ -35,6 +37,15 @@ def test_a_confusion_matrix_of_many_classes_is_of_bounded_size_and_says_what_it_
     figure = confusion_figure(rng.integers(1, 9, (200, 200)).astype(np.float64), classes, False)
     assert len(figure.svg) < 1_000_000
     assert "60 classes with the most confusions, of 200" in figure.caption
+
+
+def test_the_calibration_error_beside_the_chart_is_the_metric() -> None:
+    rng = np.random.default_rng(0)
+    says_N, right_N = rng.uniform(0.3, 1, 500), rng.uniform(size=500) < 0.6
+    sums_2M = binned(torch.from_numpy(says_N), torch.from_numpy(right_N), torch.ones(500, dtype=torch.bool))
+    columns = {"class_id": np.zeros(500), "confidence": says_N, "correct": right_N}
+    (figure,) = calibration_figures(columns, np.empty(0), np.empty(0))
+    assert f"error {float((sums_2M[0] - sums_2M[1]).abs().sum()) / 500:.3f};" in figure.caption
 
 
 def test_each_point_has_its_row_and_a_metric_that_it_has_not_is_a_dash() -> None:
