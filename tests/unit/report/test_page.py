@@ -12,7 +12,7 @@ import torch
 from mtl_dist.report.page.charts import calibration_figures, confusion_figure, parts_listing, unit_of
 from mtl_dist.report.page.record import RunRecord
 from mtl_dist.specs import TaskInfo
-from mtl_dist.tasks.accumulators import binned
+from mtl_dist.tasks.class_metrics import binned
 from mtl_dist.tasks.registry import TASKS
 
 
