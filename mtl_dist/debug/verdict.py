@@ -14,6 +14,7 @@ from mtl_dist.debug.pictures import words_of
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.models.weights import is_adapter
 from mtl_dist.plural import readable
+from mtl_dist.specs import TaskInfo
 from mtl_dist.step import RootModule
 
 _FAR_MEAN, _FAR_STD = 2.0, 5.0
@@ -80,10 +81,9 @@ def about_task(
     if value is not None and task.settings.has_learnt(value):
         shows = f", but every label here is {constant}, which shows little" if constant else ""
         return f"overfitted{shows}"
-    alike = f"Every label here is {constant}: there is nothing to tell apart. Try another train.seed"
     broken = [
         about_not_finite(seen, name),
-        alike if constant else "",
+        about_constant(task.info, constant) if constant else "",
         _twins(root, name, batch),
         *images,
     ]
@@ -118,6 +118,13 @@ def constant_label(root: RootModule, name: str, batch: Batch) -> str:
         return ""
     words = {words_of(batch, row, name, info) for row in range(len(batch)) if batch.labelled[name][row]}
     return words.pop() if len(words) == 1 else ""
+
+
+def about_constant(info: TaskInfo, constant: str) -> str:
+    """What to do where all labels of the batch are one: other samples help only if there are other labels."""
+    others = not (kind_of(info.kind).is_number and info.num_labelled and info.spread == 0)
+    then = "Try another train.seed" if others else "So is every label to train on: take the task out"
+    return f"Every label here is {constant}: there is nothing to tell apart. {then}"
 
 
 def about_not_finite(seen: Seen, name: str) -> str:
