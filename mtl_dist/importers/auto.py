@@ -9,13 +9,10 @@ the options; settings that are given are handed on.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
-
-import tifffile
 
 from mtl_dist.data.images import IMAGE_EXTENSIONS, extension_of
 from mtl_dist.data.manifest import MANIFEST_NAME
@@ -31,6 +28,7 @@ from mtl_dist.importers.road import LABELS, make
 from mtl_dist.importers.sources import Tree
 from mtl_dist.importers.summary import listed
 from mtl_dist.importers.table_files import TABLES, Table, read_table
+from mtl_dist.importers.tiff import has_pages
 from mtl_dist.importers.wanted import Classes, Labels
 from mtl_dist.importers.yolo import label_file, looks_like_labels
 from mtl_dist.kinds.registry import KINDS
@@ -193,7 +191,9 @@ def guess(source: Path, given: Mapping[str, Any]) -> Guess:
             f"{source}: expected pictures, records, tables or tars, found "
             f"{listed(tree.files) or 'none'}.{advice}"
         )
-    if all(extension_of(path) in _TIFF for path in pictures) and _has_pages(tree, pictures[:_LOOKED_AT]):
+    if all(extension_of(path) in _TIFF for path in pictures) and any(
+        has_pages(tree.source(path).read()) for path in pictures[:_LOOKED_AT]
+    ):
         return _of_stacks(source, pictures, by_suffix, given)
     if any(suffix in by_suffix for suffix in (*TABLES, *LISTS)):
         table = _table_in(source, given)
@@ -273,14 +273,6 @@ def _is_coco(tree: Tree, paths: Sequence[str]) -> bool:
         content = read_json(tree.source(path))
         if isinstance(content, dict) and {"images", "annotations", "categories"} <= set(content):
             return True
-    return False
-
-
-def _has_pages(tree: Tree, paths: Sequence[str]) -> bool:
-    for path in paths:
-        with tifffile.TiffFile(io.BytesIO(tree.source(path).read())) as file:
-            if len(file.pages) > 1:
-                return True
     return False
 
 

@@ -14,7 +14,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -64,7 +64,7 @@ class Stack:
         with _damage_reported(self._where):
             file = io.BytesIO(source.read()) if source.archive else Path(source.path)
             self._file = tifffile.TiffFile(file)
-            series = self._file.series
+            series = list(self._file.series)  # of later releases they are found when they are asked for
         if len(series) != 1:
             found = "; ".join(f"{'x'.join(map(str, one.shape))} {one.dtype}" for one in series[:5])
             raise UserError(f"{source}: expected pages of one size and kind, found several: {found}.")
@@ -199,6 +199,13 @@ def _channels_last(pixels: np.ndarray, axes: str) -> np.ndarray:
     order = [axes.index("Y"), axes.index("X"), *(i for i, axis in enumerate(axes) if axis not in _PLANE)]
     pixels = pixels.transpose(order)
     return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def has_pages(data: bytes) -> bool:
+    """Whether a TIFF has several pages; not so where it is damaged, which its importer will say."""
+    with _heard(), suppress(*_DAMAGES), tifffile.TiffFile(io.BytesIO(data)) as file:
+        return len(file.pages) > 1
+    return False
 
 
 def read_picture(data: bytes) -> tuple[np.ndarray, int]:

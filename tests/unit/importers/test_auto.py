@@ -103,3 +103,14 @@ def test_what_cannot_be_known_is_asked_for_by_its_options(tmp_path: Path) -> Non
         with pytest.raises(UserError, match=rf"{said}") as error:
             run("auto", tmp_path / "out", {"source": fill(tmp_path / f"in{number}", files)}, HERE)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [b"garbage", b"II*\0", b""])
+def test_a_damaged_tiff_is_said_by_the_importer_that_reads_it(
+    tmp_path: Path, damage: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = fill(tmp_path / "in", {"a/1.tif": damage, "b/2.tif": damage})
+    with pytest.raises(UserError, match="tif"):
+        run("auto", tmp_path / "out", {"source": source}, HERE)
+    assert "tifffile" not in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
