@@ -22,8 +22,12 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 SUPERVISOR = """
-import sys
+import signal, sys
 from mtl_dist.launch.local import Launch, supervise
+
+# Whoever runs the tests under nohup or in the background ignores these.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 how = "--multi_gpu --num_machines 1 --gpu_ids all --mixed_precision no --dynamo_backend no"
 command = [sys.executable, "-m", "mtl_dist.launch.agent", *how.split(), "--num_processes", "2"]
