@@ -254,7 +254,7 @@ def splits_of(
 
 @dataclass(frozen=True)
 class _Division:
-    """How samples are divided anew: groups stay whole, and the strata, which are `by` something, balanced."""
+    """How samples are divided: groups stay whole, and the strata, which are `by` something, balanced."""
 
     keys: Sequence[str]
     groups: Sequence[str]
