@@ -191,10 +191,10 @@ def guess(source: Path, given: Mapping[str, Any]) -> Guess:
             f"{source}: expected pictures, records, tables or tars, found "
             f"{listed(tree.files) or 'none'}.{advice}"
         )
-    if all(extension_of(path) in _TIFF for path in pictures) and any(
-        has_pages(tree.source(path).read()) for path in pictures[:_LOOKED_AT]
-    ):
-        return _of_stacks(source, pictures, by_suffix, given)
+    if all(extension_of(path) in _TIFF for path in pictures):
+        paged = [path for path in pictures[:_LOOKED_AT] if has_pages(tree.source(path).read())]
+        if paged:
+            return _of_stacks(source, paged, by_suffix, given)
     if any(suffix in by_suffix for suffix in (*TABLES, *LISTS)):
         table = _table_in(source, given)
         if table is not None:
@@ -279,7 +279,7 @@ def _is_coco(tree: Tree, paths: Sequence[str]) -> bool:
 def _of_stacks(
     source: Path, pictures: Sequence[str], by_suffix: Mapping[str, Sequence[str]], given: Mapping[str, Any]
 ) -> Guess:
-    because = f"its TIFFs ({listed(pictures)}) have several pages"
+    because = f"TIFFs of it ({listed(pictures)}) have several pages"
     tables = [path for suffix in TABLES for path in by_suffix.get(suffix, ())]
     raise UserError(
         f"{source}: taken for stacks, because {because}: expected what is learnt from their pages. Say it: "

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import yaml
 
 from mtl_dist.data.inspect import Inspection
+from mtl_dist.errors import UserError
 from mtl_dist.kinds.registry import kind_of
 from mtl_dist.plural import plural
 from mtl_dist.specs import TaskInfo
@@ -35,8 +36,19 @@ _PIXELS = re.compile(r"(?<![a-z])(px|pixels?)(?![a-z])")
 
 
 def first_recipe(inspection: Inspection, device: Device) -> str:
-    """The text of a recipe for the dataset, to be trained on `device`."""
+    """The text of a recipe for the dataset, to be trained on `device`.
+
+    Raises:
+        UserError: it has no task of which something can be learnt.
+    """
     manifest = inspection.manifest
+    reasons = {name: _nothing_to_learn(info) for name, info in manifest.tasks.items()}
+    if all(reasons.values()):
+        found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "no task"
+        raise UserError(
+            f"{inspection.directory}: expected a task of which something can be learnt, found {found}. "
+            "Prepare the data again with all its labels."
+        )
     train = "train" if "train" in manifest.splits else next(iter(manifest.splits))
     num_samples = manifest.splits[train].num_samples
     has_map = any(kind_of(info.kind).is_map for info in manifest.tasks.values())

@@ -150,6 +150,9 @@ def build_app(predictor: Predictor, limits: Limits, name: str, hosts: Sequence[s
                 raise HTTPException(
                     422, f"expected {' and '.join(known)} as the only {what}, found {_shown(others)}."
                 )
+        given_names = [name for name, _ in request.query_params.multi_items()]
+        if twice := [name for name in _PARAMETERS if given_names.count(name) > 1]:
+            raise HTTPException(422, f"{twice[0]}: expected one value, found {given_names.count(twice[0])}.")
         if len(files) > limits.max_files:
             raise HTTPException(413, f"expected at most {limits.max_files} files, found {len(files)}.")
         named = [(_name_of(file, number), await file.read()) for number, file in enumerate(files)]

@@ -186,6 +186,10 @@ def test_what_is_no_form_or_goes_elsewhere_is_a_4xx(client: Any) -> None:
             {"files": [("files", png(image_of(1)))], "params": {"thresh": "0.9"}},
             "expected maps and threshold as the only parameters of the query, found 'thresh'.",
         ),
+        (
+            {"files": [("files", png(image_of(1)))], "params": {"threshold": ["0.3", "0.9"]}},
+            "threshold: expected one value, found 2.",
+        ),
         *(
             (
                 {"files": [("files", png(image_of(1)))], "params": {"threshold": given}},

@@ -12,6 +12,7 @@ import yaml
 
 from mtl_dist.cli import main
 from mtl_dist.data.inspect import inspect_dataset
+from mtl_dist.errors import UserError
 from mtl_dist.recipe import load_recipe
 from mtl_dist.report.first_recipe import Device, first_recipe
 from mtl_dist.specs import TaskInfo
@@ -66,6 +67,9 @@ def test_tasks_of_which_nothing_can_be_learnt_are_left_out_with_the_reason(datas
         "  # nowhere is left out: it has no label to train on",
     ):
         assert line in text.splitlines()
+    only = replace(manifest, tasks={name: added[name] for name in ("alone", "constant")})
+    with pytest.raises(UserError, match=r"found alone: every label is only; constant: every label is 7\.5"):
+        first_recipe(replace(inspection, manifest=only), "cpu")
 
 
 def test_a_dataset_without_val_is_told_what_is_missing(dataset: Path) -> None:
